@@ -1,0 +1,94 @@
+"""Checks of arguments: the message names the op, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def tensor(
+    op: str,
+    name: str,
+    value: Any,
+    dims: int,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    like: torch.Tensor | None = None,
+) -> None:
+    """Require a tensor of `dims` dimensions and one of `dtypes`, on the device of `like`."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{op}: {name} must be {_names(dtypes)}, got {_names([value.dtype])}")
+    if value.dim() != dims:
+        raise ValueError(
+            f"{op}: {name} must have {dims} dimensions, got shape {tuple(value.shape)}"
+        )
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
+
+
+def shape(op: str, name: str, value: torch.Tensor, expected: Sequence[Any]) -> None:
+    """Require a shape; None stands for any size."""
+    if any(
+        want is not None and have != want for have, want in zip(value.shape, expected, strict=True)
+    ):
+        wanted = ", ".join("any" if want is None else str(want) for want in expected)
+        raise ValueError(f"{op}: {name} must have shape ({wanted}), got {tuple(value.shape)}")
+
+
+def not_empty(op: str, name: str, value: torch.Tensor) -> None:
+    """Require at least one element in every dimension but the batch."""
+    if 0 in value.shape[1:]:
+        raise ValueError(
+            f"{op}: {name} must have no empty dimension but the batch, got {tuple(value.shape)}"
+        )
+
+
+def sequence(op: str, name: str, value: Any, length: int | None = None) -> None:
+    """Require a list or tuple, of `length` entries if one is given."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{op}: {name} must be a sequence of Tensors, got {type(value).__name__}")
+    if length is not None and len(value) != length:
+        raise ValueError(f"{op}: {name} must have {length} entries, got {len(value)}")
+
+
+def number(op: str, name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    """Require a finite number in low..high."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{op}: {name} must be finite and in {low}..{high}, got {value}")
+
+
+def flag(op: str, name: str, value: Any) -> None:
+    """Require a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
+
+
+def choice(op: str, name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Require one of a few words."""
+    if not isinstance(value, str):
+        raise TypeError(f"{op}: {name} must be a str, got {type(value).__name__}")
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def size(op: str, value: Any) -> tuple[int, int]:
+    """Require (H, W), both at least 1."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{op}: size must be (H, W), got {type(value).__name__}")
+    if not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in value):
+        raise TypeError(f"{op}: size must be two ints, got {value!r}")
+    if len(value) != 2 or any(n < 1 for n in value):
+        raise ValueError(f"{op}: size must be two ints of at least 1, got {tuple(value)}")
+    return (value[0], value[1])

@@ -1,0 +1,424 @@
+"""Attention-guided views of a batch: crop, mix-up, patch, dim, drop, and three views at once.
+
+Source: Li et al., MAG-SD, IEEE JBHI 2021 (arXiv 2012.02278) and its released code; crop and drop
+as in WS-DAN (arXiv 1901.09891).
+
+In every function `attention` is (B, 1, h, w), or (B, M, h, w) with `index` (B,) int64 that names
+each image's map (an index outside 0..M-1 counts as the nearest one inside); `theta` is (B,)
+float32. U is that map upsampled bilinearly to (H, W) in float32, and the threshold is
+t = theta * (maximum of the low-resolution map). Gradients go to the images; attention and theta
+get none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from magsd_kernels import _checks as check
+from magsd_kernels._layout import empty_like_format
+from magsd_kernels.backends import select
+from magsd_kernels.registry import below_autograd, define
+
+_OPERATION = "attention_augment"
+_VIEWS = 3
+
+
+def attention_boxes(
+    attention: torch.Tensor,
+    theta: torch.Tensor,
+    size: tuple[int, int],
+    *,
+    padding: float = 0.1,
+    index: torch.Tensor | None = None,
+    align_corners: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Padded boxes around the pixels with U >= t.
+
+    top = max(int(min y - padding H), 0), bottom = min(int(max y + padding H), H), columns alike,
+    in double precision, int truncating toward zero; a box holds at least one pixel. If no pixel
+    passes (NaN in the map), the box is the whole image.
+
+    Args:
+        attention, theta, index: see the module.
+        size: (H, W) of the image.
+        padding: margin as a share of H and W, at least 0.
+        align_corners: of the upsampling.
+        backend: name of a backend, see `use_backend`.
+
+    Returns:
+        (B, 4) int32, rows (top, left, bottom, right), bottom and right exclusive.
+    """
+    op = "attention_boxes"
+    check.tensor(op, "attention", attention, 4)
+    _check_guide(op, attention, theta, index)
+    height, width = check.size(op, size)
+    _check_box(op, padding, align_corners)
+    backend = select(_OPERATION, backend, attention)
+    boxes: torch.Tensor = _boxes(
+        attention.detach(), index, theta.detach(), [height, width], float(padding),
+        align_corners, backend,
+    )  # fmt: skip
+    return boxes
+
+
+def attention_crop(
+    images: torch.Tensor,
+    attention: torch.Tensor,
+    theta: torch.Tensor,
+    *,
+    padding: float = 0.1,
+    index: torch.Tensor | None = None,
+    align_corners: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """The box of `attention_boxes`, resized bilinearly to the whole image.
+
+    Args: images (B, C, H, W), floating; the others as for `attention_boxes`.
+
+    Returns: (B, C, H, W), dtype and memory format of images.
+    """
+    return _mixed(
+        "attention_crop", images, attention, theta, index, padding, 1.0, align_corners, backend
+    )
+
+
+def attention_mixup(
+    images: torch.Tensor,
+    attention: torch.Tensor,
+    theta: torch.Tensor,
+    *,
+    padding: float = 0.1,
+    weight: float = 0.4,
+    index: torch.Tensor | None = None,
+    align_corners: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """(1 - weight) images + weight crop, crop as by `attention_crop`; weight in 0..1."""
+    return _mixed(
+        "attention_mixup", images, attention, theta, index, padding, weight, align_corners, backend
+    )
+
+
+def attention_patch(
+    images: torch.Tensor,
+    attention: torch.Tensor,
+    theta: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    padding: float = 0.1,
+    index: torch.Tensor | None = None,
+    align_corners: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """The content of the box pasted, unscaled, at another place of the same image.
+
+    Args:
+        offsets: (B, 2) float32 (u_y, u_x) in [0, 1): the top-left corner is at
+            (floor(u_y (H - bh + 1)), floor(u_x (W - bw + 1))), bh x bw the box.
+        images, attention, theta, padding, index, align_corners, backend: as for `attention_crop`.
+
+    Returns: (B, C, H, W), dtype and memory format of images.
+    """
+    op = "attention_patch"
+    _check_images(op, images, attention, theta, index)
+    check.tensor(op, "offsets", offsets, 2, (torch.float32,), images)
+    check.shape(op, "offsets", offsets, (images.shape[0], 2))
+    _check_box(op, padding, align_corners)
+    backend = select(_OPERATION, backend, images)
+    patched: torch.Tensor = _patch(
+        images, attention, index, theta, offsets, float(padding), align_corners, backend
+    )[0]
+    return patched
+
+
+def attention_dim(
+    images: torch.Tensor,
+    attention: torch.Tensor,
+    theta: torch.Tensor,
+    *,
+    floor: float = 0.001,
+    index: torch.Tensor | None = None,
+    align_corners: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Images * ([U < t] + floor); floor is at least 0. Arguments as for `attention_crop`."""
+    return _dimmed("attention_dim", images, attention, theta, index, floor, align_corners, backend)
+
+
+def attention_drop(
+    images: torch.Tensor,
+    attention: torch.Tensor,
+    theta: torch.Tensor,
+    *,
+    index: torch.Tensor | None = None,
+    align_corners: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Images * [U < t]. Arguments as for `attention_crop`."""
+    return _dimmed("attention_drop", images, attention, theta, index, 0.0, align_corners, backend)
+
+
+def attention_views(
+    images: torch.Tensor,
+    attention: torch.Tensor,
+    index: torch.Tensor,
+    theta: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    padding: float = 0.1,
+    weight: float = 0.4,
+    floor: float = 0.001,
+    align_corners: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Mix-up, dim and patch of one batch, equal to the three single functions.
+
+    Args:
+        images: (B, C, H, W), floating.
+        attention: (B, M, h, w), floating.
+        index: (B, 3) int64 and theta: (B, 3) float32; column 0 is for mix-up, 1 dim, 2 patch.
+        offsets: (B, 2) float32, see `attention_patch`.
+        padding, weight, floor, align_corners, backend: as for the single functions.
+
+    Returns: (3, B, C, H, W); each view has the dtype and memory format of images.
+    """
+    op = "attention_views"
+    check.tensor(op, "images", images, 4)
+    check.not_empty(op, "images", images)
+    check.tensor(op, "attention", attention, 4, like=images)
+    check.not_empty(op, "attention", attention)
+    batch = images.shape[0]
+    check.shape(op, "attention", attention, (batch, None, None, None))
+    check.tensor(op, "index", index, 2, (torch.int64,), images)
+    check.shape(op, "index", index, (batch, _VIEWS))
+    check.tensor(op, "theta", theta, 2, (torch.float32,), images)
+    check.shape(op, "theta", theta, (batch, _VIEWS))
+    check.tensor(op, "offsets", offsets, 2, (torch.float32,), images)
+    check.shape(op, "offsets", offsets, (batch, 2))
+    _check_box(op, padding, align_corners)
+    check.number(op, "weight", weight, 0, 1)
+    check.number(op, "floor", floor, 0)
+    backend = select(_OPERATION, backend, images)
+    views: torch.Tensor = _views(
+        images, attention, index, theta, offsets, float(padding), float(weight), float(floor),
+        align_corners, backend,
+    )[0]  # fmt: skip
+    return views
+
+
+def _mixed(
+    op: str, images: torch.Tensor, attention: torch.Tensor, theta: torch.Tensor,
+    index: torch.Tensor | None, padding: float, weight: float, align_corners: bool,
+    backend: str | None,
+) -> torch.Tensor:  # fmt: skip
+    _check_images(op, images, attention, theta, index)
+    _check_box(op, padding, align_corners)
+    check.number(op, "weight", weight, 0, 1)
+    backend = select(_OPERATION, backend, images)
+    mixed: torch.Tensor = _mixup(
+        images, attention, index, theta, float(padding), float(weight), align_corners, backend
+    )[0]
+    return mixed
+
+
+def _dimmed(
+    op: str, images: torch.Tensor, attention: torch.Tensor, theta: torch.Tensor,
+    index: torch.Tensor | None, floor: float, align_corners: bool, backend: str | None,
+) -> torch.Tensor:  # fmt: skip
+    _check_images(op, images, attention, theta, index)
+    check.number(op, "floor", floor, 0)
+    check.flag(op, "align_corners", align_corners)
+    backend = select(_OPERATION, backend, images)
+    dimmed: torch.Tensor = _dim(
+        images, attention, index, theta, float(floor), align_corners, backend
+    )
+    return dimmed
+
+
+def _check_images(
+    op: str,
+    images: torch.Tensor,
+    attention: torch.Tensor,
+    theta: torch.Tensor,
+    index: torch.Tensor | None,
+) -> None:
+    check.tensor(op, "images", images, 4)
+    check.not_empty(op, "images", images)
+    check.tensor(op, "attention", attention, 4, like=images)
+    check.shape(op, "attention", attention, (images.shape[0], None, None, None))
+    _check_guide(op, attention, theta, index)
+
+
+def _check_guide(
+    op: str, attention: torch.Tensor, theta: torch.Tensor, index: torch.Tensor | None
+) -> None:
+    check.not_empty(op, "attention", attention)
+    check.tensor(op, "theta", theta, 1, (torch.float32,), attention)
+    check.shape(op, "theta", theta, attention.shape[:1])
+    if index is not None:
+        check.tensor(op, "index", index, 1, (torch.int64,), attention)
+        check.shape(op, "index", index, attention.shape[:1])
+    elif attention.shape[1] != 1:
+        raise ValueError(
+            f"{op}: index must name a map per image unless attention has one map, "
+            f"got attention of shape {tuple(attention.shape)} and no index"
+        )
+
+
+def _check_box(op: str, padding: Any, align_corners: Any) -> None:
+    check.number(op, "padding", padding, 0)
+    check.flag(op, "align_corners", align_corners)
+
+
+def _boxes_fake(attention: torch.Tensor, *_: Any) -> torch.Tensor:
+    return attention.new_empty((attention.shape[0], 4), dtype=torch.int32)
+
+
+def _view_and_boxes_fake(
+    images: torch.Tensor, attention: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return empty_like_format(images), _boxes_fake(attention)
+
+
+def _like_fake(images: torch.Tensor, *_: Any) -> torch.Tensor:
+    return empty_like_format(images)
+
+
+def _views_fake(
+    images: torch.Tensor, attention: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    boxes = attention.new_empty((2, attention.shape[0], 4), dtype=torch.int32)
+    return empty_like_format(images, _VIEWS), boxes
+
+
+def _views_backward_fake(grad: torch.Tensor, *_: Any) -> torch.Tensor:
+    return empty_like_format(grad[0])
+
+
+class _Mixup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+        mixed, boxes = below_autograd(_mixup, images, *rest)
+        ctx.save_for_backward(boxes)
+        ctx.mark_non_differentiable(boxes)
+        ctx.settings = rest[4:]
+        ctx.nothing = (None,) * len(rest)
+        return mixed, boxes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+        return (_mixup_backward(grad, *ctx.saved_tensors, *ctx.settings), *ctx.nothing)
+
+
+class _Patch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+        patched, boxes = below_autograd(_patch, images, *rest)
+        ctx.save_for_backward(boxes, rest[3])
+        ctx.mark_non_differentiable(boxes)
+        ctx.backend = rest[-1]
+        ctx.nothing = (None,) * len(rest)
+        return patched, boxes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+        return (_patch_backward(grad, *ctx.saved_tensors, ctx.backend), *ctx.nothing)
+
+
+class _Dim(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: torch.Tensor,
+        attention: torch.Tensor,
+        index: torch.Tensor | None,
+        theta: torch.Tensor,
+        *settings: Any,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(attention, index, theta)
+        ctx.settings = settings
+        dimmed: torch.Tensor = below_autograd(_dim, images, attention, index, theta, *settings)
+        return dimmed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        nothing = (None,) * (3 + len(ctx.settings))
+        return (_dim(grad, *ctx.saved_tensors, *ctx.settings), *nothing)
+
+
+class _Views(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+        views, boxes = below_autograd(_views, images, *rest)
+        ctx.save_for_backward(*rest[:4], boxes)
+        ctx.mark_non_differentiable(boxes)
+        ctx.settings = rest[5:]
+        ctx.nothing = (None,) * len(rest)
+        return views, boxes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+        return (_views_backward(grad, *ctx.saved_tensors, *ctx.settings), *ctx.nothing)
+
+
+_boxes = define(
+    _OPERATION,
+    "attention_boxes(Tensor attention, Tensor? index, Tensor theta, SymInt[] size, float padding,"
+    " bool align_corners, str backend) -> Tensor",
+    _boxes_fake,
+)
+_mixup = define(
+    _OPERATION,
+    "attention_mixup(Tensor images, Tensor attention, Tensor? index, Tensor theta, float padding,"
+    " float weight, bool align_corners, str backend) -> (Tensor, Tensor)",
+    _view_and_boxes_fake,
+    _Mixup.apply,
+)
+_mixup_backward = define(
+    _OPERATION,
+    "attention_mixup_backward(Tensor grad, Tensor boxes, float weight, bool align_corners,"
+    " str backend) -> Tensor",
+    _like_fake,
+)
+_patch = define(
+    _OPERATION,
+    "attention_patch(Tensor images, Tensor attention, Tensor? index, Tensor theta, Tensor offsets,"
+    " float padding, bool align_corners, str backend) -> (Tensor, Tensor)",
+    _view_and_boxes_fake,
+    _Patch.apply,
+)
+_patch_backward = define(
+    _OPERATION,
+    "attention_patch_backward(Tensor grad, Tensor boxes, Tensor offsets, str backend) -> Tensor",
+    _like_fake,
+)
+_dim = define(
+    _OPERATION,
+    "attention_dim(Tensor images, Tensor attention, Tensor? index, Tensor theta, float floor,"
+    " bool align_corners, str backend) -> Tensor",
+    _like_fake,
+    _Dim.apply,
+)
+_views = define(
+    _OPERATION,
+    "attention_views(Tensor images, Tensor attention, Tensor index, Tensor theta, Tensor offsets,"
+    " float padding, float weight, float floor, bool align_corners, str backend)"
+    " -> (Tensor, Tensor)",
+    _views_fake,
+    _Views.apply,
+)
+_views_backward = define(
+    _OPERATION,
+    "attention_views_backward(Tensor grad, Tensor attention, Tensor index, Tensor theta,"
+    " Tensor offsets, Tensor boxes, float weight, float floor, bool align_corners, str backend)"
+    " -> Tensor",
+    _views_backward_fake,
+)

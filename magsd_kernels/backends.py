@@ -1,0 +1,166 @@
+"""What can run here, what runs, and why not.
+
+The table of the package has one row per operation and one column per backend. `reference` fills
+its whole column; a cell that another backend does not fill is named in `MISSING` with its reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import threading
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from magsd_kernels import native
+
+OPERATIONS = (
+    "multiscale_attention",
+    "bilinear_pool",
+    "attention_sampling",
+    "attention_augment",
+    "soft_distance",
+)
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+NAMES = (*BACKENDS, "auto")
+ENVIRONMENT_VARIABLE = "MAGSD_BACKEND"
+
+#: (backend, operation) that has no implementation, and why.
+MISSING: dict[tuple[str, str], str] = {
+    (backend, operation): f"no {language} kernels in this version of magsd_kernels"
+    for backend, language in (("cpu", "C++"), ("cuda", "CUDA"), ("triton", "Triton"))
+    for operation in OPERATIONS
+}
+
+#: What "auto" tries, in order, for tensors on a device type; other devices run the reference.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+
+#: Device types whose tensors a backend takes; the reference takes any.
+_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicitly named backend cannot run these tensors here; the message says why."""
+
+
+class _Context(threading.local):
+    """The innermost `use_backend` of this thread."""
+
+    name: str | None = None
+
+
+_context = _Context()
+
+
+class use_backend:
+    """Context manager: calls inside that do not name a backend run on `name`.
+
+    Holds for the current thread and nests. The backward pass runs on the backend of its forward.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = _known(name)
+
+    def __enter__(self) -> None:
+        self.outer = _context.name
+        _context.name = self.name
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _context.name = self.outer
+
+
+def select(operation: str, backend: str | None, tensor: torch.Tensor) -> str:
+    """Name of the backend that will run `operation` on tensors like `tensor`.
+
+    Raises:
+        ValueError: the name is unknown.
+        BackendUnavailable: a named backend cannot run these tensors.
+    """
+    name = backend
+    if name is None:
+        name = _context.name
+    if name is None:
+        name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if _known(name) == "reference":
+        return name
+    resolved: str = _resolve(operation, name, tensor.device.type, tensor.dtype)
+    return resolved
+
+
+# Its arguments decide the answer for the life of the process, so the compiler need not look inside.
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _resolve(operation: str, name: str, device: str, dtype: torch.dtype) -> str:
+    if name != "auto":
+        why = why_not(name, operation, device, dtype)
+        if why is not None:
+            raise BackendUnavailable(f"{operation}: backend {name!r} cannot run here: {why}")
+        return name
+    for candidate in PREFERENCE.get(device, ()):
+        if why_not(candidate, operation, device, dtype) is None:
+            return candidate
+    return "reference"
+
+
+def why_not(backend: str, operation: str, device: str, dtype: torch.dtype) -> str | None:
+    """Reason why `backend` cannot run `operation` on such tensors, or None if it can."""
+    if backend == "reference":
+        return None
+    if (backend, operation) in MISSING:
+        return MISSING[backend, operation]
+    if device not in _DEVICES[backend]:
+        return f"it takes tensors on {' or '.join(_DEVICES[backend])}, these are on {device}"
+    return _column(backend)
+
+
+def backends() -> dict[str, str]:
+    """Every backend's name, with "available" or the reason why it is not.
+
+    A backend is available when at least one operation can run on it here.
+    """
+    return {name: _column(name) or "available" for name in BACKENDS}
+
+
+def implementation(backend: str, operation: str) -> Any:
+    """Object whose attributes are the forward and backward functions of `operation`."""
+    if backend in ("cpu", "cuda"):
+        return native.operations(backend)
+    return importlib.import_module(f"magsd_kernels.{backend}.{operation}")
+
+
+def _known(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
+    return name
+
+
+def _column(backend: str) -> str | None:
+    """Reason why a backend can run nothing here, or None."""
+    if backend == "reference":
+        return None
+    reasons = [MISSING.get((backend, operation)) for operation in OPERATIONS]
+    if all(reasons):
+        return reasons[0]
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if backend == "triton":
+        return _triton()
+    return native.why_not(backend)
+
+
+def _triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return None

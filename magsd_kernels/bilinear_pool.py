@@ -1,0 +1,184 @@
+"""Bilinear attention pooling: one pooled feature vector per attention map.
+
+Source: Hu et al., "See Better Before Looking Closer" (WS-DAN, arXiv 1901.09891), section 3.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from magsd_kernels import _checks as check
+from magsd_kernels._layout import accumulation_dtype, empty_like_format
+from magsd_kernels.backends import select
+from magsd_kernels.registry import below_autograd, define
+
+_OPERATION = "bilinear_pool"
+_POOLS = ("avg", "max")
+
+
+def bilinear_attention_pool(
+    features: torch.Tensor,
+    attention: torch.Tensor,
+    *,
+    pool: str = "avg",
+    signed_sqrt: bool = True,
+    normalize: bool = True,
+    scale: float = 1.0,
+    eps: float = 1e-12,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Pool features under every attention map.
+
+    P = mean over pixels of A F ("avg") or its maximum ("max", gradient to the first maximal
+    pixel); then, if asked, P <- sign(P) sqrt(|P| + eps) (derivative 0 where P = 0) and
+    P <- P / max(||P||_2, 1e-12) over maps and channels together; then P <- scale P.
+
+    Args:
+        features: (B, C, H, W), floating.
+        attention: (B, M, h, w) of the same dtype; resized bilinearly with align_corners=True
+            where (h, w) differs from (H, W).
+        pool: "avg" or "max".
+        signed_sqrt, normalize: whether to take the signed square root, to normalise.
+        scale: factor of the result; the published classifiers take 100.
+        eps: added under the square root, at least 0.
+        backend: name of a backend, see `use_backend`.
+
+    Returns:
+        (B, M*C), entry m*C + c; dtype of features. Gradients go to both inputs.
+    """
+    op = "bilinear_attention_pool"
+    check.tensor(op, "features", features, 4)
+    check.not_empty(op, "features", features)
+    check.tensor(op, "attention", attention, 4, (features.dtype,), features)
+    check.shape(op, "attention", attention, (features.shape[0], None, None, None))
+    check.not_empty(op, "attention", attention)
+    check.choice(op, "pool", pool, _POOLS)
+    check.flag(op, "signed_sqrt", signed_sqrt)
+    check.flag(op, "normalize", normalize)
+    check.number(op, "scale", scale)
+    check.number(op, "eps", eps, 0)
+    backend = select(_OPERATION, backend, features)
+    pooled: torch.Tensor = _pool(
+        features, attention, pool, signed_sqrt, normalize, scale, eps, backend
+    )[0]
+    return pooled
+
+
+class BilinearAttentionPool(nn.Module):
+    """`bilinear_attention_pool` as a layer; the arguments are those of the function.
+
+    Shapes: forward takes features (B, C, H, W) and attention (B, M, h, w), returns (B, M*C).
+    """
+
+    def __init__(
+        self,
+        *,
+        pool: str = "avg",
+        signed_sqrt: bool = True,
+        normalize: bool = True,
+        scale: float = 1.0,
+        eps: float = 1e-12,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check.choice("BilinearAttentionPool", "pool", pool, _POOLS)
+        self.pool = pool
+        self.signed_sqrt = signed_sqrt
+        self.normalize = normalize
+        self.scale = scale
+        self.eps = eps
+        self.backend = backend
+
+    def forward(self, features: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        """Features (B, C, H, W), attention (B, M, h, w) -> (B, M*C)."""
+        return bilinear_attention_pool(
+            features,
+            attention,
+            pool=self.pool,
+            signed_sqrt=self.signed_sqrt,
+            normalize=self.normalize,
+            scale=self.scale,
+            eps=self.eps,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return (
+            f"pool={self.pool!r}, signed_sqrt={self.signed_sqrt}, normalize={self.normalize}, "
+            f"scale={self.scale}, eps={self.eps}"
+        )
+
+
+def _pool_fake(
+    features: torch.Tensor,
+    attention: torch.Tensor,
+    pool: str,
+    signed_sqrt: bool,
+    normalize: bool,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, channels = features.shape[:2]
+    maps = attention.shape[1]
+    matrix = (batch, maps, channels)
+    return (
+        features.new_empty((batch, maps * channels)),
+        features.new_empty(
+            (batch,) if normalize else (0,), dtype=accumulation_dtype(features.dtype)
+        ),
+        features.new_empty(matrix if pool == "max" else (0,), dtype=torch.int32),
+    )
+
+
+def _pool_backward_fake(
+    grad: torch.Tensor, features: torch.Tensor, attention: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    needs = rest[-2]
+    return (
+        empty_like_format(features) if needs[0] else features.new_empty(0),
+        empty_like_format(attention) if needs[1] else attention.new_empty(0),
+    )
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, features: torch.Tensor, attention: torch.Tensor, *settings: Any
+    ) -> tuple[torch.Tensor, ...]:
+        output, norm, argmax = below_autograd(_pool, features, attention, *settings)
+        ctx.save_for_backward(features, attention, output, norm, argmax)
+        ctx.mark_non_differentiable(norm, argmax)
+        ctx.set_materialize_grads(False)
+        ctx.settings = settings
+        return output, norm, argmax
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+        nothing = (None,) * len(ctx.settings)
+        if grad is None:
+            return (None, None, *nothing)
+        needs = list(ctx.needs_input_grad[:2])
+        *settings, backend = ctx.settings
+        grads = _pool_backward(grad, *ctx.saved_tensors, *settings, needs, backend)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing)
+
+
+_pool = define(
+    _OPERATION,
+    "bilinear_attention_pool(Tensor features, Tensor attention, str pool, bool signed_sqrt,"
+    " bool normalize, float scale, float eps, str backend) -> (Tensor, Tensor, Tensor)",
+    _pool_fake,
+    _Pool.apply,
+)
+_pool_backward = define(
+    _OPERATION,
+    "bilinear_attention_pool_backward(Tensor grad, Tensor features, Tensor attention,"
+    " Tensor output, Tensor norm, Tensor argmax, str pool, bool signed_sqrt, bool normalize,"
+    " float scale, float eps, bool[] needs, str backend) -> (Tensor, Tensor)",
+    _pool_backward_fake,
+)

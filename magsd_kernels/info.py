@@ -1,0 +1,71 @@
+"""`python -m magsd_kernels.info`: versions, devices, backends and how the libraries were built."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+
+import torch
+
+from magsd_kernels import __version__, native
+from magsd_kernels.backends import ENVIRONMENT_VARIABLE, backends
+
+
+def report() -> dict[str, dict[str, str]]:
+    """Sections of the report, each a dict from name to value."""
+    return {
+        "versions": _versions(),
+        "devices": _devices(),
+        "backends": backends(),
+        "build": {name: _build(name) for name in ("cpu", "cuda")},
+        "environment": {ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE, "not set")},
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "magsd_kernels": __version__,
+        "python": f"{platform.python_version()} ({platform.system()} {platform.machine()})",
+        "torch": torch.__version__,
+        "cuda of torch": str(torch.version.cuda or "none"),
+        "triton": _version_of("triton"),
+    }
+
+
+def _version_of(package: str) -> str:
+    if importlib.util.find_spec(package) is None:
+        return "not installed"
+    return importlib.metadata.version(package)
+
+
+def _devices() -> dict[str, str]:
+    devices = {
+        "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    }
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        devices[f"cuda:{i}"] = (
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB"
+        )
+    return devices
+
+
+def _build(backend: str) -> str:
+    path = native.library(backend)
+    return f"{path.name}, {path.stat().st_size} bytes" if path.is_file() else "not built"
+
+
+def main() -> None:
+    """Print the report."""
+    for section, entries in report().items():
+        sys.stdout.write(f"{section}\n")
+        for name, value in entries.items():
+            sys.stdout.write(f"  {name:<16} {value}\n")
+
+
+if __name__ == "__main__":
+    main()

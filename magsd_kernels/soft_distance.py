@@ -1,0 +1,210 @@
+"""Soft distance loss: cross entropy of the raw image, and the distance of the views from it.
+
+Source: Li et al., MAG-SD, IEEE JBHI 2021 (arXiv 2012.02278), and its released code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from magsd_kernels import _checks as check
+from magsd_kernels._layout import accumulation_dtype
+from magsd_kernels.backends import select
+from magsd_kernels.registry import below_autograd, define
+
+_OPERATION = "soft_distance"
+
+
+class SoftDistance(NamedTuple):
+    """Scalars of the soft distance loss; loss = cross_entropy + distance."""
+
+    loss: torch.Tensor
+    cross_entropy: torch.Tensor
+    distance: torch.Tensor
+
+
+def soft_distance_loss(
+    logits: torch.Tensor,
+    view_logits: torch.Tensor | Sequence[torch.Tensor],
+    targets: torch.Tensor,
+    *,
+    confidence: float = 0.7,
+    smoothing: float = 0.01,
+    class_weights: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> SoftDistance:
+    """cross_entropy(logits) + sum over views of mean |p - softmax(view)|.
+
+    p = softmax(logits) without gradient; a row whose argmax differs from its target or whose
+    maximum is under `confidence` is replaced by `smoothing` everywhere and 1 - K smoothing on
+    the target (choose smoothing below 1 / K).
+
+    Args:
+        logits: (B, K), floating.
+        view_logits: (V, B, K), or a sequence of V tensors (B, K), of the same dtype.
+        targets: (B,) int64 in 0..K-1. Another value is an IndexError on the CPU and gives a NaN
+            loss on a GPU.
+        confidence, smoothing: in 0..1.
+        class_weights: (K,) of the logits' dtype or float32; weight the cross entropy as in torch.
+        backend: name of a backend, see `use_backend`.
+
+    Returns:
+        Scalars, float32 (float64 for float64). Over an empty batch they are NaN, as torch's mean.
+    """
+    op = "soft_distance_loss"
+    check.tensor(op, "logits", logits, 2)
+    check.not_empty(op, "logits", logits)
+    views, dims = view_logits, 2
+    if isinstance(views, torch.Tensor):
+        views, dims = [views], 3
+    check.sequence(op, "view_logits", views)
+    if len(views) == 0:
+        raise ValueError(f"{op}: view_logits must have at least one view, got none")
+    for i, view in enumerate(views):
+        name = "view_logits" if dims == 3 else f"view_logits[{i}]"
+        check.tensor(op, name, view, dims, (logits.dtype,), logits)
+        check.shape(op, name, view, (None, *logits.shape)[3 - dims :])
+        if dims == 3 and view.shape[0] == 0:
+            raise ValueError(f"{op}: view_logits must have at least one view, got none")
+    check.tensor(op, "targets", targets, 1, (torch.int64,), logits)
+    check.shape(op, "targets", targets, logits.shape[:1])
+    check.number(op, "confidence", confidence, 0, 1)
+    check.number(op, "smoothing", smoothing, 0, 1)
+    if class_weights is not None:
+        check.tensor(op, "class_weights", class_weights, 1, (logits.dtype, torch.float32), logits)
+        check.shape(op, "class_weights", class_weights, logits.shape[1:])
+    backend = select(_OPERATION, backend, logits)
+    return SoftDistance(
+        *_loss(logits, list(views), targets, class_weights, confidence, smoothing, backend)
+    )
+
+
+class SoftDistanceLoss(nn.Module):
+    """`soft_distance_loss` as a module; the arguments are those of the function.
+
+    Shapes: forward takes logits (B, K), view_logits (V, B, K) and targets (B,), returns scalars.
+    """
+
+    class_weights: torch.Tensor | None
+
+    def __init__(
+        self,
+        *,
+        confidence: float = 0.7,
+        smoothing: float = 0.01,
+        class_weights: torch.Tensor | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.confidence = confidence
+        self.smoothing = smoothing
+        self.backend = backend
+        self.register_buffer("class_weights", class_weights)
+
+    def forward(
+        self,
+        logits: torch.Tensor,
+        view_logits: torch.Tensor | Sequence[torch.Tensor],
+        targets: torch.Tensor,
+    ) -> SoftDistance:
+        """Loss, cross entropy and distance."""
+        return soft_distance_loss(
+            logits,
+            view_logits,
+            targets,
+            confidence=self.confidence,
+            smoothing=self.smoothing,
+            class_weights=self.class_weights,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"confidence={self.confidence}, smoothing={self.smoothing}"
+
+
+def _check_targets(
+    logits: torch.Tensor, views: Sequence[torch.Tensor], targets: torch.Tensor, *rest: Any
+) -> None:
+    """On the CPU, where reading memory costs nothing; a GPU answers with a NaN loss."""
+    if targets.device.type != "cpu" or targets.numel() == 0:
+        return
+    low, high = (int(bound) for bound in targets.aminmax())
+    if low < 0 or high >= logits.shape[1]:
+        found = low if low < 0 else high
+        raise IndexError(
+            f"soft_distance_loss: targets must be in 0..{logits.shape[1] - 1}, got {found}"
+        )
+
+
+def _loss_fake(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dtype = accumulation_dtype(logits.dtype)
+    loss, cross_entropy, distance = (logits.new_empty((), dtype=dtype) for _ in range(3))
+    return loss, cross_entropy, distance
+
+
+def _loss_backward_fake(
+    grad_loss: torch.Tensor | None,
+    grad_cross_entropy: torch.Tensor | None,
+    grad_distance: torch.Tensor | None,
+    logits: torch.Tensor,
+    view_logits: Sequence[torch.Tensor],
+    *rest: Any,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    return logits.new_empty(logits.shape), [view.new_empty(view.shape) for view in view_logits]
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        class_weights: torch.Tensor | None,
+        confidence: float,
+        smoothing: float,
+        backend: str,
+        *views: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(logits, targets, class_weights, *views)
+        ctx.set_materialize_grads(False)
+        ctx.settings = (confidence, smoothing, backend)
+        result: tuple[torch.Tensor, ...] = below_autograd(
+            _loss, logits, list(views), targets, class_weights, *ctx.settings
+        )
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        logits, targets, class_weights, *views = ctx.saved_tensors
+        grad, grad_views = _loss_backward(
+            *grads, logits, views, targets, class_weights, *ctx.settings
+        )
+        return (grad, None, None, None, None, None, *grad_views)
+
+
+_loss = define(
+    _OPERATION,
+    "soft_distance_loss(Tensor logits, Tensor[] view_logits, Tensor targets,"
+    " Tensor? class_weights, float confidence, float smoothing, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _loss_fake,
+    lambda logits, views, targets, class_weights, *settings: _Loss.apply(
+        logits, targets, class_weights, *settings, *views
+    ),
+    _check_targets,
+)
+_loss_backward = define(
+    _OPERATION,
+    "soft_distance_loss_backward(Tensor? grad_loss, Tensor? grad_cross_entropy,"
+    " Tensor? grad_distance, Tensor logits, Tensor[] view_logits, Tensor targets,"
+    " Tensor? class_weights, float confidence, float smoothing, str backend)"
+    " -> (Tensor, Tensor[])",
+    _loss_backward_fake,
+)
