@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,12 +61,18 @@ def sequence(op: str, name: str, value: Any, length: int | None = None) -> None:
         raise ValueError(f"{op}: {name} must have {length} entries, got {len(value)}")
 
 
-def number(op: str, name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+_LARGEST = sys.float_info.max
+
+
+def number(op: str, name: str, value: Any, low: float = -_LARGEST, high: float = _LARGEST) -> None:
     """Require a finite number in low..high."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and low <= value <= high):
-        raise ValueError(f"{op}: {name} must be finite and in {low}..{high}, got {value}")
+    # NaN and the infinities fail these comparisons too.
+    if not low <= value <= high:
+        bound = f"{low}..{high}" if high < _LARGEST else f"at least {low}"
+        bound = "finite" if low == -_LARGEST else f"finite and {bound}"
+        raise ValueError(f"{op}: {name} must be {bound}, got {value}")
 
 
 def flag(op: str, name: str, value: Any) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from magsd_kernels import _checks as check
 from magsd_kernels._layout import empty_like_format
@@ -310,7 +309,6 @@ class _Mixup(torch.autograd.Function):
         return mixed, boxes
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
         return (_mixup_backward(grad, *ctx.saved_tensors, *ctx.settings), *ctx.nothing)
 
@@ -326,7 +324,6 @@ class _Patch(torch.autograd.Function):
         return patched, boxes
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
         return (_patch_backward(grad, *ctx.saved_tensors, ctx.backend), *ctx.nothing)
 
@@ -347,7 +344,6 @@ class _Dim(torch.autograd.Function):
         return dimmed
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         nothing = (None,) * (3 + len(ctx.settings))
         return (_dim(grad, *ctx.saved_tensors, *ctx.settings), *nothing)
@@ -364,9 +360,13 @@ class _Views(torch.autograd.Function):
         return views, boxes
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
         return (_views_backward(grad, *ctx.saved_tensors, *ctx.settings), *ctx.nothing)
+
+
+def _images_require_grad(images: torch.Tensor, *_: Any) -> bool:
+    """The attention, which does require grad in training, gets none."""
+    return images.requires_grad
 
 
 _boxes = define(
@@ -381,6 +381,7 @@ _mixup = define(
     " float weight, bool align_corners, str backend) -> (Tensor, Tensor)",
     _view_and_boxes_fake,
     _Mixup.apply,
+    _images_require_grad,
 )
 _mixup_backward = define(
     _OPERATION,
@@ -394,6 +395,7 @@ _patch = define(
     " float padding, bool align_corners, str backend) -> (Tensor, Tensor)",
     _view_and_boxes_fake,
     _Patch.apply,
+    _images_require_grad,
 )
 _patch_backward = define(
     _OPERATION,
@@ -406,6 +408,7 @@ _dim = define(
     " bool align_corners, str backend) -> Tensor",
     _like_fake,
     _Dim.apply,
+    _images_require_grad,
 )
 _views = define(
     _OPERATION,
@@ -414,6 +417,7 @@ _views = define(
     " -> (Tensor, Tensor)",
     _views_fake,
     _Views.apply,
+    _images_require_grad,
 )
 _views_backward = define(
     _OPERATION,

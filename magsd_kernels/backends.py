@@ -66,9 +66,10 @@ class use_backend:
 
     def __init__(self, name: str) -> None:
         self.name = _known(name)
+        self.outer: list[str | None] = []
 
     def __enter__(self) -> None:
-        self.outer = _context.name
+        self.outer.append(_context.name)
         _context.name = self.name
 
     def __exit__(
@@ -77,7 +78,7 @@ class use_backend:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _context.name = self.outer
+        _context.name = self.outer.pop()
 
 
 def select(operation: str, backend: str | None, tensor: torch.Tensor) -> str:
@@ -98,8 +99,6 @@ def select(operation: str, backend: str | None, tensor: torch.Tensor) -> str:
     return resolved
 
 
-# Its arguments decide the answer for the life of the process, so the compiler need not look inside.
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _resolve(operation: str, name: str, device: str, dtype: torch.dtype) -> str:
     if name != "auto":
         why = why_not(name, operation, device, dtype)
@@ -110,6 +109,11 @@ def _resolve(operation: str, name: str, device: str, dtype: torch.dtype) -> str:
         if why_not(candidate, operation, device, dtype) is None:
             return candidate
     return "reference"
+
+
+# Its arguments decide its answer for the life of the process: torch.compile need not look inside.
+# This is what torch.compiler.assume_constant_result does, less its import of the whole compiler.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not(backend: str, operation: str, device: str, dtype: torch.dtype) -> str | None:

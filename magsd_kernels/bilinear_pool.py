@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from magsd_kernels import _checks as check
 from magsd_kernels._layout import accumulation_dtype, empty_like_format
@@ -157,7 +156,6 @@ class _Pool(torch.autograd.Function):
         return output, norm, argmax
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
         nothing = (None,) * len(ctx.settings)
         if grad is None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from magsd_kernels import _checks as check
 from magsd_kernels._layout import accumulation_dtype, empty_like_format, is_channels_last
@@ -298,7 +297,6 @@ class _Resample(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         grads = _resample_backward(grad, ctx.heights, ctx.widths, *ctx.settings)
         return (None, None, None, None, *grads)
@@ -320,7 +318,6 @@ class _Multiscale(torch.autograd.Function):
         return attention, mean, rstd
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
         n: int = ctx.scales
         if grad is None:

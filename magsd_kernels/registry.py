@@ -23,6 +23,7 @@ def define(
     schema: str,
     fake: Callable[..., Any],
     autograd: Callable[..., Any] | None = None,
+    needs_grad: Callable[..., bool] | None = None,
     check: Callable[..., None] | None = None,
 ) -> Any:
     """Register one operator and return its overload.
@@ -32,7 +33,8 @@ def define(
         schema: `name(arguments, str backend) -> results`.
         fake: results without data, from the same arguments.
         autograd: applies a `torch.autograd.Function` whose forward calls `below_autograd`; without
-            one the operator has no gradient.
+            one the results have no gradient, and a backward operator refuses to be differentiated.
+        needs_grad: whether these arguments ask for a gradient; None means that any tensor does.
         check: called with the same arguments before the backend, on real tensors only.
     """
     name = schema.partition("(")[0]
@@ -46,9 +48,28 @@ def define(
 
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"magsd::{name}", fake, lib=_library)
-    if autograd is not None:
-        _library.impl(name, autograd, "Autograd")
-    return getattr(torch.ops.magsd, name).default
+    overload = getattr(torch.ops.magsd, name).default
+    wants_grad = needs_grad or _any_requires_grad
+
+    def differentiable(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and wants_grad(*arguments):
+            if autograd is not None:
+                return autograd(*arguments)
+            if name.endswith("_backward"):
+                forward = name.removesuffix("_backward")
+                raise RuntimeError(f"{forward}: second derivatives are not implemented")
+        return below_autograd(overload, *arguments)
+
+    _library.impl(name, differentiable, "Autograd")
+    return overload
+
+
+def _any_requires_grad(*arguments: Any) -> bool:
+    for argument in arguments:
+        tensors = argument if isinstance(argument, (list, tuple)) else (argument,)
+        if any(isinstance(value, torch.Tensor) and value.requires_grad for value in tensors):
+            return True
+    return False
 
 
 def below_autograd(overload: Any, *arguments: Any) -> Any:

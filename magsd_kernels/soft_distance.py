@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from magsd_kernels import _checks as check
 from magsd_kernels._layout import accumulation_dtype
@@ -180,7 +179,6 @@ class _Loss(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         logits, targets, class_weights, *views = ctx.saved_tensors
         grad, grad_views = _loss_backward(
@@ -198,7 +196,7 @@ _loss = define(
     lambda logits, views, targets, class_weights, *settings: _Loss.apply(
         logits, targets, class_weights, *settings, *views
     ),
-    _check_targets,
+    check=_check_targets,
 )
 _loss_backward = define(
     _OPERATION,

@@ -21,9 +21,7 @@ def attention_boxes(
     passed = upsampled >= threshold
     top, bottom = _extent(passed.any(2), padding)
     left, right = _extent(passed.any(1), padding)
-    boxes = torch.stack([top, left, bottom, right], 1)
-    whole = boxes.new_tensor([0, 0, size[0], size[1]])
-    return torch.where(passed.flatten(1).any(1)[:, None], boxes, whole).int()
+    return torch.stack([top, left, bottom, right], 1).int()
 
 
 def attention_mixup(
@@ -165,13 +163,17 @@ def _guide(
 
 
 def _extent(passed: torch.Tensor, padding: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and last true entry of rows (B, N), padded, as a half-open interval in 0..N."""
+    """First and last true entry of rows (B, N), padded, as a half-open interval in 0..N.
+
+    A row without a true entry gives the whole interval.
+    """
     length = passed.shape[1]
     first = passed.int().argmax(1).double()
     last = length - 1 - passed.flip(1).int().argmax(1).double()
     start = (first - padding * length).trunc().clamp(min=0)
     stop = (last + padding * length).trunc().clamp(max=length)
-    return start, torch.maximum(stop, start + 1)
+    found = passed.any(1)
+    return torch.where(found, start, 0), torch.where(found, torch.maximum(stop, start + 1), length)
 
 
 def _samples(
@@ -227,10 +229,12 @@ def _crop_matrix(
 
 def _corners(boxes: torch.Tensor, offsets: torch.Tensor, size: list[int]) -> torch.Tensor:
     """Top-left corner (B, 2) at which each box is pasted; exact in float64."""
-    extent = (boxes[:, 2:] - boxes[:, :2]).double()
-    room = torch.tensor(size, device=boxes.device, dtype=torch.float64) - extent
-    corner = (offsets.double() * (room + 1)).floor()
-    return torch.minimum(corner.clamp(min=0), room).to(boxes.dtype)
+    corners = []
+    for axis, length in enumerate(size):
+        room = length - (boxes[:, 2 + axis] - boxes[:, axis]).double()
+        corner = (offsets[:, axis].double() * (room + 1)).floor()
+        corners.append(torch.minimum(corner.clamp(min=0), room))
+    return torch.stack(corners, 1).to(boxes.dtype)
 
 
 def _shifted(

@@ -1,0 +1,403 @@
+"""Every number of a training run in typed dataclasses; their defaults are the published recipe.
+
+A YAML file and `key=value` pairs override them. Keys are dotted (`optim.lr`); a name that only one
+section has may stand alone (`lr`). Unknown keys are refused with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from magsd.data.augment import AugmentConfig
+from magsd.errors import ConfigError
+from magsd.models import ModelConfig
+
+RUN_MARK = "# magsd run"
+
+
+@dataclass
+class DataConfig:
+    """Where images come from, how they are prepared and split."""
+
+    source: str = "phantom"
+    image_size: int = 224
+    clahe: bool = True
+    clahe_clip: float = 4.0
+    clahe_tiles: int = 4
+    cache_dir: str | None = None
+    skip_bad: bool = False
+    folds: int = 5
+    fold: int = 0
+    split_seed: int = 0
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass
+class ViewsConfig:
+    """Ranges from which each image's thresholds are drawn, and the constants of the three views."""
+
+    mixup_theta: tuple[float, float] = (0.4, 0.6)
+    dim_theta: tuple[float, float] = (0.2, 0.5)
+    patch_theta: tuple[float, float] = (0.4, 0.6)
+    padding: float = 0.1
+    weight: float = 0.4
+    floor: float = 0.001
+
+
+@dataclass
+class LossConfig:
+    """Soft distance; `class_weights`: "none", "balanced", or one number per class (sorted names)."""
+
+    confidence: float = 0.7
+    smoothing: float = 0.01
+    class_weights: Literal["none", "balanced"] | list[float] = "none"
+
+
+@dataclass
+class OptimConfig:
+    """Optimiser and learning-rate schedule; epochs may be fractions for `warmup_epochs`."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 1e-3
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    decay_norms: bool = True
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    milestones: tuple[int, ...] = (75, 125)
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    final_lr: float = 0.0
+    clip_norm: float | None = None
+
+
+@dataclass
+class TrainConfig:
+    """Length, precision, device, and what is written how often (steps; 0: at epochs' ends only)."""
+
+    epochs: int = 150
+    batch_size: int = 16
+    eval_batch_size: int = 32
+    seed: int = 0
+    device: str = "auto"
+    kernels: str = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    channels_last: bool = False
+    deterministic: bool = False
+    monitor: Literal["accuracy", "balanced_accuracy", "loss"] = "accuracy"
+    log_interval: int = 20
+    checkpoint_interval: int = 0
+    tensorboard: bool = True
+    overlays: int = 16
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain types (tuples as lists), fit for YAML, JSON and `torch.load`."""
+        return _plain(asdict(self))
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted key -> plain value."""
+        return {key: _plain(_get(self, key)) for key in valid_keys()}
+
+    def validate(self) -> Config:
+        """Check ranges. Raises `ConfigError` that names key, value and what was expected."""
+        for keys, holds, expected in _RULES:
+            for key in keys.split():
+                value = _get(self, key)
+                if value is not None and not holds(value):
+                    raise ConfigError(f"{key}={_plain(value)}: expected {expected}")
+        if self.data.fold >= self.data.folds:
+            raise ConfigError(
+                f"data.fold={self.data.fold}: expected 0 to data.folds - 1 = {self.data.folds - 1}"
+            )
+        return self
+
+
+def _range_ok(pair: tuple[float, float]) -> bool:
+    return 0 <= pair[0] <= pair[1] <= 1
+
+
+_RULES: list[tuple[str, Any, str]] = [
+    ("model.name", lambda v: v in ("magsd", "plain"), "magsd or plain"),
+    ("data.image_size", lambda v: 16 <= v <= 4096, "16 to 4096"),
+    ("data.folds train.batch_size", lambda v: v >= 2, "at least 2"),
+    (
+        "train.epochs train.eval_batch_size train.log_interval data.clahe_tiles",
+        lambda v: v >= 1,
+        "at least 1",
+    ),
+    (
+        "data.fold train.checkpoint_interval train.overlays optim.warmup_epochs optim.final_lr "
+        "optim.weight_decay views.padding data.split_seed train.seed",
+        lambda v: v >= 0,
+        "at least 0",
+    ),
+    ("optim.lr data.clahe_clip optim.clip_norm", lambda v: v > 0, "more than 0"),
+    (
+        "optim.momentum optim.gamma loss.confidence loss.smoothing views.weight views.floor",
+        lambda v: 0 <= v <= 1,
+        "0 to 1",
+    ),
+    ("views.mixup_theta views.dim_theta views.patch_theta", _range_ok, "0 <= low <= high <= 1"),
+    ("optim.betas", lambda v: all(0 <= b < 1 for b in v), "two numbers in [0, 1)"),
+    (
+        "loss.class_weights",
+        lambda v: isinstance(v, str) or all(w >= 0 for w in v),
+        "none, balanced, or numbers of at least 0",
+    ),
+]
+
+
+def valid_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Every dotted leaf key."""
+    keys: list[str] = []
+    hints = get_type_hints(cls)
+    for item in fields(cls):
+        if is_dataclass(hints[item.name]):
+            keys += valid_keys(hints[item.name], f"{prefix}{item.name}.")
+        else:
+            keys.append(prefix + item.name)
+    return keys
+
+
+def resolve_key(key: str) -> str:
+    """Full dotted name of `key`, which may lack leading sections where it stays unique."""
+    keys = valid_keys()
+    if key in keys:
+        return key
+    matches = [full for full in keys if full.endswith("." + key)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ConfigError(f"key {key!r} stands in several sections: say {' or '.join(matches)}")
+    raise ConfigError(f"unknown key {key!r}; {_nearest(key, keys)}")
+
+
+def _nearest(key: str, keys: list[str]) -> str:
+    """The closest full name, comparing short keys with leaves and dotted keys with whole names."""
+    by_leaf: dict[str, str] = {full.rsplit(".", 1)[1]: full for full in reversed(keys)}
+    if key.rsplit(".", 1)[-1] in by_leaf:  # the right name in the wrong section
+        return f"did you mean {by_leaf[key.rsplit('.', 1)[-1]]!r}?"
+    pool = {full: full for full in keys} | ({} if "." in key else by_leaf)
+    close = difflib.get_close_matches(key, pool, n=1, cutoff=0.5)
+    if not close and "." in key:
+        close = difflib.get_close_matches(key.rsplit(".", 1)[1], by_leaf, n=1, cutoff=0.5)
+        pool = by_leaf
+    if close:
+        return f"did you mean {pool[close[0]]!r}?"
+    return "valid sections: " + ", ".join(sorted({full.split(".")[0] for full in keys}))
+
+
+def load_config(
+    file: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    base: Config | None = None,
+) -> Config:
+    """`base` (else the published recipe), then a YAML file, then `key=value` pairs.
+
+    `file` is a path or the name of a packaged configuration. Raises `ConfigError`.
+    """
+    config = base if base is not None else Config()
+    if file is not None:
+        apply_mapping(config, _read_yaml(_find(file)), where=str(file))
+    for pair in overrides:
+        key, separator, text = pair.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{pair!r} is not of the form key=value")
+        _set(config, resolve_key(key.strip()), text.strip(), where="command line", from_text=True)
+    return config.validate()
+
+
+def named_source(overrides: Iterable[str]) -> str | None:
+    """The image source that `key=value` pairs choose, the last one where several do."""
+    found = None
+    for pair in overrides:
+        key, _, value = pair.partition("=")
+        if key.strip() in ("source", "data.source"):
+            found = value.strip()
+    return found
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Name -> path of the configurations that come with the package."""
+    folder = Path(str(resources.files("magsd") / "configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def config_from_dict(values: Mapping[str, Any], where: str = "configuration") -> Config:
+    """The inverse of `Config.to_dict`."""
+    config = Config()
+    apply_mapping(config, values, where=where)
+    return config.validate()
+
+
+def dump_yaml(config: Config) -> str:
+    """The configuration as YAML, opened by the mark that tells a run's folder."""
+    body = yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=False)
+    return f"{RUN_MARK}: every value that this run used\n{body}"
+
+
+def apply_mapping(config: Config, values: Mapping[str, Any], *, where: str) -> None:
+    """Set nested or dotted keys of `values` on `config` in place."""
+    for key, value in _flatten(values, where):
+        try:
+            full = resolve_key(key)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        _set(config, full, value, where=where)
+
+
+def _flatten(values: Any, where: str, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} must hold keys and values")
+    sections = {key.rsplit(".", n)[0] for key in valid_keys() for n in range(1, key.count(".") + 1)}
+    pairs: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        full = f"{prefix}{key}"
+        if full in sections:
+            pairs += _flatten(value if value is not None else {}, where, full + ".")
+        else:
+            pairs.append((full, value))
+    return pairs
+
+
+def _find(file: str | Path) -> Path:
+    path = Path(file)
+    if path.is_file():
+        return path
+    packaged = packaged_configs()
+    if str(file) in packaged:
+        return packaged[str(file)]
+    raise ConfigError(f"no configuration file {path}; packaged ones: {', '.join(packaged)}")
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    return {} if values is None else values
+
+
+def _get(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _set(config: Any, key: str, value: Any, *, where: str, from_text: bool = False) -> None:
+    *sections, leaf = key.split(".")
+    target = _get(config, ".".join(sections)) if sections else config
+    hint = get_type_hints(type(target))[leaf]
+    try:
+        typed = coerce(value, hint, from_text=from_text)
+    except (TypeError, ValueError, yaml.YAMLError):
+        raise ConfigError(f"{where}: {key}={value!r}: expected {_describe(hint)}") from None
+    try:
+        changed = replace(target, **{leaf: typed})
+    except ValueError as error:
+        raise ConfigError(f"{where}: {key}={value!r}: {error}") from None
+    *outer, section = sections
+    setattr(_get(config, ".".join(outer)) if outer else config, section, changed)
+
+
+def coerce(value: Any, hint: Any, *, from_text: bool = False) -> Any:
+    """`value` as the annotated type. Raises `TypeError` or `ValueError` where it does not fit."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _coerce_union(value, args, from_text)
+    if from_text and hint is not str and origin is not Literal:
+        value = yaml.safe_load(value)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(value)
+        return value
+    if hint is type(None):
+        if value is not None:
+            raise TypeError(value)
+        return None
+    if origin in (tuple, list):
+        return _coerce_sequence(value, origin, args)
+    if origin is dict or hint is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError(value)
+        return dict(value)
+    if hint is float:
+        return _coerce_float(value)
+    if hint is Any:
+        return value
+    # bool is an int to isinstance, but never a valid count here.
+    if type(value) is not hint:
+        raise TypeError(value)
+    return value
+
+
+def _coerce_union(value: Any, options: tuple[Any, ...], from_text: bool) -> Any:
+    # str accepts every text, so it is tried last: "null" and "true" keep their meaning.
+    for option in sorted(options, key=lambda o: o is str):
+        try:
+            return coerce(value, option, from_text=from_text)
+        except (TypeError, ValueError, yaml.YAMLError):
+            continue
+    raise TypeError(value)
+
+
+def _coerce_float(value: Any) -> float:
+    # YAML 1.1 reads "1e-3" (no dot) as text.
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise TypeError(value)
+    return float(value)
+
+
+def _coerce_sequence(value: Any, origin: type, args: tuple[Any, ...]) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(value)
+    if origin is list or (len(args) == 2 and args[1] is Ellipsis):
+        items = [coerce(item, args[0]) for item in value]
+    elif len(value) != len(args):
+        raise ValueError(value)
+    else:
+        items = [coerce(item, arg) for item, arg in zip(value, args, strict=True)]
+    return items if origin is list else tuple(items)
+
+
+def _describe(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in args)
+    if origin is Literal:
+        return " or ".join(str(option) for option in args)
+    if origin is tuple and not (len(args) == 2 and args[1] is Ellipsis):
+        return f"[{', '.join(_describe(option) for option in args)}]"
+    if origin in (tuple, list):
+        return f"a list of {_describe(args[0])}"
+    return {type(None): "null"}.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,29 @@
+"""Images, labels, masks, splits and batches."""
+
+from __future__ import annotations
+
+from magsd.data.augment import AugmentConfig, augment_images, z_score
+from magsd.data.cache import ImageCache, load_cache
+from magsd.data.loader import Batch, BatchLoader
+from magsd.data.random import step_generator
+from magsd.data.record import Record
+from magsd.data.sources import Source, open_source
+from magsd.data.splits import Split, read_split, split_by_patient, write_split
+
+__all__ = [
+    "AugmentConfig",
+    "Batch",
+    "BatchLoader",
+    "ImageCache",
+    "Record",
+    "Source",
+    "Split",
+    "augment_images",
+    "load_cache",
+    "open_source",
+    "read_split",
+    "split_by_patient",
+    "step_generator",
+    "write_split",
+    "z_score",
+]

@@ -1,0 +1,115 @@
+"""`csv:FILE`: a table of files and labels."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from magsd.data.darwin import DarwinAnnotation, read_darwin
+from magsd.data.images import read_image_file, to_grey
+from magsd.data.record import Record
+from magsd.data.sources.base import FileSource, merge_patients
+from magsd.errors import DataError
+
+_REQUIRED = ("file", "label")
+_log = logging.getLogger(__name__)
+
+
+class TableSource(FileSource):
+    """Images listed in a CSV with the columns file, label and optional patient, mask.
+
+    file, mask: paths relative to the CSV's folder, or absolute. mask: an image that is above 0
+    in the lesion, or Darwin JSON with the lungs. Without a mask column, ``lungs/<stem>.json``
+    beside the CSV is that image's annotation. Without a patient column each image is its own
+    patient. Images whose annotations name the same patient become one patient.
+    """
+
+    def __init__(
+        self, path: Path, *, classes: Sequence[str] | None = None, limit: int | None = None
+    ) -> None:
+        self.spec = f"csv:{path}"
+        rows = _read_rows(path)
+        self._masks: dict[str, Path] = {}
+        self._annotations: dict[str, DarwinAnnotation] = {}
+        records, identities = [], []
+        for line, row in rows:
+            record = self._record(path, line, row)
+            records.append(record)
+            annotation = self._annotations.get(record.key)
+            identities.append(annotation.patients if annotation else ())
+        merged = merge_patients(records, identities)
+        changed = sum(a.patient != b.patient for a, b in zip(records, merged, strict=True))
+        if changed:
+            _log.info("%s: %d images joined to the patient that their tag names", path, changed)
+        self._set_records(merged, origin=str(path), classes=classes, limit=limit)
+
+    def _record(self, table: Path, line: int, row: dict[str, str]) -> Record:
+        file, label = row["file"].strip(), row["label"].strip()
+        if not file or not label:
+            raise DataError(f"{table}, line {line}: file or label is empty")
+        key = PurePosixPath(file.replace("\\", "/")).as_posix()
+        patient = (row.get("patient") or "").strip() or key
+        record = Record(key, label, patient, table.parent / key)
+        mask = self._find_mask(table, row, key)
+        if mask is None:
+            return record
+        self._masks[key] = mask
+        if mask.suffix.lower() != ".json":
+            return dataclasses.replace(record, mask_kind="lesion")
+        annotation = self._annotations[key] = read_darwin(mask)
+        return dataclasses.replace(record, mask_kind="lungs") if annotation.lungs else record
+
+    @staticmethod
+    def _find_mask(table: Path, row: dict[str, str], key: str) -> Path | None:
+        if "mask" in row:
+            name = (row["mask"] or "").strip()
+            return table.parent / name if name else None
+        beside = table.parent / "lungs" / f"{PurePosixPath(key).stem}.json"
+        return beside if beside.is_file() else None
+
+    def mask_path(self, record: Record) -> Path | None:
+        """The file of the record's mask."""
+        return self._masks.get(record.key)
+
+    def read_mask(self, record: Record) -> np.ndarray | None:
+        """Lesion or lungs; None where there are none or where the image was cropped."""
+        if record.mask_kind is None:
+            return None
+        height, width = self.read_image(record).shape[:2]
+        if (annotation := self._annotations.get(record.key)) is not None:
+            return annotation.lung_mask(height, width)
+        mask = to_grey(read_image_file(self._masks[record.key])) > 0
+        if mask.shape != (height, width):
+            raise DataError(
+                f"{self._masks[record.key]}: mask of {mask.shape[1]}x{mask.shape[0]} pixels for"
+                f" an image of {width}x{height}"
+            )
+        return mask
+
+
+def _read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """Line number and columns of every row; DataError where the table cannot be used."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            lacking = [name for name in _REQUIRED if name not in columns]
+            if lacking:
+                raise DataError(
+                    f"{path}: no column {' and no column '.join(lacking)}; it has"
+                    f" {', '.join(columns) or 'none'} (file and label are needed,"
+                    " patient and mask may follow)"
+                )
+            rows = [(reader.line_num, {k: v or "" for k, v in row.items() if k}) for row in reader]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read as CSV ({error})") from error
+    if not rows:
+        raise DataError(f"{path}: the table has no rows")
+    return rows

@@ -1,0 +1,116 @@
+"""Stratified splits that keep a patient's images together."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from magsd.data.record import Record
+from magsd.errors import DataError
+
+_COLUMNS = ["key", "label", "patient", "split"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Positions in the records: those to train on, and those to validate on; both rising."""
+
+    train: list[int]
+    validation: list[int]
+
+
+def split_by_patient(
+    records: Sequence[Record], *, folds: int = 5, fold: int = 0, seed: int = 0
+) -> Split:
+    """Validation is part `fold` of `folds`, train the rest; classes keep their shares.
+
+    No patient stands on both sides. Raises DataError where a class has fewer patients than
+    folds, or where a side would lack a class.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    if folds < 2:
+        raise DataError(f"folds must be at least 2, not {folds}")
+    if not 0 <= fold < folds:
+        raise DataError(f"fold must lie in 0..{folds - 1}, not {fold}")
+    _check_patients(records, folds)
+    labels = np.array([record.label for record in records])
+    patients = np.array([record.patient for record in records])
+    splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
+    sides = list(splitter.split(np.zeros(len(records)), labels, patients))[fold]
+    split = Split(*(sorted(int(i) for i in side) for side in sides))
+    for name, side in (("train", split.train), ("validation", split.validation)):
+        lacking = sorted(set(labels) - {records[i].label for i in side})
+        if lacking:
+            raise DataError(
+                f"fold {fold} of {folds} has no {name} image of class {', '.join(lacking)};"
+                " use fewer folds or another seed"
+            )
+    return split
+
+
+def _check_patients(records: Sequence[Record], folds: int) -> None:
+    patients: dict[str, set[str]] = {}
+    for record in records:
+        patients.setdefault(record.label, set()).add(record.patient)
+    if len(patients) < 2:
+        raise DataError(f"training needs at least two classes, found {', '.join(patients)}")
+    for label, names in sorted(patients.items()):
+        if len(names) == 1:
+            raise DataError(
+                f"class {label!r} has one patient only: it cannot stand on both sides of a split"
+            )
+        if len(names) < folds:
+            raise DataError(
+                f"class {label!r} has {len(names)} patients, fewer than the {folds} folds;"
+                f" use folds={len(names)} or fewer"
+            )
+
+
+def write_split(path: str | os.PathLike[str], records: Sequence[Record], split: Split) -> None:
+    """Write a CSV with the columns key, label, patient, split (train or validation)."""
+    side = dict.fromkeys(split.train, "train") | dict.fromkeys(split.validation, "validation")
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(_COLUMNS)
+        for index, record in enumerate(records):
+            if index in side:
+                writer.writerow([record.key, record.label, record.patient, side[index]])
+    os.replace(temporary, path)
+
+
+def read_split(path: str | os.PathLike[str], records: Sequence[Record]) -> Split:
+    """The split that `write_split` wrote for the same records; DataError where they differ."""
+    path = Path(path)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if not rows or not set(_COLUMNS) <= set(rows[0]):
+        raise DataError(f"{path}: not a split file (columns {', '.join(_COLUMNS)} expected)")
+    position = {record.key: index for index, record in enumerate(records)}
+    sides: dict[str, list[int]] = {"train": [], "validation": []}
+    for row in rows:
+        index = position.pop(row["key"], None)
+        if index is None:
+            raise DataError(f"{path}: {row['key']} is not among the images, or stands there twice")
+        record = records[index]
+        if (row["label"], row["patient"]) != (record.label, record.patient):
+            raise DataError(f"{path}: label or patient of {row['key']} differs from the data")
+        if row["split"] not in sides:
+            raise DataError(f"{path}: {row['key']} has the unknown split {row['split']!r}")
+        sides[row["split"]].append(index)
+    if position:
+        raise DataError(
+            f"{path}: {len(position)} images of the data are not in the split,"
+            f" first {next(iter(position))}"
+        )
+    return Split(sorted(sides["train"]), sorted(sides["validation"]))

@@ -1,0 +1,31 @@
+"""Measuring and showing what a classifier does."""
+
+from __future__ import annotations
+
+from magsd.evaluation.evaluate import EvaluationReport, evaluate, refined_logits
+from magsd.evaluation.localisation import Localisation, LocalisationScore, attention_inside
+from magsd.evaluation.metrics import ClassMetrics, Metrics, compute_metrics
+from magsd.evaluation.overlay import OverlayItem, contact_sheet, overlay_image, save_overlay
+from magsd.evaluation.plots import plot_confusion, plot_curves
+from magsd.evaluation.predict import Prediction, predict_images, write_overlays
+
+__all__ = [
+    "ClassMetrics",
+    "EvaluationReport",
+    "Localisation",
+    "LocalisationScore",
+    "Metrics",
+    "OverlayItem",
+    "Prediction",
+    "attention_inside",
+    "compute_metrics",
+    "contact_sheet",
+    "evaluate",
+    "overlay_image",
+    "plot_confusion",
+    "plot_curves",
+    "predict_images",
+    "refined_logits",
+    "save_overlay",
+    "write_overlays",
+]

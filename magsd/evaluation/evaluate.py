@@ -1,0 +1,230 @@
+"""Evaluation of a classifier over a loader: metrics, refined metrics, localisation, speed."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console, ConsoleOptions, RenderResult
+from torch import Tensor
+
+from magsd.data import Batch, ImageCache
+from magsd.errors import MagsdError
+from magsd.evaluation.localisation import Localisation, attention_inside, summarise
+from magsd.evaluation.metrics import Metrics, compute_metrics
+from magsd.evaluation.tables import report_tables
+from magsd.models.classifier import Classifier, ClassifierOutput
+from magsd_kernels import attention_mixup
+
+# Evaluation's mix-up: the middle of the range that training draws from, and training's padding.
+REFINE_THETA = 0.5
+REFINE_PADDING = 0.1
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Per image, in the loader's order: logits (N, K), refined logits or None, targets, indices."""
+
+    logits: NDArray[np.float32]
+    refined_logits: NDArray[np.float32] | None
+    targets: NDArray[np.int64]
+    indices: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Result of `evaluate`; printing it with rich shows tables.
+
+    raw: metrics of the logits of the image. refined: of the mean of these and of the logits of the
+    image blended with the crop that its attention names, or None. localisation: None without masks.
+    """
+
+    classes: tuple[str, ...]
+    raw: Metrics
+    refined: Metrics | None
+    localisation: Localisation | None
+    images_per_second: float
+    predictions: Predictions = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the predictions, as JSON types; an undefined number is None."""
+        return {
+            "classes": list(self.classes),
+            "raw": _jsonable(asdict(self.raw)),
+            "refined": None if self.refined is None else _jsonable(asdict(self.refined)),
+            "localisation": (
+                None if self.localisation is None else _jsonable(asdict(self.localisation))
+            ),
+            "images_per_second": _jsonable(self.images_per_second),
+        }
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """JSON text of `to_dict`, also written to `path` where given."""
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from report_tables(self)
+
+
+def evaluate(
+    model: Classifier,
+    loader: Iterable[Batch],
+    cache: ImageCache | None = None,
+    *,
+    classes: Sequence[str],
+    device: torch.device | str = "cpu",
+    precision: str = "float32",
+    refine: bool = True,
+) -> EvaluationReport:
+    """Run `model` over `loader` without augmentation and report.
+
+    loader yields batches with images (B, C, S, S), labels (B,) and indices, the rows of the images
+    in `cache`. cache: where the masks are; None or no masks leaves localisation out.
+    precision: float32, bfloat16 or float16 (autocast). The model's mode is restored.
+    The results are read from the device once, at the end.
+    """
+    device = torch.device(device)
+    gathered = _Gathered()
+    start = time.perf_counter()
+    with inference(model, device, precision):
+        for batch in loader:
+            images = batch.images.to(device, non_blocking=True)
+            output = model(images)
+            saliency = model.saliency(output)
+            refined = refined_logits(model, images, output, saliency) if refine else None
+            gathered.add(output.logits, refined, batch)
+            if cache is not None and cache.masks is not None:
+                gathered.add_localisation(saliency, cache, batch)
+    predictions = gathered.predictions()
+    localisation = gathered.localisation(classes)
+    seconds = time.perf_counter() - start
+    refined_metrics = (
+        None
+        if predictions.refined_logits is None
+        else _metrics(predictions.targets, predictions.refined_logits, classes)
+    )
+    return EvaluationReport(
+        classes=tuple(classes),
+        raw=_metrics(predictions.targets, predictions.logits, classes),
+        refined=refined_metrics,
+        localisation=localisation,
+        images_per_second=len(predictions.targets) / max(seconds, 1e-9),
+        predictions=predictions,
+    )
+
+
+class _Gathered:
+    """Results of the batches so far; they stay on the device until all have run."""
+
+    def __init__(self) -> None:
+        self._logits: list[Tensor] = []
+        self._refined: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        self._indices: list[int] = []
+        self._shares: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, logits: Tensor, refined: Tensor | None, batch: Batch) -> None:
+        self._logits.append(logits.float())
+        if refined is not None:
+            self._refined.append(refined.float())
+        self._labels.append(batch.labels)
+        self._indices.extend(batch.indices)
+
+    def add_localisation(self, saliency: Tensor, cache: ImageCache, batch: Batch) -> None:
+        assert cache.masks is not None
+        rows = np.asarray(batch.indices, dtype=np.int64)
+        masked = np.flatnonzero(np.asarray(cache.has_mask)[rows])
+        if len(masked) == 0:
+            return
+        within = torch.from_numpy(masked)
+        masks = torch.from_numpy(np.array(cache.masks[rows[masked]])).to(saliency.device)
+        shares = attention_inside(saliency[within.to(saliency.device)], masks)
+        self._shares.append((*shares, batch.labels[within.to(batch.labels.device)]))
+
+    def predictions(self) -> Predictions:
+        if not self._indices:
+            raise MagsdError("nothing to evaluate: the loader gave no images")
+        return Predictions(
+            logits=_read(self._logits),
+            refined_logits=_read(self._refined) if self._refined else None,
+            targets=_read(self._labels),
+            indices=np.asarray(self._indices, dtype=np.int64),
+        )
+
+    def localisation(self, classes: Sequence[str]) -> Localisation | None:
+        if not self._shares:
+            return None
+        inside, uniform, labels = (
+            _read(list(column)) for column in zip(*self._shares, strict=True)
+        )
+        return summarise(inside, uniform, labels, classes)
+
+
+def refined_logits(
+    model: Classifier, images: Tensor, output: ClassifierOutput, saliency: Tensor
+) -> Tensor:
+    """Mean of the logits of `images` (B, C, H, W) and of their mix-up view, (B, K).
+
+    The view blends the image with the crop around the pixels at or above half of the saliency
+    map's maximum, resized to the whole image.
+    """
+    theta = torch.full((len(images),), REFINE_THETA, device=images.device)
+    view = attention_mixup(images, saliency, theta, padding=REFINE_PADDING)
+    return (output.logits + model(view).logits) / 2
+
+
+@contextmanager
+def inference(model: Classifier, device: torch.device, precision: str) -> Iterator[None]:
+    """Evaluation mode without gradients, under autocast for half precisions; restores the mode."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    dtype = PRECISIONS[precision]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            yield
+    finally:
+        model.train(training)
+
+
+def probabilities_of(logits: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Softmax over the last axis in double precision."""
+    return torch.from_numpy(np.asarray(logits, dtype=np.float64)).softmax(dim=-1).numpy()
+
+
+def _metrics(targets: NDArray, logits: NDArray, classes: Sequence[str]) -> Metrics:
+    if not np.isfinite(logits).all():
+        bad = int((~np.isfinite(logits)).any(axis=1).sum())
+        raise MagsdError(
+            f"the model's logits are not finite for {bad} of {len(logits)} images: its weights "
+            "have diverged, or the precision overflows"
+        )
+    return compute_metrics(targets, probabilities_of(logits), classes)
+
+
+def _read(values: list[Tensor]) -> NDArray:
+    return torch.cat(values).cpu().numpy()
+
+
+def _jsonable(value: Any) -> Any:
+    """The same with every NaN as None, since JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,215 @@
+"""Heat maps over radiographs: single pictures and contact sheets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from contourpy import contour_generator
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+# Perceptually uniform, and its dark end fades into a radiograph's.
+COLORMAP = "inferno"
+# Opacity of the hottest pixel; below it opacity falls with the heat, so that anatomy stays legible.
+OPACITY = 0.7
+OUTLINE = (90, 230, 215)
+# Shorter side of a drawn picture in pixels: outlines of small inputs are smooth in print, too.
+DRAW_SIZE = 672
+
+
+@dataclass(frozen=True)
+class OverlayItem:
+    """One picture of a contact sheet.
+
+    image: (H, W) or (H, W, 3) uint8. saliency: (h, w), not negative. mask: (H, W), nonzero inside,
+    or None. inside and uniform: shares of attention and of area inside the mask, where known.
+    """
+
+    image: NDArray[np.uint8]
+    saliency: NDArray[np.floating]
+    predicted: str
+    probability: float
+    label: str | None = None
+    mask: NDArray | None = None
+    inside: float | None = None
+    uniform: float | None = None
+    name: str | None = None
+
+    def caption(self) -> str:
+        """One or two lines: true and predicted class, share of attention inside the mask."""
+        first = f"{self.predicted} {self.probability:.0%}"
+        if self.label is not None and self.label != self.predicted:
+            first = f"{self.label}, taken for {first}"
+        if self.inside is None or not np.isfinite(self.inside):
+            return first
+        share = f"{self.inside:.0%} of attention in mask"
+        if self.uniform is not None:
+            share += f" ({self.uniform:.0%} of area)"
+        return f"{first}\n{share}"
+
+
+def overlay_image(
+    image: NDArray[np.uint8],
+    saliency: NDArray[np.floating],
+    mask: NDArray | None = None,
+    *,
+    size: int = DRAW_SIZE,
+) -> NDArray[np.uint8]:
+    """Image with its heat map and the mask's outline, RGB uint8.
+
+    image: (H, W) or (H, W, 3) uint8, resized so that its shorter side has `size` pixels.
+    saliency: (h, w), shown from its minimum (transparent) to its maximum; a constant map leaves the
+    image as it is. mask: of any size, nonzero inside.
+    """
+    if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        raise ValueError(f"image: expected (H, W[, 3]) uint8, got {image.shape} {image.dtype}")
+    base = fitted(image, size).astype(np.float32)
+    heat = heat_map(saliency, base.shape[:2])
+    colours = colormaps[COLORMAP](heat)[..., :3].astype(np.float32) * 255.0
+    opacity = OPACITY * heat[..., None]
+    picture = (base + opacity * (colours - base)).round().clip(0, 255).astype(np.uint8)
+    return picture if mask is None else with_outline(picture, mask)
+
+
+def heat_map(saliency: NDArray[np.floating], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Map (h, w) upsampled (align_corners=False) to `shape`; its minimum is 0, its maximum 1.
+
+    Bicubic without undershoot, since the creases of a bilinear map look like findings. Zero where
+    the map is constant or not finite.
+    """
+    if saliency.ndim != 2:
+        raise ValueError(f"saliency: expected (h, w), got shape {saliency.shape}")
+    low = np.ascontiguousarray(saliency, dtype=np.float32)
+    bottom, top = float(low.min()), float(low.max())
+    if not np.isfinite(top - bottom) or top - bottom <= 1e-6 * abs(top):
+        return np.zeros(shape, dtype=np.float32)
+    scaled = (low - bottom) / (top - bottom)
+    heat = cv2.resize(scaled, shape[::-1], interpolation=cv2.INTER_CUBIC).clip(0.0, None)
+    return heat / heat.max()
+
+
+def with_outline(picture: NDArray[np.uint8], mask: NDArray) -> NDArray[np.uint8]:
+    """A copy of the picture (H, W, 3) with the outline of a mask of any size drawn on it."""
+    height, width = picture.shape[:2]
+    soft = (np.asarray(mask) > 0).astype(np.float32)
+    smooth = cv2.resize(soft, (width, height), interpolation=cv2.INTER_LINEAR)
+    # Blurring by most of a mask pixel takes its steps off; the half-way line moves by less.
+    steps = max(height / soft.shape[0], width / soft.shape[1])
+    smooth = cv2.GaussianBlur(smooth, (0, 0), sigmaX=max(0.8 * steps, 0.5))
+    # A rim of zeros closes the outline where the mask reaches the picture's edge.
+    lines = contour_generator(z=np.pad(smooth, 1)).lines(0.5)
+    bits = 4  # fixed-point fraction of the coordinates: the line runs between pixels
+    points = [np.round((line - 1.0) * (1 << bits)).astype(np.int32) for line in lines]
+    thickness = max(round(min(height, width) / 300), 1)
+    drawn = picture.copy()
+    # A dark line under the bright one keeps the outline visible on hot and on white ground.
+    cv2.polylines(drawn, points, True, (0, 0, 0), 2 * thickness, cv2.LINE_AA, bits)
+    cv2.polylines(drawn, points, True, OUTLINE, thickness, cv2.LINE_AA, bits)
+    return drawn
+
+
+def fitted(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """RGB version whose shorter side has `size` pixels."""
+    rgb = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if image.ndim == 2 else image
+    factor = size / min(rgb.shape[:2])
+    if factor == 1:
+        return rgb
+    shape = (round(rgb.shape[1] * factor), round(rgb.shape[0] * factor))
+    return cv2.resize(rgb, shape, interpolation=cv2.INTER_CUBIC if factor > 1 else cv2.INTER_AREA)
+
+
+def save_overlay(path: str | Path, item: OverlayItem, *, size: int = DRAW_SIZE) -> Path:
+    """Write one overlay as PNG and return its path; raises OSError where it cannot be written."""
+    picture = overlay_image(item.image, item.saliency, item.mask, size=size)
+    done, buffer = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    if not done:
+        raise OSError(f"OpenCV could not encode {path}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.tobytes())
+    return path
+
+
+def contact_sheet(
+    path: str | Path,
+    items: Sequence[OverlayItem],
+    *,
+    columns: int = 4,
+    title: str | None = None,
+    dpi: int = 160,
+) -> Path:
+    """Write a PNG with each radiograph above its overlay, with a caption, and return its path."""
+    if not items:
+        raise ValueError("items: expected at least one")
+    columns = min(columns, len(items))
+    rows = -(-len(items) // columns)
+    # Lengths in inches, counted from the top left corner of the page.
+    side, gap, caption, between, margin = 2.1, 0.04, 0.34, 0.16, 0.12
+    top = 0.42 if title else 0.06
+    width = max(columns * (side + gap) - gap + 2 * margin, 4.4)
+    left = (width - columns * (side + gap) + gap) / 2
+    height = top + rows * (caption + 2 * side + gap + between) + 0.26
+    figure = Figure(figsize=(width, height), facecolor="white")
+    for k, item in enumerate(items):
+        x = left + (k % columns) * (side + gap)
+        y = top + (k // columns) * (caption + 2 * side + gap + between) + caption
+        colour = "#202020" if item.label in (None, item.predicted) else "#b00020"
+        _text(figure, x + side / 2, y - 0.05, item.caption(), 7.0, "bottom", color=colour)
+        overlay = overlay_image(item.image, item.saliency, item.mask)
+        for picture in (fitted(item.image, DRAW_SIZE), overlay):
+            axes = figure.add_axes(_place(figure, x, y, side, side))
+            axes.imshow(picture, interpolation="antialiased")
+            axes.set_axis_off()
+            y += side + gap
+    if title:
+        _text(figure, width / 2, 0.12, title, 10.5, "top")
+    _legend(figure, outlined=any(item.mask is not None for item in items))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi)
+    return path
+
+
+def _legend(figure: Figure, *, outlined: bool) -> None:
+    """Colour scale of the attention, and what the outline is, along the lower edge."""
+    y, bar = figure.get_figheight() - 0.2, 1.1
+    x = figure.get_figwidth() / 2 - bar / 2 + (0.35 if outlined else 0.0)
+    axes = figure.add_axes(_place(figure, x, y, bar, 0.1))
+    axes.imshow(np.linspace(0, 1, 256)[None], aspect="auto", cmap=COLORMAP)
+    axes.set_axis_off()
+    _text(figure, x - 0.06, y + 0.05, "least attention", 7.0, "center", ha="right")
+    _text(figure, x + bar + 0.06, y + 0.05, "most", 7.0, "center", ha="left")
+    if outlined:
+        colour = tuple(channel / 255 for channel in OUTLINE)
+        axes = figure.add_axes(_place(figure, x - 1.55, y + 0.035, 0.22, 0.03))
+        axes.set_facecolor(colour)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(color="black", linewidth=0.6)
+        _text(figure, x - 1.27, y + 0.05, "mask", 7.0, "center", ha="left")
+
+
+def _place(
+    figure: Figure, x: float, y: float, width: float, height: float
+) -> tuple[float, float, float, float]:
+    """Axes rectangle from inches, y counted downwards."""
+    w, h = figure.get_figwidth(), figure.get_figheight()
+    return x / w, 1 - (y + height) / h, width / w, height / h
+
+
+def _text(
+    figure: Figure,
+    x: float,
+    y: float,
+    text: str,
+    size: float,
+    va: str,
+    ha: str = "center",
+    color: str = "#202020",
+) -> None:
+    w, h = figure.get_figwidth(), figure.get_figheight()
+    figure.text(x / w, 1 - y / h, text, fontsize=size, va=va, ha=ha, color=color, linespacing=1.25)

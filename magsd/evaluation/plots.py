@@ -1,0 +1,140 @@
+"""Confusion matrix and training curves as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import ArrayLike
+
+from magsd.errors import RunError
+
+# Colour-blind safe (Okabe and Ito, 2008).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DPI = 150
+
+
+def plot_confusion(
+    path: str | Path, confusion: ArrayLike, classes: Sequence[str], *, title: str | None = None
+) -> Path:
+    """Write a confusion matrix, rows true and columns predicted, shaded by share of the row.
+
+    confusion: (K, K) counts. Each cell shows its count and its share of the true class.
+    """
+    counts = np.asarray(confusion)
+    if counts.shape != (len(classes), len(classes)):
+        raise ValueError(f"confusion: expected {(len(classes),) * 2}, got {counts.shape}")
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = counts / np.maximum(totals, 1)
+    side = 1.6 + 0.85 * len(classes)
+    figure = Figure(figsize=(side + 0.9, side), layout="constrained")
+    axes = figure.add_subplot()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for i, j in np.ndindex(*counts.shape):
+        colour = "white" if shares[i, j] > 0.55 else "#202020"
+        text = f"{counts[i, j]}\n{shares[i, j]:.0%}" if totals[i, 0] else "0"
+        axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=9)
+    axes.set_xticks(range(len(classes)), classes, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.spines[:].set_visible(False)
+    axes.set_xticks(np.arange(1, len(classes)) - 0.5, minor=True)
+    axes.set_yticks(np.arange(1, len(classes)) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=2)
+    axes.tick_params(which="both", length=0)
+    bar = figure.colorbar(picture, ax=axes, fraction=0.046, pad=0.03)
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    bar.set_label("share of the true class")
+    bar.outline.set_visible(False)
+    if title:
+        axes.set_title(title, fontsize=11)
+    return _save(figure, path)
+
+
+def plot_curves(path: str | Path, metrics_csv: str | Path) -> Path:
+    """Write the training curves of a run's metrics.csv.
+
+    Expects a column "epoch" (or "step") for the x axis. Losses go into one panel, accuracies (other
+    columns within 0..1) into a second, the learning rate into a third; a panel without data is left
+    out, several rows of one epoch are averaged, and columns that are no numbers are ignored.
+    Raises RunError where the file is missing or holds nothing to draw.
+    """
+    table = _read_metrics(metrics_csv)
+    panels = [(name, columns) for name, columns in _panels(table).items() if columns]
+    if not panels:
+        raise RunError(f"{metrics_csv} holds no curve to draw: columns {list(table.columns)}")
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    for k, (name, columns) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), k + 1)
+        for colour, column in zip(np.resize(COLOURS, len(columns)), columns, strict=True):
+            series = table[column].dropna()
+            mark = "o" if len(series) == 1 else None
+            axes.plot(series.index, series, label=_label(column), color=colour, lw=1.6, marker=mark)
+        _dress(axes, name, table.index.name)
+    return _save(figure, path)
+
+
+def _read_metrics(path: str | Path) -> pd.DataFrame:
+    """Numeric columns by epoch or step, one row each."""
+    try:
+        table = pd.read_csv(path)
+    except FileNotFoundError as error:
+        raise RunError(f"no training metrics at {path}") from error
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is not a table of metrics: {error}") from error
+    axis = next((name for name in ("epoch", "step") if name in table), None)
+    if axis is None:
+        raise RunError(f"{path} has neither a column 'epoch' nor 'step': {list(table.columns)}")
+    return table.select_dtypes("number").groupby(axis).mean()
+
+
+def _panels(table: pd.DataFrame) -> dict[str, list[str]]:
+    """Columns of each panel; counters, times and rates are left out."""
+    panels: dict[str, list[str]] = {"loss": [], "accuracy": [], "learning rate": []}
+    for column in table:
+        name = str(column).lower()
+        values = table[column].dropna()
+        if values.empty or name in {"epoch", "step"}:
+            continue
+        if "loss" in name or "entropy" in name or "distance" in name:
+            panels["loss"].append(column)
+        elif name in {"lr", "learning_rate"} or name.endswith(("/lr", "_lr")):
+            panels["learning rate"].append(column)
+        elif not any(word in name for word in ("second", "time", "per_s", "memory", "images")) and (
+            values.between(0, 1).all()
+        ):
+            panels["accuracy"].append(column)
+    return panels
+
+
+def _label(column: str) -> str:
+    return column.replace("_", " ").replace("/", " ").replace("val ", "validation ")
+
+
+def _dress(axes: Axes, name: str, x_label: str) -> None:
+    axes.set_title(name, fontsize=10, loc="left")
+    axes.set_xlabel(x_label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e0e0e0", lw=0.6)
+    axes.set_axisbelow(True)
+    if name == "accuracy":
+        axes.set_ylim(0, 1.01)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if name == "learning rate":
+        axes.set_yscale("log")
+    else:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.08)
+    return path

@@ -1,0 +1,250 @@
+"""Predictions for image files, and overlays of examples from a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from magsd.data import BatchLoader, ImageCache, z_score
+from magsd.data.cache import prepare_image
+from magsd.data.images import read_image_file
+from magsd.errors import DataError, RunError
+from magsd.evaluation.evaluate import inference, probabilities_of, refined_logits
+from magsd.evaluation.localisation import attention_inside
+from magsd.evaluation.overlay import OverlayItem, contact_sheet, save_overlay
+from magsd.models.classifier import Classifier
+from magsd.models.config import Preprocessing
+
+_NAMED_BAD = 10
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one image file: most probable class, all probabilities, overlay where one was asked."""
+
+    path: Path
+    label: str
+    probabilities: dict[str, float]
+    overlay: Path | None = None
+
+
+def predict_images(
+    model: Classifier,
+    paths: Sequence[str | Path],
+    *,
+    classes: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    device: torch.device | str = "cpu",
+    precision: str = "float32",
+    refine: bool = True,
+    batch_size: int = 16,
+    overlay_dir: str | Path | None = None,
+    on_bad: Callable[[Path, str], None] | None = None,
+) -> list[Prediction]:
+    """Probabilities of image files, in their order, and PNG overlays where a folder is given.
+
+    classes and preprocessing default to those the model was saved with (RunError without any).
+    refine: use the mean of the logits of the image and of its mix-up view. A file that cannot be
+    read is a DataError that names it; with `on_bad` it is reported there and left out instead.
+    The model is expected on `device`.
+    """
+    classes, preprocessing = _described(model, classes, preprocessing)
+    device = torch.device(device)
+    files = [Path(path) for path in paths]
+    if on_bad is None:
+        _check_present(files)
+    overlays = _overlay_names(files, Path(overlay_dir)) if overlay_dir is not None else None
+    predictions = []
+    with inference(model, device, precision):
+        for rows, originals in _decoded(files, batch_size, on_bad):
+            images = _as_input(originals, preprocessing, model.in_channels).to(device)
+            probabilities, saliency = _run(model, images, refine)
+            for place, row in enumerate(rows):
+                values = probabilities[place]
+                best = int(values.argmax())
+                overlay = None
+                if overlays is not None:
+                    overlay = save_overlay(
+                        overlays[row],
+                        OverlayItem(
+                            image=originals[place],
+                            saliency=saliency[place, 0],
+                            predicted=classes[best],
+                            probability=float(values[best]),
+                        ),
+                    )
+                named = dict(zip(classes, values.tolist(), strict=True))
+                predictions.append(Prediction(files[row], classes[best], named, overlay))
+    return predictions
+
+
+def write_overlays(
+    model: Classifier,
+    cache: ImageCache,
+    indices: Sequence[int],
+    folder: str | Path,
+    *,
+    classes: Sequence[str],
+    limit: int = 16,
+    device: torch.device | str = "cpu",
+    precision: str = "float32",
+    refine: bool = True,
+    title: str | None = None,
+) -> Path:
+    """Write overlays of up to `limit` of the cache's images, the classes in turn, into a folder.
+
+    One PNG an image, named by number and class, and `contact_sheet.png`, whose path is returned.
+    """
+    if limit < 1 or not len(indices):
+        raise ValueError(f"expected at least one image, got limit {limit} of {len(indices)}")
+    chosen = _in_turn(cache, indices, classes, limit)
+    loader = BatchLoader(
+        cache,
+        chosen,
+        classes,
+        batch_size=16,
+        shuffle=False,
+        seed=0,
+        augment=None,
+        device=device,
+        channels=model.in_channels,
+    )
+    items: list[OverlayItem] = []
+    with inference(model, torch.device(device), precision):
+        for batch in loader:
+            probabilities, saliency = _run(model, batch.images, refine)
+            items += [
+                _cached_item(cache, index, classes, probabilities[k], saliency[k])
+                for k, index in enumerate(batch.indices)
+            ]
+    folder = Path(folder)
+    for number, item in enumerate(items):
+        save_overlay(folder / f"{number:03d}_{_file_name(item.label or '')}.png", item)
+    return contact_sheet(folder / "contact_sheet.png", items, title=title)
+
+
+def _run(
+    model: Classifier, images: Tensor, refine: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """Probabilities (B, K) and saliency maps (B, 1, h, w) of a batch on the model's device."""
+    output = model(images)
+    saliency = model.saliency(output)
+    logits = refined_logits(model, images, output, saliency) if refine else output.logits
+    return probabilities_of(logits.float().cpu().numpy()), saliency.cpu().numpy()
+
+
+def _described(
+    model: Classifier, classes: Sequence[str] | None, preprocessing: Preprocessing | None
+) -> tuple[tuple[str, ...], Preprocessing]:
+    names = classes if classes is not None else model.classes
+    prepared = preprocessing if preprocessing is not None else model.preprocessing
+    if names is None or prepared is None:
+        lacking = "class names" if names is None else "preprocessing"
+        raise RunError(f"the model was saved without its {lacking}, and none were given")
+    if len(names) != model.num_classes:
+        raise RunError(f"the model tells {model.num_classes} classes apart, got {list(names)}")
+    return tuple(names), prepared
+
+
+def _check_present(files: Sequence[Path]) -> None:
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        more = f" and {len(missing) - _NAMED_BAD} more" if len(missing) > _NAMED_BAD else ""
+        raise DataError(
+            f"{len(missing)} of {len(files)} images not found: "
+            f"{', '.join(missing[:_NAMED_BAD])}{more}"
+        )
+
+
+def _decoded(
+    files: Sequence[Path], batch_size: int, on_bad: Callable[[Path, str], None] | None
+) -> Iterator[tuple[list[int], list[NDArray[np.uint8]]]]:
+    """Numbers and pixels of the readable files, a batch at a time."""
+    rows: list[int] = []
+    images: list[NDArray[np.uint8]] = []
+    for row, file in enumerate(files):
+        try:
+            image = read_image_file(file)
+        except DataError as error:
+            if on_bad is None:
+                raise
+            on_bad(file, str(error))
+            continue
+        rows.append(row)
+        images.append(image)
+        if len(rows) == batch_size:
+            yield rows, images
+            rows, images = [], []
+    if rows:
+        yield rows, images
+
+
+def _as_input(
+    images: Sequence[NDArray[np.uint8]], preprocessing: Preprocessing, channels: int
+) -> Tensor:
+    """The batch (B, channels, S, S) that training would make of these images."""
+    size, clahe = preprocessing.image_size, preprocessing.clahe
+    prepared = np.stack([prepare_image(image, size, channels, clahe) for image in images])
+    pixels = torch.from_numpy(prepared)
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+    return z_score(pixels.to(torch.float32).div_(255).contiguous())
+
+
+def _overlay_names(files: Sequence[Path], folder: Path) -> list[Path]:
+    """A PNG in `folder` for every file; files of the same stem are numbered."""
+    taken: set[str] = set()
+    names = []
+    for file in files:
+        name, number = file.stem, 1
+        while name in taken:
+            number += 1
+            name = f"{file.stem}_{number}"
+        taken.add(name)
+        names.append(folder / f"{name}.png")
+    return names
+
+
+def _in_turn(
+    cache: ImageCache, indices: Sequence[int], classes: Sequence[str], limit: int
+) -> list[int]:
+    """Up to `limit` of the indices, one of each class after the other."""
+    by_class = [[i for i in indices if cache.records[i].label == name] for name in classes]
+    rounds = chain.from_iterable(zip_longest(*by_class))
+    return [i for i in rounds if i is not None][:limit]
+
+
+def _cached_item(
+    cache: ImageCache,
+    index: int,
+    classes: Sequence[str],
+    probabilities: NDArray[np.float64],
+    saliency: NDArray[np.float32],
+) -> OverlayItem:
+    best = int(probabilities.argmax())
+    mask = inside = uniform = None
+    if cache.masks is not None and cache.has_mask[index]:
+        mask = np.array(cache.masks[index])
+        shares = attention_inside(torch.from_numpy(saliency)[None], torch.from_numpy(mask)[None])
+        inside, uniform = (float(share) for share in shares)
+    return OverlayItem(
+        image=np.array(cache.images[index]),
+        saliency=saliency[0],
+        predicted=classes[best],
+        probability=float(probabilities[best]),
+        label=cache.records[index].label,
+        mask=mask,
+        inside=inside,
+        uniform=uniform,
+        name=cache.records[index].key,
+    )
+
+
+def _file_name(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in text)

@@ -1,0 +1,102 @@
+"""An evaluation's report as tables for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from magsd.evaluation.localisation import Localisation, LocalisationScore
+from magsd.evaluation.metrics import AVERAGED, Metrics
+
+if TYPE_CHECKING:
+    from magsd.evaluation.evaluate import EvaluationReport
+
+HEADINGS = {
+    "accuracy": "accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "specificity": "specificity",
+    "false_positive_rate": "false-positive rate",
+    "auroc": "AUROC",
+}
+
+
+def report_tables(report: EvaluationReport) -> Iterator[Table]:
+    """Means, classes, confusion and, where there are masks, localisation."""
+    best = report.refined or report.raw
+    kind = "raw + refined logits" if report.refined else "raw logits"
+    yield means_table(report.raw, report.refined)
+    yield classes_table(best, f"By class ({kind})")
+    yield confusion_table(best, report.classes, f"Confusion ({kind})")
+    if report.localisation is not None:
+        yield localisation_table(report.localisation)
+
+
+def means_table(raw: Metrics, refined: Metrics | None) -> Table:
+    """Accuracy and macro means, a column for each kind of logits."""
+    table = _table(f"{raw.images} images, means over classes", ["raw"])
+    if refined is not None:
+        table.add_column("raw + refined", justify="right")
+    for name, heading in HEADINGS.items():
+        values = [getattr(m, name) for m in (raw, refined) if m is not None]
+        table.add_row(heading, *map(percent, values))
+    return table
+
+
+def classes_table(metrics: Metrics, title: str) -> Table:
+    """One row a class, against the rest."""
+    table = _table(title, ["images", *(HEADINGS[name] for name in AVERAGED)])
+    for name, scores in metrics.per_class.items():
+        values = [percent(getattr(scores, column)) for column in AVERAGED]
+        table.add_row(escape(name), str(scores.images), *values)
+    return table
+
+
+def confusion_table(metrics: Metrics, classes: Sequence[str], title: str) -> Table:
+    """Rows are the true classes, columns the predicted ones."""
+    table = _table(title, list(classes), first="true \\ predicted")
+    for k, (name, row) in enumerate(zip(classes, metrics.confusion, strict=True)):
+        cells = [f"[bold]{n}[/]" if j == k else str(n) for j, n in enumerate(row)]
+        table.add_row(escape(name), *cells)
+    return table
+
+
+def localisation_table(localisation: Localisation) -> Table:
+    """Share of the attention inside the masks against that of a uniform map."""
+    table = _table(
+        "Attention inside the masks", ["images", "attention", "uniform map", "ratio", "left out"]
+    )
+    for name, score in localisation.per_class.items():
+        table.add_row(escape(name), *_score_cells(score))
+    table.add_section()
+    table.add_row("all", *_score_cells(localisation.overall))
+    return table
+
+
+def percent(value: float) -> str:
+    """A share as a percentage with one decimal, or a dash where undefined."""
+    return "-" if math.isnan(value) else f"{100 * value:.1f}%"
+
+
+def _score_cells(score: LocalisationScore) -> list[str]:
+    ratio = "-" if math.isnan(score.gain) else f"{score.gain:.2f}"
+    return [
+        str(score.images),
+        percent(score.inside),
+        percent(score.uniform),
+        ratio,
+        str(score.left_out),
+    ]
+
+
+def _table(title: str, columns: Sequence[str], first: str = "") -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column(first)
+    for name in columns:
+        table.add_column(escape(name), justify="right")
+    return table

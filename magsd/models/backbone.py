@@ -1,0 +1,142 @@
+"""Feature maps of a timm backbone, and its pretrained weights."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from magsd.errors import ConfigError, MagsdError
+
+
+class Backbone(nn.Module):
+    """The last `scales` feature maps of a timm model, fine to coarse.
+
+    name: a timm model that supports `features_only`. pretrained: False, True (timm's weights, which
+    may be downloaded), or the path of a safetensors file with timm's parameter names; the stem is
+    adapted to `in_channels`. channels: number of channels of each map.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        in_channels: int = 1,
+        scales: int = 2,
+        pretrained: bool | str = False,
+        backbone_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if in_channels < 1:
+            raise ConfigError(f"in_channels: expected at least 1, got {in_channels}")
+        if scales < 1:
+            raise ConfigError(f"scales: expected at least 1, got {scales}")
+        arguments = dict(backbone_args or {}) | {
+            "in_chans": in_channels,
+            "out_indices": tuple(range(-scales, 0)),
+        }
+        self.net = _create(name, scales, arguments)
+        if pretrained is True:
+            # Only now, so that a wrong request is refused before any download.
+            self.net = _create_pretrained(name, arguments)
+        elif pretrained:
+            load_backbone_weights(self.net, pretrained, name=name, in_channels=in_channels)
+        self.in_channels = in_channels
+        self.channels: list[int] = list(self.net.feature_info.channels())
+        self._channels_last = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Maps (B, channels[i], h_i, w_i) of images (B, in_channels, H, W)."""
+        maps = self.net(images)
+        return [m.permute(0, 3, 1, 2) for m in maps] if self._channels_last else list(maps)
+
+
+def _create(name: str, scales: int, arguments: dict[str, Any]) -> nn.Module:
+    """Build timm's feature extractor with random weights, its refusals turned into ConfigError."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+        hint = f"; near names: {', '.join(near)}" if near else ""
+        raise ConfigError(f"timm has no backbone {name!r}{hint}")
+    try:
+        return timm.create_model(name, features_only=True, pretrained=False, **arguments)
+    except (AssertionError, IndexError, ValueError, RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"backbone {name!r} cannot give its last {scales} feature map(s) with "
+            f"{arguments}: {error}"
+        ) from error
+
+
+def _create_pretrained(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """The same with timm's weights, from its cache or the network."""
+    try:
+        return timm.create_model(name, features_only=True, pretrained=True, **arguments)
+    except Exception as error:  # each download library has its own family of errors
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise MagsdError(
+            f"the pretrained weights of {name!r} could not be fetched ({reason}). Start from "
+            "random weights with model.pretrained=false, or give a safetensors file with timm's "
+            "parameter names: model.pretrained=/path/to/weights.safetensors"
+        ) from error
+
+
+def load_backbone_weights(
+    net: nn.Module, path: str | Path, *, name: str, in_channels: int = 1
+) -> None:
+    """Copy a timm-named safetensors file into a `features_only` net, in place.
+
+    Entries without a place in the net (classifier, later layers) are left out; a parameter of the
+    net that the file lacks is an error. The stem is adapted to `in_channels` as timm does: one
+    channel takes the sum over the input channels. Raises MagsdError.
+    """
+    path = Path(path).expanduser()
+    try:
+        entries = {_plain(key): value for key, value in load_file(path).items()}
+    except FileNotFoundError as error:
+        raise MagsdError(f"weights file not found: {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise MagsdError(f"weights file {path} is not readable as safetensors: {error}") from error
+    state = net.state_dict()
+    # Files may leave out batch norm's step counter, which plays no part with a fixed momentum.
+    missing = [
+        k for k in state if _plain(k) not in entries and not k.endswith("num_batches_tracked")
+    ]
+    if missing:
+        raise MagsdError(
+            f"weights file {path} does not fit backbone {name!r}: {len(missing)} of {len(state)} "
+            f"parameters are missing, e.g. {', '.join(missing[:3])}"
+        )
+    stems = _stem_weights(name)
+    for key, value in state.items():
+        loaded = entries.get(_plain(key), value)
+        if _plain(key) in stems and loaded.shape != value.shape and loaded.ndim == 4:
+            loaded = adapt_input_conv(in_channels, loaded)
+        if loaded.shape != value.shape:
+            raise MagsdError(
+                f"weights file {path} does not fit backbone {name!r}: {key} has shape "
+                f"{tuple(loaded.shape)}, expected {tuple(value.shape)}"
+            )
+        state[key] = loaded
+    net.load_state_dict(state)
+
+
+def _stem_weights(name: str) -> set[str]:
+    """Keys of the convolutions that see the image."""
+    config = timm.get_pretrained_cfg(name)
+    first = config.first_conv if config is not None else None
+    convolutions = (first,) if isinstance(first, str) else tuple(first or ())
+    return {_plain(f"{conv}.weight") for conv in convolutions}
+
+
+def _plain(key: str) -> str:
+    """A parameter's name as both the whole model and its feature extractor spell it.
+
+    timm's extractor flattens 'features.0.weight' to 'features_0.weight', and its getter prefixes
+    'model.'.
+    """
+    return key.removeprefix("model.").replace(".", "_")

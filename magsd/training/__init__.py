@@ -1,0 +1,52 @@
+"""The training step, the loop around it, and runs in folders; names are imported when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from magsd.training.report import evaluate_run, finish_run
+    from magsd.training.run import LoadedRun, TrainedRun, load_run, train_run
+    from magsd.training.step import StepResult, attention_step, guided_views, plain_step
+    from magsd.training.trainer import Interrupted, Trainer
+
+_LAZY = {
+    "Interrupted": "trainer",
+    "LoadedRun": "run",
+    "StepResult": "step",
+    "TrainedRun": "run",
+    "Trainer": "trainer",
+    "attention_step": "step",
+    "evaluate_run": "report",
+    "finish_run": "report",
+    "guided_views": "step",
+    "load_run": "run",
+    "plain_step": "step",
+    "train_run": "run",
+}
+
+__all__ = [
+    "Interrupted",
+    "LoadedRun",
+    "StepResult",
+    "TrainedRun",
+    "Trainer",
+    "attention_step",
+    "evaluate_run",
+    "finish_run",
+    "guided_views",
+    "load_run",
+    "plain_step",
+    "train_run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"magsd.training.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

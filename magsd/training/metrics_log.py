@@ -1,0 +1,138 @@
+"""What a run measures: sums kept on the device, one CSV row per epoch, TensorBoard curves."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magsd.training.checkpoint import write_atomically
+from magsd.training.step import StepResult
+
+COLUMNS = (
+    "epoch",  # counted from 1
+    "step",  # steps done since the start of the run
+    "lr",
+    "train_loss",
+    "train_cross_entropy",
+    "train_distance",
+    "train_accuracy",
+    "validation_loss",
+    "validation_accuracy",
+    "validation_balanced_accuracy",
+    "seconds",
+    "images_per_second",
+)
+
+
+class StepSums:
+    """Sums over the steps of an epoch, on the device; reading them is the only synchronisation.
+
+    `first_bad` is the first step whose loss was NaN or infinite, -1 while there is none.
+    """
+
+    _LOSS, _CE, _DISTANCE, _CORRECT, _COUNT, _FIRST_BAD = range(6)
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(6, dtype=torch.float64, device=device)
+        self.values[self._FIRST_BAD] = -1
+
+    def add(self, result: StepResult, batch: int, step: int) -> None:
+        """Take in one step of `batch` images."""
+        values = self.values
+        losses = torch.stack(
+            [result.loss.detach().double(), result.cross_entropy.double(), result.distance.double()]
+        )
+        values[: self._CORRECT] += losses * batch
+        values[self._CORRECT] += result.correct
+        values[self._COUNT] += batch
+        first = values[self._FIRST_BAD]
+        is_first = ~torch.isfinite(losses[0]) & (first < 0)
+        values[self._FIRST_BAD] = torch.where(is_first, torch.full_like(first, step), first)
+
+    def read(self) -> dict[str, float]:
+        """Means per image and the first bad step; waits for the device."""
+        loss, ce, distance, correct, count, bad = self.values.tolist()
+        count = max(count, 1.0)
+        return {
+            "train_loss": loss / count,
+            "train_cross_entropy": ce / count,
+            "train_distance": distance / count,
+            "train_accuracy": correct / count,
+            "first_bad": bad,
+        }
+
+    def state(self) -> Tensor:
+        return self.values.cpu().clone()
+
+    def load(self, state: Tensor) -> None:
+        self.values.copy_(state)
+
+
+class MetricsLog:
+    """`metrics.csv` (rewritten whole and atomically, so that it is never half a row) and TensorBoard."""
+
+    def __init__(self, csv_path: Path, tensorboard: Path | None) -> None:
+        self._path = csv_path
+        self._rows: list[dict[str, Any]] = []
+        self._writer: Any = None
+        self._folder = tensorboard
+
+    def start(self, epochs_done: int, step: int) -> None:
+        """Forget what an interrupted run wrote after the checkpoint from which it goes on."""
+        rows = read_metrics(self._path) if self._path.is_file() else []
+        self._rows = [row for row in rows if int(row["epoch"]) <= epochs_done]
+        self._write_csv()
+        if self._folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=step)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Points on TensorBoard curves."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """Add an epoch's row to the CSV and its values to TensorBoard."""
+        self._rows.append({name: row.get(name, "") for name in COLUMNS})
+        self._write_csv()
+        points = {}
+        for name in COLUMNS[3:]:
+            group, _, rest = name.partition("_")
+            points[f"{group}/{rest}" if group in ("train", "validation") else name] = row[name]
+        self.scalars(points, int(row["step"]))
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write_csv(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in self._rows:
+            writer.writerow({name: _format(row[name]) for name in COLUMNS})
+        write_atomically(self._path, lambda file: file.write(text.getvalue().encode()))
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Rows of a `metrics.csv`, oldest first."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row.get("epoch", "").isdigit()]
+
+
+def _format(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.8g}" if math.isfinite(value) else str(value)
+    return value

@@ -1,0 +1,63 @@
+"""Optimisers, and the learning rate as a pure function of the step, so that nothing needs resuming."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from magsd.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """SGD as published, or AdamW, over every parameter that takes a gradient.
+
+    With `decay_norms=False` vectors (biases, batch norms) are spared weight decay.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    spared = [] if config.decay_norms else [p for p in parameters if p.ndim <= 1]
+    chosen = {id(p) for p in spared}
+    groups: list[dict[str, object]] = [
+        {
+            "params": [p for p in parameters if id(p) not in chosen],
+            "weight_decay": config.weight_decay,
+        }
+    ]
+    if spared:
+        groups.append({"params": spared, "weight_decay": 0.0})
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    return torch.optim.SGD(
+        groups,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov and config.momentum > 0,
+    )
+
+
+def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """Learning rate at global `step` (from 0).
+
+    "step" multiplies by gamma when an epoch in `milestones` begins; "cosine" falls to `final_lr`
+    over the steps after the linear warm-up.
+    """
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "step":
+        passed = sum(step // steps_per_epoch >= epoch for epoch in config.milestones)
+        return config.lr * config.gamma**passed
+    if config.schedule == "cosine":
+        total = max(epochs * steps_per_epoch - warmup, 1)
+        progress = min((step - warmup) / total, 1.0)
+        return config.final_lr + (config.lr - config.final_lr) * 0.5 * (
+            1 + math.cos(math.pi * progress)
+        )
+    return config.lr
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Give every group the same rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = value

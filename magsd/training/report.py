@@ -1,0 +1,111 @@
+"""What stands at a run's end: evaluation of the best weights, plots, overlays and a closing table."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from magsd.config import Config
+from magsd.data import ImageCache
+from magsd.evaluation import (
+    EvaluationReport,
+    evaluate,
+    plot_confusion,
+    plot_curves,
+    write_overlays,
+)
+from magsd.training.checkpoint import disk_full_as_error
+from magsd.training.run import LoadedRun, TrainedRun, kernels, load_run, plain_loader
+
+
+def evaluate_run(run: LoadedRun, cache: ImageCache, indices: list[int]) -> EvaluationReport:
+    """Metrics of a run's model over some images of a cache."""
+    loader = plain_loader(run.config, cache, indices, run.classes)
+    with kernels(run.config):
+        return evaluate(
+            run.model,
+            loader,
+            cache,
+            classes=run.classes,
+            device=run.precision.device,
+            precision=run.config.train.precision,
+        )
+
+
+def finish_run(trained: TrainedRun, console: Console) -> EvaluationReport:
+    """Evaluate the best weights on the validation images, write what belongs to it, print a table."""
+    folder = trained.folder
+    with disk_full_as_error(folder.root, "the checkpoints are kept; free some space and --resume"):
+        run = load_run(folder.root)
+        cache, validation = trained.data.cache, trained.data.split.validation
+        report = evaluate_run(run, cache, validation)
+        report.to_json(folder.evaluation)
+        draw_confusion(report, folder.plots)
+        plot_curves(folder.plots / "curves.png", folder.metrics)
+        sheet = None
+        if run.config.train.overlays:
+            sheet = draw_overlays(run, cache, validation, folder.overlays)
+    console.print(report)
+    console.print(closing_table(report, run.config, trained, sheet))
+    return report
+
+
+def draw_confusion(report: EvaluationReport, folder: Path) -> None:
+    """Confusion matrices of the raw and, where there are any, of the refined logits."""
+    plot_confusion(
+        folder / "confusion.png", report.raw.confusion, report.classes, title="raw logits"
+    )
+    if report.refined is not None:
+        plot_confusion(
+            folder / "confusion_refined.png",
+            report.refined.confusion,
+            report.classes,
+            title="raw + refined logits",
+        )
+
+
+def draw_overlays(run: LoadedRun, cache: ImageCache, indices: list[int], folder: Path) -> Path:
+    """Heat maps over up to `train.overlays` of the images; returns the contact sheet's path."""
+    with kernels(run.config):
+        return write_overlays(
+            run.model,
+            cache,
+            indices,
+            folder,
+            classes=run.classes,
+            limit=run.config.train.overlays,
+            device=run.precision.device,
+            precision=run.config.train.precision,
+        )
+
+
+def closing_table(
+    report: EvaluationReport, config: Config, trained: TrainedRun, sheet: Path | None
+) -> Table:
+    """Accuracy, attention against a uniform map, throughput, and where things lie."""
+    table = Table(title="Run", title_justify="left", title_style="bold", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_row("validation accuracy", f"{report.raw.accuracy:.4f}")
+    if report.refined is not None:
+        table.add_row("  raw + refined logits", f"{report.refined.accuracy:.4f}")
+    if report.localisation is not None:
+        score = report.localisation.overall
+        table.add_row("attention inside masks", _percent(score.inside))
+        table.add_row("  uniform map", f"{_percent(score.uniform)} (ratio {score.gain:.2f})")
+    table.add_row("best epoch", f"{trained.best_epoch} of {config.train.epochs}")
+    if not math.isnan(trained.images_per_second):
+        table.add_row("images/s (training)", f"{trained.images_per_second:.1f}")
+    table.add_row("images/s (evaluation)", f"{report.images_per_second:.1f}")
+    if sheet is not None:
+        table.add_row("overlays", str(sheet))
+    table.add_row("plots", str(trained.folder.plots))
+    table.add_row("checkpoint", str(trained.folder.best))
+    return table
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1%}"

@@ -1,0 +1,316 @@
+"""A whole run: data, split, model, training; and a run's model loaded again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from magsd.config import Config
+from magsd.data import (
+    BatchLoader,
+    ImageCache,
+    Split,
+    load_cache,
+    open_source,
+    read_split,
+    split_by_patient,
+    write_split,
+)
+from magsd.errors import ConfigError, RunError
+from magsd.models import Classifier, Preprocessing, build_model
+from magsd.training.checkpoint import disk_full_as_error, load_checkpoint, load_weights
+from magsd.training.metrics_log import MetricsLog
+from magsd.training.precision import Precision, choose_device, deterministic_algorithms
+from magsd.training.progress import TrainingProgress
+from magsd.training.run_folder import RunFolder
+from magsd.training.signals import StopRequest
+from magsd.training.trainer import Trainer
+
+# What the stored state depends on; any other value may change when a run goes on.
+FIXED_ON_RESUME = (
+    "model.",
+    "data.image_size",
+    "data.clahe",
+    "data.folds",
+    "data.fold",
+    "data.split_seed",
+    "train.seed",
+    "train.batch_size",
+    "optim.name",
+    "optim.decay_norms",
+)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Images of a run and the side of the split on which each stands."""
+
+    classes: tuple[str, ...]
+    cache: ImageCache
+    split: Split
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A finished or interrupted run, with its best weights (or its last, before any epoch ended)."""
+
+    folder: RunFolder
+    config: Config
+    classes: tuple[str, ...]
+    model: Classifier
+    epoch: int
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What `train_run` returns; `images_per_second` is training throughput, validation left out."""
+
+    folder: RunFolder
+    config: Config
+    data: RunData
+    best_epoch: int
+    images_per_second: float
+
+
+def preprocessing_of(config: Config) -> Preprocessing:
+    """What happens to an image before the z-score."""
+    data = config.data
+    return Preprocessing(
+        data.image_size, (data.clahe_clip, data.clahe_tiles) if data.clahe else None
+    )
+
+
+def precision_of(config: Config) -> Precision:
+    """Device, precision and memory format. Raises `ConfigError` for a device that is absent."""
+    train = config.train
+    return Precision(
+        choose_device(train.device), train.precision == "bfloat16", train.channels_last
+    )
+
+
+@contextlib.contextmanager
+def kernels(config: Config) -> Iterator[None]:
+    """Within the context `magsd_kernels` runs on the configured backend.
+
+    Raises `ConfigError` for a name that no backend has.
+    """
+    import magsd_kernels
+
+    try:
+        chosen = magsd_kernels.use_backend(config.train.kernels)
+    except ValueError as error:
+        raise ConfigError(f"train.kernels={config.train.kernels}: {error}") from None
+    with chosen:
+        yield
+
+
+def open_images(
+    config: Config,
+    spec: str,
+    *,
+    classes: tuple[str, ...] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[tuple[str, ...], ImageCache]:
+    """Class names and cached images of a source, prepared as `config` says."""
+    source = open_source(spec, classes=classes)
+    cache = load_cache(
+        source,
+        image_size=config.data.image_size,
+        channels=config.model.in_channels,
+        clahe=preprocessing_of(config).clahe,
+        cache_dir=config.data.cache_dir,
+        skip_bad=config.data.skip_bad,
+        progress=progress,
+    )
+    return tuple(source.classes), cache
+
+
+def plain_loader(
+    config: Config, cache: ImageCache, indices: list[int], classes: tuple[str, ...]
+) -> BatchLoader:
+    """Batches in order, without augmentation."""
+    return BatchLoader(
+        cache,
+        indices,
+        classes,
+        batch_size=config.train.eval_batch_size,
+        shuffle=False,
+        seed=config.train.seed,
+        augment=None,
+        device=choose_device(config.train.device),
+    )
+
+
+def training_loader(
+    config: Config, cache: ImageCache, indices: list[int], classes: tuple[str, ...]
+) -> BatchLoader:
+    """Shuffled and augmented batches."""
+    size = config.train.batch_size
+    return BatchLoader(
+        cache,
+        indices,
+        classes,
+        batch_size=size,
+        shuffle=True,
+        seed=config.train.seed,
+        augment=config.data.augment,
+        device=choose_device(config.train.device),
+        # Batch statistics of a single image are no statistics.
+        drop_last=len(indices) > size and len(indices) % size == 1,
+    )
+
+
+def train_run(
+    config: Config,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> TrainedRun:
+    """Train as `config` says and keep everything in the folder `out`.
+
+    With `resume` go on from the folder's last checkpoint. Raises `RunError` where the folder holds
+    another run, a checkpoint is corrupt or the disk is full; `Interrupted` after SIGINT or SIGTERM,
+    once the state is saved; `TrainingDiverged`; `DataError`; `ConfigError`.
+    """
+    console = console or Console()
+    config.validate()
+    precision = precision_of(config)
+    folder = RunFolder(out)
+    if resume:
+        folder.require_run()
+        _check_resumable(folder.load_config(), config)
+    folder.lock()
+    advice = "free some space and go on with --resume; the last checkpoint is kept"
+    try:
+        with disk_full_as_error(folder.root, advice):
+            if resume:
+                payload = load_checkpoint(folder.last) if folder.last.is_file() else None
+                folder.write_config(config)
+            else:
+                payload = None
+                folder.create(config, overwrite=overwrite)
+            with kernels(config), deterministic_algorithms(config.train.deterministic):
+                return _train(config, folder, payload, precision, console)
+    finally:
+        folder.unlock()
+
+
+def _train(
+    config: Config,
+    folder: RunFolder,
+    payload: dict[str, Any] | None,
+    precision: Precision,
+    console: Console,
+) -> TrainedRun:
+    data = _prepare_data(config, folder, payload, console)
+    torch.manual_seed(config.train.seed)
+    model = build_model(
+        config.model,
+        len(data.classes),
+        classes=data.classes,
+        preprocessing=preprocessing_of(config),
+    )
+    trainer = Trainer(
+        config,
+        model,
+        training_loader(config, data.cache, data.split.train, data.classes),
+        plain_loader(config, data.cache, data.split.validation, data.classes),
+        folder,
+        precision,
+    )
+    if payload is not None:
+        trainer.restore(payload)
+        console.print(f"going on after epoch {trainer.epoch}, step {trainer.step} of the next")
+    log = MetricsLog(folder.metrics, folder.tensorboard if config.train.tensorboard else None)
+    steps = len(trainer.train_loader)
+    try:
+        with (
+            TrainingProgress(console, config.train.epochs, steps, trainer.global_step) as progress,
+            StopRequest() as stop,
+        ):
+            trainer.fit(log, progress, stop)
+    finally:
+        log.close()
+    return TrainedRun(folder, config, data, trainer.best_epoch, trainer.images_per_second)
+
+
+def _prepare_data(
+    config: Config, folder: RunFolder, payload: dict[str, Any] | None, console: Console
+) -> RunData:
+    classes = tuple(payload["classes"]) if payload is not None else None
+    with console.status(f"preparing images of {config.data.source}") as status:
+        classes, cache = open_images(
+            config,
+            config.data.source,
+            classes=classes,
+            progress=lambda done, total: status.update(f"preparing images: {done}/{total}"),
+        )
+    if folder.split.is_file():
+        split = read_split(folder.split, cache.records)
+    else:
+        data = config.data
+        split = split_by_patient(
+            cache.records, folds=data.folds, fold=data.fold, seed=data.split_seed
+        )
+        write_split(folder.split, cache.records, split)
+    console.print(
+        f"{config.data.source}: {len(split.train)} training and {len(split.validation)} validation "
+        f"images of {len(classes)} classes ({', '.join(classes)})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if cache.bad:
+        keys = ", ".join(key for key, _ in cache.bad[:10])
+        console.print(f"[yellow]left out {len(cache.bad)} images that cannot be read:[/] {keys}")
+    return RunData(classes, cache, split)
+
+
+def _check_resumable(before: Config, now: Config) -> None:
+    """Raises `ConfigError` if a value differs on which the stored state depends."""
+    old, new = before.flat(), now.flat()
+    changed = [
+        f"{key} was {old[key]}, now {new[key]}"
+        for key in new
+        if key.startswith(FIXED_ON_RESUME) and old[key] != new[key]
+    ]
+    if changed:
+        raise ConfigError(f"a run that goes on cannot change: {'; '.join(changed)}")
+
+
+def load_run(
+    root: str | Path, *, overrides: tuple[str, ...] = (), device: str | None = None
+) -> LoadedRun:
+    """The model of a run, in evaluation mode on its device.
+
+    Raises `RunError` where the folder is no run, or its checkpoint is missing or corrupt.
+    """
+    from magsd.config import load_config
+
+    folder = RunFolder(root)
+    config = load_config(overrides=overrides, base=folder.load_config())
+    if device is not None:
+        config.train.device = device
+    path = folder.best if folder.best.is_file() else folder.last
+    payload = load_checkpoint(path)
+    try:
+        classes, epoch = tuple(payload["classes"]), int(payload["epoch"])
+    except KeyError as error:
+        raise RunError(f"{path} lacks {error}") from None
+    # The weights come from the checkpoint; fetching others first would be wasted.
+    config.model.pretrained = False
+    model = build_model(
+        config.model, len(classes), classes=classes, preprocessing=preprocessing_of(config)
+    )
+    load_weights(model, payload["model"], path)
+    precision = precision_of(config)
+    precision.model(model).eval()
+    return LoadedRun(folder, config, classes, model, epoch, precision)

@@ -1,0 +1,133 @@
+"""A run's folder: what lies where, and the care not to mix or lose runs."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from magsd.config import RUN_MARK, Config, dump_yaml, load_config
+from magsd.errors import RunError
+from magsd.training.checkpoint import remove_leftovers, write_atomically
+
+_OWN = (
+    "config.yaml",
+    "split.csv",
+    "metrics.csv",
+    "checkpoints",
+    "tensorboard",
+    "plots",
+    "overlays",
+    "evaluation.json",
+)
+
+
+class RunFolder:
+    """Paths of a run under `root`."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.split = self.root / "split.csv"
+        self.metrics = self.root / "metrics.csv"
+        self.checkpoints = self.root / "checkpoints"
+        self.last = self.checkpoints / "last.pt"
+        self.best = self.checkpoints / "best.pt"
+        self.tensorboard = self.root / "tensorboard"
+        self.plots = self.root / "plots"
+        self.overlays = self.root / "overlays"
+        self.evaluation = self.root / "evaluation.json"
+        self._lock: Any = None
+
+    def is_run(self) -> bool:
+        """True if a run of this project wrote the folder."""
+        try:
+            with open(self.config, encoding="utf-8") as file:
+                return file.readline().startswith(RUN_MARK)
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    def require_run(self) -> None:
+        """Raises `RunError` if no run lies here."""
+        if not self.is_run():
+            raise RunError(f"{self.root} holds no run (no config.yaml written by `magsd train`)")
+
+    def load_config(self) -> Config:
+        """The configuration that the run used."""
+        self.require_run()
+        return load_config(self.config)
+
+    def create(self, config: Config, *, overwrite: bool) -> None:
+        """Make the folder and write config.yaml.
+
+        Raises `RunError` if another run, or files of the same names, lie there. With `overwrite` a
+        run's own files are removed, never anything else.
+        """
+        present = [name for name in _OWN if (self.root / name).exists()]
+        if present and not self.is_run():
+            raise RunError(
+                f"{self.root} holds {', '.join(present)}, not written by `magsd train`; "
+                "choose another --out"
+            )
+        # A run that ended before its first checkpoint (a wrong path, say) has nothing to lose.
+        if present and not overwrite and (self.last.exists() or self.best.exists()):
+            raise RunError(
+                f"{self.root} holds another run; continue it with --resume, replace it with "
+                "--overwrite, or choose another --out"
+            )
+        self._make()
+        for name in present:
+            path = self.root / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.write_config(config)
+
+    def write_config(self, config: Config) -> None:
+        """Write config.yaml, atomically."""
+        text = dump_yaml(config).encode()
+        write_atomically(self.config, lambda file: file.write(text))
+
+    def _make(self) -> None:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise RunError(f"cannot make the run's folder {self.root}: {error}") from error
+
+    def lock(self) -> None:
+        """Keep a second process out for as long as this one lives.
+
+        Raises `RunError` if another process trains here.
+        """
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this platform
+            return
+        self._make()
+        self._lock = open(self.root / ".lock", "w")  # noqa: SIM115 (held until unlock)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.unlock()
+            raise RunError(f"another process is training in {self.root}") from None
+        except OSError:  # a file system without locks
+            self.unlock()
+            return
+        remove_leftovers(self.checkpoints)
+        remove_leftovers(self.root)
+
+    def unlock(self) -> None:
+        """Let other processes in; the end of the process does the same."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def default_run_folder(source: str, root: Path = Path("runs")) -> Path:
+    """A folder under `runs/` that does not exist yet, named after the source and the time."""
+    kind = source.partition(":")[0] or "run"
+    base = root / f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, number = base, 2
+    while path.exists():
+        path = base.with_name(f"{base.name}-{number}")
+        number += 1
+    return path

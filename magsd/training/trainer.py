@@ -1,0 +1,301 @@
+"""The training loop: epochs of steps, validation, checkpoints, and going on where a run stopped.
+
+Everything random at a step is a function of (seed, epoch, step), or lies in the checkpoint; so a
+resumed run repeats an uninterrupted one bit for bit where the device's arithmetic is repeatable.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from magsd.config import Config
+from magsd.data import BatchLoader, step_generator
+from magsd.errors import ConfigError, TrainingDiverged
+from magsd.training.checkpoint import (
+    all_finite,
+    load_weights,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from magsd.training.metrics_log import MetricsLog, StepSums
+from magsd.training.optim import build_optimizer, learning_rate, set_learning_rate
+from magsd.training.precision import Precision
+from magsd.training.progress import TrainingProgress
+from magsd.training.run_folder import RunFolder
+from magsd.training.signals import StopRequest
+from magsd.training.step import draw, make_step
+from magsd.training.validation import validate
+
+_NAMED_IMAGES = 16
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; the state was saved."""
+
+    def __init__(self, signum: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped by signal {signum}; state saved in {checkpoint}")
+        self.signum = signum
+
+
+class _Stop(Exception):
+    """Unwinds the loop to the place where the state is saved."""
+
+
+class Trainer:
+    """Trains `model` on `train` and keeps its run in `folder`.
+
+    `epoch` counts finished epochs, `step` finished steps of the current one; `step` equal to the
+    epoch's length means that its validation is still to come.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        train: BatchLoader,
+        validation: BatchLoader,
+        folder: RunFolder,
+        precision: Precision,
+    ) -> None:
+        self.config = config
+        self.model = precision.model(model)
+        self.train_loader = train
+        self.validation_loader = validation
+        self.folder = folder
+        self.precision = precision
+        self.optimizer = build_optimizer(self.model, config.optim)
+        weights = class_weights(config.loss.class_weights, train)
+        self.step_function = make_step(config.model.name, config.views, config.loss, weights)
+        self.sums = StepSums(precision.device)
+        self.epoch = 0
+        self.step = 0
+        self.best: list[float] = [-math.inf, -math.inf]
+        self.best_epoch = 0
+        self.epoch_seconds = 0.0
+        self.train_seconds = 0.0
+        self.images_seen = 0
+        self._recent: dict[int, list[int]] = {}
+        self._clock = time.perf_counter()
+
+    @property
+    def global_step(self) -> int:
+        """Steps done since the start of the run."""
+        return self.epoch * len(self.train_loader) + self.step
+
+    @property
+    def images_per_second(self) -> float:
+        """Training throughput of the whole run so far, validation left out."""
+        return self.images_seen / self.train_seconds if self.train_seconds else float("nan")
+
+    def fit(self, log: MetricsLog, progress: TrainingProgress, stop: StopRequest) -> None:
+        """Train up to the configured epoch.
+
+        Raises `Interrupted` after a signal, once the state is saved, and `TrainingDiverged`.
+        """
+        log.start(self.epoch, self.global_step)
+        if not self.folder.last.is_file():
+            self.save_last()
+        try:
+            while self.epoch < self.config.train.epochs:
+                self._train_epoch(log, progress, stop)
+                self._finish_epoch(log, progress, stop)
+        except _Stop:
+            self.save_last()
+            raise Interrupted(int(stop.signum or 0), self.folder.last) from None
+
+    def _train_epoch(self, log: MetricsLog, progress: TrainingProgress, stop: StopRequest) -> None:
+        train = self.config.train
+        self.model.train()
+        self._clock = time.perf_counter()
+        for batch in self.train_loader.epoch(self.epoch, self.step):
+            self._recent[self.step] = batch.indices
+            self._one_step(batch.images, batch.labels)
+            progress.step(self.epoch)
+            if self.global_step % train.log_interval == 0:
+                self._report(log, progress)
+            if stop:
+                raise _Stop
+            every = train.checkpoint_interval
+            if every and self.global_step % every == 0 and self.step < len(self.train_loader):
+                self.save_last()
+
+    def _one_step(self, images: Tensor, labels: Tensor) -> None:
+        config, device = self.config, self.precision.device
+        set_learning_rate(self.optimizer, self.current_lr())
+        generator = step_generator(config.train.seed, self.epoch, self.step, "views", device)
+        draws = draw(len(labels), generator, device)
+        with self.precision.autocast():
+            result = self.step_function(self.model, self.precision.images(images), labels, draws)
+        self.optimizer.zero_grad(set_to_none=True)
+        result.loss.backward()
+        if config.optim.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm)
+        self.optimizer.step()
+        self.sums.add(result, len(labels), self.step)
+        self.step += 1
+
+    def current_lr(self) -> float:
+        """Learning rate of the next step."""
+        return learning_rate(
+            self.config.optim, self.global_step, len(self.train_loader), self.config.train.epochs
+        )
+
+    def _report(self, log: MetricsLog, progress: TrainingProgress) -> dict[str, float]:
+        """Read the sums (the interval's one synchronisation), check them and show them."""
+        values = self.read_sums()
+        rate = self._images_in_epoch() / max(self._tick(), 1e-9)
+        progress.measured(values["train_loss"], rate)
+        points = {f"running/{k.removeprefix('train_')}": v for k, v in values.items()}
+        log.scalars(points | {"running/images_per_second": rate}, self.global_step)
+        return values
+
+    def read_sums(self) -> dict[str, float]:
+        """Means of the epoch so far. Raises `TrainingDiverged` after a loss that is not finite."""
+        values = self.sums.read()
+        bad = int(values.pop("first_bad"))
+        if bad >= 0:
+            raise TrainingDiverged(self._diverged("the loss became NaN or infinite", bad))
+        self._recent = dict(list(self._recent.items())[-1:])
+        return values
+
+    def _diverged(self, what: str, step: int) -> str:
+        records = self.train_loader.cache.records
+        keys = [records[index].key for index in self._recent.get(step, [])]
+        more = f" and {len(keys) - _NAMED_IMAGES} more" if len(keys) > _NAMED_IMAGES else ""
+        return (
+            f"{what} at epoch {self.epoch + 1}, step {step + 1} of {len(self.train_loader)}; "
+            f"its batch: {', '.join(keys[:_NAMED_IMAGES])}{more}. The last good checkpoint is "
+            f"kept in {self.folder.last}; go on from it with --resume and a lower optim.lr, or "
+            "look at these images"
+        )
+
+    def _finish_epoch(self, log: MetricsLog, progress: TrainingProgress, stop: StopRequest) -> None:
+        def leave() -> None:
+            if stop:
+                self._clock = time.perf_counter()  # validation is no training time
+                raise _Stop
+
+        values = self._report(log, progress)
+        last_lr = self.optimizer.param_groups[0]["lr"]
+        measured = validate(self.model, self.validation_loader, self.precision, each_batch=leave)
+        row: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "step": self.global_step,
+            "lr": last_lr,
+            **values,
+            **measured,
+            "seconds": self.epoch_seconds,
+            "images_per_second": self._images_in_epoch() / max(self.epoch_seconds, 1e-9),
+        }
+        self._check_weights()
+        # Order matters for a kill in between: whatever is newer than last.pt is done again.
+        log.epoch(row)
+        self.train_seconds += self.epoch_seconds
+        self.images_seen += self._images_in_epoch()
+        self.epoch, self.step, self.epoch_seconds = self.epoch + 1, 0, 0.0
+        self.sums = StepSums(self.precision.device)
+        score = self._score(measured)
+        if score > self.best:
+            self.best, self.best_epoch = score, self.epoch
+            self._save_best()
+        self.save_last(checked=True)
+        progress.epoch(row)
+
+    def _score(self, measured: dict[str, float]) -> list[float]:
+        """Larger is better; the loss decides between equal accuracies."""
+        loss = measured["validation_loss"]
+        if not math.isfinite(loss):
+            return [-math.inf, -math.inf]
+        monitor = self.config.train.monitor
+        first = -loss if monitor == "loss" else measured[f"validation_{monitor}"]
+        return [first, -loss]
+
+    def _images_in_epoch(self) -> int:
+        return min(self.step * self.train_loader.batch_size, len(self.train_loader.indices))
+
+    def _tick(self) -> float:
+        """Seconds of training in this epoch, those before a resume included."""
+        now = time.perf_counter()
+        self.epoch_seconds += now - self._clock
+        self._clock = now
+        return self.epoch_seconds
+
+    def _check_weights(self) -> None:
+        if not all_finite(self.model, self.optimizer):
+            raise TrainingDiverged(
+                self._diverged("weights became NaN or infinite", max(self.step - 1, 0))
+            )
+
+    def save_last(self, *, checked: bool = False) -> None:
+        """Write the whole state, unless it is spoilt: then the older checkpoint stays."""
+        if not checked:
+            self.read_sums()
+            self._check_weights()
+            self._tick()
+        save_checkpoint(
+            self.folder.last,
+            {
+                **self._weights(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "best": self.best,
+                "best_epoch": self.best_epoch,
+                "sums": self.sums.state(),
+                "random": random_state(),
+                "epoch_seconds": self.epoch_seconds,
+                "train_seconds": self.train_seconds,
+                "images_seen": self.images_seen,
+            },
+        )
+        self._clock = time.perf_counter()
+
+    def _save_best(self) -> None:
+        save_checkpoint(self.folder.best, self._weights())
+
+    def _weights(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "classes": list(self.train_loader.classes),
+            "config": self.config.to_dict(),
+            "epoch": self.epoch,
+            "global_step": self.global_step,
+        }
+
+    def restore(self, payload: dict[str, Any]) -> None:
+        """Take over the state that `save_last` wrote."""
+        load_weights(self.model, payload["model"], self.folder.last)
+        self.optimizer.load_state_dict(payload["optimizer"])
+        self.epoch, self.step = payload["epoch"], payload["step"]
+        self.best, self.best_epoch = payload["best"], payload["best_epoch"]
+        self.sums.load(payload["sums"])
+        self.epoch_seconds = payload["epoch_seconds"]
+        self.train_seconds = payload["train_seconds"]
+        self.images_seen = payload["images_seen"]
+        set_random_state(payload["random"])
+
+
+def class_weights(choice: str | list[float], loader: BatchLoader) -> Tensor | None:
+    """Weights (K,) float32 of the cross entropy on the loader's device, or None.
+
+    "balanced": images / (classes * images of the class).
+    """
+    if choice == "none":
+        return None
+    classes = loader.classes
+    if isinstance(choice, str):
+        counts = torch.bincount(torch.tensor(loader.labels), minlength=len(classes))
+        weights = len(loader.labels) / (len(classes) * counts.clamp(min=1).double())
+    elif len(choice) != len(classes):
+        raise ConfigError(
+            f"loss.class_weights has {len(choice)} numbers; the classes are {', '.join(classes)}"
+        )
+    else:
+        weights = torch.tensor(choice, dtype=torch.float64)
+    return weights.to(dtype=torch.float32, device=loader.device)

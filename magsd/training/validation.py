@@ -1,0 +1,47 @@
+"""The short check after each epoch: loss and accuracies of the raw logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from magsd.data import BatchLoader
+from magsd.training.precision import Precision
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    loader: BatchLoader,
+    precision: Precision,
+    *,
+    each_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Mean cross entropy, accuracy, and the mean recall over the classes that occur.
+
+    `each_batch` is called before every batch and may raise to leave.
+    """
+    classes = len(loader.classes)
+    loss = torch.zeros((), dtype=torch.float64, device=loader.device)
+    confusion = torch.zeros(classes * classes, dtype=torch.float64, device=loader.device)
+    model.eval()
+    for batch in loader.epoch(0):
+        each_batch()
+        with precision.autocast():
+            logits = model(precision.images(batch.images)).logits
+        logits = logits.double()
+        loss += nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
+        cells = batch.labels * classes + logits.argmax(1)
+        # scatter_add_ needs no host synchronisation, unlike bincount.
+        confusion.scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.float64))
+    table = confusion.reshape(classes, classes).cpu()
+    count, per_class = table.sum(), table.sum(1)
+    present = per_class > 0
+    recalls = table.diagonal()[present] / per_class[present]
+    return {
+        "validation_loss": float(loss.cpu() / count),
+        "validation_accuracy": float(table.trace() / count),
+        "validation_balanced_accuracy": float(recalls.mean()),
+    }

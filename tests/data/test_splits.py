@@ -1,0 +1,134 @@
+"""Splits by patient."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magsd.data import Record, Split, open_source, read_split, split_by_patient, write_split
+from magsd.errors import DataError
+
+
+def make_records(patients: dict[str, int], images: int = 2) -> list[Record]:
+    return [
+        Record(f"{label}/{patient}-{image}", label, f"{label}{patient}")
+        for label, count in patients.items()
+        for patient in range(count)
+        for image in range(1 + (patient % images))
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    counts=st.lists(st.integers(5, 30), min_size=2, max_size=4),
+    folds=st.integers(2, 5),
+    seed=st.integers(0, 100),
+)
+def test_folds_partition_the_images_and_keep_patients_together(
+    counts: list[int], folds: int, seed: int
+) -> None:
+    records = make_records({f"class{i}": count for i, count in enumerate(counts)})
+    splits = [split_by_patient(records, folds=folds, fold=f, seed=seed) for f in range(folds)]
+    seen = Counter(index for split in splits for index in split.validation)
+    assert seen == dict.fromkeys(range(len(records)), 1)
+    for split in splits:
+        assert sorted(split.train + split.validation) == list(range(len(records)))
+        train = {records[i].patient for i in split.train}
+        assert not train & {records[i].patient for i in split.validation}
+
+
+def test_stratified() -> None:
+    records = make_records({"a": 100, "b": 40})
+    split = split_by_patient(records, folds=5, fold=2, seed=1)
+    overall, held = (Counter(r.label for r in rs) for rs in (
+        records, [records[i] for i in split.validation]))  # fmt: skip
+    for label in "ab":
+        assert abs(held[label] / overall[label] - 0.2) < 0.05
+
+
+def test_seed() -> None:
+    records = make_records({"a": 30, "b": 30})
+    first = split_by_patient(records, seed=0)
+    assert split_by_patient(records, seed=0) == first
+    assert split_by_patient(records, seed=1) != first
+
+
+def test_phantom_patients() -> None:
+    records = open_source("phantom:n=96,size=32").records
+    split = split_by_patient(records, folds=4)
+    assert Counter(records[i].label for i in split.validation) == dict.fromkeys(
+        ("normal", "focal", "diffuse", "ground-glass"), 6
+    )
+
+
+def test_too_few_patients_are_named() -> None:
+    with pytest.raises(DataError, match="class 'b' has one patient only"):
+        split_by_patient(make_records({"a": 9, "b": 1}), folds=2)
+    with pytest.raises(DataError, match="class 'b' has 3 patients, fewer than the 5 folds"):
+        split_by_patient(make_records({"a": 9, "b": 3}), folds=5)
+    many_images_of_one = [Record(f"b/{i}", "b", "one") for i in range(10)]
+    with pytest.raises(DataError, match="'b' has one patient"):
+        split_by_patient(make_records({"a": 9}) + many_images_of_one, folds=2)
+    with pytest.raises(DataError, match="two classes"):
+        split_by_patient(make_records({"a": 9}))
+
+
+@pytest.mark.parametrize(("folds", "fold"), [(1, 0), (5, 5), (5, -1)])
+def test_fold_out_of_range(folds: int, fold: int) -> None:
+    with pytest.raises(DataError, match="must"):
+        split_by_patient(make_records({"a": 9, "b": 9}), folds=folds, fold=fold)
+
+
+def test_write_and_read(tmp_path: Path) -> None:
+    records = make_records({"a": 10, "b, c": 10})
+    split = split_by_patient(records)
+    write_split(tmp_path / "split.csv", records, split)
+    assert [p.name for p in tmp_path.iterdir()] == ["split.csv"]
+    assert read_split(tmp_path / "split.csv", records) == split
+    # The order of the data may change, its content may not.
+    turned = records[::-1]
+    again = read_split(tmp_path / "split.csv", turned)
+    assert {turned[i].key for i in again.train} == {records[i].key for i in split.train}
+
+
+def test_read_refuses_other_data(tmp_path: Path) -> None:
+    records = make_records({"a": 5, "b": 5})
+    path = tmp_path / "split.csv"
+    write_split(path, records, split_by_patient(records))
+    with pytest.raises(DataError, match="not among the images"):
+        read_split(path, records[1:])
+    with pytest.raises(DataError, match="1 images of the data are not in the split, first new"):
+        read_split(path, [*records, Record("new", "a", "new")])
+    changed = [Record(records[0].key, "b", records[0].patient), *records[1:]]
+    with pytest.raises(DataError, match="label or patient"):
+        read_split(path, changed)
+    path.write_text(path.read_text().replace("validation", "test"))
+    with pytest.raises(DataError, match="unknown split 'test'"):
+        read_split(path, records)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match="not a split file"):
+        read_split(path, records)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_split(tmp_path / "none.csv", records)
+
+
+def test_a_split_may_leave_images_out(tmp_path: Path) -> None:
+    records = make_records({"a": 3, "b": 3}, images=1)
+    write_split(tmp_path / "s.csv", records, Split([0, 3], [1, 4]))
+    kept = [records[i] for i in (0, 1, 3, 4)]
+    assert read_split(tmp_path / "s.csv", kept) == Split([0, 2], [1, 3])
+
+
+def test_real_radiographs(shared_dir: Path) -> None:
+    records = open_source(f"csv:{shared_dir / 'data' / 'cxr3' / 'labels.csv'}").records
+    for fold in range(5):
+        split = split_by_patient(records, fold=fold)
+        assert 170 < len(split.validation) < 205
+        train = {records[i].patient for i in split.train}
+        assert not train & {records[i].patient for i in split.validation}
+        held = Counter(records[i].label for i in split.validation)
+        assert 15 <= held["covid-19"] <= 27

@@ -1,0 +1,130 @@
+"""Pictures: where heat and outlines land, and that files can be read back."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+
+from magsd.evaluation import OverlayItem, contact_sheet, overlay_image, save_overlay
+from magsd.evaluation.overlay import OUTLINE, heat_map
+
+GREY = np.full((64, 64), 100, np.uint8)
+
+
+def _item(**changes):
+    values = {
+        "image": GREY,
+        "saliency": np.eye(4),
+        "predicted": "pneumonia",
+        "probability": 0.914,
+        "label": "pneumonia",
+    }
+    return OverlayItem(**(values | changes))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 80), (64, 64, 3), (900, 700)])
+def test_size_and_type(shape):
+    picture = overlay_image(np.zeros(shape, np.uint8), np.random.rand(7, 7), size=200)
+    assert picture.dtype == np.uint8
+    assert min(picture.shape[:2]) == 200
+    assert picture.shape[2] == 3
+    assert picture.shape[1] / picture.shape[0] == pytest.approx(shape[1] / shape[0], rel=0.01)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, np.nan])
+def test_constant_or_undefined_map_leaves_the_image(value):
+    image = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
+    picture = overlay_image(image, np.full((7, 7), value), size=64)
+    assert np.array_equal(picture, np.repeat(image[..., None], 3, axis=2))
+
+
+def test_heat_lies_where_the_map_is_high():
+    saliency = np.zeros((7, 7))
+    saliency[1, 5] = 2.0
+    heat = heat_map(saliency, (70, 70))
+    assert np.unravel_index(heat.argmax(), heat.shape) in {
+        (y, x) for y in (14, 15) for x in (54, 55)
+    }
+    assert heat.max() == pytest.approx(1.0, abs=0.05)
+    assert heat[50:, :40].max() == 0
+    changed = np.abs(overlay_image(GREY, saliency, size=70).astype(int) - 100).sum(axis=2)
+    assert changed[15, 55] > 100
+    assert changed[60, 10] == 0
+
+
+def test_heat_does_not_depend_on_the_maps_offset_or_scale():
+    saliency = np.random.default_rng(0).random((7, 7))
+    np.testing.assert_allclose(
+        heat_map(saliency, (40, 40)), heat_map(5 + 100 * saliency, (40, 40)), atol=1e-4
+    )
+
+
+def test_outline_follows_the_mask_of_another_size():
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:24, 8:24] = 1
+    picture = overlay_image(GREY, np.zeros((4, 4)), mask, size=640)
+    outlined = (np.abs(picture.astype(int) - OUTLINE) < 30).all(axis=2)
+    rows, columns = np.nonzero(outlined)
+    # One mask pixel is 20 of the picture's; the line lies within half of one from the edge.
+    for found in (rows, columns):
+        assert abs(found.min() - 160) <= 10
+        assert abs(found.max() - 480) <= 10
+    assert not outlined[180:460, 180:460].any()
+    assert outlined[300:340].any(axis=1).all()
+
+
+def test_outline_of_a_mask_at_the_edge_and_of_an_empty_one():
+    full = overlay_image(GREY, np.zeros((4, 4)), np.ones((64, 64)), size=128)
+    assert not (full == 100).all()
+    assert (full[20:-20, 20:-20] == 100).all()
+    empty = overlay_image(GREY, np.zeros((4, 4)), np.zeros((64, 64)), size=128)
+    assert (empty == 100).all()
+
+
+def test_inputs_are_not_changed():
+    image, saliency, mask = GREY.copy(), np.random.rand(7, 7), np.eye(64)
+    copies = image.copy(), saliency.copy(), mask.copy()
+    overlay_image(image, saliency, mask, size=64)
+    for given, kept in zip((image, saliency, mask), copies, strict=True):
+        assert np.array_equal(given, kept)
+
+
+def test_saved_file_is_the_picture(tmp_path):
+    item = _item(mask=np.eye(64))
+    path = save_overlay(tmp_path / "new" / "one.png", item, size=128)
+    read = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+    assert np.array_equal(read, overlay_image(item.image, item.saliency, item.mask, size=128))
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_contact_sheet(tmp_path, count):
+    items = [_item(mask=np.eye(64) if k % 2 else None) for k in range(count)]
+    path = contact_sheet(tmp_path / "sheet.png", items, title="a title", dpi=60)
+    sheet = cv2.imread(str(path))
+    pictures = (sheet < 200).any(axis=2).sum()
+    assert pictures >= count * 2 * (2.1 * 60) ** 2 * 0.95
+    with pytest.raises(ValueError, match="items"):
+        contact_sheet(tmp_path / "none.png", [])
+
+
+def test_captions():
+    assert _item().caption() == "pneumonia 91%"
+    assert _item(label=None).caption() == "pneumonia 91%"
+    assert _item(label="covid-19").caption() == "covid-19, taken for pneumonia 91%"
+    shared = _item(inside=0.5, uniform=0.25).caption()
+    assert shared == "pneumonia 91%\n50% of attention in mask (25% of area)"
+    assert _item(inside=float("nan"), uniform=0.25).caption() == "pneumonia 91%"
+
+
+@pytest.mark.parametrize(
+    ("image", "saliency"),
+    [
+        (GREY.astype(float), np.ones((7, 7))),
+        (GREY[0], np.ones((7, 7))),
+        (GREY, np.ones((1, 7, 7))),
+    ],
+)
+def test_refusals(image, saliency):
+    with pytest.raises(ValueError, match="expected"):
+        overlay_image(image, saliency)

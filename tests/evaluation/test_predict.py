@@ -1,0 +1,136 @@
+"""Predictions for files, and overlays of cached examples."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from magsd.data import BatchLoader
+from magsd.errors import DataError, RunError
+from magsd.evaluation import evaluate, predict_images, write_overlays
+from magsd.models import MAGSD, Preprocessing, load_model
+
+
+@pytest.fixture
+def files(cache, tmp_path):
+    """The cache's images as PNG files."""
+    paths = []
+    for i, image in enumerate(cache.images):
+        path = tmp_path / "in" / f"image{i:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(path), image)
+        paths.append(path)
+    return paths
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_same_as_evaluation(model, cache, classes, make_loader, files, refine):
+    report = evaluate(model, make_loader(), cache, classes=classes)
+    logits = report.predictions.refined_logits if refine else report.predictions.logits
+    expected = torch.from_numpy(logits).softmax(1).numpy()
+    predictions = predict_images(model, files, refine=refine, batch_size=5)
+    assert [p.path for p in predictions] == files
+    for prediction, row in zip(predictions, expected, strict=True):
+        assert list(prediction.probabilities) == list(classes)
+        np.testing.assert_allclose(list(prediction.probabilities.values()), row, atol=1e-5)
+        assert prediction.label == classes[row.argmax()]
+        assert sum(prediction.probabilities.values()) == pytest.approx(1)
+        assert prediction.overlay is None
+
+
+def test_saved_model_predicts_alone(model, files, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    assert predict_images(load_model(tmp_path / "saved"), files) == predict_images(model, files)
+
+
+def test_overlays_keep_the_proportions_of_the_file(model, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        picture = np.random.default_rng(0).integers(0, 256, (80, 120)).astype(np.uint8)
+        cv2.imwrite(str(tmp_path / folder / "x.png"), picture)
+    paths = [tmp_path / "a" / "x.png", tmp_path / "b" / "x.png"]
+    predictions = predict_images(model, paths, overlay_dir=tmp_path / "out")
+    assert [p.overlay.name for p in predictions] == ["x.png", "x_2.png"]
+    for prediction in predictions:
+        height, width = cv2.imread(str(prediction.overlay)).shape[:2]
+        assert width / height == pytest.approx(1.5, rel=0.01)
+
+
+def test_missing_files_are_named_and_counted(model, files, tmp_path):
+    gone = [tmp_path / f"gone{i}.png" for i in range(12)]
+    with pytest.raises(DataError, match=r"12 of 24 images not found.*gone0\.png.*and 2 more"):
+        predict_images(model, [*files, *gone])
+
+
+def test_truncated_file_stops_or_is_reported(model, files):
+    files[3].write_bytes(files[3].read_bytes()[:200])
+    with pytest.raises(DataError, match=r"image03\.png"):
+        predict_images(model, files)
+    bad = []
+    predictions = predict_images(
+        model, [*files, files[0].with_name("gone.png")], on_bad=lambda p, why: bad.append((p, why))
+    )
+    assert [p.path for p in predictions] == files[:3] + files[4:]
+    assert [p.name for p, _ in bad] == ["image03.png", "gone.png"]
+    assert all(why for _, why in bad)
+
+
+def test_three_channel_model(files):
+    model = MAGSD("resnet18", 3, in_channels=3, attention_maps=2).eval()
+    predictions = predict_images(
+        model, files[:2], classes=("a", "b", "c"), preprocessing=Preprocessing(64, (4.0, 4))
+    )
+    assert len(predictions) == 2
+
+
+def test_model_without_names(files):
+    model = MAGSD("resnet18", 3, attention_maps=2)
+    with pytest.raises(RunError, match="class names"):
+        predict_images(model, files)
+    with pytest.raises(RunError, match="preprocessing"):
+        predict_images(model, files, classes=("a", "b", "c"))
+    with pytest.raises(RunError, match="3 classes"):
+        predict_images(model, files, classes=("a", "b"), preprocessing=Preprocessing(64, None))
+
+
+def test_written_overlays_take_the_classes_in_turn(model, cache, classes, tmp_path):
+    model.train()
+    sheet = write_overlays(
+        model, cache, [11, 0, 3, 6, 9, 1], tmp_path / "o", classes=classes, limit=5, title="t"
+    )
+    assert model.training
+    assert sheet.name == "contact_sheet.png"
+    assert cv2.imread(str(sheet)) is not None
+    names = sorted(p.name for p in sheet.parent.glob("*.png"))
+    assert names == [
+        "000_left.png",
+        "001_none.png",
+        "002_right.png",
+        "003_left.png",
+        "004_left.png",
+        "contact_sheet.png",
+    ]
+    with pytest.raises(ValueError, match="at least one"):
+        write_overlays(model, cache, [], tmp_path / "o", classes=classes)
+
+
+def test_loader_and_prediction_prepare_alike(cache, classes, files):
+    """The input that prediction makes of a file is the one that training makes of it."""
+    from magsd.evaluation.predict import _as_input
+
+    loader = BatchLoader(
+        cache,
+        [0, 1],
+        classes,
+        batch_size=2,
+        shuffle=False,
+        seed=0,
+        augment=None,
+        device="cpu",
+        channels=3,
+    )
+    images = [cache.images[0], cache.images[1]]
+    prepared = _as_input(images, Preprocessing(64, None), 3)
+    torch.testing.assert_close(prepared, next(iter(loader)).images)

@@ -1,0 +1,238 @@
+"""Targets, inputs and comparisons that every test of an operation uses."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import magsd_kernels
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted")
+
+
+def dtype_id(value: object) -> str | None:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+all_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+both_corners = pytest.mark.parametrize("align_corners", [False, True], ids=["half", "corners"])
+all_sizes = pytest.mark.parametrize(
+    ("size", "low"),
+    [((25, 23), (5, 4)), ((12, 9), (12, 9)), ((7, 31), (5, 5)), ((16, 16), (1, 1))],
+    ids=str,
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend by name, and the device its tensors live on."""
+
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.device}"
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a public function on this backend; skip where a backend has no such cell."""
+        try:
+            return function(*args, backend=self.backend, **kwargs)
+        except magsd_kernels.BackendUnavailable as reason:
+            if self.backend == "reference":
+                raise
+            pytest.skip(str(reason))
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers, the same for every target."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def uniform(*shape: int, seed: int = 0, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """float32 uniforms in [low, high)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(shape, generator=generator) * (high - low) + low
+
+
+def attention_maps(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rectified maps, as a network gives them, each with a clear peak."""
+    maps = random(*shape, seed=seed).clamp_min(0.0)
+    return (maps * maps + 0.01 * random(*shape, seed=seed + 1).abs()).to(dtype)
+
+
+def guide(batch: int = 4, maps: int = 3, low: tuple[int, int] = (5, 4), seed: int = 0) -> dict:
+    """Attention, theta and index of a view, on the CPU."""
+    return {
+        "attention": attention_maps(batch, maps, *low, seed=seed),
+        "theta": uniform(batch, seed=seed + 1, low=0.2, high=0.6),
+        "index": torch.arange(batch) % maps if maps > 1 else None,
+    }
+
+
+def on(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+def boxes(target: Target, attention: Tensor, theta: Tensor | float, size: Any, **options: Any):
+    """Rows of `attention_boxes` as lists, and what must hold for any of them."""
+    if not isinstance(theta, Tensor):
+        theta = torch.full((len(attention),), theta)
+    options = on(target.device, options)
+    out = target.call(
+        magsd_kernels.attention_boxes,
+        attention.to(target.device),
+        theta.to(target.device),
+        size,
+        **options,
+    )
+    assert out.dtype == torch.int32
+    assert out.shape == (len(attention), 4)
+    assert not out.requires_grad
+    rows = out.cpu().tolist()
+    for top, left, bottom, right in rows:
+        assert 0 <= top < bottom <= size[0]
+        assert 0 <= left < right <= size[1]
+    return rows
+
+
+def make_strided(tensor: Tensor, layout: str) -> Tensor:
+    """The same values in other strides; 4-D layouts fall back to contiguous elsewhere."""
+    tensor = tensor.detach().contiguous()
+    if layout == "contiguous" or tensor.dim() < 2:
+        return tensor
+    if layout == "channels_last":
+        if tensor.dim() != 4:
+            return tensor
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "sliced":
+        shape = [n + 2 for n in tensor.shape[:-1]] + [2 * tensor.shape[-1] + 3]
+        parent = tensor.new_full(shape, -17.0) if tensor.is_floating_point() else None
+        if parent is None:
+            parent = tensor.new_full(shape, 0)
+        window = tuple(slice(1, n + 1) for n in tensor.shape[:-1])
+        view = parent[(*window, slice(2, 2 + 2 * tensor.shape[-1], 2))]
+        view.copy_(tensor)
+        return view
+    if layout == "permuted":
+        order = list(range(tensor.dim()))[::-1]
+        return tensor.permute(order).contiguous().permute(order)
+    raise ValueError(layout)
+
+
+def error_bound(expected: Tensor, dtype: torch.dtype) -> Tensor:
+    """Largest error allowed for each entry.
+
+    float64 computes in float64, the rest in float32 to 1e-5 of the largest entry; in half
+    precision one rounding comes on top, and the error may be twice that of the rounding.
+    """
+    scale = expected.abs().max() if expected.numel() else expected.new_zeros(())
+    if dtype == torch.float64:
+        return (1e-11 * scale).expand_as(expected)
+    bound = (1e-5 * scale).expand_as(expected)
+    if dtype == torch.float32:
+        return bound
+    info = torch.finfo(dtype)
+    return bound + info.eps * expected.abs() + info.smallest_normal * info.eps
+
+
+def assert_agrees(actual: Tensor, expected: Tensor, what: str = "result") -> None:
+    """Compare with a float64 oracle by the rules of the contract."""
+    assert isinstance(actual, Tensor), f"{what} is {type(actual).__name__}"
+    assert tuple(actual.shape) == tuple(expected.shape), what
+    found = actual.detach().cpu().double()
+    wanted = expected.detach().cpu().double()
+    assert torch.equal(found.isnan(), wanted.isnan()), f"{what}: NaN in other places"
+    excess = ((found - wanted).abs() - error_bound(wanted, actual.dtype)).nan_to_num(nan=0.0)
+    if excess.numel() and float(excess.max()) > 0:
+        at = [int(i) for i in torch.unravel_index(excess.argmax(), excess.shape)]
+        pytest.fail(
+            f"{what} ({actual.dtype}): at {at} found {found[tuple(at)]:.9g}, "
+            f"oracle {wanted[tuple(at)]:.9g}, {int((excess > 0).sum())} entries off"
+        )
+
+
+def assert_matches_oracle(
+    function: Callable[..., Tensor],
+    oracle: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    target: Target,
+    dtype: torch.dtype | Sequence[torch.dtype],
+    layout: str = "contiguous",
+) -> Tensor:
+    """Compare `function(*inputs)` and the gradient of each input with the float64 oracle."""
+    dtypes = [dtype] * len(inputs) if isinstance(dtype, torch.dtype) else dtype
+    leaves = [
+        make_strided(x.to(target.device, d), layout).requires_grad_()
+        for x, d in zip(inputs, dtypes, strict=True)
+    ]
+    masters = [leaf.detach().cpu().double().contiguous().requires_grad_() for leaf in leaves]
+    actual, expected = function(*leaves), oracle(*masters)
+    assert actual.dtype == dtypes[0]
+    assert actual.device.type == target.device
+    assert_agrees(actual, expected)
+    direction = random(*expected.shape, seed=99, dtype=actual.dtype)
+    gradients = torch.autograd.grad(actual, leaves, direction.to(target.device))
+    wanted = torch.autograd.grad(expected, masters, direction.double())
+    for i, (leaf, found, want) in enumerate(zip(leaves, gradients, wanted, strict=True)):
+        assert found.dtype == leaf.dtype
+        assert_agrees(found, want, f"gradient {i}")
+    return actual
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Memory handed out by torch.empty holds NaN (floats) or the largest integer inside."""
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def fresh_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that sees this checkout."""
+    root = str(Path(magsd_kernels.__file__).parents[1])
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MAGSD_")}
+    clean["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(magsd_kernels.__file__).parents[1]), clean.get("PYTHONPATH", "")]
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=clean | environment,
+        timeout=120,
+        check=False,
+    )
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Bit-equal, NaN included."""
+    return (
+        a.dtype == b.dtype
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.nan_to_num(), b.nan_to_num())
+    )

@@ -1,0 +1,210 @@
+"""What holds for every public function alike: inputs, determinism, devices, empty batches."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import magsd_kernels as mk
+
+from .cases import CASES, all_cases, differentiable_cases
+from .support import all_dtypes, identical, random, tensors_of
+
+PUBLIC = {
+    "attention_boxes",
+    "attention_crop",
+    "attention_dim",
+    "attention_drop",
+    "attention_mixup",
+    "attention_patch",
+    "attention_views",
+    "bilinear_attention_pool",
+    "multiscale_attention",
+    "resample_attention",
+    "sample_attention",
+    "soft_distance_loss",
+}
+OTHERS = {
+    "AttentionViews",
+    "BackendUnavailable",
+    "BilinearAttentionPool",
+    "MultiscaleAttention",
+    "SoftDistance",
+    "SoftDistanceLoss",
+    "backends",
+    "use_backend",
+}
+
+
+def outputs_and_gradients(target, case, arguments):
+    out = tensors_of(target.call(case.function, **arguments))
+    leaves = case.leaves(arguments)
+    if not leaves:
+        return out
+    total = sum((x.double() * (i + 1)).square().sum() + x.sum() for i, x in enumerate(out))
+    return [*(x.detach() for x in out), *torch.autograd.grad(total, leaves)]
+
+
+def test_public_names():
+    assert set(mk.__all__) >= PUBLIC | OTHERS
+    assert {case.function.__name__ for case in CASES} == PUBLIC
+    assert all(getattr(mk, name).__doc__ for name in PUBLIC)
+
+
+@all_cases
+@all_dtypes
+def test_every_dtype_runs_and_gives_its_own(target, case, dtype):
+    out = tensors_of(
+        target.call(case.function, **case.arguments(dtype=dtype, device=target.device))
+    )
+    if case.function is mk.sample_attention:
+        wanted = torch.int64
+    elif case.function is mk.attention_boxes:
+        wanted = torch.int32
+    elif case.function is mk.soft_distance_loss:
+        wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    else:
+        wanted = dtype
+    assert {x.dtype for x in out} == {wanted}
+    assert {x.device.type for x in out} == {target.device}
+
+
+@all_cases
+def test_inputs_are_not_modified(target, case):
+    arguments = case.arguments(device=target.device)
+    before = pytree.tree_map_only(torch.Tensor, lambda x: x.detach().clone(), arguments)
+    versions = {id(x): x._version for x in tensors_of(arguments)}
+    outputs_and_gradients(target, case, arguments)
+    for name, value in arguments.items():
+        pairs = zip(tensors_of(value), tensors_of(before[name]), strict=True)
+        if name in case.written:
+            assert not any(identical(a, b) for a, b in pairs)
+        else:
+            assert all(identical(a, b) for a, b in pairs), name
+            assert all(x._version == versions[id(x)] for x in tensors_of(value)), name
+
+
+@all_cases
+def test_outputs_do_not_alias_inputs(target, case):
+    arguments = case.arguments(device=target.device, requires_grad=False)
+    inputs = {x.untyped_storage().data_ptr() for x in tensors_of(arguments) if x.numel()}
+    out = tensors_of(target.call(case.function, **arguments))
+    assert all(x.untyped_storage().data_ptr() not in inputs for x in out)
+
+
+@all_cases
+def test_results_are_deterministic(target, case):
+    """Bit-equal forward and backward, also in another number of threads."""
+    threads = torch.get_num_threads()
+    first = outputs_and_gradients(target, case, case.arguments(batch=3, device=target.device))
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            again = outputs_and_gradients(
+                target, case, case.arguments(batch=3, device=target.device)
+            )
+            assert all(identical(a, b) for a, b in zip(first, again, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@all_cases
+def test_no_operation_draws_random_numbers(target, case):
+    state = torch.get_rng_state()
+    outputs_and_gradients(target, case, case.arguments(device=target.device))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@all_cases
+def test_deterministic_algorithms_can_be_demanded(target, case):
+    torch.use_deterministic_algorithms(True)
+    try:
+        outputs_and_gradients(target, case, case.arguments(device=target.device))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@all_cases
+@pytest.mark.parametrize("batch", [0, 1])
+def test_small_batches(target, case, batch):
+    arguments = case.arguments(batch=batch, device=target.device)
+    out = tensors_of(target.call(case.function, **arguments))
+    leaves = case.leaves(arguments)
+    if leaves:
+        gradients = torch.autograd.grad(sum(x.sum() for x in out), leaves)
+        assert [g.shape for g in gradients] == [x.shape for x in leaves]
+    if case.function is not mk.soft_distance_loss:
+        dimension = 1 if case.function is mk.attention_views else 0
+        assert all(x.shape[dimension] == batch for x in out)
+
+
+@all_cases
+def test_inference_mode_and_no_grad(target, case):
+    wanted = tensors_of(target.call(case.function, **case.arguments(device=target.device)))
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            out = tensors_of(target.call(case.function, **case.arguments(device=target.device)))
+        assert not any(x.requires_grad for x in out)
+        assert all(identical(a, b.detach()) for a, b in zip(out, wanted, strict=True))
+
+
+@differentiable_cases
+def test_gradient_through_the_graph_twice(target, case):
+    """retain_graph gives the same gradient again; without it the graph is freed as usual."""
+    arguments = case.arguments(device=target.device)
+    leaves = case.leaves(arguments)
+    total = sum(x.square().sum() for x in tensors_of(target.call(case.function, **arguments)))
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    second = torch.autograd.grad(total, leaves)
+    assert all(identical(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(total, leaves)
+
+
+def gradient_norm(target, case, arguments, create_graph=False):
+    """Squared norm of the gradient of a fixed function of the outputs."""
+    leaves = case.leaves(arguments)
+    total = sum(x.square().sum() for x in tensors_of(target.call(case.function, **arguments)))
+    gradients = torch.autograd.grad(total, leaves, create_graph=create_graph)
+    return sum(g.square().sum() for g in gradients)
+
+
+@differentiable_cases
+def test_second_derivatives_are_refused_or_right(target, case):
+    """No formula of second order is promised; a silent zero would be worse than an error."""
+
+    def arguments(step: float = 0.0):
+        built = case.arguments(device=target.device, dtype=torch.float64)
+        with torch.no_grad():
+            for i, leaf in enumerate(case.leaves(built)):
+                leaf.add_(step * random(*leaf.shape, seed=50 + i).to(target.device))
+        return built
+
+    built = arguments()
+    try:
+        norm = gradient_norm(target, case, built, create_graph=True)
+        second = torch.autograd.grad(norm, case.leaves(built))
+    except RuntimeError as refusal:
+        assert re.search("differentiate twice|second derivatives", str(refusal))
+        return
+    found = sum((g.cpu() * random(*g.shape, seed=50 + i)).sum() for i, g in enumerate(second))
+    h = 1e-6
+    up, down = (gradient_norm(target, case, arguments(step)) for step in (h, -h))
+    assert float(found) == pytest.approx(float(up - down) / (2 * h), rel=1e-4)
+
+
+@all_cases
+def test_an_input_changed_before_backward_is_noticed(target, case):
+    """Saved tensors are saved as such: in-place changes raise instead of giving wrong gradients."""
+    if case.name not in ("pool_avg", "pool_max", "multiscale_train", "loss"):
+        pytest.skip("its gradient does not read its differentiable inputs")
+    arguments = case.arguments(device=target.device)
+    leaves = case.leaves(arguments)
+    out = tensors_of(target.call(case.function, **arguments))
+    with torch.no_grad():
+        leaves[0].add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        torch.autograd.grad(sum(x.sum() for x in out), leaves)

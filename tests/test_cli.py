@@ -1,0 +1,226 @@
+"""The commands, run in this process where nothing else is at stake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from magsd import cli
+from magsd.cli import training_config
+from magsd.config import load_config
+from magsd.errors import ConfigError, DataError, RunError
+
+SMALL = [
+    "data.source=phantom:n=24,size=32",
+    "image_size=32",
+    "folds=2",
+    "backbone=test_resnet",
+    "backbone_args={output_stride: 16}",
+    "attention_maps=4",
+    "pretrained=false",
+    "batch_size=4",
+    "epochs=1",
+    "tensorboard=false",
+    "train.device=cpu",
+    "overlays=2",
+]
+
+
+def run(*arguments: str | Path) -> tuple[int, str]:
+    """Exit code and output of the command; an error that `main` would print is raised."""
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("cli")
+    code, output = run(
+        "train",
+        "--out",
+        base / "run",
+        *SMALL,
+        f"cache_dir={base / 'cache'}",
+        "--kernels",
+        "reference",
+    )
+    assert code == 0, output
+    return base / "run"
+
+
+def process(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "magsd", *map(str, arguments)],
+        env={**os.environ, "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_help_is_quick_and_lists_commands() -> None:
+    code = "import sys, magsd.cli; assert not {'torch', 'timm', 'cv2'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    done = process("--help")
+    assert done.returncode == 0
+    assert all(word in done.stdout for word in ("train", "evaluate", "predict", "info"))
+
+
+def test_errors_are_one_message_and_exit_code_2(tmp_path: Path) -> None:
+    done = process("train", "--out", tmp_path / "run", "epoch=3")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "magsd: unknown key 'epoch'; did you mean 'train.epochs'?"
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_extra_says_what_to_install(tmp_path: Path) -> None:
+    """Stand-ins that fail to import, as on a machine with the base install alone."""
+    (tmp_path / "timm.py").write_text("raise ModuleNotFoundError('no', name='timm')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = process("train", "--out", tmp_path / "run", *SMALL, PYTHONPATH=path)
+    assert done.returncode == 2, done.stderr
+    assert "pip install 'magsd[train]'" in done.stderr
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError('no', name='typer')")
+    done = process("--help", PYTHONPATH=path)
+    assert done.returncode != 0
+    assert "pip install 'magsd[train]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_train_without_anything_uses_the_phantom() -> None:
+    assert training_config([], None, None, None) == load_config("phantom")
+    config = training_config(["epochs=3"], None, "phantom:n=60", "reference")
+    assert (config.model.pretrained, config.train.epochs) == (False, 3)
+    assert (config.data.source, config.train.kernels) == ("phantom:n=60", "reference")
+
+
+def test_train_on_own_data_uses_the_published_recipe() -> None:
+    for config in (
+        training_config([], None, "folder:/x", None),
+        training_config(["data.source=folder:/x"], None, None, None),
+    ):
+        assert (config.optim.name, config.train.epochs) == ("sgd", 150)
+        assert (config.model.backbone, config.data.source) == ("resnet50", "folder:/x")
+
+
+def test_resume_needs_out_and_excludes_overwrite() -> None:
+    with pytest.raises(ConfigError, match="--out"):
+        run("train", "--resume")
+    with pytest.raises(ConfigError, match="exclude"):
+        run("train", "--resume", "--overwrite", "--out", "x")
+
+
+def test_train_writes_a_run_and_a_table(trained: Path) -> None:
+    for name in ("config.yaml", "split.csv", "metrics.csv", "checkpoints/best.pt"):
+        assert (trained / name).is_file(), name
+    code, output = run("train", "--resume", "--out", trained)
+    assert code == 0
+    for words in ("validation accuracy", "attention inside masks", "uniform map", "images/s"):
+        assert words in output, words
+
+
+def test_train_refuses_another_runs_folder(trained: Path) -> None:
+    with pytest.raises(RunError, match="holds another run"):
+        run("train", "--out", trained, *SMALL)
+
+
+def test_evaluate_own_validation(trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "report.json"
+    code, output = run("evaluate", trained, "--json", file)
+    assert code == 0
+    assert "validation images of the run's own source" in output
+    report = json.loads(file.read_text())
+    assert report["classes"] == ["diffuse", "focal", "ground-glass", "normal"]
+    validation = (trained / "split.csv").read_text().count(",validation")
+    assert report["raw"]["images"] == validation
+    for name in ("accuracy", "precision", "recall", "f1", "specificity", "false_positive_rate"):
+        assert 0 <= report["raw"][name] <= 1
+        assert 0 <= report["refined"][name] <= 1
+    assert "auroc" in report["raw"]
+    assert report["localisation"]["overall"]["images"] > 0
+    assert (trained / "plots" / "validation" / "confusion.png").is_file()
+    assert json.loads((trained / "evaluation.json").read_text())["raw"] == report["raw"]
+
+
+def test_evaluate_other_data_takes_all_of_it(trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    code, _ = run("evaluate", trained, "--data", "phantom:n=12,seed=9,size=32", "--json", file)
+    assert code == 0
+    assert json.loads(file.read_text())["raw"]["images"] == 12
+    assert (trained / "plots" / "evaluation" / "confusion.png").is_file()
+
+
+def test_evaluate_refuses_a_label_it_was_not_trained_on(trained: Path, tmp_path: Path) -> None:
+    for label in ("normal", "fracture"):
+        (tmp_path / label).mkdir()
+        cv2.imwrite(str(tmp_path / label / "a.png"), np.zeros((40, 40), np.uint8))
+    with pytest.raises(DataError, match=r"'fracture'.*ground-glass"):
+        run("evaluate", trained, "--data", f"folder:{tmp_path}")
+
+
+def test_predict(trained: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = []
+    for name in ("a.png", "b.jpg"):
+        images.append(tmp_path / name)
+        cv2.imwrite(str(images[-1]), rng.integers(0, 255, (50, 60), dtype=np.uint8))
+    file = tmp_path / "out.json"
+    code, output = run("predict", trained, *images, "--overlay", tmp_path / "maps", "--json", file)
+    assert code == 0, output
+    found = json.loads(file.read_text())
+    assert [row["image"] for row in found] == [str(path) for path in images]
+    for row in found:
+        assert sum(row["probabilities"].values()) == pytest.approx(1)
+        assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
+        assert Path(row["overlay"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_predict_names_images_it_cannot_read(trained: Path, tmp_path: Path) -> None:
+    good = tmp_path / "good.png"
+    cv2.imwrite(str(good), np.zeros((40, 40), np.uint8))
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"bad\.png"):
+        run("predict", trained, good, bad)
+    file = tmp_path / "out.json"
+    code, output = run("predict", trained, good, bad, "--skip-bad", "--json", file)
+    assert code == 0
+    assert "bad.png" in output
+    assert len(json.loads(file.read_text())) == 1
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_folder_that_is_no_run(command: str, tmp_path: Path) -> None:
+    extra = ["x.png"] if command == "predict" else []
+    with pytest.raises(RunError, match="holds no run"):
+        run(command, tmp_path, *extra)
+
+
+def test_corrupt_checkpoint_is_said(trained: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    best = copy / "checkpoints" / "best.pt"
+    best.write_bytes(best.read_bytes()[:-500])
+    done = process("evaluate", copy)
+    assert done.returncode == 2
+    assert "corrupt checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_info() -> None:
+    code, output = run("info")
+    assert code == 0
+    for words in ("torch", "timm", "kernels reference", "available", "phantom"):
+        assert words in output, words

@@ -1,0 +1,201 @@
+"""Configuration: published defaults, overrides, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from magsd.config import (
+    RUN_MARK,
+    Config,
+    config_from_dict,
+    dump_yaml,
+    load_config,
+    named_source,
+    packaged_configs,
+    resolve_key,
+    valid_keys,
+)
+from magsd.errors import ConfigError
+
+
+def test_defaults_are_the_published_recipe() -> None:
+    config = Config()
+    assert (config.optim.name, config.optim.lr, config.optim.momentum) == ("sgd", 1e-3, 0.9)
+    assert (config.optim.nesterov, config.optim.weight_decay) == (True, 5e-4)
+    assert (config.optim.schedule, config.optim.milestones, config.optim.gamma) == (
+        "step",
+        (75, 125),
+        0.1,
+    )
+    assert (config.train.epochs, config.train.batch_size, config.data.image_size) == (150, 16, 224)
+    assert (config.data.clahe, config.data.clahe_clip, config.data.clahe_tiles) == (True, 4.0, 4)
+    assert (config.data.folds, config.model.backbone, config.model.pretrained) == (
+        5,
+        "resnet50",
+        True,
+    )
+    assert (config.model.attention_maps, config.model.scales) == (32, 2)
+    views = config.views
+    assert (views.mixup_theta, views.dim_theta, views.patch_theta) == (
+        (0.4, 0.6),
+        (0.2, 0.5),
+        (0.4, 0.6),
+    )
+    assert (views.padding, views.weight, views.floor) == (0.1, 0.4, 0.001)
+    assert (config.loss.confidence, config.loss.smoothing) == (0.7, 0.01)
+    augment = config.data.augment
+    assert (augment.probability, augment.brightness, augment.contrast) == (0.5, 0.5, 0.7)
+    assert (augment.rotation, augment.crop_scale, augment.crop_ratio) == (
+        120.0,
+        (0.6, 1.0),
+        (0.75, 1.33),
+    )
+
+
+def test_published_file_states_the_defaults() -> None:
+    assert load_config("published") == Config()
+
+
+@pytest.mark.parametrize("name", sorted(packaged_configs()))
+def test_packaged_files_load(name: str) -> None:
+    assert load_config(name).validate() is not None
+
+
+def test_phantom_is_small_and_needs_no_download() -> None:
+    config = load_config("phantom")
+    assert config.model.pretrained is False
+    assert config.data.source.startswith("phantom")
+
+
+def test_file_then_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("train:\n  epochs: 7\n  batch_size: 4\noptim.lr: 1e-4\n")
+    config = load_config(file, ["epochs=9", "model.backbone_args={output_stride: 16}"])
+    assert (config.train.epochs, config.train.batch_size, config.optim.lr) == (9, 4, 1e-4)
+    assert config.model.backbone_args == {"output_stride": 16}
+
+
+@pytest.mark.parametrize(
+    ("pair", "key", "value"),
+    [
+        ("lr=1e-2", "optim.lr", 1e-2),
+        ("lr=1", "optim.lr", 1.0),
+        ("milestones=[1, 2, 3]", "optim.milestones", (1, 2, 3)),
+        ("mixup_theta=[0.1,0.2]", "views.mixup_theta", (0.1, 0.2)),
+        ("class_weights=balanced", "loss.class_weights", "balanced"),
+        ("class_weights=[1,2,3]", "loss.class_weights", [1.0, 2.0, 3.0]),
+        ("clip_norm=null", "optim.clip_norm", None),
+        ("clip_norm=2", "optim.clip_norm", 2.0),
+        ("cache_dir=/x/y", "data.cache_dir", "/x/y"),
+        ("pretrained=false", "model.pretrained", False),
+        ("pretrained=/w.safetensors", "model.pretrained", "/w.safetensors"),
+        ("source=csv:a=b.csv", "data.source", "csv:a=b.csv"),
+        ("rotation=15", "data.augment.rotation", 15.0),
+        ("data.augment.enabled=false", "data.augment.enabled", False),
+    ],
+)
+def test_values_take_their_types(pair: str, key: str, value: object) -> None:
+    found: object = load_config(None, [pair])
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("pair", "nearest"),
+    [
+        ("epoch=3", "train.epochs"),
+        ("optim.learning_rte=3", "optim"),
+        ("optim.lrr=3", "optim.lr"),
+        ("train.lr=3", "optim.lr"),
+        ("bacth_size=3", "train.batch_size"),
+        ("data.augment.rotatoin=3", "data.augment.rotation"),
+    ],
+)
+def test_unknown_key_names_the_nearest(pair: str, nearest: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown key.*{nearest}"):
+        load_config(None, [pair])
+
+
+def test_unknown_key_in_a_file_names_file_and_nearest(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("optim:\n  momentun: 0.5\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml.*momentun.*optim\.momentum"):
+        load_config(file)
+
+
+def test_ambiguous_short_key_lists_both() -> None:
+    with pytest.raises(ConfigError, match=r"model\.name or optim\.name"):
+        resolve_key("name")
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("epochs=1.5", "expected int"),
+        ("epochs=true", "expected int"),
+        ("epochs=0", "at least 1"),
+        ("lr=fast", "expected float"),
+        ("lr=nan", "more than 0"),
+        ("lr=-1", "more than 0"),
+        ("precision=fp8", "float32 or bfloat16"),
+        ("optim.name=adam", "sgd or adamw"),
+        ("model.name=other", "magsd or plain"),
+        ("mixup_theta=[0.6,0.4]", "low <= high"),
+        ("mixup_theta=[0.6]", r"\[float, float\]"),
+        ("fold=5", "0 to data.folds - 1 = 4"),
+        ("crop_scale=[0.9,0.1]", "crop_scale"),
+        ("class_weights=[-1,2]", "none, balanced"),
+        ("skip_bad=maybe", "expected bool"),
+        ("milestones=[", "expected a list of int"),
+        ("epochs", "key=value"),
+    ],
+)
+def test_wrong_values_are_refused_with_the_key(pair: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(None, [pair])
+    assert pair.split("=")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "train: 5\n", "a: [\n"])
+def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        load_config(file)
+
+
+def test_missing_file_lists_packaged_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="phantom"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_yaml_and_dict_round_trips() -> None:
+    config = load_config("phantom", ["class_weights=[1,2,3,4]", "clip_norm=1.5"])
+    text = dump_yaml(config)
+    assert text.startswith(RUN_MARK)
+    assert config_from_dict(yaml.safe_load(text)) == config
+    assert config_from_dict(config.to_dict()) == config
+
+
+def test_every_key_resolves_and_flat_covers_them() -> None:
+    keys = valid_keys()
+    assert len(set(keys)) == len(keys) > 40
+    assert all(resolve_key(key) == key for key in keys)
+    assert set(Config().flat()) == set(keys)
+
+
+def test_loading_does_not_change_the_defaults() -> None:
+    load_config(None, ["epochs=3", "rotation=1", "backbone_args={a: 1}"])
+    assert Config().train.epochs == 150
+    assert Config().data.augment.rotation == 120.0
+    assert Config().model.backbone_args == {}
+
+
+def test_named_source() -> None:
+    assert named_source(["epochs=3"]) is None
+    assert named_source(["source=a", "data.source=folder:x=y"]) == "folder:x=y"

@@ -1,0 +1,78 @@
+"""A run small enough to train in a second."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from magsd.config import Config, load_config
+
+SMALL = (
+    "data.source=phantom:n=24,size=32",
+    "image_size=32",
+    "folds=2",
+    "backbone=test_resnet",
+    "backbone_args={output_stride: 16}",
+    "attention_maps=4",
+    "pretrained=false",
+    "batch_size=4",
+    "eval_batch_size=8",
+    "epochs=2",
+    "lr=1e-3",
+    "tensorboard=false",
+    "train.device=cpu",
+    "log_interval=2",
+    "overlays=0",
+)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def small_pairs(cache_dir: Path) -> list[str]:
+    """key=value pairs of the small run: three steps an epoch."""
+    return [*SMALL, f"cache_dir={cache_dir}"]
+
+
+@pytest.fixture
+def small_config(small_pairs: list[str]) -> Callable[..., Config]:
+    """Configuration of the small run with further overrides."""
+    return lambda *overrides: load_config(None, [*small_pairs, *overrides])
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def assert_same_state(first: Any, second: Any, where: str = "") -> None:
+    """Every tensor and value equal bit for bit, wall-clock times apart."""
+    assert type(first) is type(second), where
+    if isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype, where
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            if not str(key).endswith("_seconds"):
+                assert_same_state(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), where
+        for number, (a, b) in enumerate(zip(first, second, strict=True)):
+            assert_same_state(a, b, f"{where}[{number}]")
+    else:
+        assert first == second, where
+
+
+@pytest.fixture
+def same_state() -> Callable[[Any, Any], None]:
+    return assert_same_state

@@ -1,0 +1,446 @@
+"""Whole runs: their folder, refusals, divergence, full disks, and real radiographs."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import multiprocessing
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from magsd.config import Config, load_config
+from magsd.errors import ConfigError, DataError, RunError, TrainingDiverged
+from magsd.training import load_run
+from magsd.training import trainer as trainer_module
+from magsd.training.checkpoint import load_checkpoint
+from magsd.training.metrics_log import COLUMNS, MetricsLog, read_metrics
+from magsd.training.precision import Precision, choose_device, deterministic_algorithms
+from magsd.training.report import evaluate_run, finish_run
+from magsd.training.run import train_run, training_loader
+from magsd.training.run_folder import RunFolder, default_run_folder
+from magsd.training.signals import StopRequest
+from magsd.training.trainer import Trainer, class_weights
+from magsd.training.validation import validate
+
+
+@pytest.fixture
+def finished(tmp_path: Path, small_config, console) -> Path:
+    out = tmp_path / "run"
+    train_run(small_config("epochs=1"), out, console=console)
+    return out
+
+
+def test_folder_of_a_run(tmp_path: Path, small_config, console: Console) -> None:
+    config = small_config("overlays=3", "tensorboard=true")
+    trained = train_run(config, tmp_path / "run", console=console)
+    report = finish_run(trained, console)
+    folder = trained.folder
+    assert folder.load_config() == config
+    assert [row["epoch"] for row in read_metrics(folder.metrics)] == ["1", "2"]
+    assert list(read_metrics(folder.metrics)[0]) == list(COLUMNS)
+    assert list(folder.tensorboard.glob("events.*"))
+    for name in ("confusion.png", "confusion_refined.png", "curves.png"):
+        assert (folder.plots / name).read_bytes().startswith(b"\x89PNG"), name
+    assert len(list(folder.overlays.glob("[0-9]*.png"))) == 3
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["best.pt", "last.pt"]
+    with open(folder.split) as file:
+        sides = [row["split"] for row in csv.DictReader(file)]
+    assert sides.count("train") == len(trained.data.split.train)
+    assert report.raw.images == sides.count("validation") == len(trained.data.split.validation)
+    text = console.file.getvalue()
+    for words in ("validation accuracy", "uniform map", "images/s", str(folder.overlays)):
+        assert words in text, words
+
+
+def test_split_keeps_patients_apart(finished: Path) -> None:
+    sides: dict[str, set[str]] = {}
+    with open(finished / "split.csv") as file:
+        for row in csv.DictReader(file):
+            sides.setdefault(row["patient"], set()).add(row["split"])
+    assert len(sides) > 4
+    assert all(len(found) == 1 for found in sides.values())
+
+
+def test_best_epoch_is_the_one_with_the_best_accuracy(
+    tmp_path: Path, small_config, console, monkeypatch
+) -> None:
+    scores = iter([(0.5, 1.0), (0.8, 0.9), (0.8, 0.7), (0.6, 0.1)])
+
+    def scripted(*_: Any, **__: Any) -> dict[str, float]:
+        accuracy, loss = next(scores)
+        return {
+            "validation_accuracy": accuracy,
+            "validation_balanced_accuracy": accuracy,
+            "validation_loss": loss,
+        }
+
+    monkeypatch.setattr(trainer_module, "validate", scripted)
+    trained = train_run(small_config("epochs=4"), tmp_path / "run", console=console)
+    assert trained.best_epoch == 3
+    assert load_checkpoint(trained.folder.best)["epoch"] == 3
+    assert load_checkpoint(trained.folder.last)["epoch"] == 4
+
+
+def test_loaded_run_evaluates_as_validated(finished: Path, small_config, console) -> None:
+    trained = train_run(small_config("epochs=1"), finished, resume=True, console=console)
+    run = load_run(finished)
+    assert run.classes == trained.data.classes
+    assert not run.model.training
+    report = evaluate_run(run, trained.data.cache, trained.data.split.validation)
+    row = read_metrics(finished / "metrics.csv")[0]
+    assert report.raw.accuracy == pytest.approx(float(row["validation_accuracy"]))
+    assert report.raw.recall == pytest.approx(float(row["validation_balanced_accuracy"]))
+
+
+def test_out_with_another_run_is_refused_and_untouched(
+    finished: Path, small_config, console
+) -> None:
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    with pytest.raises(RunError, match=r"holds another run.*--resume.*--overwrite"):
+        train_run(small_config("epochs=1"), finished, console=console)
+    assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(finished: Path, small_config, console) -> None:
+    (finished / "notes.txt").write_text("mine")
+    (finished / "overlays").mkdir()
+    (finished / "overlays" / "old.png").write_text("old")
+    train_run(small_config("epochs=1", "train.seed=7"), finished, overwrite=True, console=console)
+    assert (finished / "notes.txt").read_text() == "mine"
+    assert not (finished / "overlays").exists()
+    assert RunFolder(finished).load_config().train.seed == 7
+
+
+def test_folder_of_other_files_is_never_overwritten(tmp_path: Path, small_config, console) -> None:
+    (tmp_path / "config.yaml").write_text("mine: 1\n")
+    with pytest.raises(RunError, match=r"config\.yaml, not written by"):
+        train_run(small_config(), tmp_path, overwrite=True, console=console)
+    assert (tmp_path / "config.yaml").read_text() == "mine: 1\n"
+
+
+def test_run_without_a_checkpoint_may_be_started_again(
+    tmp_path: Path, small_config, console
+) -> None:
+    bad = small_config("epochs=1", "backbone=no_such_net")
+    with pytest.raises(ConfigError, match="no_such_net"):
+        train_run(bad, tmp_path / "run", console=console)
+    train_run(small_config("epochs=1"), tmp_path / "run", console=console)
+
+
+def test_out_that_is_a_file(tmp_path: Path, small_config, console) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot make the run's folder"):
+        train_run(small_config(), tmp_path / "file", console=console)
+
+
+def hold(root: str, ready: Any, done: Any) -> None:
+    folder = RunFolder(root)
+    folder.lock()
+    ready.set()
+    done.wait(60)
+
+
+def test_second_process_is_kept_out(tmp_path: Path, small_config, console) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(str(tmp_path / "run"), ready, done))
+    other.start()
+    try:
+        assert ready.wait(60)
+        with pytest.raises(RunError, match="another process is training"):
+            train_run(small_config(), tmp_path / "run", console=console)
+    finally:
+        done.set()
+        other.join()
+    train_run(small_config("epochs=1"), tmp_path / "run", console=console)
+
+
+def test_default_folders_do_not_collide(tmp_path: Path) -> None:
+    first = default_run_folder("folder:/a/b", tmp_path)
+    first.mkdir()
+    assert default_run_folder("folder:/a/b", tmp_path) != first
+    assert first.name.startswith("folder-")
+
+
+def break_loss(monkeypatch: pytest.MonkeyPatch, at: int) -> list[list[int]]:
+    """Make the loss NaN in the step after `at` steps; returns where its indices will stand."""
+    one_step = Trainer._one_step
+    seen: list[list[int]] = []
+
+    def broken(self: Trainer, images: torch.Tensor, labels: torch.Tensor) -> None:
+        if self.global_step == at:
+            seen.append(self._recent[self.step])
+            images = images * float("nan")
+        one_step(self, images, labels)
+
+    monkeypatch.setattr(Trainer, "_one_step", broken)
+    return seen
+
+
+@pytest.mark.parametrize("interval", [1, 2, 50])
+def test_nan_stops_names_the_batch_and_keeps_the_last_good_checkpoint(
+    interval: int, tmp_path: Path, small_config, console, monkeypatch
+) -> None:
+    seen = break_loss(monkeypatch, at=4)
+    out = tmp_path / "run"
+    config = small_config(f"log_interval={interval}", "epochs=3")
+    with pytest.raises(TrainingDiverged, match="epoch 2, step 2 of 3") as caught:
+        train_run(config, out, console=console)
+    with open(out / "split.csv") as file:
+        keys = [row["key"] for row in csv.DictReader(file)]
+    assert len(seen[0]) == 4
+    assert all(keys[index] in str(caught.value) for index in seen[0])
+    saved = load_checkpoint(out / "checkpoints" / "last.pt")
+    assert (saved["epoch"], saved["step"]) == (1, 0)
+    assert all(v.isfinite().all() for v in saved["model"].values() if v.is_floating_point())
+    monkeypatch.undo()
+    train_run(small_config("lr=1e-5", "epochs=2"), out, resume=True, console=console)
+
+
+def test_signal_after_nan_does_not_save_it(
+    tmp_path: Path, small_config, console, monkeypatch
+) -> None:
+    break_loss(monkeypatch, at=4)
+    one_step = Trainer._one_step
+
+    def signalled(self: Trainer, *arguments: Any) -> None:
+        if self.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        one_step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_one_step", signalled)
+    out = tmp_path / "run"
+    with pytest.raises(TrainingDiverged):
+        train_run(small_config("log_interval=50"), out, console=console)
+    assert load_checkpoint(out / "checkpoints" / "last.pt")["epoch"] == 1
+
+
+def test_weights_that_are_spoilt_while_the_loss_is_finite(
+    tmp_path: Path, small_config, console, monkeypatch
+) -> None:
+    """The last step's update overflows: its loss was fine, its weights are not."""
+    one_step = Trainer._one_step
+
+    def spoil(self: Trainer, *arguments: Any) -> None:
+        one_step(self, *arguments)
+        if self.global_step == 6:
+            next(self.model.parameters()).data.view(-1)[0] = float("inf")
+
+    monkeypatch.setattr(Trainer, "_one_step", spoil)
+    with pytest.raises(
+        TrainingDiverged, match=r"weights became.*epoch 2, step 3 of 3; its batch: ph"
+    ):
+        train_run(small_config(), tmp_path / "run", console=console)
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["epoch"] == 1
+
+
+@pytest.mark.parametrize("name", ["last.pt", "metrics.csv", "config.yaml"])
+def test_full_disk_is_said_and_keeps_what_was_there(
+    name: str, tmp_path: Path, small_config, console, monkeypatch
+) -> None:
+    out = tmp_path / "run"
+    train_run(small_config("epochs=1"), out, console=console)
+    before = (out / "checkpoints" / "last.pt").read_bytes()
+    replace = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(RunError, match=rf"disk is full.*{name}.*--resume"):
+        train_run(small_config(), out, resume=True, console=console)
+    monkeypatch.undo()
+    assert (out / "checkpoints" / "last.pt").read_bytes() == before
+    assert not list(out.rglob("*.part"))
+    train_run(small_config(), out, resume=True, console=console)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no mount command here")
+    if done.returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_training_on_a_disk_that_is_really_full(tiny_disk: Path, small_config, console) -> None:
+    """The first checkpoint fits; with the optimiser's state the next does not."""
+    with pytest.raises(RunError, match=r"disk is full.*--resume"):
+        train_run(small_config("optim.name=adamw"), tiny_disk / "run", console=console)
+    saved = load_checkpoint(tiny_disk / "run" / "checkpoints" / "last.pt")
+    assert (saved["epoch"], saved["step"]) == (0, 0)
+
+
+def test_truncated_image_is_named_and_skipped_when_asked(
+    tmp_path: Path, small_config, console
+) -> None:
+    rng = np.random.default_rng(0)
+    for label in ("a", "b"):
+        for number in range(6):
+            path = tmp_path / "data" / label / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), rng.integers(0, 255, (40, 40), dtype=np.uint8))
+    bad = tmp_path / "data" / "a" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:100])
+    source = f"source=folder:{tmp_path / 'data'}"
+    with pytest.raises(DataError, match=r"(?s)1 of 12 images.*a/3\.png.*skip_bad"):
+        train_run(small_config(source, "epochs=1"), tmp_path / "run", console=console)
+    trained = train_run(
+        small_config(source, "epochs=1", "skip_bad=true"), tmp_path / "run", console=console
+    )
+    assert len(trained.data.cache.records) == 11
+    assert "a/3.png" in console.file.getvalue()
+
+
+def test_class_weights(small_config, tmp_path: Path, console) -> None:
+    trained = train_run(small_config("epochs=1"), tmp_path / "run", console=console)
+    data = trained.data
+    chosen = [i for i in data.split.train if data.cache.records[i].label != "normal"]
+    loader = training_loader(trained.config, data.cache, chosen[:5], data.classes)
+    assert class_weights("none", loader) is None
+    balanced = class_weights("balanced", loader)
+    for k in range(4):
+        count = loader.labels.count(k)
+        assert balanced[k] == pytest.approx(5 / (4 * max(count, 1)))
+    assert class_weights([1.0, 2.0, 3.0, 4.0], loader).tolist() == [1, 2, 3, 4]
+    with pytest.raises(ConfigError, match="2 numbers; the classes are diffuse"):
+        class_weights([1.0, 2.0], loader)
+
+
+def test_a_lone_last_image_is_left_out(small_config, finished: Path, console) -> None:
+    trained = train_run(small_config("epochs=1"), finished, resume=True, console=console)
+    cache, classes = trained.data.cache, trained.data.classes
+    for count, steps in ((8, 2), (9, 2), (10, 3)):
+        loader = training_loader(trained.config, cache, list(range(count)), classes)
+        assert len(loader) == steps
+
+
+def test_validation_by_hand(small_config, finished: Path, console) -> None:
+    trained = train_run(small_config("epochs=1"), finished, resume=True, console=console)
+    run = load_run(finished)
+    loader = training_loader(
+        trained.config, trained.data.cache, trained.data.split.validation, run.classes
+    )
+    loader.augment, loader.shuffle = None, False
+    measured = validate(run.model, loader, Precision(torch.device("cpu")))
+    logits = torch.cat([run.model(b.images).logits.detach() for b in loader]).double()
+    labels = torch.tensor(loader.labels)
+    hits = logits.argmax(1) == labels
+    assert measured["validation_accuracy"] == pytest.approx(float(hits.double().mean()))
+    assert measured["validation_loss"] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(logits, labels))
+    )
+    recalls = [float(hits[labels == k].double().mean()) for k in labels.unique()]
+    assert measured["validation_balanced_accuracy"] == pytest.approx(np.mean(recalls))
+
+
+def test_deterministic_mode_is_restored() -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+    with deterministic_algorithms(True):
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_unknown_devices() -> None:
+    with pytest.raises(ConfigError, match=r"train\.device=warp"):
+        choose_device("warp")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"train\.device=cuda"):
+            choose_device("cuda")
+
+
+def test_unknown_and_unavailable_kernels(tmp_path: Path, small_config, console) -> None:
+    with pytest.raises(ConfigError, match=r"train\.kernels=fast.*reference"):
+        train_run(small_config("kernels=fast"), tmp_path / "run", console=console)
+
+
+def test_tensorboard_curves(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.csv", tmp_path / "tb")
+    log.start(0, 0)
+    log.epoch(dict.fromkeys(COLUMNS, 0.5) | {"epoch": 1, "step": 3})
+    log.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert "validation/accuracy" in events.Tags()["scalars"]
+    assert events.Scalars("train/loss")[0].step == 3
+
+
+def test_stop_request_restores_handlers() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop
+        assert stop.signum == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def real_config(shared_dir: Path, tmp_path: Path, *overrides: str) -> Config:
+    """Sixteen real radiographs of each class in a table of their own."""
+    source = shared_dir / "data" / "cxr3"
+    with open(source / "labels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    labels = sorted({row["label"] for row in rows})
+    chosen = [row for label in labels for row in [r for r in rows if r["label"] == label][:8]]
+    table = tmp_path / "few.csv"
+    with open(table, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["file", "label", "patient"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row | {"file": str(source / row["file"])} for row in chosen)
+    pairs = [
+        f"data.source=csv:{table}",
+        f"cache_dir={tmp_path / 'cache'}",
+        "image_size=96",
+        "folds=2",
+        "batch_size=6",
+        "epochs=1",
+        "tensorboard=false",
+        "overlays=3",
+        "train.device=cpu",
+        *overrides,
+    ]
+    return load_config("finetune", pairs)
+
+
+@pytest.mark.parametrize("name", ["magsd", "plain"])
+def test_a_few_steps_on_real_radiographs(
+    name: str, shared_dir: Path, tmp_path: Path, console
+) -> None:
+    weights = shared_dir / "weights" / "tf_efficientnet_lite0.safetensors"
+    config = real_config(
+        shared_dir,
+        tmp_path,
+        f"model.name={name}",
+        "backbone=tf_efficientnet_lite0",
+        f"pretrained={weights}",
+        "epochs=2",
+    )
+    trained = train_run(config, tmp_path / "run", console=console)
+    report = finish_run(trained, console)
+    rows = read_metrics(trained.folder.metrics)
+    assert trained.data.classes == ("covid-19", "no-finding", "pneumonia")
+    assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert report.raw.images == len(trained.data.split.validation) > 0
+    assert len(list(trained.folder.overlays.glob("[0-9]*.png"))) == 3
