@@ -50,9 +50,9 @@ class BackendUnavailable(RuntimeError):
 
 
 class _Context(threading.local):
-    """The innermost `use_backend` of this thread."""
+    """The names of this thread's open `use_backend` blocks, the innermost last."""
 
-    name: str | None = None
+    names: tuple[str, ...] = ()
 
 
 _context = _Context()
@@ -66,11 +66,9 @@ class use_backend:
 
     def __init__(self, name: str) -> None:
         self.name = _known(name)
-        self.outer: list[str | None] = []
 
     def __enter__(self) -> None:
-        self.outer.append(_context.name)
-        _context.name = self.name
+        _context.names = (*_context.names, self.name)
 
     def __exit__(
         self,
@@ -78,7 +76,7 @@ class use_backend:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _context.name = self.outer.pop()
+        _context.names = _context.names[:-1]
 
 
 def select(operation: str, backend: str | None, tensor: torch.Tensor) -> str:
@@ -89,8 +87,8 @@ def select(operation: str, backend: str | None, tensor: torch.Tensor) -> str:
         BackendUnavailable: a named backend cannot run these tensors.
     """
     name = backend
-    if name is None:
-        name = _context.name
+    if name is None and _context.names:
+        name = _context.names[-1]
     if name is None:
         name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     if _known(name) == "reference":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -34,6 +35,15 @@ def _targets() -> list[Target]:
 def target(request: pytest.FixtureRequest) -> Target:
     """A backend and a device that it can run on."""
     return request.param
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On tensors this small a second thread only costs; test_contract.py runs several itself."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

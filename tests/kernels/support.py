@@ -212,9 +212,7 @@ def fresh_python(code: str, **environment: str) -> subprocess.CompletedProcess[s
     """Run code in a fresh interpreter that sees this checkout."""
     root = str(Path(magsd_kernels.__file__).parents[1])
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MAGSD_")}
-    clean["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(magsd_kernels.__file__).parents[1]), clean.get("PYTHONPATH", "")]
-    )
+    clean["PYTHONPATH"] = os.pathsep.join([root, clean.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

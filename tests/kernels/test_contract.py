@@ -99,12 +99,12 @@ def test_outputs_do_not_alias_inputs(target, case):
 def test_results_are_deterministic(target, case):
     """Bit-equal forward and backward, also in another number of threads."""
     threads = torch.get_num_threads()
-    first = outputs_and_gradients(target, case, case.arguments(batch=3, device=target.device))
+    first = outputs_and_gradients(target, case, case.arguments(batch=33, device=target.device))
     try:
-        for count in (1, 2):
+        for count in (1, 2, 3):
             torch.set_num_threads(count)
             again = outputs_and_gradients(
-                target, case, case.arguments(batch=3, device=target.device)
+                target, case, case.arguments(batch=33, device=target.device)
             )
             assert all(identical(a, b) for a, b in zip(first, again, strict=True))
     finally:
@@ -188,8 +188,9 @@ def test_second_derivatives_are_refused_or_right(target, case):
         norm = gradient_norm(target, case, built, create_graph=True)
         second = torch.autograd.grad(norm, case.leaves(built))
     except RuntimeError as refusal:
-        assert re.search("differentiate twice|second derivatives", str(refusal))
-        return
+        if re.search("differentiate twice|second derivatives", str(refusal)):
+            return
+        raise
     found = sum((g.cpu() * random(*g.shape, seed=50 + i)).sum() for i, g in enumerate(second))
     h = 1e-6
     up, down = (gradient_norm(target, case, arguments(step)) for step in (h, -h))
