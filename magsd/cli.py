@@ -90,10 +90,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a model. Without --config and --data: a short run on drawn radiographs."""
-    from magsd.training.report import finish_run
-    from magsd.training.run import train_run
     from magsd.training.run_folder import RunFolder, default_run_folder
-    from magsd.training.trainer import Interrupted
 
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
@@ -102,6 +99,12 @@ def train(
     base = RunFolder(out).load_config() if resume and out is not None else None
     settings = training_config(overrides or [], config, data, kernels, base)
     folder = out if out is not None else default_run_folder(settings.data.source)
+
+    # timm, torchvision and the like take seconds: a wrong key is told before.
+    from magsd.training.report import finish_run
+    from magsd.training.run import train_run
+    from magsd.training.trainer import Interrupted
+
     console = _console()
     console.print(f"run: {folder}", highlight=False, soft_wrap=True)
     try:
@@ -167,25 +170,33 @@ def evaluate(
     from magsd.data import read_split
     from magsd.training.checkpoint import disk_full_as_error
     from magsd.training.report import draw_confusion, evaluate_run
-    from magsd.training.run import load_run, open_images
+    from magsd.training.run import load_run, open_images, same_source, trained_on
 
     console = _console()
     loaded = load_run(run, overrides=tuple(overrides or ()))
-    own = loaded.config.data.source
-    spec = data or own
+    spec = data or loaded.config.data.source
+    own = same_source(spec, loaded.config.data.source)
     _, cache = open_images(loaded.config, spec, classes=loaded.classes)
     _report_bad(console, cache.bad)
-    if spec == own:
+    if own:
         indices = read_split(loaded.folder.split, cache.records).validation
         what = "validation images of the run's own source"
     else:
         indices, what = list(range(len(cache.records))), f"images of {spec}"
+        seen = trained_on(loaded.folder.split).intersection(r.key for r in cache.records)
+        if seen:
+            console.print(
+                f"[yellow]warning:[/] {len(seen)} of them have names that the run trained on, "
+                f"e.g. {min(seen)}; the figures may flatter",
+                highlight=False,
+                soft_wrap=True,
+            )
     console.print(
         f"epoch {loaded.epoch} of {run}: {len(indices)} {what}", highlight=False, soft_wrap=True
     )
     report = evaluate_run(loaded, cache, indices)
     console.print(report)
-    folder = plots or loaded.folder.plots / ("validation" if spec == own else "evaluation")
+    folder = plots or loaded.folder.plots / ("validation" if own else "evaluation")
     with disk_full_as_error(folder, "free some space and run the command again"):
         draw_confusion(report, folder)
         if json_file is not None:

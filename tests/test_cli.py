@@ -18,6 +18,7 @@ from magsd import cli
 from magsd.cli import training_config
 from magsd.config import load_config
 from magsd.errors import ConfigError, DataError, RunError
+from magsd.training.run import same_source
 
 SMALL = [
     "data.source=phantom:n=24,size=32",
@@ -156,10 +157,25 @@ def test_evaluate_own_validation(trained: Path, tmp_path: Path) -> None:
 
 def test_evaluate_other_data_takes_all_of_it(trained: Path, tmp_path: Path) -> None:
     file = tmp_path / "report.json"
-    code, _ = run("evaluate", trained, "--data", "phantom:n=12,seed=9,size=32", "--json", file)
+    source = "phantom:n=12,seed=9,size=32"
+    code, output = run("evaluate", trained, "--data", source, "--json", file)
     assert code == 0
     assert json.loads(file.read_text())["raw"]["images"] == 12
+    assert "trained on" not in output
     assert (trained / "plots" / "evaluation" / "confusion.png").is_file()
+
+
+def test_evaluate_warns_of_training_images_under_another_name(trained: Path) -> None:
+    _, output = run("evaluate", trained, "--data", "phantom:n=30,size=32")
+    assert "12 of them have names that the run trained on" in output
+
+
+def test_same_source_sees_through_paths(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert same_source("csv:a.csv", f"csv:{tmp_path}/x/../a.csv")
+    assert not same_source("csv:a.csv", "folder:a.csv")
+    assert not same_source("csv:a.csv", "csv:b.csv")
+    assert same_source("phantom:n=3", "phantom:n=3")
 
 
 def test_evaluate_refuses_a_label_it_was_not_trained_on(trained: Path, tmp_path: Path) -> None:

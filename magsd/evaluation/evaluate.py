@@ -77,7 +77,7 @@ class EvaluationReport:
         return text
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from report_tables(self)
+        yield from report_tables(self.classes, self.raw, self.refined, self.localisation)
 
 
 def evaluate(

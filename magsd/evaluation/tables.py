@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
 
 from magsd.evaluation.localisation import Localisation, LocalisationScore
 from magsd.evaluation.metrics import AVERAGED, Metrics
-
-if TYPE_CHECKING:
-    from magsd.evaluation.evaluate import EvaluationReport
 
 HEADINGS = {
     "accuracy": "accuracy",
@@ -26,15 +22,20 @@ HEADINGS = {
 }
 
 
-def report_tables(report: EvaluationReport) -> Iterator[Table]:
+def report_tables(
+    classes: Sequence[str],
+    raw: Metrics,
+    refined: Metrics | None,
+    localisation: Localisation | None,
+) -> Iterator[Table]:
     """Means, classes, confusion and, where there are masks, localisation."""
-    best = report.refined or report.raw
-    kind = "raw + refined logits" if report.refined else "raw logits"
-    yield means_table(report.raw, report.refined)
+    best = refined or raw
+    kind = "raw + refined logits" if refined else "raw logits"
+    yield means_table(raw, refined)
     yield classes_table(best, f"By class ({kind})")
-    yield confusion_table(best, report.classes, f"Confusion ({kind})")
-    if report.localisation is not None:
-        yield localisation_table(report.localisation)
+    yield confusion_table(best, classes, f"Confusion ({kind})")
+    if localisation is not None:
+        yield localisation_table(localisation)
 
 
 def means_table(raw: Metrics, refined: Metrics | None) -> Table:

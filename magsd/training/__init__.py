@@ -1,4 +1,4 @@
-"""The training step, the loop around it, and runs in folders; names are imported when first used."""
+"""The training step, the loop around it, and runs in folders; imported when first used."""
 
 from __future__ import annotations
 

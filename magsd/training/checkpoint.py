@@ -20,8 +20,8 @@ FORMAT = 1
 _TEMPORARY = ".part"
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file so that `path` holds either the old or the whole new content, even after a crash.
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that `path` holds the old or the whole new content, even after a crash.
 
     The data goes to a neighbour, is forced to the disk, and takes the name in one step.
     """

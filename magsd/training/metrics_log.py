@@ -69,14 +69,16 @@ class StepSums:
         }
 
     def state(self) -> Tensor:
+        """A copy on the host, for a checkpoint."""
         return self.values.cpu().clone()
 
     def load(self, state: Tensor) -> None:
+        """The inverse of `state`."""
         self.values.copy_(state)
 
 
 class MetricsLog:
-    """`metrics.csv` (rewritten whole and atomically, so that it is never half a row) and TensorBoard."""
+    """`metrics.csv`, rewritten whole so that it never holds half a row, and TensorBoard."""
 
     def __init__(self, csv_path: Path, tensorboard: Path | None) -> None:
         self._path = csv_path
@@ -113,6 +115,7 @@ class MetricsLog:
             self._writer.flush()
 
     def close(self) -> None:
+        """End the TensorBoard file."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -1,4 +1,4 @@
-"""What stands at a run's end: evaluation of the best weights, plots, overlays and a closing table."""
+"""What stands at a run's end: evaluation of the best weights, plots, overlays, a closing table."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def evaluate_run(run: LoadedRun, cache: ImageCache, indices: list[int]) -> Evalu
 
 
 def finish_run(trained: TrainedRun, console: Console) -> EvaluationReport:
-    """Evaluate the best weights on the validation images, write what belongs to it, print a table."""
+    """Evaluate the best weights on the validation images, write the results, print a table."""
     folder = trained.folder
     with disk_full_as_error(folder.root, "the checkpoints are kept; free some space and --resume"):
         run = load_run(folder.root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+import magsd_kernels
 from magsd.config import Config
 from magsd.data import (
     BatchLoader,
@@ -58,7 +60,7 @@ class RunData:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A finished or interrupted run, with its best weights (or its last, before any epoch ended)."""
+    """A run with its best weights, or with its last before any epoch has ended."""
 
     folder: RunFolder
     config: Config
@@ -99,15 +101,20 @@ def precision_of(config: Config) -> Precision:
 def kernels(config: Config) -> Iterator[None]:
     """Within the context `magsd_kernels` runs on the configured backend.
 
-    Raises `ConfigError` for a name that no backend has.
+    "auto" leaves the choice, and with it MAGSD_BACKEND, to `magsd_kernels`. Raises
+    `ConfigError` for a name that no backend has, and for a backend that cannot run here.
     """
-    import magsd_kernels
-
-    try:
-        chosen = magsd_kernels.use_backend(config.train.kernels)
-    except ValueError as error:
-        raise ConfigError(f"train.kernels={config.train.kernels}: {error}") from None
-    with chosen:
+    name = config.train.kernels
+    if name == "auto":
+        yield
+        return
+    states = magsd_kernels.backends()
+    if name not in states:
+        known = ", ".join(["auto", *states])
+        raise ConfigError(f"train.kernels={name}: no such backend; known: {known}")
+    if states[name] != "available":
+        raise ConfigError(f"train.kernels={name} cannot run here: {states[name]}")
+    with magsd_kernels.use_backend(name):
         yield
 
 
@@ -130,6 +137,20 @@ def open_images(
         progress=progress,
     )
     return tuple(source.classes), cache
+
+
+def same_source(first: str, second: str) -> bool:
+    """True if two specs name the same images, however their paths are written."""
+    (kind, _, place), (other_kind, _, other_place) = first.partition(":"), second.partition(":")
+    if kind != other_kind or kind == "phantom":
+        return first == second
+    return Path(place).expanduser().resolve() == Path(other_place).expanduser().resolve()
+
+
+def trained_on(split: Path) -> set[str]:
+    """Keys of the training images in a run's split.csv."""
+    with open(split, newline="", encoding="utf-8") as file:
+        return {row["key"] for row in csv.DictReader(file) if row["split"] == "train"}
 
 
 def plain_loader(

@@ -13,7 +13,7 @@ _CAUGHT = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """Context manager; `signum` is the signal that came, or None.
 
-    A second signal meets the handlers that were there before, so an impatient user gets out at once.
+    A second signal meets the handlers that were there before, so the impatient get out at once.
     Outside the main thread Python allows no handlers, and the object just never fires.
     """
 

@@ -21,7 +21,7 @@ DRAWS = 2 * VIEWS + 2
 
 
 class StepResult(NamedTuple):
-    """Scalars on the device; `loss` carries the gradient, `correct` counts right raw predictions."""
+    """Scalars on the device; `loss` has the gradient, `correct` counts right raw predictions."""
 
     loss: Tensor
     cross_entropy: Tensor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -60,7 +62,7 @@ def test_cosine_with_warmup() -> None:
     rates = [learning_rate(config, step, 10, 3) for step in range(31)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5] == pytest.approx(1.0)
-    assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[5:]))
     assert learning_rate(config, 17, 10, 3) > 0.55 > learning_rate(config, 18, 10, 3)
     assert rates[30] == pytest.approx(0.1)
     assert learning_rate(config, 99, 10, 3) == pytest.approx(0.1)
