@@ -63,17 +63,16 @@ class AttentionViews(nn.Module):
 
     def draw(self, attention: torch.Tensor, generator: torch.Generator | None = None) -> ViewDraws:
         """Draw what three views of a batch need, with a generator on the attention's device."""
-        batch, device = attention.shape[0], attention.device
-        uniforms = torch.rand(batch, 8, generator=generator, device=device)
+        uniforms = torch.rand((attention.shape[0], 8), generator=generator, device=attention.device)
         # One column at a time: a tensor of the ranges would be a copy from the host each step.
         theta = torch.stack(
             [
-                low + (high - low) * uniforms[:, view]
+                uniforms[:, 3 + view] * (high - low) + low
                 for view, (low, high) in enumerate(self.ranges)
             ],
             1,
         )
-        index = sample_attention(attention, uniforms[:, 3:6], backend=self.backend)
+        index = sample_attention(attention, uniforms[:, :3], backend=self.backend)
         return ViewDraws(index, theta, uniforms[:, 6:])
 
     def forward(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from magsd.training.report import evaluate_run, finish_run
     from magsd.training.run import LoadedRun, TrainedRun, load_run, train_run
-    from magsd.training.step import StepResult, attention_step, guided_views, plain_step
+    from magsd.training.step import StepResult, attention_step, plain_step
     from magsd.training.trainer import Interrupted, Trainer
 
 _LAZY = {
@@ -20,7 +20,6 @@ _LAZY = {
     "attention_step": "step",
     "evaluate_run": "report",
     "finish_run": "report",
-    "guided_views": "step",
     "load_run": "run",
     "plain_step": "step",
     "train_run": "run",
@@ -35,7 +34,6 @@ __all__ = [
     "attention_step",
     "evaluate_run",
     "finish_run",
-    "guided_views",
     "load_run",
     "plain_step",
     "train_run",

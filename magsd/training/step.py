@@ -1,27 +1,25 @@
 """The published training step: the raw image and three attention-guided views, one loss.
 
 Four forward passes per step, each with its own batch statistics. Nothing here reads device memory:
-every random number comes in as a tensor, so the step can be traced, replayed and captured.
+so the step can be traced, replayed and captured.
 Source: Li et al., IEEE JBHI 2021 (arXiv 2012.02278).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from magsd.config import LossConfig, ViewsConfig
-from magsd_kernels import attention_views, sample_attention, soft_distance_loss
-
-VIEWS = 3
-DRAWS = 2 * VIEWS + 2
+from magsd_kernels import AttentionViews, SoftDistanceLoss
 
 
 class StepResult(NamedTuple):
-    """Scalars on the device; `loss` has the gradient, `correct` counts right raw predictions."""
+    """Scalars on the device; `loss` carries the gradient, `correct` counts right predictions."""
 
     loss: Tensor
     cross_entropy: Tensor
@@ -29,71 +27,31 @@ class StepResult(NamedTuple):
     correct: Tensor
 
 
-StepFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], StepResult]
-
-
-def draw(batch: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Uniforms in [0, 1), (B, 8) float32: three map choices, three thresholds, the paste offset."""
-    return torch.rand((batch, DRAWS), generator=generator, device=device)
-
-
-def view_thetas(uniforms: Tensor, views: ViewsConfig) -> Tensor:
-    """Thresholds (B, 3) for mix-up, dim and patch from uniforms (B, 3)."""
-    ranges = (views.mixup_theta, views.dim_theta, views.patch_theta)
-    # One column per view: a tensor built from the ranges would be a copy from host memory.
-    columns = [uniforms[:, i] * (high - low) + low for i, (low, high) in enumerate(ranges)]
-    return torch.stack(columns, dim=1)
-
-
-def guided_views(images: Tensor, attention: Tensor, draws: Tensor, views: ViewsConfig) -> Tensor:
-    """Mix-up, dim and patch views (3, B, C, H, W) of `images`, guided by maps (B, M, h, w)."""
-    attention = attention.detach()
-    index = sample_attention(attention, draws[:, :VIEWS])
-    return attention_views(
-        images,
-        attention,
-        index,
-        view_thetas(draws[:, VIEWS : 2 * VIEWS], views),
-        draws[:, 2 * VIEWS :],
-        padding=views.padding,
-        weight=views.weight,
-        floor=views.floor,
-    )
+StepFunction = Callable[[nn.Module, Tensor, Tensor, "torch.Generator | None"], StepResult]
 
 
 def attention_step(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    draws: Tensor,
+    generator: torch.Generator | None,
     *,
-    views: ViewsConfig,
-    loss: LossConfig,
-    class_weights: Tensor | None = None,
+    views: AttentionViews,
+    loss: SoftDistanceLoss,
 ) -> StepResult:
-    """Forward passes and loss of an attention model; images (B, C, H, W), labels (B,) int64."""
+    """Forward passes and loss of an attention model.
+
+    images (B, C, H, W), labels (B,) int64; the generator, on their device, draws the views.
+    """
     raw = model(images)
-    guided = guided_views(images, raw.attention, draws, views)
-    view_logits = torch.stack([model(view).logits for view in guided])
-    result = soft_distance_loss(
-        raw.logits,
-        view_logits,
-        labels,
-        confidence=loss.confidence,
-        smoothing=loss.smoothing,
-        class_weights=class_weights,
-    )
+    guided = views(images, raw.attention, generator=generator)
+    result = loss(raw.logits, [model(view).logits for view in guided], labels)
     correct = (raw.logits.detach().argmax(1) == labels).sum()
     return StepResult(result.loss, result.cross_entropy.detach(), result.distance.detach(), correct)
 
 
 def plain_step(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    draws: Tensor | None = None,
-    *,
-    class_weights: Tensor | None = None,
+    model: nn.Module, images: Tensor, labels: Tensor, *, class_weights: Tensor | None = None
 ) -> StepResult:
     """One forward pass and cross entropy: the baseline on the same path."""
     logits = model(images).logits.float()
@@ -105,22 +63,15 @@ def plain_step(
 def make_step(
     model_name: str, views: ViewsConfig, loss: LossConfig, class_weights: Tensor | None
 ) -> StepFunction:
-    """The step that fits the model: `step(model, images, labels, draws) -> StepResult`."""
+    """The step that fits the model: `step(model, images, labels, generator) -> StepResult`."""
     if model_name == "plain":
-
-        def step(model: nn.Module, images: Tensor, labels: Tensor, draws: Tensor) -> StepResult:
-            return plain_step(model, images, labels, class_weights=class_weights)
-    else:
-
-        def step(model: nn.Module, images: Tensor, labels: Tensor, draws: Tensor) -> StepResult:
-            return attention_step(
-                model,
-                images,
-                labels,
-                draws,
-                views=views,
-                loss=loss,
-                class_weights=class_weights,
-            )
-
-    return step
+        return lambda model, images, labels, generator: plain_step(
+            model, images, labels, class_weights=class_weights
+        )
+    guided = AttentionViews(**asdict(views))
+    distance = SoftDistanceLoss(
+        confidence=loss.confidence, smoothing=loss.smoothing, class_weights=class_weights
+    )
+    return lambda model, images, labels, generator: attention_step(
+        model, images, labels, generator, views=guided, loss=distance
+    )

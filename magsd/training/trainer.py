@@ -30,7 +30,7 @@ from magsd.training.precision import Precision
 from magsd.training.progress import TrainingProgress
 from magsd.training.run_folder import RunFolder
 from magsd.training.signals import StopRequest
-from magsd.training.step import draw, make_step
+from magsd.training.step import make_step
 from magsd.training.validation import validate
 
 _NAMED_IMAGES = 16
@@ -130,9 +130,9 @@ class Trainer:
         config, device = self.config, self.precision.device
         set_learning_rate(self.optimizer, self.current_lr())
         generator = step_generator(config.train.seed, self.epoch, self.step, "views", device)
-        draws = draw(len(labels), generator, device)
         with self.precision.autocast():
-            result = self.step_function(self.model, self.precision.images(images), labels, draws)
+            images = self.precision.images(images)
+            result = self.step_function(self.model, images, labels, generator)
         self.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
         if config.optim.clip_norm is not None:

@@ -12,7 +12,7 @@ from magsd.config import LossConfig, OptimConfig, ViewsConfig
 from magsd.models import ModelConfig, build_model
 from magsd.training.metrics_log import StepSums
 from magsd.training.optim import build_optimizer
-from magsd.training.step import attention_step, draw, guided_views, make_step, view_thetas
+from magsd.training.step import make_step
 
 CLASSES = 4
 
@@ -28,24 +28,16 @@ def make_model(name: str = "magsd") -> nn.Module:
     return build_model(config, CLASSES)
 
 
-def make_batch(size: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+def make_batch(size: int = 6) -> tuple[Tensor, Tensor, torch.Generator]:
+    """Images, labels, and the generator of the views."""
     generator = torch.Generator().manual_seed(5)
     images = torch.randn(size, 1, 48, 48, generator=generator)
     labels = torch.randint(0, CLASSES, (size,), generator=generator)
-    return images, labels, draw(size, generator, torch.device("cpu"))
+    return images, labels, generator
 
 
 def run_attention_step(model: nn.Module, weights: Tensor | None = None):
-    images, labels, draws = make_batch()
-    return attention_step(
-        model,
-        images,
-        labels,
-        draws,
-        views=ViewsConfig(),
-        loss=LossConfig(),
-        class_weights=weights,
-    )
+    return make_step("magsd", ViewsConfig(), LossConfig(), weights)(model, *make_batch())
 
 
 def test_step_equals_the_method_written_out() -> None:
@@ -53,19 +45,18 @@ def test_step_equals_the_method_written_out() -> None:
     torch.manual_seed(0)
     model, twin = make_model(), make_model()
     twin.load_state_dict(model.state_dict())
-    images, labels, draws = make_batch()
+    images, labels, generator = make_batch()
     weights = torch.tensor([1.0, 2.0, 0.5, 1.5])
     result = run_attention_step(model, weights)
 
     raw = twin(images)
     maps = raw.attention.detach()
-    chosen = magsd_kernels.sample_attention(maps, draws[:, :3])
-    ranges = ((0.4, 0.6), (0.2, 0.5), (0.4, 0.6))
-    theta = [low + (high - low) * draws[:, 3 + i] for i, (low, high) in enumerate(ranges)]
+    draws = magsd_kernels.AttentionViews().draw(maps, generator)
+    index, theta = draws.index.unbind(1), draws.theta.unbind(1)
     views = [
-        magsd_kernels.attention_mixup(images, maps, theta[0], index=chosen[:, 0]),
-        magsd_kernels.attention_dim(images, maps, theta[1], index=chosen[:, 1]),
-        magsd_kernels.attention_patch(images, maps, theta[2], draws[:, 6:], index=chosen[:, 2]),
+        magsd_kernels.attention_mixup(images, maps, theta[0], index=index[0]),
+        magsd_kernels.attention_dim(images, maps, theta[1], index=index[1]),
+        magsd_kernels.attention_patch(images, maps, theta[2], draws.offsets, index=index[2]),
     ]
     probabilities = raw.logits.detach().softmax(1)
     confidence, predicted = probabilities.max(1)
@@ -101,32 +92,41 @@ def test_each_view_has_its_own_batch_statistics() -> None:
     assert counts == {4}
 
 
-def test_views_take_no_gradient_to_the_attention() -> None:
-    images, _, draws = make_batch()
-    attention = torch.rand(6, 4, 3, 3, requires_grad=True)
-    assert not guided_views(images, attention, draws, ViewsConfig()).requires_grad
+def test_configured_ranges_and_constants_reach_the_views(monkeypatch) -> None:
+    seen = {}
+
+    def record(images, attention, index, theta, offsets, **constants):
+        seen.update(constants, theta=theta)
+        return images.expand(3, *images.shape)
+
+    monkeypatch.setattr("magsd_kernels.guided_views.attention_views", record)
+    views = ViewsConfig((0.1, 0.2), (0.3, 0.5), (0.7, 0.7), padding=0.2, weight=0.3, floor=0.01)
+    make_step("magsd", views, LossConfig(), None)(make_model(), *make_batch())
+    assert (seen["padding"], seen["weight"], seen["floor"]) == (0.2, 0.3, 0.01)
+    for theta, (low, high) in zip(
+        seen["theta"].T, [(0.1, 0.2), (0.3, 0.5), (0.7, 0.7)], strict=True
+    ):
+        assert ((low - 1e-6 <= theta) & (theta <= high + 1e-6)).all()
 
 
-def test_thetas_fill_their_ranges() -> None:
-    views = ViewsConfig(mixup_theta=(0.1, 0.2), dim_theta=(0.3, 0.5), patch_theta=(0.7, 0.7))
-    thetas = view_thetas(torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.5, 0.5]]), views)
-    torch.testing.assert_close(thetas, torch.tensor([[0.1, 0.3, 0.7], [0.15, 0.4, 0.7]]))
+def test_step_repeats_with_its_generator() -> None:
+    def loss(seed: int) -> float:
+        torch.manual_seed(0)
+        images, labels, _ = make_batch()
+        step = make_step("magsd", ViewsConfig(), LossConfig(), None)
+        return float(
+            step(make_model(), images, labels, torch.Generator().manual_seed(seed)).loss.detach()
+        )
 
-
-def test_draws_repeat_with_the_generator() -> None:
-    def drawn(seed: int) -> Tensor:
-        return draw(3, torch.Generator().manual_seed(seed), torch.device("cpu"))
-
-    assert torch.equal(drawn(1), drawn(1))
-    assert not torch.equal(drawn(1), drawn(2))
-    assert drawn(1).shape == (3, 8)
+    assert loss(1) == loss(1)
+    assert loss(1) != loss(2)
 
 
 def test_plain_step_is_cross_entropy_of_one_pass() -> None:
     model = make_model("plain")
-    images, labels, draws = make_batch()
+    images, labels, generator = make_batch()
     step = make_step("plain", ViewsConfig(), LossConfig(), None)
-    result = step(model, images, labels, draws)
+    result = step(model, images, labels, generator)
     with torch.no_grad():
         expected = nn.functional.cross_entropy(model(images).logits, labels)
     torch.testing.assert_close(result.loss, expected)
@@ -145,9 +145,8 @@ def test_whole_step_reads_nothing_back(name: str, autocast: bool) -> None:
         step = make_step(name, ViewsConfig(), LossConfig(), torch.ones(CLASSES))
         sums = StepSums(torch.device("cpu"))
         for number in range(2):
-            draws = draw(6, None, torch.device("cpu"))
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                result = step(model, images, labels, draws)
+                result = step(model, images, labels, None)
             optimizer.zero_grad()
             result.loss.backward()
             optimizer.step()
