@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from magsd.errors import RunError
 
@@ -58,68 +58,78 @@ def plot_confusion(
 
 
 def plot_curves(path: str | Path, metrics_csv: str | Path) -> Path:
-    """Write the training curves of a run's metrics.csv.
+    """Write the training curves of a run's metrics.csv, over its column "epoch".
 
-    Expects a column "epoch" (or "step") for the x axis. Losses go into one panel, accuracies (other
-    columns within 0..1) into a second, the learning rate into a third; a panel without data is left
-    out, several rows of one epoch are averaged, and columns that are no numbers are ignored.
-    Raises RunError where the file is missing or holds nothing to draw.
+    Losses go into one panel, accuracies (other columns within 0..1) into a second, the learning
+    rate into a third; a panel without data is left out, and columns that are no numbers are
+    ignored. Raises RunError where the file is missing or holds nothing to draw.
     """
     table = _read_metrics(metrics_csv)
     panels = [(name, columns) for name, columns in _panels(table).items() if columns]
     if not panels:
-        raise RunError(f"{metrics_csv} holds no curve to draw: columns {list(table.columns)}")
+        raise RunError(f"{metrics_csv} holds no curve to draw: columns {', '.join(table)}")
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     for k, (name, columns) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), k + 1)
         for colour, column in zip(np.resize(COLOURS, len(columns)), columns, strict=True):
-            series = table[column].dropna()
-            mark = "o" if len(series) == 1 else None
-            axes.plot(series.index, series, label=_label(column), color=colour, lw=1.6, marker=mark)
-        _dress(axes, name, table.index.name)
+            known = ~np.isnan(table[column])
+            mark = "o" if known.sum() == 1 else None
+            axes.plot(
+                table["epoch"][known],
+                table[column][known],
+                label=_label(column),
+                color=colour,
+                lw=1.6,
+                marker=mark,
+            )
+        _dress(axes, name)
     return _save(figure, path)
 
 
-def _read_metrics(path: str | Path) -> pd.DataFrame:
-    """Numeric columns by epoch or step, one row each."""
+def _read_metrics(path: str | Path) -> dict[str, NDArray[np.float64]]:
+    """Numeric columns, NaN where a row has no value."""
     try:
-        table = pd.read_csv(path)
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            columns, rows = list(reader.fieldnames or []), list(reader)
     except FileNotFoundError as error:
         raise RunError(f"no training metrics at {path}") from error
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+    except (csv.Error, UnicodeDecodeError) as error:
         raise RunError(f"{path} is not a table of metrics: {error}") from error
-    axis = next((name for name in ("epoch", "step") if name in table), None)
-    if axis is None:
-        raise RunError(f"{path} has neither a column 'epoch' nor 'step': {list(table.columns)}")
-    return table.select_dtypes("number").groupby(axis).mean()
+    if "epoch" not in columns:
+        raise RunError(f"{path} has no column 'epoch', but {', '.join(columns) or 'none'}")
+    table = {}
+    for name in columns:
+        try:
+            table[name] = np.array([float(row[name] or "nan") for row in rows])
+        except ValueError:
+            continue
+    return table
 
 
-def _panels(table: pd.DataFrame) -> dict[str, list[str]]:
+def _panels(table: dict[str, NDArray[np.float64]]) -> dict[str, list[str]]:
     """Columns of each panel; counters, times and rates are left out."""
     panels: dict[str, list[str]] = {"loss": [], "accuracy": [], "learning rate": []}
-    for column in table:
-        name = str(column).lower()
-        values = table[column].dropna()
-        if values.empty or name in {"epoch", "step"}:
+    for name, values in table.items():
+        known = values[~np.isnan(values)]
+        if not len(known) or name in {"epoch", "step"}:
             continue
-        if "loss" in name or "entropy" in name or "distance" in name:
-            panels["loss"].append(column)
-        elif name in {"lr", "learning_rate"} or name.endswith(("/lr", "_lr")):
-            panels["learning rate"].append(column)
-        elif not any(word in name for word in ("second", "time", "per_s", "memory", "images")) and (
-            values.between(0, 1).all()
-        ):
-            panels["accuracy"].append(column)
+        if name == "lr":
+            panels["learning rate"].append(name)
+        elif any(word in name for word in ("loss", "entropy", "distance")):
+            panels["loss"].append(name)
+        elif "second" not in name and ((known >= 0) & (known <= 1)).all():
+            panels["accuracy"].append(name)
     return panels
 
 
 def _label(column: str) -> str:
-    return column.replace("_", " ").replace("/", " ").replace("val ", "validation ")
+    return column.replace("_", " ")
 
 
-def _dress(axes: Axes, name: str, x_label: str) -> None:
+def _dress(axes: Axes, name: str) -> None:
     axes.set_title(name, fontsize=10, loc="left")
-    axes.set_xlabel(x_label)
+    axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e0e0e0", lw=0.6)

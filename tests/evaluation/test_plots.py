@@ -47,12 +47,13 @@ def test_columns_go_to_their_panels(tmp_path):
     }
 
 
-def test_rows_of_one_epoch_are_averaged_and_gaps_skipped(tmp_path):
+def test_gaps_and_texts_are_skipped(tmp_path):
     csv = tmp_path / "metrics.csv"
-    csv.write_text("epoch,loss,accuracy,note\n1,2.0,,x\n1,4.0,0.5,y\n2,1.0,nan,z\n")
+    csv.write_text("epoch,train_loss,accuracy,note\n1,2.0,,x\n2,4.0,0.5,y\n3,1.0,nan,z\n")
     table = _read_metrics(csv)
-    np.testing.assert_allclose(table["loss"], [3.0, 1.0])
-    assert table["accuracy"].tolist()[0] == 0.5
+    assert "note" not in table
+    np.testing.assert_array_equal(table["accuracy"], [np.nan, 0.5, np.nan])
+    assert _panels(table)["accuracy"] == ["accuracy"]
     plot_curves(tmp_path / "curves.png", csv)
 
 
@@ -60,8 +61,8 @@ def test_rows_of_one_epoch_are_averaged_and_gaps_skipped(tmp_path):
     ("text", "message"),
     [
         (None, "no training metrics"),
-        ("", "not a table"),
-        ("a,b\n1,2\n", "neither a column"),
+        ("", "no column 'epoch'"),
+        ("a,b\n1,2\n", "no column 'epoch'"),
         ("epoch,note\n1,x\n", "no curve"),
     ],
 )

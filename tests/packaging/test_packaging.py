@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.resources
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import magsd_kernels
 
@@ -23,7 +26,6 @@ TRAIN_ONLY = (
     "typer",
     "rich",
     "yaml",
-    "pandas",
     "tensorboard",
     "safetensors",
     "huggingface_hub",
@@ -42,6 +44,29 @@ def test_base_requirements_are_torch_and_numpy_only():
     requirements = importlib.metadata.requires("magsd") or []
     base = {re.split(r"[<>=\[; ]", r)[0] for r in requirements if "extra ==" not in r}
     assert base == {"torch", "numpy"}
+
+
+def test_every_package_that_is_imported_is_required():
+    requirements = importlib.metadata.requires("magsd") or []
+    extras = re.compile(r"""extra == ['"](train|dicom)['"]""")
+    wanted = [r for r in requirements if "extra ==" not in r or extras.search(r)]
+    required = {re.split(r"[<>=\[; ]", r)[0].lower().replace("-", "_") for r in wanted}
+    providers = importlib.metadata.packages_distributions()
+    imported = set()
+    for folder in ("magsd", "magsd_kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    imported.add(node.module.partition(".")[0])
+    foreign = imported - set(sys.stdlib_module_names) - {"magsd", "magsd_kernels"}
+    lacking = {
+        name
+        for name in foreign
+        if not {d.lower().replace("-", "_") for d in providers.get(name, [name])} & required
+    }
+    assert not lacking, f"imported, but in no requirement: {sorted(lacking)}"
 
 
 @pytest.mark.parametrize("package", ["magsd_kernels", "magsd"])
@@ -91,6 +116,23 @@ def test_readme_gives_the_two_commands_and_every_environment_variable():
                 read |= set(re.findall(r"[\"'](MAGSD_[A-Z]+)[\"']", path.read_text()))
     assert read <= table, f"not in the README's table: {sorted(read - table)}"
     assert table <= read, f"in the README's table but read nowhere: {sorted(table - read)}"
+
+
+def test_readme_python_runs():
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+
+    class Backbone(torch.nn.Conv2d):
+        def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+            fine = super().forward(images)
+            return [fine, torch.nn.functional.avg_pool2d(fine, 2)]
+
+    net = names["Net"](Backbone(1, 4, 4, stride=4), (4, 4), 3)
+    loss = names["loss"](net, torch.randn(2, 1, 32, 32), torch.tensor([0, 2]))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
 def test_readme_pictures_exist():
