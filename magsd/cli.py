@@ -39,6 +39,10 @@ SOURCES = "folder:DIR, csv:FILE, v7:DIR, or phantom[:n=..,seed=..,size=..]"
 
 def main() -> None:
     """Run the command; errors a user can act on are printed without a traceback, exit code 2."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # OpenMP's threads otherwise spin for long while they wait for one another; beside another
+        # busy process single training steps then take ten times their time.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app()
     except MagsdError as error:

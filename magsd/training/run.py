@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 import magsd_kernels
-from magsd.config import Config
+from magsd.config import Config, load_config
 from magsd.data import (
     BatchLoader,
     ImageCache,
@@ -209,20 +209,52 @@ def train_run(
     if resume:
         folder.require_run()
         _check_resumable(folder.load_config(), config)
-    folder.lock()
+        folder.lock()
+    else:
+        folder.require_free(overwrite=overwrite)
     advice = "free some space and go on with --resume; the last checkpoint is kept"
     try:
-        with disk_full_as_error(folder.root, advice):
+        with (
+            disk_full_as_error(folder.root, advice),
+            kernels(config),
+            deterministic_algorithms(config.train.deterministic),
+        ):
+            payload = _stored_state(folder) if resume else None
+            # Images or weights that cannot be used are told before the folder is touched: a run
+            # that is to be overwritten still stands then.
+            data = _prepare_data(config, folder.split if resume else None, payload, console)
+            model = _build(config, data.classes, fresh=payload is None)
             if resume:
-                payload = load_checkpoint(folder.last) if folder.last.is_file() else None
                 folder.write_config(config)
             else:
-                payload = None
+                folder.lock()
                 folder.create(config, overwrite=overwrite)
-            with kernels(config), deterministic_algorithms(config.train.deterministic):
-                return _train(config, folder, payload, precision, console)
+            if not folder.split.is_file():
+                write_split(folder.split, data.cache.records, data.split)
+            return _train(config, folder, payload, precision, console, data, model)
     finally:
         folder.unlock()
+
+
+def _stored_state(folder: RunFolder) -> dict[str, Any] | None:
+    """What `--resume` goes on from, or None for a run that ended before its first checkpoint."""
+    if not folder.last.is_file() and folder.best.is_file():
+        raise RunError(
+            f"no checkpoint at {folder.last}, from which a run goes on; {folder.best} is there and "
+            "can be evaluated. Put back a copy of the first, or start again in another --out"
+        )
+    return load_checkpoint(folder.last) if folder.last.is_file() else None
+
+
+def _build(config: Config, classes: tuple[str, ...], *, fresh: bool) -> Classifier:
+    """The run's model; pretrained weights are fetched only where no checkpoint replaces them."""
+    torch.manual_seed(config.train.seed)
+    return build_model(
+        config.model if fresh else replace(config.model, pretrained=False),
+        len(classes),
+        classes=classes,
+        preprocessing=preprocessing_of(config),
+    )
 
 
 def _train(
@@ -231,15 +263,9 @@ def _train(
     payload: dict[str, Any] | None,
     precision: Precision,
     console: Console,
+    data: RunData,
+    model: Classifier,
 ) -> TrainedRun:
-    data = _prepare_data(config, folder, payload, console)
-    torch.manual_seed(config.train.seed)
-    model = build_model(
-        config.model,
-        len(data.classes),
-        classes=data.classes,
-        preprocessing=preprocessing_of(config),
-    )
     trainer = Trainer(
         config,
         model,
@@ -265,8 +291,9 @@ def _train(
 
 
 def _prepare_data(
-    config: Config, folder: RunFolder, payload: dict[str, Any] | None, console: Console
+    config: Config, stored_split: Path | None, payload: dict[str, Any] | None, console: Console
 ) -> RunData:
+    """Images and their split: the stored one, where there is one."""
     classes = tuple(payload["classes"]) if payload is not None else None
     with console.status(f"preparing images of {config.data.source}") as status:
         classes, cache = open_images(
@@ -275,14 +302,13 @@ def _prepare_data(
             classes=classes,
             progress=lambda done, total: status.update(f"preparing images: {done}/{total}"),
         )
-    if folder.split.is_file():
-        split = read_split(folder.split, cache.records)
+    if stored_split is not None and stored_split.is_file():
+        split = read_split(stored_split, cache.records)
     else:
         data = config.data
         split = split_by_patient(
             cache.records, folds=data.folds, fold=data.fold, seed=data.split_seed
         )
-        write_split(folder.split, cache.records, split)
     console.print(
         f"{config.data.source}: {len(split.train)} training and {len(split.validation)} validation "
         f"images of {len(classes)} classes ({', '.join(classes)})",
@@ -307,19 +333,13 @@ def _check_resumable(before: Config, now: Config) -> None:
         raise ConfigError(f"a run that goes on cannot change: {'; '.join(changed)}")
 
 
-def load_run(
-    root: str | Path, *, overrides: tuple[str, ...] = (), device: str | None = None
-) -> LoadedRun:
+def load_run(root: str | Path, *, overrides: tuple[str, ...] = ()) -> LoadedRun:
     """The model of a run, in evaluation mode on its device.
 
     Raises `RunError` where the folder is no run, or its checkpoint is missing or corrupt.
     """
-    from magsd.config import load_config
-
     folder = RunFolder(root)
     config = load_config(overrides=overrides, base=folder.load_config())
-    if device is not None:
-        config.train.device = device
     path = folder.best if folder.best.is_file() else folder.last
     payload = load_checkpoint(path)
     try:

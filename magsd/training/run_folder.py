@@ -58,13 +58,9 @@ class RunFolder:
         self.require_run()
         return load_config(self.config)
 
-    def create(self, config: Config, *, overwrite: bool) -> None:
-        """Make the folder and write config.yaml.
-
-        Raises `RunError` if another run, or files of the same names, lie there. With `overwrite` a
-        run's own files are removed, never anything else.
-        """
-        present = [name for name in _OWN if (self.root / name).exists()]
+    def require_free(self, *, overwrite: bool) -> None:
+        """Raises `RunError` if another run lies here, unless `overwrite`, or files of its names."""
+        present = self._present()
         if present and not self.is_run():
             raise RunError(
                 f"{self.root} holds {', '.join(present)}, not written by `magsd train`; "
@@ -76,11 +72,25 @@ class RunFolder:
                 f"{self.root} holds another run; continue it with --resume, replace it with "
                 "--overwrite, or choose another --out"
             )
+
+    def create(self, config: Config, *, overwrite: bool) -> None:
+        """Make the folder and write config.yaml.
+
+        Raises `RunError` as `require_free`. With `overwrite` a run's own files are removed, never
+        anything else.
+        """
+        self.require_free(overwrite=overwrite)
         self._make()
-        for name in present:
+        for name in self._present():
             path = self.root / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            # config.yaml marks the folder as a run and stays until the new one replaces it: after
+            # a kill in between, the rest can still be overwritten.
+            if path != self.config:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.write_config(config)
+
+    def _present(self) -> list[str]:
+        return [name for name in _OWN if (self.root / name).exists()]
 
     def write_config(self, config: Config) -> None:
         """Write config.yaml, atomically."""
@@ -91,7 +101,9 @@ class RunFolder:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise RunError(f"cannot make the run's folder {self.root}: {error}") from error
+            raise RunError(
+                f"cannot make the run's folder {self.root}: {error}; choose another --out"
+            ) from error
 
     def lock(self) -> None:
         """Keep a second process out for as long as this one lives.
@@ -103,7 +115,10 @@ class RunFolder:
         except ImportError:  # no such locks on this platform
             return
         self._make()
-        self._lock = open(self.root / ".lock", "w")  # noqa: SIM115 (held until unlock)
+        try:
+            self._lock = open(self.root / ".lock", "w")  # noqa: SIM115 (held until unlock)
+        except PermissionError as error:
+            raise RunError(f"cannot write in {self.root}: {error}; choose another --out") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -243,6 +243,31 @@ def test_resume_from_a_corrupt_checkpoint(tmp_path: Path, small_config, console)
         train_run(small_config(), out, resume=True, console=console)
 
 
+def test_resume_without_the_last_checkpoint_keeps_the_best(
+    tmp_path: Path, small_config, console
+) -> None:
+    out = tmp_path / "run"
+    train_run(small_config("epochs=1"), out, console=console)
+    (out / "checkpoints" / "last.pt").unlink()
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(RunError, match=r"no checkpoint at .*last\.pt.*best\.pt is there"):
+        train_run(small_config(), out, resume=True, console=console)
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_resume_needs_no_pretrained_weights(tmp_path: Path, small_config, console) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_resnet").state_dict(), weights)
+    pair = f"pretrained={weights}"
+    out = tmp_path / "run"
+    train_run(small_config(pair, "in_channels=3", "epochs=1"), out, console=console)
+    weights.unlink()
+    train_run(small_config(pair, "in_channels=3"), out, resume=True, console=console)
+
+
 def test_resume_before_the_first_checkpoint_starts_anew(
     tmp_path: Path, small_config, console, same_state
 ) -> None:

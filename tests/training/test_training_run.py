@@ -15,7 +15,7 @@ from rich.console import Console
 
 import magsd_kernels
 from magsd.config import Config, load_config
-from magsd.errors import ConfigError, RunError
+from magsd.errors import ConfigError, DataError, RunError
 from magsd.training import load_run
 from magsd.training import trainer as trainer_module
 from magsd.training.checkpoint import load_checkpoint
@@ -124,13 +124,27 @@ def test_folder_of_other_files_is_never_overwritten(tmp_path: Path, small_config
     assert (tmp_path / "config.yaml").read_text() == "mine: 1\n"
 
 
+@pytest.mark.parametrize(
+    ("pair", "error"),
+    [("source=csv:nowhere.csv", DataError), ("backbone=no_such_net", ConfigError)],
+)
+def test_a_run_that_cannot_start_touches_nothing(
+    pair: str, error: type[Exception], finished: Path, tmp_path: Path, small_config, console
+) -> None:
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    for out in (finished, tmp_path / "new"):
+        with pytest.raises(error, match="nowhere|no_such_net"):
+            train_run(small_config(pair), out, overwrite=True, console=console)
+    assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    assert not (tmp_path / "new").exists()
+
+
 def test_run_without_a_checkpoint_may_be_started_again(
     tmp_path: Path, small_config, console
 ) -> None:
-    bad = small_config("epochs=1", "backbone=no_such_net")
-    with pytest.raises(ConfigError, match="no_such_net"):
-        train_run(bad, tmp_path / "run", console=console)
+    RunFolder(tmp_path / "run").create(small_config("epochs=3"), overwrite=False)
     train_run(small_config("epochs=1"), tmp_path / "run", console=console)
+    assert RunFolder(tmp_path / "run").load_config().train.epochs == 1
 
 
 def test_out_that_is_a_file(tmp_path: Path, small_config, console) -> None:
