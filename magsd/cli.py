@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from magsd.errors import ConfigError, MagsdError
+from magsd.errors import ConfigError, DataError, MagsdError
 
 try:
     import typer
@@ -235,16 +235,19 @@ def predict(
         disk_full_as_error(overlay or Path(), "free some space and run the command again"),
         kernels(loaded.config),
     ):
-        predictions = predict_images(
-            loaded.model,
-            images,
-            classes=loaded.classes,
-            preprocessing=preprocessing_of(loaded.config),
-            device=loaded.precision.device,
-            precision=loaded.config.train.precision,
-            overlay_dir=overlay,
-            on_bad=(lambda path, reason: bad.append((str(path), reason))) if skip_bad else None,
-        )
+        try:
+            predictions = predict_images(
+                loaded.model,
+                images,
+                classes=loaded.classes,
+                preprocessing=preprocessing_of(loaded.config),
+                device=loaded.precision.device,
+                precision=loaded.config.train.precision,
+                overlay_dir=overlay,
+                on_bad=(lambda path, reason: bad.append((str(path), reason))) if skip_bad else None,
+            )
+        except DataError as error:
+            raise DataError(f"{error}; leave out what cannot be read with --skip-bad") from error
         _report_bad(console, bad)
         if json_file is not None:
             json_file.parent.mkdir(parents=True, exist_ok=True)

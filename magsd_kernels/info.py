@@ -38,7 +38,10 @@ def _versions() -> dict[str, str]:
 def _version_of(package: str) -> str:
     if importlib.util.find_spec(package) is None:
         return "not installed"
-    return importlib.metadata.version(package)
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a build under another distribution's name
+        return "version unknown"
 
 
 def _devices() -> dict[str, str]:

@@ -32,6 +32,8 @@ def read_image_file(path: Path) -> np.ndarray:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     if not data:
         raise DataError(f"{path}: the file is empty")
+    if data[128:132] == b"DICM":  # archives often name DICOM files without a suffix
+        return _read_dicom(path)
     _check_complete(path, data)
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -107,6 +109,8 @@ def _dicom_to_uint8(path: Path, dataset: Any, pixels: np.ndarray) -> np.ndarray:
         raise DataError(f"{path}: DICOM with several frames is not a radiograph")
     photometric = str(dataset.get("PhotometricInterpretation", "MONOCHROME2"))
     if not photometric.startswith("MONOCHROME"):
+        if pixels.ndim != 3:
+            raise DataError(f"{path}: DICOM with {photometric} pixels is not supported")
         return _tidy_channels(to_uint8(pixels)[..., ::-1])
     from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 

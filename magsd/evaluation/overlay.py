@@ -159,7 +159,10 @@ def contact_sheet(
         x = left + (k % columns) * (side + gap)
         y = top + (k // columns) * (caption + 2 * side + gap + between) + caption
         colour = "#202020" if item.label in (None, item.predicted) else "#b00020"
-        _text(figure, x + side / 2, y - 0.05, item.caption(), 7.0, "bottom", color=colour)
+        text = item.caption()
+        # At 7 points some 38 characters stand over a picture; long class names are set smaller.
+        points = 7.0 * min(1.0, 38 / max(map(len, text.split("\n"))))
+        _text(figure, x + side / 2, y - 0.05, text, points, "bottom", color=colour)
         overlay = overlay_image(item.image, item.saliency, item.mask)
         for picture in (fitted(item.image, DRAW_SIZE), overlay):
             axes = figure.add_axes(_place(figure, x, y, side, side))

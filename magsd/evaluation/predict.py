@@ -52,7 +52,7 @@ def predict_images(
 
     classes and preprocessing default to those the model was saved with (RunError without any).
     refine: use the mean of the logits of the image and of its mix-up view. A file that cannot be
-    read is a DataError that names it; with `on_bad` it is reported there and left out instead.
+    read is a DataError that names it; with `on_bad` (called with path and reason) it is left out.
     The model is expected on `device`.
     """
     classes, preprocessing = _described(model, classes, preprocessing)

@@ -122,6 +122,20 @@ def test_dicom_without_window_uses_percentiles(tmp_path: Path) -> None:
     np.testing.assert_allclose(image, to_uint8(stored), atol=1)
 
 
+def test_dicom_without_a_suffix(tmp_path: Path) -> None:
+    stored = np.arange(1000, dtype=np.uint16).reshape(20, 50)
+    named = _write_dicom(tmp_path / "a.dcm", stored)
+    image = read_image_file(named)
+    np.testing.assert_array_equal(read_image_file(named.rename(tmp_path / "IM0001")), image)
+
+
+def test_dicom_with_a_palette_is_refused(tmp_path: Path) -> None:
+    stored = np.arange(1000, dtype=np.uint16).reshape(20, 50)
+    path = _write_dicom(tmp_path / "a.dcm", stored, PhotometricInterpretation="PALETTE COLOR")
+    with pytest.raises(DataError, match="PALETTE COLOR pixels"):
+        read_image_file(path)
+
+
 def test_damaged_dicom(tmp_path: Path) -> None:
     pytest.importorskip("pydicom")
     (tmp_path / "a.dcm").write_bytes(b"nothing")

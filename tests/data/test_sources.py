@@ -247,6 +247,13 @@ class TestDarwin:
         with pytest.raises(DataError, match=r"00001\.jpeg: no such file"):
             source.read_image(source.records[0])
 
+    def test_hidden_files_of_an_export_are_left_out(self, tmp_path: Path) -> None:
+        write_image(tmp_path / "a.png")
+        write_darwin(tmp_path / "a.json", "COVID-19", name="a.png")
+        (tmp_path / ".v7").mkdir()
+        (tmp_path / ".v7" / "metadata.json").write_text("{}")
+        assert len(open_source(f"v7:{tmp_path}")) == 1
+
     def test_no_annotations(self, tmp_path: Path) -> None:
         write_image(tmp_path / "a.png")
         with pytest.raises(DataError, match="no annotations"):

@@ -133,7 +133,7 @@ def test_a_run_that_cannot_start_touches_nothing(
 ) -> None:
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     for out in (finished, tmp_path / "new"):
-        with pytest.raises(error, match="nowhere|no_such_net"):
+        with pytest.raises(error, match=r"nowhere|no_such_net"):
             train_run(small_config(pair), out, overwrite=True, console=console)
     assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     assert not (tmp_path / "new").exists()

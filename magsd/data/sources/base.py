@@ -118,7 +118,7 @@ def check_labels(records: Sequence[Record], classes: Sequence[str] | None, origi
         others = f" ({len(unknown)} images have unknown labels)" if len(unknown) > 1 else ""
         raise DataError(
             f"{origin}: label {first.label!r} of {first.key} is not among the classes"
-            f" {', '.join(classes)}{others}"
+            f" {', '.join(classes)}{others}; rename the label or leave these images out"
         )
 
 

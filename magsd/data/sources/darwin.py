@@ -11,7 +11,7 @@ import numpy as np
 from magsd.data.darwin import DarwinAnnotation, read_darwin
 from magsd.data.record import MaskKind, Record
 from magsd.data.sources.base import FileSource, merge_patients
-from magsd.data.sources.folder import find_images
+from magsd.data.sources.folder import find_files, find_images
 from magsd.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ class DarwinSource(FileSource):
         self.spec = f"v7:{folder}"
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder")
-        annotations = [read_darwin(path) for path in sorted(folder.rglob("*.json"))]
+        files = find_files(folder, frozenset({".json"}))
+        annotations = [read_darwin(path) for path in files]
         if not annotations:
             raise DataError(f"{folder}: no annotations (*.json) found")
         self._annotations: dict[str, DarwinAnnotation] = {}

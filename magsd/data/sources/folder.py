@@ -34,10 +34,15 @@ class FolderSource(FileSource):
 
 def find_images(folder: Path) -> list[Path]:
     """The image files under `folder`, sorted; hidden ones are left out."""
+    return find_files(folder, IMAGE_SUFFIXES)
+
+
+def find_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
+    """The files under `folder` with one of the suffixes, sorted; hidden ones are left out."""
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
+        if path.suffix.lower() in suffixes
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )
