@@ -21,7 +21,10 @@ def report() -> dict[str, dict[str, str]]:
         "devices": _devices(),
         "backends": backends(),
         "build": {name: _build(name) for name in ("cpu", "cuda")},
-        "environment": {ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE, "not set")},
+        "environment": {
+            name: os.environ.get(name, "not set")
+            for name in (ENVIRONMENT_VARIABLE, native.CAPABILITY_VARIABLE)
+        },
     }
 
 
@@ -59,7 +62,13 @@ def _devices() -> dict[str, str]:
 
 def _build(backend: str) -> str:
     path = native.library(backend)
-    return f"{path.name}, {path.stat().st_size} bytes" if path.is_file() else "not built"
+    report = native.build(backend)
+    if not path.is_file():
+        return f"not built: {report.get('not built', 'no compiled library')}"
+    parts = [f"{path.name}, {path.stat().st_size} bytes"]
+    if backend == "cpu" and native.why_not(backend) is None:
+        parts.append(f"runs {native.instruction_set()}")
+    return "; ".join([*parts, *(f"{name}: {value}" for name, value in report.items())])
 
 
 def main() -> None:

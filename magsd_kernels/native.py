@@ -1,18 +1,39 @@
 """Loads the compiled libraries: not built | built for something else (why) | loaded.
 
-Each library registers its operators when it is loaded: `magsd_cpu::<name>` and
-`magsd_cuda::<name>`, with the argument lists of `magsd::<name>` less the backend.
+The schemas `magsd_cpu::<name>` and `magsd_cuda::<name>` are those of `magsd::<name>` less the
+backend (see registry.py); a library that is loaded registers their kernels.
 """
 
 from __future__ import annotations
 
+import ctypes
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+CAPABILITY_VARIABLE = "MAGSD_CPU_CAPABILITY"
+CAPABILITIES = ("baseline", "avx2", "avx512")
+
 _FOLDER = Path(__file__).parent / "lib"
 _states: dict[str, str | None] = {}
+
+
+class _Operators:
+    """The operators of one library, each looked up once."""
+
+    def __init__(self, backend: str) -> None:
+        self._namespace = getattr(torch.ops, f"magsd_{backend}")
+
+    def __getattr__(self, name: str) -> Any:
+        overload = getattr(self._namespace, name).default
+        setattr(self, name, overload)
+        return overload
+
+
+_operators = {backend: _Operators(backend) for backend in ("cpu", "cuda")}
 
 
 def library(backend: str) -> Path:
@@ -23,23 +44,45 @@ def library(backend: str) -> Path:
 def why_not(backend: str) -> str | None:
     """Load the library on the first question; None when it is loaded, else the reason."""
     if backend not in _states:
-        _states[backend] = _load(library(backend))
+        _states[backend] = _load(backend)
     return _states[backend]
 
 
 def operations(backend: str) -> Any:
-    """Namespace of the loaded library's operators."""
+    """The loaded library's operators."""
     why = why_not(backend)
     if why is not None:
         raise RuntimeError(f"the {backend} library is not loaded: {why}")
-    return getattr(torch.ops, f"magsd_{backend}")
+    return _operators[backend]
 
 
-def _load(path: Path) -> str | None:
+def build(backend: str) -> dict[str, str]:
+    """What the build wrote down: compiler, torch, flags, or under "not built" the reason."""
+    path = _FOLDER / "build.json"
+    reports: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.is_file() else {}
+    return reports.get(backend, {})
+
+
+def instruction_set() -> str:
+    """Which compilation of the CPU kernels runs: one of CAPABILITIES."""
+    operations("cpu")
+    function = ctypes.CDLL(str(library("cpu"))).magsd_cpu_instruction_set
+    function.restype = ctypes.c_char_p
+    name: bytes = function()
+    return name.decode()
+
+
+def _load(backend: str) -> str | None:
+    path = library(backend)
     if not path.is_file():
-        return "not built: this installation holds no compiled library"
+        reason = build(backend).get("not built", "this installation holds no compiled library")
+        return f"not built: {reason}"
+    wanted = os.environ.get(CAPABILITY_VARIABLE)
+    if wanted and wanted not in CAPABILITIES:
+        return f"{CAPABILITY_VARIABLE} must be one of {', '.join(CAPABILITIES)}; got {wanted!r}"
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"built for something else than torch {torch.__version__}: {error}"
+        built = build(backend).get("torch", "an unknown torch")
+        return f"built for something else than torch {torch.__version__} (for {built}): {error}"
     return None

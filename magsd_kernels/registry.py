@@ -1,7 +1,8 @@
 """Registration of the operators `magsd::<name>`: one schema, one fake, one autograd formula each.
 
 Every schema ends in `str backend`; the kernel below autograd hands the other arguments to the
-function of the same name of that backend. `Library.define` with one implementation per dispatch
+function of the same name of that backend. The compiled libraries implement `magsd_cpu::<name>` and
+`magsd_cuda::<name>`, whose schemas are the same less the backend. `Library.define` with one implementation per dispatch
 key costs about half the call overhead of `torch.library.custom_op`.
 """
 
@@ -15,6 +16,7 @@ import torch
 from magsd_kernels.backends import implementation
 
 _library = torch.library.Library("magsd", "DEF")
+_natives = [torch.library.Library(f"magsd_{backend}", "DEF") for backend in ("cpu", "cuda")]
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
@@ -39,6 +41,8 @@ def define(
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=_TAGS)
+    for native in _natives:
+        native.define(_native_schema(schema))
 
     def kernel(*arguments: Any) -> Any:
         if check is not None:
@@ -62,6 +66,11 @@ def define(
 
     _library.impl(name, differentiable, "Autograd")
     return overload
+
+
+def _native_schema(schema: str) -> str:
+    """Below the dispatcher every size is a number, and no backend is left to choose."""
+    return schema.replace(", str backend)", ")").replace("SymInt", "int")
 
 
 def _any_requires_grad(*arguments: Any) -> bool:

@@ -1,0 +1,79 @@
+// (B, C, H, W) tensors read and written in place, contiguous or channels last.
+//
+// The memory format of a result is that of magsd_kernels/_layout.py, in which the fakes are too.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "common/macros.h"
+#include "cpu/panel.h"
+#include "cpu/tensor.h"
+
+namespace magsd::MAGSD_ISA {
+
+// `is_channels_last` of magsd_kernels/_layout.py.
+inline bool is_channels_last(const Tensor& images) {
+  if (images.is_contiguous()) return false;
+  const auto sizes = images.sizes();
+  const auto steps = images.strides();
+  return sizes[1] > 1 && steps[1] == 1 && (sizes[3] == 1 || steps[3] >= sizes[1]) &&
+         (sizes[2] == 1 || steps[2] >= steps[3]);
+}
+
+// Dense uninitialised (B, C, H, W) tensor.
+inline Tensor empty_map(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                        ScalarType dtype, bool channels_last) {
+  return torch::stable::empty({batch, channels, height, width}, dtype, std::nullopt,
+                              torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                              std::nullopt,
+                              channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
+                                            : torch::headeronly::MemoryFormat::Contiguous);
+}
+
+inline Tensor empty_map_like(const Tensor& images) {
+  return empty_map(images.size(0), images.size(1), images.size(2), images.size(3),
+                   images.scalar_type(), is_channels_last(images));
+}
+
+// Where the elements of a map lie; pixels are counted row by row, `step_p` apart.
+struct MapSteps {
+  int64_t batch, channels, height, width;
+  int64_t step_b, step_c, step_p;
+  int64_t pixels() const { return height * width; }
+};
+
+// A map whose pixels or channels lie side by side; others are copied first.
+struct FeatureMap {
+  Tensor tensor;
+  MapSteps steps;
+  bool channels_last;
+
+  explicit FeatureMap(const Tensor& images) : tensor(images) {
+    channels_last = is_channels_last(images);
+    const auto sizes = images.sizes();
+    if (channels_last) {
+      const auto given = images.strides();
+      const bool in_place = (sizes[2] == 1 || given[2] == sizes[3] * given[3]);
+      if (!in_place) tensor = torch::stable::contiguous(
+          images, torch::headeronly::MemoryFormat::ChannelsLast);
+      const auto taken = tensor.strides();
+      // The step of a dimension of one entry means nothing.
+      const int64_t step_p = sizes[3] > 1 ? taken[3] : (sizes[2] > 1 ? taken[2] : sizes[1]);
+      steps = {sizes[0], sizes[1], sizes[2], sizes[3], taken[0], 1, step_p};
+    } else {
+      tensor = contiguous(images);
+      const int64_t pixels = sizes[2] * sizes[3];
+      steps = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[1] * pixels, pixels, 1};
+    }
+  }
+};
+
+// Converts `count` elements.
+template <typename To, typename From>
+void convert(const From* MAGSD_RESTRICT from, int64_t count, To* MAGSD_RESTRICT to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
+}
+
+}  // namespace magsd::MAGSD_ISA
