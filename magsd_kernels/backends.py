@@ -30,6 +30,7 @@ ENVIRONMENT_VARIABLE = "MAGSD_BACKEND"
 
 _WRITTEN = {
     ("cpu", "attention_sampling"),
+    ("cpu", "bilinear_pool"),
 }
 
 #: (backend, operation) that has no implementation, and why.

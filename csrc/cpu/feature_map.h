@@ -55,15 +55,18 @@ struct FeatureMap {
     const auto sizes = images.sizes();
     if (channels_last) {
       const auto given = images.strides();
-      const bool in_place = (sizes[2] == 1 || given[2] == sizes[3] * given[3]);
-      if (!in_place) tensor = torch::stable::contiguous(
-          images, torch::headeronly::MemoryFormat::ChannelsLast);
+      const bool in_place =
+          sizes[2] == 1 || sizes[3] == 1 || given[2] == sizes[3] * given[3];
+      if (!in_place) {
+        tensor =
+            torch::stable::contiguous(images, torch::headeronly::MemoryFormat::ChannelsLast);
+      }
       const auto taken = tensor.strides();
       // The step of a dimension of one entry means nothing.
       const int64_t step_p = sizes[3] > 1 ? taken[3] : (sizes[2] > 1 ? taken[2] : sizes[1]);
       steps = {sizes[0], sizes[1], sizes[2], sizes[3], taken[0], 1, step_p};
     } else {
-      tensor = contiguous(images);
+      tensor = dense(images);
       const int64_t pixels = sizes[2] * sizes[3];
       steps = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[1] * pixels, pixels, 1};
     }

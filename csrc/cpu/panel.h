@@ -34,12 +34,9 @@ constexpr int kPanel = 2 * kLanes<A>;
 template <typename A, int kBytes>
 struct VectorOf {
   typedef A type __attribute__((vector_size(kBytes)));
-  static type load(const A* from) {
-    type value;
-    std::memcpy(&value, from, sizeof(value));
-    return value;
-  }
-  static void store(A* to, type value) { std::memcpy(to, &value, sizeof(value)); }
+  // By reference: how a vector is returned depends on the instruction set.
+  static void load(const A* from, type& value) { std::memcpy(&value, from, sizeof(value)); }
+  static void store(A* to, const type& value) { std::memcpy(to, &value, sizeof(value)); }
 };
 
 // Uninitialised memory on a cache line's boundary, freed at the end of the scope.
@@ -67,12 +64,17 @@ void tile(const A* x, int64_t step_r, int64_t step_k, const A* MAGSD_RESTRICT y,
   constexpr int kWidth = kLanes<A>;
   V sum[kRows][2];
   for (int r = 0; r < kRows; ++r) {
-    sum[r][0] = accumulate ? Vector::load(out + r * step_out) : V{};
-    sum[r][1] = accumulate ? Vector::load(out + r * step_out + kWidth) : V{};
+    if (accumulate) {
+      Vector::load(out + r * step_out, sum[r][0]);
+      Vector::load(out + r * step_out + kWidth, sum[r][1]);
+    } else {
+      sum[r][0] = sum[r][1] = V{};
+    }
   }
   for (int64_t k = 0; k < depth; ++k) {
-    const V left = Vector::load(y + k * kPanel<A>);
-    const V right = Vector::load(y + k * kPanel<A> + kWidth);
+    V left, right;
+    Vector::load(y + k * kPanel<A>, left);
+    Vector::load(y + k * kPanel<A> + kWidth, right);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const A factor = x[r * step_r + k * step_k];
@@ -123,10 +125,11 @@ void transpose(const A* MAGSD_RESTRICT from, int64_t step_from, int64_t rows, in
     int64_t c = 0;
     for (; c + 4 <= columns; c += 4) {
       const A* corner = from + r * step_from + c;
-      const V a = Four::load(corner);
-      const V b = Four::load(corner + step_from);
-      const V d = Four::load(corner + 2 * step_from);
-      const V e = Four::load(corner + 3 * step_from);
+      V a, b, d, e;
+      Four::load(corner, a);
+      Four::load(corner + step_from, b);
+      Four::load(corner + 2 * step_from, d);
+      Four::load(corner + 3 * step_from, e);
       const V ab_low{a[0], b[0], a[1], b[1]}, ab_high{a[2], b[2], a[3], b[3]};
       const V de_low{d[0], e[0], d[1], e[1]}, de_high{d[2], e[2], d[3], e[3]};
       A* there = to + c * step_to + r;

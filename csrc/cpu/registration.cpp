@@ -10,7 +10,8 @@
 
 // Every csrc/cpu/<op>.cpp.
 #define MAGSD_EVERY_OPERATION(X) \
-  X(attention_sampling)
+  X(attention_sampling) \
+  X(bilinear_pool)
 
 #define MAGSD_DECLARE(operation) \
   void register_##operation(torch::stable::detail::StableLibrary& library);
