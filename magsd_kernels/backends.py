@@ -29,6 +29,7 @@ NAMES = (*BACKENDS, "auto")
 ENVIRONMENT_VARIABLE = "MAGSD_BACKEND"
 
 _WRITTEN = {
+    ("cpu", "attention_augment"),
     ("cpu", "attention_sampling"),
     ("cpu", "bilinear_pool"),
 }

@@ -9,8 +9,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
-#if defined(__F16C__)
+#if defined(__F16C__) && defined(__AVX2__) && !defined(__CUDACC__)
+#define MAGSD_F16C
 #include <immintrin.h>
 #endif
 
@@ -32,4 +34,71 @@ struct Accumulate<double> {
 template <typename T>
 using accumulate_t = typename Accumulate<T>::type;
 
+MAGSD_HD float widen(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.x) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+MAGSD_HD float widen(Half value) { return static_cast<float>(value); }
+MAGSD_HD float widen(float value) { return value; }
+MAGSD_HD double widen(double value) { return value; }
+
+// Rounds to nearest, ties to even.
+template <typename T>
+MAGSD_HD T narrow(accumulate_t<T> value) {
+  return static_cast<T>(value);
+}
+template <>
+MAGSD_HD BFloat16 narrow<BFloat16>(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  // No branch, so that a loop over it becomes vector code.
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t result = value != value ? 0x7fc0u : rounded;
+  return BFloat16(static_cast<uint16_t>(result), BFloat16::from_bits());
+}
+
 }  // namespace magsd
+
+#if !defined(__CUDACC__)
+#ifndef MAGSD_ISA
+#define MAGSD_ISA baseline
+#endif
+
+namespace magsd::MAGSD_ISA {
+
+// wide[0..count) = row[0..count)
+template <typename T>
+inline void load_row(const T* MAGSD_RESTRICT row, int64_t count,
+                     accumulate_t<T>* MAGSD_RESTRICT wide) {
+  int64_t i = 0;
+#if defined(MAGSD_F16C)
+  if constexpr (std::is_same_v<T, Half>) {
+    for (; i + 8 <= count; i += 8) {
+      const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i));
+      _mm256_storeu_ps(wide + i, _mm256_cvtph_ps(half));
+    }
+  }
+#endif
+  for (; i < count; ++i) wide[i] = widen(row[i]);
+}
+
+// row[0..count) = wide[0..count), rounded once
+template <typename T>
+inline void store_row(const accumulate_t<T>* MAGSD_RESTRICT wide, int64_t count,
+                      T* MAGSD_RESTRICT row) {
+  int64_t i = 0;
+#if defined(MAGSD_F16C)
+  if constexpr (std::is_same_v<T, Half>) {
+    for (; i + 8 <= count; i += 8) {
+      const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(wide + i), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(row + i), half);
+    }
+  }
+#endif
+  for (; i < count; ++i) row[i] = narrow<T>(wide[i]);
+}
+
+}  // namespace magsd::MAGSD_ISA
+#endif

@@ -10,6 +10,7 @@
 
 // Every csrc/cpu/<op>.cpp.
 #define MAGSD_EVERY_OPERATION(X) \
+  X(attention_augment) \
   X(attention_sampling) \
   X(bilinear_pool)
 
