@@ -12,7 +12,8 @@
 #define MAGSD_EVERY_OPERATION(X) \
   X(attention_augment) \
   X(attention_sampling) \
-  X(bilinear_pool)
+  X(bilinear_pool) \
+  X(soft_distance)
 
 #define MAGSD_DECLARE(operation) \
   void register_##operation(torch::stable::detail::StableLibrary& library);
