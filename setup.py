@@ -118,7 +118,7 @@ class Compiler:
         if sys.platform == "darwin":
             link += ["-undefined", "dynamic_lookup"]
         else:
-            link += [*(f"-L{path}" for path in self.libraries), "-ltorch_cpu", "-Wl,-s"]
+            link += [*(f"-L{path}" for path in self.libraries), "-ltorch_cpu"]
         return compiles, [*link, *extra, *shlex.split(os.environ.get("LDFLAGS", ""))]
 
     def description(self) -> dict[str, object]:
