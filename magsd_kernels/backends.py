@@ -32,6 +32,7 @@ _WRITTEN = {
     ("cpu", "attention_augment"),
     ("cpu", "attention_sampling"),
     ("cpu", "bilinear_pool"),
+    ("cpu", "multiscale_attention"),
     ("cpu", "soft_distance"),
 }
 

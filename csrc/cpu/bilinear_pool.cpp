@@ -619,10 +619,6 @@ Shape shape_of(const Tensor& features, const Tensor& attention) {
   return shape;
 }
 
-ScalarType accumulation_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 std::tuple<Tensor, Tensor, Tensor> bilinear_attention_pool(const Tensor& features,
                                                            const Tensor& attention,
                                                            const std::string& pool,
@@ -643,13 +639,6 @@ std::tuple<Tensor, Tensor, Tensor> bilinear_attention_pool(const Tensor& feature
     });
   }
   return {output, norm, argmax};
-}
-
-// Steps of a dense result, as `empty_map` lays it out.
-MapSteps dense_steps(const Tensor& images, bool channels_last) {
-  const int64_t channels = images.size(1), pixels = images.size(2) * images.size(3);
-  return {images.size(0),    channels, images.size(2), images.size(3), channels * pixels,
-          channels_last ? 1 : pixels, channels_last ? channels : 1};
 }
 
 std::tuple<Tensor, Tensor> bilinear_attention_pool_backward(

@@ -50,28 +50,40 @@ struct FeatureMap {
   MapSteps steps;
   bool channels_last;
 
-  explicit FeatureMap(const Tensor& images) : tensor(images) {
-    channels_last = is_channels_last(images);
+  explicit FeatureMap(const Tensor& images) : FeatureMap(images, is_channels_last(images)) {}
+
+  // In the memory format that is asked for.
+  FeatureMap(const Tensor& images, bool last) : tensor(images), channels_last(last) {
     const auto sizes = images.sizes();
-    if (channels_last) {
-      const auto given = images.strides();
-      const bool in_place =
-          sizes[2] == 1 || sizes[3] == 1 || given[2] == sizes[3] * given[3];
-      if (!in_place) {
-        tensor =
-            torch::stable::contiguous(images, torch::headeronly::MemoryFormat::ChannelsLast);
-      }
-      const auto taken = tensor.strides();
-      // The step of a dimension of one entry means nothing.
-      const int64_t step_p = sizes[3] > 1 ? taken[3] : (sizes[2] > 1 ? taken[2] : sizes[1]);
-      steps = {sizes[0], sizes[1], sizes[2], sizes[3], taken[0], 1, step_p};
-    } else {
+    const int64_t pixels = sizes[2] * sizes[3];
+    if (!last) {
       tensor = dense(images);
-      const int64_t pixels = sizes[2] * sizes[3];
       steps = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[1] * pixels, pixels, 1};
+      return;
     }
+    const auto given = images.strides();
+    const bool in_rows = sizes[2] == 1 || sizes[3] == 1 || given[2] == sizes[3] * given[3];
+    if (is_channels_last(images) && in_rows) {
+      // The step of a dimension of one entry means nothing.
+      const int64_t step_p = sizes[3] > 1 ? given[3] : (sizes[2] > 1 ? given[2] : sizes[1]);
+      steps = {sizes[0], sizes[1], sizes[2], sizes[3], given[0], 1, step_p};
+      return;
+    }
+    tensor = torch::stable::contiguous(images, torch::headeronly::MemoryFormat::ChannelsLast);
+    steps = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[1] * pixels, 1, sizes[1]};
   }
 };
+
+// Steps of a dense result, as `empty_map` lays it out.
+inline MapSteps dense_steps(const Tensor& images, bool last) {
+  const int64_t channels = images.size(1), pixels = images.size(2) * images.size(3);
+  return {images.size(0),    channels,          images.size(2),     images.size(3),
+          channels * pixels, last ? 1 : pixels, last ? channels : 1};
+}
+
+inline ScalarType accumulation_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 // Converts `count` elements.
 template <typename To, typename From>

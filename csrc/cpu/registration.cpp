@@ -13,6 +13,7 @@
   X(attention_augment) \
   X(attention_sampling) \
   X(bilinear_pool) \
+  X(multiscale_attention) \
   X(soft_distance)
 
 #define MAGSD_DECLARE(operation) \
