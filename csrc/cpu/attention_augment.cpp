@@ -15,12 +15,14 @@
 #include "cpu/attention_guide.h"
 #include "cpu/crop_resize.h"
 #include "cpu/image_layout.h"
+#include "cpu/stream.h"
 
 namespace magsd::MAGSD_ISA {
 namespace {
 
 constexpr int64_t kViews = 3;
 constexpr int64_t kPixelsPerTask = 16384;
+constexpr int64_t kBlockBytes = 16384;          // of rows that all views read while they are near
 constexpr int64_t kLargest = int64_t{1} << 30;  // pixels and channels along one dimension
 
 // A column of a (B,) or (B, views) tensor, read in place.
@@ -180,6 +182,7 @@ struct Plan {
   std::optional<Offsets> offsets = std::nullopt;
   double weight = 1, floor = 0;
   bool align_corners = false;
+  bool streamed = false;
 };
 
 // Memory that a task uses again from row to row.
@@ -192,11 +195,25 @@ struct Scratch {
         box_row(layout.row + 2 * layout.inner + 2 * kLanes),
         result(layout.row),
         wide(layout.row),
-        factor(layout.row) {}
+        factor(layout.row),
+        narrow(layout.row) {}
   ColumnTable<Real> columns;
   std::vector<RowPair<T>> pairs;
   std::vector<Real> box_row, result, wide, factor;
+  std::vector<T> narrow;
 };
+
+// Rounds scratch.result and writes it.
+template <typename T>
+void write_result(const Plan<T>& plan, Scratch<T>& scratch, T* out) {
+  const int64_t count = plan.layout.row;
+  if constexpr (std::is_same_v<T, accumulate_t<T>>) {
+    write_row(scratch.result.data(), count, out, plan.streamed);
+  } else {
+    store_row<T>(scratch.result.data(), count, scratch.narrow.data());
+    write_row(scratch.narrow.data(), count, out, plan.streamed);
+  }
+}
 
 template <typename T>
 void mix_row(const Plan<T>& plan, const Box& box, int64_t plane, int64_t y, const T* image,
@@ -212,45 +229,43 @@ void mix_row(const Plan<T>& plan, const Box& box, int64_t plane, int64_t y, cons
   scratch.pairs[plane].mix(corner + at.lower * layout.step_y, corner + at.upper * layout.step_y,
                            at.weight, count, box_row);
   std::copy(box_row + count - layout.inner, box_row + count, box_row + count);
-  Real* MAGSD_RESTRICT result = scratch.result.data();
-  scratch.columns.apply(box_row, result);
+  const Real* own_row = nullptr;
   if (plan.weight != 1) {
-    const Real own = static_cast<Real>(1 - plan.weight), crop = static_cast<Real>(plan.weight);
-    const Real* MAGSD_RESTRICT wide;
     if constexpr (std::is_same_v<T, Real>) {
-      wide = row;
+      own_row = row;
     } else {
-      wide = scratch.wide.data();
+      load_row(row, layout.row, scratch.wide.data());
+      own_row = scratch.wide.data();
     }
-    for (int64_t i = 0; i < layout.row; ++i) result[i] = own * wide[i] + crop * result[i];
   }
-  store_row<T>(result, layout.row, out);
+  scratch.columns.apply(box_row, own_row, static_cast<Real>(1 - plan.weight),
+                        static_cast<Real>(plan.weight), scratch.result.data());
+  write_result(plan, scratch, out);
 }
 
 template <typename T>
 void dim_row(const Plan<T>& plan, const T* row, T* out, Scratch<T>& scratch) {
   using Real = accumulate_t<T>;
   const Real* MAGSD_RESTRICT factor = scratch.factor.data();
-  if constexpr (std::is_same_v<T, Real>) {
-    for (int64_t i = 0; i < plan.layout.row; ++i) out[i] = row[i] * factor[i];
-  } else {
-    Real* MAGSD_RESTRICT result = scratch.result.data();
-    const Real* MAGSD_RESTRICT wide = scratch.wide.data();
-    for (int64_t i = 0; i < plan.layout.row; ++i) result[i] = wide[i] * factor[i];
-    store_row<T>(result, plan.layout.row, out);
-  }
+  Real* MAGSD_RESTRICT result = scratch.result.data();
+  for (int64_t i = 0; i < plan.layout.row; ++i) result[i] = widen(row[i]) * factor[i];
+  write_result(plan, scratch, out);
 }
 
 template <typename T>
 void patch_row(const Plan<T>& plan, const Box& box, int64_t corner_y, int64_t corner_x, int64_t y,
-               const T* image, const T* row, T* out) {
+               const T* image, const T* row, T* out, Scratch<T>& scratch) {
   const ImageLayout& layout = plan.layout;
-  std::memcpy(out, row, layout.row * sizeof(T));
   const int64_t inside = y - corner_y;
-  if (inside < 0 || inside >= box.rows.stop - box.rows.start) return;
+  if (inside < 0 || inside >= box.rows.stop - box.rows.start) {
+    return write_row(row, layout.row, out, plan.streamed);
+  }
+  T* narrow = scratch.narrow.data();
   const T* source = image + (box.rows.start + inside) * layout.step_y;
-  std::memcpy(out + corner_x * layout.inner, source + box.columns.start * layout.inner,
+  std::memcpy(narrow, row, layout.row * sizeof(T));
+  std::memcpy(narrow + corner_x * layout.inner, source + box.columns.start * layout.inner,
               (box.columns.stop - box.columns.start) * layout.inner * sizeof(T));
+  write_row(narrow, layout.row, out, plan.streamed);
 }
 
 // factor[i] of a row of elements, from those of its pixels.
@@ -265,10 +280,18 @@ void factor_row(const Guide& guide, int64_t y, Real floor, const ImageLayout& la
 }
 
 template <typename T>
-void make_views(const Plan<T>& plan) {
+int64_t views_bytes(const Plan<T>& plan) {
+  const ImageLayout& layout = plan.layout;
+  const int64_t views = (plan.mixed != nullptr) + (plan.dimmed != nullptr) + (plan.patched != nullptr);
+  return views * layout.batch * layout.planes * layout.height * layout.row * int64_t{sizeof(T)};
+}
+
+template <typename T>
+void make_views(Plan<T>& plan) {
   using Real = accumulate_t<T>;
   const ImageLayout& layout = plan.layout;
   const int64_t image_size = layout.planes * layout.height * layout.row;
+  plan.streamed = views_bytes(plan) >= kStreamedBytes;
   for_bands(layout, [&](int64_t b, int64_t first, int64_t past) {
     Scratch<T> scratch(layout);
     std::optional<Guide> guide;
@@ -286,20 +309,40 @@ void make_views(const Plan<T>& plan) {
       corner_x = paste_start((*plan.offsets)(b, 1), patch.columns.stop - patch.columns.start,
                              layout.width);
     }
-    for (int64_t y = first; y < past; ++y) {
-      if (plan.dimmed) factor_row(*guide, y, static_cast<Real>(plan.floor), layout, scratch.factor);
+    // A few rows of one view after another: fewer streams are written at a time, and the rows are
+    // still in the first cache when the next view reads them.
+    const int64_t step = std::max<int64_t>(1, kBlockBytes / (layout.row * int64_t{sizeof(T)}));
+    const auto for_rows = [&](int64_t begin, int64_t end, const auto& body) {
       for (int64_t plane = 0; plane < layout.planes; ++plane) {
         const T* image = plan.images + b * layout.step_b + plane * layout.step_plane;
-        const T* row = image + y * layout.step_y;
-        const int64_t out = b * image_size + (plane * layout.height + y) * layout.row;
-        if constexpr (!std::is_same_v<T, Real>) load_row(row, layout.row, scratch.wide.data());
-        if (plan.mixed) mix_row(plan, mix, plane, y, image, row, plan.mixed + out, scratch);
-        if (plan.dimmed) dim_row(plan, row, plan.dimmed + out, scratch);
-        if (plan.patched) {
-          patch_row(plan, patch, corner_y, corner_x, y, image, row, plan.patched + out);
+        for (int64_t y = begin; y < end; ++y) {
+          const int64_t out = b * image_size + (plane * layout.height + y) * layout.row;
+          body(plane, y, image, image + y * layout.step_y, out);
         }
       }
+    };
+    for (int64_t begin = first; begin < past; begin += step) {
+      const int64_t end = std::min(begin + step, past);
+      if (plan.mixed) {
+        for_rows(begin, end, [&](int64_t plane, int64_t y, const T* image, const T* row, int64_t out) {
+          mix_row(plan, mix, plane, y, image, row, plan.mixed + out, scratch);
+        });
+      }
+      if (plan.dimmed) {
+        for (int64_t y = begin; y < end; ++y) {
+          factor_row(*guide, y, static_cast<Real>(plan.floor), layout, scratch.factor);
+          for_rows(y, y + 1, [&](int64_t, int64_t, const T*, const T* row, int64_t out) {
+            dim_row(plan, row, plan.dimmed + out, scratch);
+          });
+        }
+      }
+      if (plan.patched) {
+        for_rows(begin, end, [&](int64_t, int64_t y, const T* image, const T* row, int64_t out) {
+          patch_row(plan, patch, corner_y, corner_x, y, image, row, plan.patched + out, scratch);
+        });
+      }
     }
+    finish_rows(plan.streamed);
   });
 }
 

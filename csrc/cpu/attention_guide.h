@@ -2,7 +2,7 @@
 //
 // U is never stored: a guide keeps the h rows of the map interpolated along x (h W floats), and a
 // row of U is an interpolation of two of them. Bands of rows whose two neighbours stay clearly
-// below the threshold are skipped: interpolation does not exceed them by more than rounding.
+// below the threshold are skipped: interpolation exceeds the map by no more than rounding.
 #pragma once
 
 #include <algorithm>
@@ -32,10 +32,23 @@ class AttentionMaps {
         low_width_(attention.size(3)),
         height_(height),
         width_(width),
-        data_(attention.const_data_ptr()) {
+        data_(attention.const_data_ptr()),
+        left_(width),
+        right_(width),
+        share_(width) {
     for (int d = 0; d < 4; ++d) step_[d] = attention.stride(d);
-    fill(rows_, low_height_, height, align_corners);
-    fill(columns_, low_width_, width, align_corners);
+    const float step_y = sampling_step<float>(low_height_, height, align_corners);
+    rows_.reserve(height);
+    for (int64_t y = 0; y < height; ++y) {
+      rows_.push_back(sample_at(y, low_height_, step_y, align_corners));
+    }
+    const float step_x = sampling_step<float>(low_width_, width, align_corners);
+    for (int64_t x = 0; x < width; ++x) {
+      const Sample<float> at = sample_at(x, low_width_, step_x, align_corners);
+      left_[x] = static_cast<int32_t>(at.lower);
+      right_[x] = static_cast<int32_t>(at.upper);
+      share_[x] = at.weight;
+    }
   }
 
   int64_t maps() const { return maps_; }
@@ -44,7 +57,6 @@ class AttentionMaps {
   int64_t height() const { return height_; }
   int64_t width() const { return width_; }
   const Sample<float>& row(int64_t y) const { return rows_[y]; }
-  const Sample<float>& column(int64_t x) const { return columns_[x]; }
 
   // Map m of image b in float32, low_height x low_width.
   void read(int64_t b, int64_t m, float* map) const {
@@ -60,20 +72,23 @@ class AttentionMaps {
     });
   }
 
- private:
-  static void fill(std::vector<Sample<float>>& samples, int64_t low, int64_t size,
-                   bool align_corners) {
-    const float step = sampling_step<float>(low, size, align_corners);
-    samples.reserve(size);
-    for (int64_t o = 0; o < size; ++o) samples.push_back(sample_at(o, low, step, align_corners));
+  // wide[x] for every column of the image, from a row of a low-resolution map.
+  void widen_row(const float* MAGSD_RESTRICT low, float* MAGSD_RESTRICT wide) const {
+    const int32_t* MAGSD_RESTRICT left = left_.data();
+    const int32_t* MAGSD_RESTRICT right = right_.data();
+    const float* MAGSD_RESTRICT share = share_.data();
+    for (int64_t x = 0; x < width_; ++x) wide[x] = interpolate(low[left[x]], low[right[x]], share[x]);
   }
 
+ private:
   Tensor attention_;
   ScalarType dtype_;
   int64_t maps_, low_height_, low_width_, height_, width_;
   int64_t step_[4];
   const void* data_;
-  std::vector<Sample<float>> rows_, columns_;
+  std::vector<Sample<float>> rows_;
+  std::vector<int32_t> left_, right_;
+  std::vector<float> share_;
 };
 
 // One map and its threshold. Reused from image to image, so that memory is taken once per task.
@@ -84,7 +99,7 @@ class Guide {
         low_(maps.low_height() * maps.low_width()),
         wide_(maps.low_height() * maps.width()),
         peaks_(maps.low_height()),
-        passed_(maps.width()) {}
+        highest_(maps.width()) {}
 
   // Takes map m of image b; t = theta * (maximum of the low-resolution map), NaN if one is in it.
   void set(int64_t b, int64_t m, float theta) {
@@ -96,17 +111,11 @@ class Guide {
       finite_ &= std::isfinite(value);
     }
     threshold_ = theta * peak;
-    const int64_t width = maps_.width(), low_width = maps_.low_width();
+    const int64_t low_width = maps_.low_width();
     for (int64_t i = 0; i < maps_.low_height(); ++i) {
-      const float* map = low_.data() + i * low_width;
-      float* wide = wide_.data() + i * width;
-      float highest = -std::numeric_limits<float>::infinity();
-      for (int64_t x = 0; x < width; ++x) {
-        const Sample<float>& at = maps_.column(x);
-        wide[x] = interpolate(map[at.lower], map[at.upper], at.weight);
-        highest = std::max(highest, wide[x]);
-      }
-      peaks_[i] = highest;
+      const float* row = low_.data() + i * low_width;
+      maps_.widen_row(row, wide_.data() + i * maps_.width());
+      peaks_[i] = *std::max_element(row, row + low_width);
     }
   }
 
@@ -118,17 +127,18 @@ class Guide {
     return !(highest + 1e-6f * std::fabs(highest) < threshold_);
   }
 
-  // Whether any pixel of a row passes; marks its columns.
-  bool mark(int64_t y, uint8_t* MAGSD_RESTRICT columns) const {
+  // Whether any pixel of row y passes; highest[x] = max(highest[x], U).
+  bool mark(int64_t y, float* MAGSD_RESTRICT highest) const {
     const Sample<float>& at = maps_.row(y);
     const float* MAGSD_RESTRICT lower = wide_.data() + at.lower * maps_.width();
     const float* MAGSD_RESTRICT upper = wide_.data() + at.upper * maps_.width();
     const float weight = at.weight, threshold = threshold_;
-    uint8_t any = 0;
+    int32_t any = 0;
     for (int64_t x = 0; x < maps_.width(); ++x) {
-      const uint8_t passes = interpolate(lower[x], upper[x], weight) >= threshold;
-      columns[x] |= passes;
-      any |= passes;
+      const float value = interpolate(lower[x], upper[x], weight);
+      // NaN never exceeds, as it never passes.
+      highest[x] = highest[x] < value ? value : highest[x];
+      any |= value >= threshold ? 1 : 0;
     }
     return any != 0;
   }
@@ -154,17 +164,17 @@ class Guide {
   // The padded box around the pixels with U >= t.
   Box box(double padding) {
     const int64_t height = maps_.height(), width = maps_.width();
-    std::fill(passed_.begin(), passed_.end(), uint8_t{0});
+    std::fill(highest_.begin(), highest_.end(), -std::numeric_limits<float>::infinity());
     int64_t top = height, bottom = -1, left = width, right = -1;
     if (!std::isnan(threshold_)) {
       for (int64_t y = 0; y < height; ++y) {
-        if (can_pass(y) && mark(y, passed_.data())) {
+        if (can_pass(y) && mark(y, highest_.data())) {
           top = std::min(top, y);
           bottom = y;
         }
       }
       for (int64_t x = 0; x < width; ++x) {
-        if (passed_[x]) {
+        if (highest_[x] >= threshold_ && bottom >= 0) {
           left = std::min(left, x);
           right = x;
         }
@@ -175,8 +185,7 @@ class Guide {
 
  private:
   const AttentionMaps& maps_;
-  std::vector<float> low_, wide_, peaks_;
-  std::vector<uint8_t> passed_;
+  std::vector<float> low_, wide_, peaks_, highest_;
   float threshold_ = 0;
   bool finite_ = true;
 };

@@ -54,23 +54,24 @@ class ColumnTable {
     }
   }
 
-  // result[i] = (1 - w) row[lower] + w row[lower + inner]. `row` is readable for kLanes + inner
-  // elements behind its last.
-  void apply(const Real* MAGSD_RESTRICT row, Real* MAGSD_RESTRICT result) const {
+  // result[i] = own image[i] + crop ((1 - w) row[lower] + w row[lower + inner]); without an image
+  // the crop alone. `row` is readable for kLanes + inner elements behind its last.
+  void apply(const Real* MAGSD_RESTRICT row, const Real* MAGSD_RESTRICT image, Real own, Real crop,
+             Real* MAGSD_RESTRICT result) const {
     const int64_t count = width_ * inner_;
     int64_t i = 0;
 #if defined(__AVX2__)
     if constexpr (std::is_same_v<Real, float>) {
       for (size_t v = 0; v < base_.size(); ++v, i += kLanes) {
         if (base_[v] < 0) {
-          part(row, result, i, i + kLanes);
+          part(row, image, own, crop, result, i, i + kLanes);
         } else {
-          vector(row + base_[v], base_[v], result, i);
+          vector(row + base_[v], base_[v], image, own, crop, result, i);
         }
       }
     }
 #endif
-    part(row, result, i, count);
+    part(row, image, own, crop, result, i, count);
   }
 
   // grad[x] of the box's row, from that of the output row; x runs over `length` pixels.
@@ -86,34 +87,47 @@ class ColumnTable {
   }
 
  private:
-  void part(const Real* MAGSD_RESTRICT row, Real* MAGSD_RESTRICT result, int64_t begin,
-            int64_t end) const {
+  void part(const Real* MAGSD_RESTRICT row, const Real* MAGSD_RESTRICT image, Real own, Real crop,
+            Real* MAGSD_RESTRICT result, int64_t begin, int64_t end) const {
     const int32_t* MAGSD_RESTRICT lower = lower_.data();
     const Real* MAGSD_RESTRICT weight = weight_.data();
     const int64_t inner = inner_;
     for (int64_t i = begin; i < end; ++i) {
       const Real first = row[lower[i]];
-      result[i] = first + weight[i] * (row[lower[i] + inner] - first);
+      const Real value = first + weight[i] * (row[lower[i] + inner] - first);
+      result[i] = image ? own * image[i] + crop * value : value;
     }
   }
 
 #if defined(__AVX512F__)
-  void vector(const float* row, int32_t base, float* result, int64_t i) const {
+  void vector(const float* row, int32_t base, const float* image, float own, float crop,
+              float* result, int64_t i) const {
     const __m512i lower =
         _mm512_sub_epi32(_mm512_loadu_si512(lower_.data() + i), _mm512_set1_epi32(base));
     const __m512 first = _mm512_permutexvar_ps(lower, _mm512_loadu_ps(row));
     const __m512 second = _mm512_permutexvar_ps(lower, _mm512_loadu_ps(row + inner_));
     const __m512 weight = _mm512_loadu_ps(weight_.data() + i);
-    _mm512_storeu_ps(result + i, _mm512_fmadd_ps(weight, _mm512_sub_ps(second, first), first));
+    __m512 value = _mm512_fmadd_ps(weight, _mm512_sub_ps(second, first), first);
+    if (image) {
+      const __m512 kept = _mm512_mul_ps(_mm512_set1_ps(own), _mm512_loadu_ps(image + i));
+      value = _mm512_fmadd_ps(_mm512_set1_ps(crop), value, kept);
+    }
+    _mm512_storeu_ps(result + i, value);
   }
 #elif defined(__AVX2__)
-  void vector(const float* row, int32_t base, float* result, int64_t i) const {
+  void vector(const float* row, int32_t base, const float* image, float own, float crop,
+              float* result, int64_t i) const {
     const __m256i* index = reinterpret_cast<const __m256i*>(lower_.data() + i);
     const __m256i lower = _mm256_sub_epi32(_mm256_loadu_si256(index), _mm256_set1_epi32(base));
     const __m256 first = _mm256_permutevar8x32_ps(_mm256_loadu_ps(row), lower);
     const __m256 second = _mm256_permutevar8x32_ps(_mm256_loadu_ps(row + inner_), lower);
     const __m256 weight = _mm256_loadu_ps(weight_.data() + i);
-    _mm256_storeu_ps(result + i, _mm256_fmadd_ps(weight, _mm256_sub_ps(second, first), first));
+    __m256 value = _mm256_fmadd_ps(weight, _mm256_sub_ps(second, first), first);
+    if (image) {
+      const __m256 kept = _mm256_mul_ps(_mm256_set1_ps(own), _mm256_loadu_ps(image + i));
+      value = _mm256_fmadd_ps(_mm256_set1_ps(crop), value, kept);
+    }
+    _mm256_storeu_ps(result + i, value);
   }
 #endif
 
