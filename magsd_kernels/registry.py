@@ -2,8 +2,8 @@
 
 Every schema ends in `str backend`; the kernel below autograd hands the other arguments to the
 function of the same name of that backend. The compiled libraries implement `magsd_cpu::<name>` and
-`magsd_cuda::<name>`, whose schemas are the same less the backend. `Library.define` with one implementation per dispatch
-key costs about half the call overhead of `torch.library.custom_op`.
+`magsd_cuda::<name>`, whose schemas are the same less the backend. `Library.define` with one
+implementation per dispatch key costs about half the call overhead of `torch.library.custom_op`.
 """
 
 from __future__ import annotations

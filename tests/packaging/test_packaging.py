@@ -111,9 +111,9 @@ def test_readme_gives_the_two_commands_and_every_environment_variable():
     table = set(re.findall(r"^\| `(MAGSD_\w+)`", readme, flags=re.MULTILINE))
     read = set()
     for folder in ("magsd", "magsd_kernels", "tests"):
-        for path in (ROOT / folder).rglob("*.py"):
+        for path in [*(ROOT / folder).rglob("*.py"), ROOT / "setup.py"]:
             if path != Path(__file__):
-                read |= set(re.findall(r"[\"'](MAGSD_[A-Z]+)[\"']", path.read_text()))
+                read |= set(re.findall(r"[\"'](MAGSD_[A-Z_]+)[\"']", path.read_text()))
     assert read <= table, f"not in the README's table: {sorted(read - table)}"
     assert table <= read, f"in the README's table but read nowhere: {sorted(table - read)}"
 

@@ -1,0 +1,97 @@
+"""The loader of the compiled library, and every compilation that it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from magsd_kernels import native
+
+from .support import fresh_python
+
+needs_library = pytest.mark.skipif(
+    native.why_not("cpu") is not None, reason=str(native.why_not("cpu"))
+)
+
+_COMPARE = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from torch.testing import assert_close
+from torch.utils import _pytree as pytree
+from magsd_kernels import BackendUnavailable, native
+from tests.kernels.cases import CASES
+from tests.kernels.support import tensors_of
+compared = 0
+for case in CASES:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        results = []
+        for backend in ("cpu", "reference"):
+            torch.manual_seed(0)
+            arguments = case.arguments(3, dtype)
+            try:
+                found = tensors_of(case.function(**arguments, backend=backend))
+            except BackendUnavailable:
+                break
+            leaves = case.leaves(arguments)
+            if leaves:
+                total = sum(t.float().square().sum() for t in found if t.requires_grad)
+                found = [*found, *torch.autograd.grad(total, leaves)]
+            results.append(found)
+        if len(results) == 2:
+            wide = dtype in (torch.float32, torch.float64)
+            tolerance = dict(rtol=1e-4, atol=1e-5) if wide else dict(rtol=5e-2, atol=5e-2)
+            assert_close(results[0], results[1], **tolerance, msg=lambda m: case.name + m)
+            compared += 1
+print(native.instruction_set(), compared)
+"""
+
+
+@needs_library
+@pytest.mark.parametrize("capability", native.CAPABILITIES)
+def test_every_instruction_set_agrees_with_the_reference(capability: str):
+    """Asking for more than the processor has gives the best it has."""
+    code = _COMPARE.format(root=str(Path(__file__).parents[2]))
+    result = fresh_python(code, MAGSD_CPU_CAPABILITY=capability)
+    assert result.returncode == 0, result.stderr
+    ran, compared = result.stdout.split()
+    allowed = native.CAPABILITIES[: native.CAPABILITIES.index(capability) + 1]
+    assert ran in allowed
+    assert ran == "baseline" or capability != "baseline"
+    assert int(compared) > 0
+
+
+@needs_library
+def test_unknown_capability_is_reported():
+    code = "import magsd_kernels; print(magsd_kernels.backends()['cpu'])"
+    result = fresh_python(code, MAGSD_CPU_CAPABILITY="sse9")
+    assert "MAGSD_CPU_CAPABILITY must be one of baseline, avx2, avx512" in result.stdout
+    assert "'sse9'" in result.stdout
+
+
+def test_importing_loads_no_library():
+    code = """
+import magsd_kernels
+print('libmagsd' in open('/proc/self/maps').read())
+"""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("no /proc")
+    assert fresh_python(code).stdout.split() == ["False"]
+
+
+def test_states_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    monkeypatch.setattr(native, "_states", {})
+    assert str(native.why_not("cpu")).startswith("not built: this installation holds no")
+    (tmp_path / "build.json").write_text('{"cpu": {"not built": "no compiler at all"}}')
+    native._states.clear()
+    assert native.why_not("cpu") == "not built: no compiler at all"
+    (tmp_path / "libmagsd_cpu.so").write_bytes(b"not a library")
+    (tmp_path / "build.json").write_text('{"cpu": {"torch": "99.0"}}')
+    native._states.clear()
+    reason = str(native.why_not("cpu"))
+    assert reason.startswith("built for something else than torch")
+    assert "(for 99.0)" in reason
+    with pytest.raises(RuntimeError, match="the cpu library is not loaded: built for something"):
+        native.operations("cpu")
