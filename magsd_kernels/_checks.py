@@ -38,11 +38,10 @@ def tensor(
 
 def shape(op: str, name: str, value: torch.Tensor, expected: Sequence[Any]) -> None:
     """Require a shape; None stands for any size."""
-    if any(
-        want is not None and have != want for have, want in zip(value.shape, expected, strict=True)
-    ):
-        wanted = ", ".join("any" if want is None else str(want) for want in expected)
-        raise ValueError(f"{op}: {name} must have shape ({wanted}), got {tuple(value.shape)}")
+    for have, want in zip(value.shape, expected, strict=True):
+        if want is not None and have != want:
+            wanted = ", ".join("any" if want is None else str(want) for want in expected)
+            raise ValueError(f"{op}: {name} must have shape ({wanted}), got {tuple(value.shape)}")
 
 
 def not_empty(op: str, name: str, value: torch.Tensor) -> None:
