@@ -20,30 +20,30 @@ struct ChannelStatistics {
 
 constexpr int64_t kBlockPixels = 512;
 
-// sums[0] += sum of (value - shift), sums[1] += sum of its square, over a row.
-template <typename T>
-void add_row(const T* MAGSD_RESTRICT row, int64_t count, accumulate_t<T> shift, double* sums) {
-  constexpr int kChains = 16;
-  using A = accumulate_t<T>;
-  double plain[kChains] = {}, squares[kChains] = {};
-  int64_t i = 0;
-  for (; i + kChains <= count; i += kChains) {
-    for (int k = 0; k < kChains; ++k) {
-      const double value = static_cast<double>(static_cast<A>(row[i + k]) - shift);
+// Interleaved chains, which hide the latency of an addition.
+constexpr int kSumChains = 16;
+struct ShiftedSums {
+  double plain[kSumChains] = {}, squares[kSumChains] = {};
+
+  // Adds value - shift, and its square, for a row of values.
+  template <typename T>
+  void add(const T* MAGSD_RESTRICT row, int64_t count, accumulate_t<T> shift) {
+    using A = accumulate_t<T>;
+    int64_t i = 0;
+    for (; i + kSumChains <= count; i += kSumChains) {
+      for (int k = 0; k < kSumChains; ++k) {
+        const double value = static_cast<double>(static_cast<A>(row[i + k]) - shift);
+        plain[k] += value;
+        squares[k] += value * value;
+      }
+    }
+    for (int k = 0; i < count; ++i, ++k) {
+      const double value = static_cast<double>(static_cast<A>(row[i]) - shift);
       plain[k] += value;
       squares[k] += value * value;
     }
   }
-  for (; i < count; ++i) {
-    const double value = static_cast<double>(static_cast<A>(row[i]) - shift);
-    plain[0] += value;
-    squares[0] += value * value;
-  }
-  for (int k = 0; k < kChains; ++k) {
-    sums[0] += plain[k];
-    sums[1] += squares[k];
-  }
-}
+};
 
 inline ChannelStatistics statistics_of(double shift, double sum, double squares, int64_t count) {
   const double mean = sum / static_cast<double>(count);
@@ -59,11 +59,16 @@ void contiguous_statistics(const T* values, const MapSteps& steps, ChannelStatis
   parallel_for(steps.channels, grain, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
       const A shift = static_cast<A>(values[m * steps.step_c]);
-      double sums[2] = {0, 0};
+      ShiftedSums sums;
       for (int64_t b = 0; b < steps.batch; ++b) {
-        add_row(values + b * steps.step_b + m * steps.step_c, pixels, shift, sums);
+        sums.add(values + b * steps.step_b + m * steps.step_c, pixels, shift);
       }
-      to[m] = statistics_of(static_cast<double>(shift), sums[0], sums[1], steps.batch * pixels);
+      double plain = 0, squares = 0;
+      for (int k = 0; k < kSumChains; ++k) {
+        plain += sums.plain[k];
+        squares += sums.squares[k];
+      }
+      to[m] = statistics_of(static_cast<double>(shift), plain, squares, steps.batch * pixels);
     }
   });
 }

@@ -45,6 +45,7 @@ struct Scale {
   MapSteps steps;
   const Norm<A>* norm;
   Axis<A> rows, columns;
+  bool identity;  // The map has the size of the result.
 };
 
 template <typename A>
@@ -88,6 +89,7 @@ void add_plane(const Scale<T>& scale, int64_t b, int64_t m, A* out, A* line) {
   const T* plane = scale.values + b * scale.steps.step_b + m * scale.steps.step_c;
   const int64_t width = scale.steps.width;
   const Axis<A>&rows = scale.rows, &columns = scale.columns;
+  if (scale.identity) return add_line(plane, scale.steps.pixels(), A{1}, scale.norm, m, out);
   for (int64_t y = 0; y < rows.size(); ++y) {
     std::fill(line, line + width, A{0});
     for (int64_t k = 0; k < rows.count(y); ++k) {
@@ -178,111 +180,110 @@ struct BackwardScale {
   }
 };
 
-// expanded (H, w) = the gradient's rows (H, W), columns resized back.
+// back (h, w) = the gradient (H, W) of one map resized back; `expanded` holds (H, w).
 template <typename T, typename A>
-void expand(const T* grad, int64_t height, int64_t width, const Axis<A>& columns, A* expanded) {
+void resize_back(const T* grad, int64_t height, int64_t width, const Scale<T>& scale, A* expanded,
+                 A* MAGSD_RESTRICT back) {
+  if (scale.identity) return convert(grad, height * width, back);
+  const Axis<A>&rows = scale.rows, &columns = scale.columns;
+  const int64_t row_size = columns.size();
   for (int64_t y = 0; y < height; ++y) {
     const T* row = grad + y * width;
-    A* to = expanded + y * columns.size();
-    for (int64_t x = 0; x < columns.size(); ++x) {
+    A* to = expanded + y * row_size;
+    for (int64_t x = 0; x < row_size; ++x) {
+      const T* from = row + columns.first[x];
+      const A* weights = columns.weight(x);
       A sum = 0;
-      for (int64_t k = 0; k < columns.count(x); ++k) {
-        sum += columns.weight(x)[k] * static_cast<A>(row[columns.first[x] + k]);
-      }
+      for (int64_t k = 0; k < columns.count(x); ++k) sum += weights[k] * static_cast<A>(from[k]);
       to[x] = sum;
+    }
+  }
+  for (int64_t y = 0; y < rows.size(); ++y, back += row_size) {
+    std::fill(back, back + row_size, A{0});
+    for (int64_t k = 0; k < rows.count(y); ++k) {
+      const A weight = rows.weight(y)[k];
+      const A* MAGSD_RESTRICT from = expanded + (rows.first[y] + k) * row_size;
+      for (int64_t x = 0; x < row_size; ++x) back[x] += weight * from[x];
     }
   }
 }
 
-// line (w) = row y of the gradient resized back on both axes.
+// Sums of the gradient of n, and of that times (x - mean) rstd, in interleaved chains.
 template <typename A>
-void collapse(const A* expanded, int64_t width, const Axis<A>& rows, int64_t y, A* line) {
-  std::fill(line, line + width, A{0});
-  for (int64_t k = 0; k < rows.count(y); ++k) {
-    const A weight = rows.weight(y)[k];
-    const A* from = expanded + (rows.first[y] + k) * width;
-    for (int64_t x = 0; x < width; ++x) line[x] += weight * from[x];
+struct GradientSums {
+  static constexpr int kChains = 16;
+  A plain[kChains] = {}, centred[kChains] = {};
+
+  // Adds one map of one image, and keeps in `gradient` what passes the ReLU.
+  template <typename T>
+  void add(const T* MAGSD_RESTRICT values, A* MAGSD_RESTRICT gradient, int64_t count,
+           const Norm<A>& norm, int64_t m) {
+    const A mean = norm.mean[m], rstd = norm.rstd[m], factor = norm.factor[m], bias = norm.bias[m];
+    const auto one = [&](int64_t i, int k) __attribute__((always_inline)) {
+      const A offset = static_cast<A>(values[i]) - mean;
+      const A passed = offset * factor + bias > 0 ? gradient[i] : A{0};
+      gradient[i] = passed;
+      plain[k] += passed;
+      centred[k] += passed * (offset * rstd);
+    };
+    int64_t i = 0;
+    for (; i + kChains <= count; i += kChains) {
+      for (int k = 0; k < kChains; ++k) one(i + k, k);
+    }
+    for (int k = 0; i < count; ++i, ++k) one(i, k);
   }
-}
+};
 
-constexpr int kChains = 16;
-
-// Adds one row's gradient of n, and that times (x - mean) rstd, in kChains interleaved chains.
+// Writes one map's gradient, `count` pixels `step_p` apart.
 template <typename T, typename A>
-void sum_line(const T* MAGSD_RESTRICT row, const A* MAGSD_RESTRICT line, int64_t width,
-              const Norm<A>& norm, int64_t m, A* MAGSD_RESTRICT plain, A* MAGSD_RESTRICT centred) {
-  const A mean = norm.mean[m], rstd = norm.rstd[m], factor = norm.factor[m], bias = norm.bias[m];
-  const auto add = [&](int64_t x, int k) __attribute__((always_inline)) {
-    const A offset = static_cast<A>(row[x]) - mean;
-    const A gradient = offset * factor + bias > 0 ? line[x] : A{0};
-    plain[k] += gradient;
-    centred[k] += gradient * (offset * rstd);
-  };
-  int64_t x = 0;
-  for (; x + kChains <= width; x += kChains) {
-    for (int k = 0; k < kChains; ++k) add(x + k, k);
-  }
-  for (int k = 0; x < width; ++x, ++k) add(x, k);
+void write_map(const A* MAGSD_RESTRICT gradient, int64_t count, T* to, int64_t step_p) {
+  if (step_p == 1) return convert(gradient, count, to);
+  for (int64_t p = 0; p < count; ++p) to[p * step_p] = static_cast<T>(gradient[p]);
 }
 
-// Map m of every image of one scale: its sums, then its gradient.
+// Map m of every image of one scale: its sums, then its gradient. What passes the ReLU is kept in
+// between, 1 / M of a projection.
 template <typename T>
 void backward_map(BackwardScale<T>& task, const T* grad, const MapSteps& steps, int64_t m) {
   using A = accumulate_t<T>;
   const Scale<T>& scale = task.scale;
-  const int64_t height = scale.steps.height, width = scale.steps.width;
-  Scratch<A> expanded(steps.height * width), line(width);
-  const auto expand_image = [&](int64_t b) {
-    expand(grad + b * steps.step_b + m * steps.step_c, steps.height, steps.width, scale.columns,
-           expanded.get());
-  };
-  const auto image = [&](int64_t b) {
-    return scale.values + b * scale.steps.step_b + m * scale.steps.step_c;
-  };
-  if (scale.norm != nullptr) {
-    double of_bias = 0, of_weight = 0;
-    for (int64_t b = 0; b < scale.steps.batch; ++b) {
-      expand_image(b);
-      A plain[kChains] = {}, centred[kChains] = {};
-      for (int64_t y = 0; y < height; ++y) {
-        collapse(expanded.get(), width, scale.rows, y, line.get());
-        sum_line(image(b) + y * width, line.get(), width, *scale.norm, m, plain, centred);
-      }
-      for (int k = 0; k < kChains; ++k) {
-        of_bias += static_cast<double>(plain[k]);
-        of_weight += static_cast<double>(centred[k]);
-      }
+  const int64_t pixels = scale.steps.pixels(), batch = scale.steps.batch;
+  const Norm<A>* norm = scale.norm;
+  Scratch<A> kept((norm == nullptr ? 1 : batch) * pixels);
+  Scratch<A> expanded(steps.height * scale.steps.width);
+  double of_bias = 0, of_weight = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    A* back = kept.get() + (norm == nullptr ? 0 : b * pixels);
+    resize_back(grad + b * steps.step_b + m * steps.step_c, steps.height, steps.width, scale,
+                expanded.get(), back);
+    if (norm == nullptr) {
+      T* to = task.grad + b * task.grad_steps.step_b + m * task.grad_steps.step_c;
+      write_map(back, pixels, to, task.grad_steps.step_p);
+      continue;
     }
-    task.of_bias[m] = of_bias;
-    task.of_weight[m] = of_weight;
+    GradientSums<A> sums;
+    sums.add(scale.values + b * scale.steps.step_b + m * scale.steps.step_c, back, pixels, *norm,
+             m);
+    for (int k = 0; k < sums.kChains; ++k) {
+      of_bias += static_cast<double>(sums.plain[k]);
+      of_weight += static_cast<double>(sums.centred[k]);
+    }
   }
-  for (int64_t b = 0; b < scale.steps.batch; ++b) {
-    expand_image(b);
-    T* to = task.grad + b * task.grad_steps.step_b + m * task.grad_steps.step_c;
-    for (int64_t y = 0; y < height; ++y) {
-      collapse(expanded.get(), width, scale.rows, y, line.get());
-      A* MAGSD_RESTRICT gradient = line.get();
-      if (scale.norm != nullptr) {
-        const Norm<A>& norm = *scale.norm;
-        const T* MAGSD_RESTRICT row = image(b) + y * width;
-        const A mean = norm.mean[m], rstd = norm.rstd[m], factor = norm.factor[m];
-        const A bias = norm.bias[m];
-        const A shift = task.share(task.of_bias, m), slope = task.share(task.of_weight, m);
-        for (int64_t x = 0; x < width; ++x) {
-          const A offset = static_cast<A>(row[x]) - mean;
-          const A passed = offset * factor + bias > 0 ? gradient[x] : A{0};
-          gradient[x] = (passed - (shift + offset * rstd * slope)) * factor;
-        }
-      }
-      const int64_t step_p = task.grad_steps.step_p;
-      if (step_p == 1) {
-        convert(gradient, width, to + y * width);
-      } else {
-        for (int64_t x = 0; x < width; ++x) {
-          to[(y * width + x) * step_p] = static_cast<T>(gradient[x]);
-        }
-      }
+  if (norm == nullptr) return;
+  task.of_bias[m] = of_bias;
+  task.of_weight[m] = of_weight;
+  const A mean = norm->mean[m], rstd = norm->rstd[m], factor = norm->factor[m];
+  const A shift = task.share(task.of_bias, m), slope = task.share(task.of_weight, m);
+  for (int64_t b = 0; b < batch; ++b) {
+    const T* MAGSD_RESTRICT values =
+        scale.values + b * scale.steps.step_b + m * scale.steps.step_c;
+    A* MAGSD_RESTRICT gradient = kept.get() + b * pixels;
+    for (int64_t p = 0; p < pixels; ++p) {
+      const A offset = static_cast<A>(values[p]) - mean;
+      gradient[p] = (gradient[p] - (shift + offset * rstd * slope)) * factor;
     }
+    T* to = task.grad + b * task.grad_steps.step_b + m * task.grad_steps.step_c;
+    write_map(gradient, pixels, to, task.grad_steps.step_p);
   }
 }
 
@@ -486,9 +487,12 @@ std::vector<Scale<T>> scales_of(const std::vector<FeatureMap>& maps, int64_t hei
   using A = accumulate_t<T>;
   std::vector<Scale<T>> scales;
   for (const FeatureMap& map : maps) {
-    scales.push_back({data<T>(map.tensor), map.steps, nullptr,
-                      resize_axis<A>(map.steps.height, height, mode, align_corners),
-                      resize_axis<A>(map.steps.width, width, mode, align_corners)});
+    Axis<A> rows = resize_axis<A>(map.steps.height, height, mode, align_corners);
+    Axis<A> columns = resize_axis<A>(map.steps.width, width, mode, align_corners);
+    const bool identity =
+        rows.is_identity(map.steps.height) && columns.is_identity(map.steps.width);
+    scales.push_back({data<T>(map.tensor), map.steps, nullptr, std::move(rows),
+                      std::move(columns), identity});
   }
   return scales;
 }
@@ -534,6 +538,8 @@ BackwardScale<T> backward_scale(const Tensor& result, const MapSteps& grad, Resa
       adjoint_axis(resize_axis<A>(height, grad.height, mode, align_corners), height);
   task.scale.columns =
       adjoint_axis(resize_axis<A>(width, grad.width, mode, align_corners), width);
+  task.scale.identity =
+      task.scale.rows.is_identity(grad.height) && task.scale.columns.is_identity(grad.width);
   task.training = false;
   return task;
 }
