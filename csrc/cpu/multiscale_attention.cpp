@@ -28,6 +28,10 @@ namespace {
 constexpr int64_t kMostMaps = 8;
 constexpr int64_t kBlockRows = 8;
 
+// The published number of maps. Loops over the maps of a pixel are compiled for it, without the
+// entry and the tail that a loop of unknown length has; kMaps 0 stands for any other number.
+constexpr int64_t kPublishedMaps = 32;
+
 // One channel of a batch norm: n = (x - mean) factor + bias, factor = weight rstd.
 template <typename A>
 struct Norm {
@@ -68,9 +72,10 @@ void add_line(const T* MAGSD_RESTRICT row, int64_t width, A weight, const Norm<A
 }
 
 // The same for the maps of one pixel.
-template <typename T, typename A>
-void add_pixel(const T* MAGSD_RESTRICT pixel, int64_t channels, A weight, const Norm<A>* norm,
+template <int64_t kMaps, typename T, typename A>
+void add_pixel(const T* MAGSD_RESTRICT pixel, int64_t count, A weight, const Norm<A>* norm,
                A* MAGSD_RESTRICT sum) {
+  const int64_t channels = kMaps > 0 ? kMaps : count;
   if (norm == nullptr) {
     for (int64_t m = 0; m < channels; ++m) sum[m] += weight * static_cast<A>(pixel[m]);
     return;
@@ -107,7 +112,7 @@ void add_plane(const Scale<T>& scale, int64_t b, int64_t m, A* out, A* line) {
 }
 
 // out (W, M) += row y of the resampled maps of image b, the maps of a pixel side by side.
-template <typename T, typename A>
+template <int64_t kMaps, typename T, typename A>
 void add_pixels(const Scale<T>& scale, int64_t b, int64_t y, A* out) {
   const MapSteps& steps = scale.steps;
   const Axis<A>&rows = scale.rows, &columns = scale.columns;
@@ -117,8 +122,8 @@ void add_pixels(const Scale<T>& scale, int64_t b, int64_t y, A* out) {
     for (int64_t x = 0; x < columns.size(); ++x) {
       for (int64_t i = 0; i < columns.count(x); ++i) {
         const A weight = rows.weight(y)[k] * columns.weight(x)[i];
-        add_pixel(row + (columns.first[x] + i) * steps.step_p, steps.channels, weight, scale.norm,
-                  out + x * steps.channels);
+        add_pixel<kMaps>(row + (columns.first[x] + i) * steps.step_p, steps.channels, weight,
+                         scale.norm, out + x * steps.channels);
       }
     }
   }
@@ -154,7 +159,13 @@ void forward(const std::vector<Scale<T>>& scales, int64_t height, int64_t width,
     Scratch<A> sum(width * maps);
     for (int64_t i = begin; i < end; ++i) {
       std::fill(sum.get(), sum.get() + width * maps, A{0});
-      for (const auto& scale : scales) add_pixels(scale, i / height, i % height, sum.get());
+      for (const auto& scale : scales) {
+        if (maps == kPublishedMaps) {
+          add_pixels<kPublishedMaps>(scale, i / height, i % height, sum.get());
+        } else {
+          add_pixels<0>(scale, i / height, i % height, sum.get());
+        }
+      }
       convert(sum.get(), width * maps, to + i * width * maps);
     }
   });
@@ -300,16 +311,17 @@ void contiguous_backward(std::vector<BackwardScale<T>>& tasks, const T* grad,
 }
 
 // sum (M) = the gradient resized back at pixel (y, x) of a scale.
-template <typename T, typename A>
+template <int64_t kMaps, typename T, typename A>
 void gather_pixel(const T* grad, const MapSteps& steps, const Scale<T>& scale, int64_t y,
                   int64_t x, A* sum) {
-  std::fill(sum, sum + steps.channels, A{0});
+  std::fill(sum, sum + (kMaps > 0 ? kMaps : steps.channels), A{0});
   const Axis<A>&rows = scale.rows, &columns = scale.columns;
   for (int64_t k = 0; k < rows.count(y); ++k) {
     for (int64_t i = 0; i < columns.count(x); ++i) {
       const int64_t p = (rows.first[y] + k) * steps.width + columns.first[x] + i;
-      add_pixel(grad + p * steps.step_p, steps.channels, rows.weight(y)[k] * columns.weight(x)[i],
-                static_cast<const Norm<A>*>(nullptr), sum);
+      add_pixel<kMaps>(grad + p * steps.step_p, steps.channels,
+                       rows.weight(y)[k] * columns.weight(x)[i],
+                       static_cast<const Norm<A>*>(nullptr), sum);
     }
   }
 }
@@ -327,11 +339,11 @@ void for_pixels(const MapSteps& steps, const Body& body) {
   });
 }
 
-template <typename T>
+template <int64_t kMaps, typename T>
 void channels_last_sums(BackwardScale<T>& task, const T* grad, const MapSteps& steps) {
   using A = accumulate_t<T>;
   const Scale<T>& scale = task.scale;
-  const int64_t maps = steps.channels, width = scale.steps.width;
+  const int64_t maps = kMaps > 0 ? kMaps : steps.channels, width = scale.steps.width;
   const int64_t blocks = (scale.steps.height + kBlockRows - 1) / kBlockRows;
   std::vector<A> sums(scale.steps.batch * blocks * 2 * maps);
   for_pixels(scale.steps, [&](int64_t b, int64_t from, int64_t to, int64_t block) {
@@ -345,7 +357,8 @@ void channels_last_sums(BackwardScale<T>& task, const T* grad, const MapSteps& s
     for (int64_t p = from * width; p < to * width; ++p) {
       const T* MAGSD_RESTRICT pixel =
           scale.values + b * scale.steps.step_b + p * scale.steps.step_p;
-      gather_pixel(grad + b * steps.step_b, steps, scale, p / width, p % width, gathered.get());
+      gather_pixel<kMaps>(grad + b * steps.step_b, steps, scale, p / width, p % width,
+                          gathered.get());
       const A* MAGSD_RESTRICT gradient = gathered.get();
       for (int64_t m = 0; m < maps; ++m) {
         const A offset = static_cast<A>(pixel[m]) - mean[m];
@@ -363,14 +376,14 @@ void channels_last_sums(BackwardScale<T>& task, const T* grad, const MapSteps& s
   }
 }
 
-template <typename T>
+template <int64_t kMaps, typename T>
 void channels_last_backward(BackwardScale<T>& task, const T* grad, const MapSteps& steps) {
   using A = accumulate_t<T>;
   const Scale<T>& scale = task.scale;
-  const int64_t maps = steps.channels, width = scale.steps.width;
+  const int64_t maps = kMaps > 0 ? kMaps : steps.channels, width = scale.steps.width;
   std::vector<A> shifts(maps), slopes(maps);
   if (scale.norm != nullptr) {
-    channels_last_sums(task, grad, steps);
+    channels_last_sums<kMaps>(task, grad, steps);
     for (int64_t m = 0; m < maps; ++m) {
       shifts[m] = task.share(task.of_bias, m);
       slopes[m] = task.share(task.of_weight, m);
@@ -380,7 +393,7 @@ void channels_last_backward(BackwardScale<T>& task, const T* grad, const MapStep
     Scratch<A> gathered(maps);
     A* MAGSD_RESTRICT gradient = gathered.get();
     for (int64_t p = from * width; p < to * width; ++p) {
-      gather_pixel(grad + b * steps.step_b, steps, scale, p / width, p % width, gradient);
+      gather_pixel<kMaps>(grad + b * steps.step_b, steps, scale, p / width, p % width, gradient);
       if (scale.norm != nullptr) {
         const T* MAGSD_RESTRICT pixel =
             scale.values + b * scale.steps.step_b + p * scale.steps.step_p;
@@ -412,7 +425,13 @@ template <typename T>
 void backward(std::vector<BackwardScale<T>>& tasks, const FeatureMap& grad) {
   const T* values = data<T>(grad.tensor);
   if (!grad.channels_last) return contiguous_backward(tasks, values, grad.steps);
-  for (auto& task : tasks) channels_last_backward(task, values, grad.steps);
+  for (auto& task : tasks) {
+    if (grad.steps.channels == kPublishedMaps) {
+      channels_last_backward<kPublishedMaps>(task, values, grad.steps);
+    } else {
+      channels_last_backward<0>(task, values, grad.steps);
+    }
+  }
 }
 
 Resampling mode_of(const std::string& name) {

@@ -109,6 +109,21 @@ def test_sizes(target, pool, features, attention):
     check(target, torch.float32, inputs_of(features, attention), pool=pool)
 
 
+@both_pools
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_channels_of_several_blocks(target, pool, layout, batch):
+    """More channels and maps than a kernel takes at once, with some left over of each.
+
+    Features are rectified: among so many entries some would else cancel to nearly 0, where the
+    root's derivative enlarges any rounding.
+    """
+    f, a = inputs_of((batch, 261, 2, 3), (batch, 5, 2, 3))
+    check(target, torch.float32, [f.abs() + 0.1, a], layout, pool=pool)
+    f, a = inputs_of((batch, 7, 3, 3), (batch, 53, 3, 3))
+    check(target, torch.bfloat16, [f.abs() + 0.1, a], layout, pool=pool)
+
+
 def test_entry_is_map_times_channels_plus_channel(target):
     features = torch.zeros(1, 4, 2, 2, device=target.device)
     attention = torch.zeros(1, 3, 2, 2, device=target.device)

@@ -125,6 +125,15 @@ def test_multiscale_inception_sizes_and_odd_channels(target, training, channels)
     check_multiscale(target, torch.float32, training=training, inputs=inputs)
 
 
+@in_both_modes
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_multiscale_published_number_of_maps(target, training, layout, dtype):
+    """32 maps, for which kernels may have a path of their own, with blocks of rows left over."""
+    inputs = scale_inputs(((10, 9), (5, 3)), batch=3, channels=32)
+    check_multiscale(target, dtype, training=training, inputs=inputs, layout=layout)
+
+
 def test_multiscale_one_image_one_scale(target):
     check_multiscale(target, torch.float32, training=True, inputs=scale_inputs([(5, 5)], batch=1))
 
