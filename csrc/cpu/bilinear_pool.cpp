@@ -191,7 +191,7 @@ void maximum_row(const A* map, const A* panel, int64_t pixels, A* best, int32_t*
   }
 }
 
-// row = sign(row / divisor) sqrt(|row / divisor| + eps); adds the squares to `squares`.
+// row = sign(row factor) sqrt(|row factor| + eps); adds the squares to `squares`.
 template <typename A>
 void root_row(A* MAGSD_RESTRICT row, A factor, bool signed_sqrt, A eps, A* MAGSD_RESTRICT squares) {
   constexpr int kColumns = kPanel<A>;
