@@ -222,6 +222,9 @@ def predict(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave images out that cannot be read.")
     ] = False,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, ...; default that of the run.")
+    ] = None,
 ) -> None:
     """Classify image files: probabilities, and where the model looked."""
     from magsd.evaluation import predict_images
@@ -229,7 +232,7 @@ def predict(
     from magsd.training.run import kernels, load_run, preprocessing_of
 
     console = _console()
-    loaded = load_run(run)
+    loaded = load_run(run, overrides=() if device is None else (f"train.device={device}",))
     bad: list[tuple[str, str]] = []
     with (
         disk_full_as_error(overlay or Path(), "free some space and run the command again"),

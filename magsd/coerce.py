@@ -14,6 +14,8 @@ def coerce(value: Any, hint: Any, *, from_text: bool = False) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return _coerce_union(value, args, from_text)
+    if from_text and origin in (tuple, list) and not value.lstrip().startswith("["):
+        value = f"[{value}]"  # milestones=4,7 as well as milestones=[4,7]
     if from_text and hint is not str and origin is not Literal:
         value = yaml.safe_load(value)
     if origin is Literal:

@@ -203,6 +203,13 @@ def test_predict(trained: Path, tmp_path: Path) -> None:
         assert Path(row["overlay"]).read_bytes().startswith(b"\x89PNG")
 
 
+def test_predict_on_another_device(trained: Path, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((40, 40), np.uint8))
+    assert run("predict", trained, tmp_path / "a.png", "--device", "cpu")[0] == 0
+    with pytest.raises(ConfigError, match=r"train\.device=nothing"):
+        run("predict", trained, tmp_path / "a.png", "--device", "nothing")
+
+
 def test_predict_names_images_it_cannot_read(trained: Path, tmp_path: Path) -> None:
     good = tmp_path / "good.png"
     cv2.imwrite(str(good), np.zeros((40, 40), np.uint8))

@@ -84,6 +84,7 @@ def test_file_then_command_line(tmp_path: Path) -> None:
         ("lr=1e-2", "optim.lr", 1e-2),
         ("lr=1", "optim.lr", 1.0),
         ("milestones=[1, 2, 3]", "optim.milestones", (1, 2, 3)),
+        ("milestones=4,7", "optim.milestones", (4, 7)),
         ("mixup_theta=[0.1,0.2]", "views.mixup_theta", (0.1, 0.2)),
         ("class_weights=balanced", "loss.class_weights", "balanced"),
         ("class_weights=[1,2,3]", "loss.class_weights", [1.0, 2.0, 3.0]),

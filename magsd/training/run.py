@@ -223,7 +223,7 @@ def train_run(
             # Images or weights that cannot be used are told before the folder is touched: a run
             # that is to be overwritten still stands then.
             data = _prepare_data(config, folder.split if resume else None, payload, console)
-            model = _build(config, data.classes, fresh=payload is None)
+            trainer = _build_trainer(config, data, folder, precision, payload)
             if resume:
                 folder.write_config(config)
             else:
@@ -231,7 +231,8 @@ def train_run(
                 folder.create(config, overwrite=overwrite)
             if not folder.split.is_file():
                 write_split(folder.split, data.cache.records, data.split)
-            return _train(config, folder, payload, precision, console, data, model)
+            _fit(trainer, console, resumed=payload is not None)
+            return TrainedRun(folder, config, data, trainer.best_epoch, trainer.images_per_second)
     finally:
         folder.unlock()
 
@@ -246,26 +247,22 @@ def _stored_state(folder: RunFolder) -> dict[str, Any] | None:
     return load_checkpoint(folder.last) if folder.last.is_file() else None
 
 
-def _build(config: Config, classes: tuple[str, ...], *, fresh: bool) -> Classifier:
-    """The run's model; pretrained weights are fetched only where no checkpoint replaces them."""
+def _build_trainer(
+    config: Config,
+    data: RunData,
+    folder: RunFolder,
+    precision: Precision,
+    payload: dict[str, Any] | None,
+) -> Trainer:
+    """The trainer of a new model, or in the stored state; nothing is written yet."""
     torch.manual_seed(config.train.seed)
-    return build_model(
-        config.model if fresh else replace(config.model, pretrained=False),
-        len(classes),
-        classes=classes,
+    model = build_model(
+        # Pretrained weights that a checkpoint replaces need not be fetched.
+        config.model if payload is None else replace(config.model, pretrained=False),
+        len(data.classes),
+        classes=data.classes,
         preprocessing=preprocessing_of(config),
     )
-
-
-def _train(
-    config: Config,
-    folder: RunFolder,
-    payload: dict[str, Any] | None,
-    precision: Precision,
-    console: Console,
-    data: RunData,
-    model: Classifier,
-) -> TrainedRun:
     trainer = Trainer(
         config,
         model,
@@ -276,18 +273,24 @@ def _train(
     )
     if payload is not None:
         trainer.restore(payload)
+    return trainer
+
+
+def _fit(trainer: Trainer, console: Console, *, resumed: bool) -> None:
+    """Train with a log, a progress bar and an eye on signals."""
+    train, folder = trainer.config.train, trainer.folder
+    if resumed:
         console.print(f"going on after epoch {trainer.epoch}, step {trainer.step} of the next")
-    log = MetricsLog(folder.metrics, folder.tensorboard if config.train.tensorboard else None)
+    log = MetricsLog(folder.metrics, folder.tensorboard if train.tensorboard else None)
     steps = len(trainer.train_loader)
     try:
         with (
-            TrainingProgress(console, config.train.epochs, steps, trainer.global_step) as progress,
+            TrainingProgress(console, train.epochs, steps, trainer.global_step) as progress,
             StopRequest() as stop,
         ):
             trainer.fit(log, progress, stop)
     finally:
         log.close()
-    return TrainedRun(folder, config, data, trainer.best_epoch, trainer.images_per_second)
 
 
 def _prepare_data(

@@ -126,14 +126,18 @@ def test_folder_of_other_files_is_never_overwritten(tmp_path: Path, small_config
 
 @pytest.mark.parametrize(
     ("pair", "error"),
-    [("source=csv:nowhere.csv", DataError), ("backbone=no_such_net", ConfigError)],
+    [
+        ("source=csv:nowhere.csv", DataError),
+        ("backbone=no_such_net", ConfigError),
+        ("loss.class_weights=[1, 2]", ConfigError),
+    ],
 )
 def test_a_run_that_cannot_start_touches_nothing(
     pair: str, error: type[Exception], finished: Path, tmp_path: Path, small_config, console
 ) -> None:
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     for out in (finished, tmp_path / "new"):
-        with pytest.raises(error, match=r"nowhere|no_such_net"):
+        with pytest.raises(error, match=r"nowhere|no_such_net|class_weights"):
             train_run(small_config(pair), out, overwrite=True, console=console)
     assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     assert not (tmp_path / "new").exists()

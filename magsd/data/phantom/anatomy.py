@@ -18,7 +18,6 @@ _LUNG = np.array([
     [0.13, 0.50], [0.10, 0.40], [0.105, 0.10], [0.10, -0.25], [0.12, -0.52], [0.17, -0.71],
 ])  # fmt: skip
 _LOWER = slice(6, 14)
-_WALL = slice(1, 8)
 _HEART = np.array([
     [-0.12, -0.22], [-0.145, -0.05], [-0.195, 0.12], [-0.205, 0.28], [-0.165, 0.42],
     [-0.08, 0.50], [0.12, 0.53], [0.33, 0.52], [0.445, 0.46], [0.455, 0.35], [0.39, 0.18],
@@ -102,11 +101,6 @@ def lung_outline(anatomy: Anatomy, side: int, breath: float) -> np.ndarray:
     points = _LUNG * [anatomy.width, anatomy.height]
     points[_LOWER, 1] += anatomy.diaphragm[(side + 1) // 2] + breath
     return smooth_closed(points * [side, 1])
-
-
-def lung_wall(anatomy: Anatomy, side: int) -> np.ndarray:
-    """The outline along the ribs (P, 2), from the apex down."""
-    return smooth_open(_LUNG[_WALL][:-1] * [side * anatomy.width, anatomy.height])
 
 
 def heart_outline(anatomy: Anatomy, breath: float) -> np.ndarray:

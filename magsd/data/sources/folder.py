@@ -20,7 +20,13 @@ class FolderSource(FileSource):
         self.spec = f"folder:{folder}"
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder")
-        self._set_records(self._find(folder), origin=str(folder), classes=classes, limit=limit)
+        records = list(self._find(folder))
+        if not records:
+            raise DataError(
+                f"{folder}: no images found; it must hold a subfolder a class, with files of"
+                f" {', '.join(sorted(IMAGE_SUFFIXES))}"
+            )
+        self._set_records(records, origin=str(folder), classes=classes, limit=limit)
 
     @staticmethod
     def _find(folder: Path) -> Iterator[Record]:
