@@ -209,7 +209,11 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def fresh_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter that sees this checkout."""
+    """Run code in a fresh interpreter that imports the same magsd_kernels as this one.
+
+    It runs beside the package: an interpreter with -c looks in its working directory first, and
+    the checkout's package, unlike an installed one, may hold no compiled library.
+    """
     root = str(Path(magsd_kernels.__file__).parents[1])
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MAGSD_")}
     clean["PYTHONPATH"] = os.pathsep.join([root, clean.get("PYTHONPATH", "")])
@@ -220,7 +224,14 @@ def fresh_python(code: str, **environment: str) -> subprocess.CompletedProcess[s
         env=clean | environment,
         timeout=120,
         check=False,
+        cwd=root,
     )
+
+
+def with_tests(code: str) -> str:
+    """Code that may import from `tests.kernels`, with magsd_kernels imported before."""
+    checkout = str(Path(__file__).parents[2])
+    return f"import sys, magsd_kernels\nsys.path.insert(0, {checkout!r})\n{code}"
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

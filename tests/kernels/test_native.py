@@ -8,15 +8,13 @@ import pytest
 
 from magsd_kernels import native
 
-from .support import fresh_python
+from .support import fresh_python, with_tests
 
 needs_library = pytest.mark.skipif(
     native.why_not("cpu") is not None, reason=str(native.why_not("cpu"))
 )
 
 _COMPARE = """
-import sys
-sys.path.insert(0, {root!r})
 import torch
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree
@@ -52,7 +50,7 @@ print(native.instruction_set(), compared)
 @pytest.mark.parametrize("capability", native.CAPABILITIES)
 def test_every_instruction_set_agrees_with_the_reference(capability: str):
     """Asking for more than the processor has gives the best it has."""
-    code = _COMPARE.format(root=str(Path(__file__).parents[2]))
+    code = with_tests(_COMPARE)
     result = fresh_python(code, MAGSD_CPU_CAPABILITY=capability)
     assert result.returncode == 0, result.stderr
     ran, compared = result.stdout.split()

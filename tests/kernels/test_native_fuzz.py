@@ -14,7 +14,7 @@ import torch
 
 from magsd_kernels import native
 
-from .support import fresh_python
+from .support import fresh_python, with_tests
 
 pytestmark = pytest.mark.skipif(
     native.why_not("cpu") is not None, reason=f"C++ kernels: {native.why_not('cpu')}"
@@ -221,7 +221,7 @@ def test_direct_calls_with_bad_arguments_leave_the_process_alive(operation):
     code = (
         f"from tests.kernels import test_native_fuzz as t\nprint(*t.fuzz({operation!r}, seed=0))\n"
     )
-    result = fresh_python(code, OMP_NUM_THREADS="2")
+    result = fresh_python(with_tests(code), OMP_NUM_THREADS="2")
     assert result.returncode == 0, result.stderr[-2000:]
     returned, raised = map(int, result.stdout.split())
     assert returned > ROUNDS // 10
