@@ -47,6 +47,8 @@ def test_base_requirements_are_torch_and_numpy_only():
 
 
 def test_every_package_that_is_imported_is_required():
+    # Which distribution provides an import is known of installed ones only.
+    pytest.importorskip("timm", reason="needs the train extra")
     requirements = importlib.metadata.requires("magsd") or []
     extras = re.compile(r"""extra == ['"](train|dicom)['"]""")
     wanted = [r for r in requirements if "extra ==" not in r or extras.search(r)]
