@@ -246,13 +246,6 @@ def packaged_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def config_from_dict(values: Mapping[str, Any], where: str = "configuration") -> Config:
-    """The inverse of `Config.to_dict`."""
-    config = Config()
-    apply_mapping(config, values, where=where)
-    return config.validate()
-
-
 def dump_yaml(config: Config) -> str:
     """The configuration as YAML, opened by the mark that tells a run's folder."""
     body = yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=False)

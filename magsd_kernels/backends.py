@@ -28,20 +28,11 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 NAMES = (*BACKENDS, "auto")
 ENVIRONMENT_VARIABLE = "MAGSD_BACKEND"
 
-_WRITTEN = {
-    ("cpu", "attention_augment"),
-    ("cpu", "attention_sampling"),
-    ("cpu", "bilinear_pool"),
-    ("cpu", "multiscale_attention"),
-    ("cpu", "soft_distance"),
-}
-
 #: (backend, operation) that has no implementation, and why.
 MISSING: dict[tuple[str, str], str] = {
     (backend, operation): f"no {language} kernels in this version of magsd_kernels"
-    for backend, language in (("cpu", "C++"), ("cuda", "CUDA"), ("triton", "Triton"))
+    for backend, language in (("cuda", "CUDA"), ("triton", "Triton"))
     for operation in OPERATIONS
-    if (backend, operation) not in _WRITTEN
 }
 
 #: What "auto" tries, in order, for tensors on a device type; other devices run the reference.
