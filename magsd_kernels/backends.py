@@ -30,10 +30,11 @@ ENVIRONMENT_VARIABLE = "MAGSD_BACKEND"
 
 #: (backend, operation) that has no implementation, and why.
 MISSING: dict[tuple[str, str], str] = {
-    (backend, operation): f"no {language} kernels in this version of magsd_kernels"
-    for backend, language in (("cuda", "CUDA"), ("triton", "Triton"))
+    ("triton", operation): "no Triton kernels in this version of magsd_kernels"
     for operation in OPERATIONS
 }
+for _operation in ("multiscale_attention", "bilinear_pool", "attention_augment", "soft_distance"):
+    MISSING["cuda", _operation] = "no CUDA kernels in this version of magsd_kernels"
 
 #: What "auto" tries, in order, for tensors on a device type; other devices run the reference.
 PREFERENCE: dict[str, tuple[str, ...]] = {
@@ -42,7 +43,11 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 
 #: Device types whose tensors a backend takes; the reference takes any.
-_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}
+_DEVICES = {
+    "cpu": ("cpu",),
+    "cuda": ("cpu",) if native.emulates_cuda() else ("cuda",),
+    "triton": ("cuda", "xpu"),
+}
 
 
 class BackendUnavailable(RuntimeError):
@@ -153,7 +158,7 @@ def _column(backend: str) -> str | None:
     reasons = [MISSING.get((backend, operation)) for operation in OPERATIONS]
     if all(reasons):
         return reasons[0]
-    if backend == "cuda" and not torch.cuda.is_available():
+    if backend == "cuda" and not native.emulates_cuda() and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if backend == "triton":
         return _triton()

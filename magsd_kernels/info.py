@@ -23,7 +23,11 @@ def report() -> dict[str, dict[str, str]]:
         "build": {name: _build(name) for name in ("cpu", "cuda")},
         "environment": {
             name: os.environ.get(name, "not set")
-            for name in (ENVIRONMENT_VARIABLE, native.CAPABILITY_VARIABLE)
+            for name in (
+                ENVIRONMENT_VARIABLE,
+                native.CAPABILITY_VARIABLE,
+                native.EMULATION_VARIABLE,
+            )
         },
     }
 

@@ -2,6 +2,9 @@
 
 The schemas `magsd_cpu::<name>` and `magsd_cuda::<name>` are those of `magsd::<name>` less the
 backend (see registry.py); a library that is loaded registers their kernels.
+
+With MAGSD_EMULATE_CUDA=1 the "cuda" library is the one whose kernels were compiled for the host
+(csrc/simt): it takes CPU tensors and serves tests on machines without a GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 
 CAPABILITY_VARIABLE = "MAGSD_CPU_CAPABILITY"
 CAPABILITIES = ("baseline", "avx2", "avx512")
+EMULATION_VARIABLE = "MAGSD_EMULATE_CUDA"
 
 _FOLDER = Path(__file__).parent / "lib"
 _states: dict[str, str | None] = {}
@@ -36,9 +40,18 @@ class _Operators:
 _operators = {backend: _Operators(backend) for backend in ("cpu", "cuda")}
 
 
+def emulates_cuda() -> bool:
+    """Whether the "cuda" backend is its emulation on the CPU."""
+    return os.environ.get(EMULATION_VARIABLE) == "1"
+
+
 def library(backend: str) -> Path:
     """Where the compiled library of a backend ("cpu" or "cuda") lies, built or not."""
-    return _FOLDER / f"libmagsd_{backend}.so"
+    return _FOLDER / f"libmagsd_{_built_as(backend)}.so"
+
+
+def _built_as(backend: str) -> str:
+    return "cuda_emulated" if backend == "cuda" and emulates_cuda() else backend
 
 
 def why_not(backend: str) -> str | None:
@@ -60,7 +73,7 @@ def build(backend: str) -> dict[str, str]:
     """What the build wrote down: compiler, torch, flags, or under "not built" the reason."""
     path = _FOLDER / "build.json"
     reports: dict[str, dict[str, str]] = json.loads(path.read_text()) if path.is_file() else {}
-    return reports.get(backend, {})
+    return reports.get(_built_as(backend), {})
 
 
 def instruction_set() -> str:

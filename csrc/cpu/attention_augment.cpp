@@ -12,9 +12,10 @@
 #include <tuple>
 #include <vector>
 
+#include "common/image_layout.h"
 #include "cpu/attention_guide.h"
 #include "cpu/crop_resize.h"
-#include "cpu/image_layout.h"
+#include "cpu/parallel.h"
 #include "cpu/stream.h"
 
 namespace magsd::MAGSD_ISA {

@@ -13,7 +13,7 @@
 
 #include "common/boxes.h"
 #include "common/resize.h"
-#include "cpu/tensor.h"
+#include "common/tensor.h"
 
 namespace magsd::MAGSD_ISA {
 

@@ -9,7 +9,8 @@
 #include <vector>
 
 #include "common/sampling.h"
-#include "cpu/tensor.h"
+#include "common/tensor.h"
+#include "cpu/parallel.h"
 
 namespace magsd::MAGSD_ISA {
 namespace {

@@ -9,8 +9,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/feature_map.h"
-#include "cpu/tensor.h"
+#include "common/feature_map.h"
+#include "common/tensor.h"
+#include "cpu/parallel.h"
 
 namespace magsd::MAGSD_ISA {
 

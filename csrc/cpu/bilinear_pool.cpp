@@ -23,10 +23,11 @@
 #include <tuple>
 #include <vector>
 
+#include "common/feature_map.h"
+#include "common/tensor.h"
 #include "cpu/axis.h"
-#include "cpu/feature_map.h"
 #include "cpu/panel.h"
-#include "cpu/tensor.h"
+#include "cpu/parallel.h"
 
 namespace magsd::MAGSD_ISA {
 namespace {

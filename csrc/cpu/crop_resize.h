@@ -14,8 +14,8 @@
 #include <immintrin.h>
 #endif
 
+#include "common/image_layout.h"
 #include "common/resize.h"
-#include "cpu/image_layout.h"
 
 namespace magsd::MAGSD_ISA {
 

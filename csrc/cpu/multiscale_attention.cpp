@@ -17,10 +17,12 @@
 #include <tuple>
 #include <vector>
 
+#include "common/feature_map.h"
+#include "common/tensor.h"
 #include "cpu/axis.h"
 #include "cpu/batch_statistics.h"
-#include "cpu/feature_map.h"
-#include "cpu/tensor.h"
+#include "cpu/panel.h"
+#include "cpu/parallel.h"
 
 namespace magsd::MAGSD_ISA {
 namespace {

@@ -14,7 +14,8 @@
 #include <vector>
 
 #include "common/soft_target.h"
-#include "cpu/tensor.h"
+#include "common/tensor.h"
+#include "cpu/parallel.h"
 
 namespace magsd::MAGSD_ISA {
 namespace {
@@ -192,10 +193,6 @@ void backward(const Inputs<T>& inputs, double grad_entropy, double grad_distance
     backward_block(inputs, begin * kRows, std::min(inputs.batch, end * kRows), grad_entropy,
                    grad_distance, grad, grad_views);
   });
-}
-
-ScalarType accumulation_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 void check_inputs(const Tensor& logits, const std::vector<Tensor>& views, const Tensor& targets,

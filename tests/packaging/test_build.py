@@ -28,6 +28,8 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     if not (folder / "setup.py").is_file():
         for name in ("setup.py", "pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, folder)
+        (folder / "csrc").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "csrc" / "toolchain.py", folder / "csrc")
         (folder / "magsd_kernels").mkdir()
         (folder / "magsd_kernels" / "__init__.py").write_text('__version__ = "0"\n')
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MAGSD_")}

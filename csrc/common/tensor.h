@@ -1,37 +1,62 @@
-// What every CPU operator does to its arguments first: checks of all that it indexes by, strides.
+// What every compiled operator does to its arguments first: checks of all that it indexes by, strides.
 //
 // The checks of the contract stand in Python; these hold when an operator is called directly, and
-// end in an exception, never in a read out of bounds.
+// end in an exception, never in a read out of bounds. The CUDA operators are compiled with
+// MAGSD_DEVICE_CUDA and take tensors of the current CUDA device; the others take CPU tensors.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <vector>
 
 #include "common/dtype.h"
-#include "cpu/instruction_set.h"
 
 namespace magsd::MAGSD_ISA {
 
+using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+#if defined(MAGSD_DEVICE_CUDA)
+constexpr DeviceType kDevice = DeviceType::CUDA;
+constexpr const char* kDeviceName = "CUDA";
+#else
+constexpr DeviceType kDevice = DeviceType::CPU;
+constexpr const char* kDeviceName = "CPU";
+#endif
+
+inline int32_t current_device() {
+  if constexpr (kDevice == DeviceType::CPU) return 0;
+  return torch::stable::accelerator::getCurrentDeviceIndex();
+}
 
 inline bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double ||
          dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
-// A strided CPU tensor of `dims` dimensions.
+inline ScalarType accumulation_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// A strided tensor of `dims` dimensions on the device that this compilation serves.
 inline void check_tensor(const Tensor& tensor, const char* name, int64_t dims) {
   STD_TORCH_CHECK(tensor.defined(), name, " is not defined");
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(tensor.device().type() == kDevice, name, " must be on a ", kDeviceName,
+                  " device");
+  if constexpr (kDevice == DeviceType::CUDA) {
+    const int32_t current = current_device();
+    STD_TORCH_CHECK(tensor.get_device_index() == current, name, " must be on device ", current,
+                    ", got ", tensor.get_device_index());
+  }
   STD_TORCH_CHECK(tensor.dim() == dims, name, " must have ", dims, " dimensions, got ",
                   tensor.dim());
   STD_TORCH_CHECK(tensor.layout() == torch::headeronly::Layout::Strided, name, " must be strided");
@@ -71,10 +96,19 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Uninitialised dense CPU tensor.
+// Uninitialised dense tensor on the current device.
 inline Tensor uninitialized(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  return torch::stable::empty(sizes, dtype, std::nullopt, torch::stable::Device(kDevice));
+}
+
+// `is_channels_last` of magsd_kernels/_layout.py, which the fakes follow too.
+inline bool is_channels_last(const Tensor& images) {
+  if (images.is_contiguous()) return false;
+  const auto size = images.sizes();
+  const auto step = images.strides();
+  constexpr int c = 1, y = 2, x = 3;
+  return size[c] > 1 && step[c] == 1 && (size[x] == 1 || step[x] >= size[c]) &&
+         (size[y] == 1 || step[y] >= step[x]);
 }
 
 // Calls visitor(T{}) with the C++ type of a floating dtype.
@@ -92,15 +126,6 @@ void visit_floating(ScalarType dtype, const Visitor& visitor) {
     default:
       STD_TORCH_CHECK(false, "the dtype must be float16, bfloat16, float32 or float64");
   }
-}
-
-// Runs body(begin, end) over pieces of 0..count on torch's threads; a piece holds at least `grain`
-// entries. What a body computes for an entry must not depend on the piece it lies in.
-template <typename Body>
-void parallel_for(int64_t count, int64_t grain, const Body& body) {
-  if (count <= 0) return;
-  if (count <= grain) return body(int64_t{0}, count);
-  torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), body);
 }
 
 }  // namespace magsd::MAGSD_ISA

@@ -5,11 +5,9 @@
 // serves both without copying.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include <array>
 
-#include "cpu/tensor.h"
+#include "common/tensor.h"
 
 namespace magsd::MAGSD_ISA {
 
@@ -20,16 +18,6 @@ struct ImageLayout {
   int64_t row;                         // elements of a row: width * inner
   int64_t step_b, step_plane, step_y;  // elements from one to the next
 };
-
-// The rule of magsd_kernels/_layout.py, which the fakes follow too.
-inline bool is_channels_last(const Tensor& images) {
-  if (images.is_contiguous()) return false;
-  const auto size = images.sizes();
-  const auto step = images.strides();
-  constexpr int c = 1, y = 2, x = 3;
-  return size[c] > 1 && step[c] == 1 && (size[x] == 1 || step[x] >= size[c]) &&
-         (size[y] == 1 || step[y] >= step[x]);
-}
 
 // Whether rows can be read in place in that format.
 inline bool has_dense_rows(const Tensor& images, bool channels_last) {
@@ -84,7 +72,7 @@ inline Tensor empty_images(int64_t views, const ImageLayout& layout, ScalarType 
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       5 - skip, sizes.data() + skip, strides.data() + skip, dtype_code(dtype),
-      aoti_torch_device_type_cpu(), 0, &handle));
+      static_cast<int32_t>(kDevice), current_device(), &handle));
   return Tensor(handle);
 }
 

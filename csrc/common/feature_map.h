@@ -8,25 +8,15 @@
 #include <vector>
 
 #include "common/macros.h"
-#include "cpu/panel.h"
-#include "cpu/tensor.h"
+#include "common/tensor.h"
 
 namespace magsd::MAGSD_ISA {
-
-// `is_channels_last` of magsd_kernels/_layout.py.
-inline bool is_channels_last(const Tensor& images) {
-  if (images.is_contiguous()) return false;
-  const auto sizes = images.sizes();
-  const auto steps = images.strides();
-  return sizes[1] > 1 && steps[1] == 1 && (sizes[3] == 1 || steps[3] >= sizes[1]) &&
-         (sizes[2] == 1 || steps[2] >= steps[3]);
-}
 
 // Dense uninitialised (B, C, H, W) tensor.
 inline Tensor empty_map(int64_t batch, int64_t channels, int64_t height, int64_t width,
                         ScalarType dtype, bool channels_last) {
   return torch::stable::empty({batch, channels, height, width}, dtype, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                              torch::stable::Device(kDevice),
                               std::nullopt,
                               channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
                                             : torch::headeronly::MemoryFormat::Contiguous);
@@ -79,10 +69,6 @@ inline MapSteps dense_steps(const Tensor& images, bool last) {
   const int64_t channels = images.size(1), pixels = images.size(2) * images.size(3);
   return {images.size(0),    channels,          images.size(2),     images.size(3),
           channels * pixels, last ? 1 : pixels, last ? channels : 1};
-}
-
-inline ScalarType accumulation_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // Converts `count` elements.

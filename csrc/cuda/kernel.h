@@ -1,0 +1,160 @@
+// What every kernel file needs: launches, shared memory, the device and stream of a call, the
+// registration of its operators.
+//
+// The same file is compiled by nvcc for a GPU and, with MAGSD_SIMT, by a C++ compiler for the host,
+// where csrc/simt runs a block's threads as fibers. So a kernel keeps to what both offer:
+//   - shared memory is declared by MAGSD_SHARED or MAGSD_DYNAMIC_SHARED, launches go through launch();
+//   - blocks hold a multiple of 32 threads, warp-wide functions take kAllLanes and are reached by
+//     every lane of a warp;
+//   - results do not depend on the order of blocks or of threads between barriers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#if defined(MAGSD_SIMT)
+#include "simt/simt.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+#include <torch/csrc/stable/library.h>
+
+#include "common/dtype.h"
+#include "common/tensor.h"
+
+// Opens the function that registers the operators of one <op>.cu:
+//   MAGSD_OPERATORS(library) { library.impl("sample_attention", TORCH_BOX(&sample_attention)); }
+#if defined(MAGSD_SIMT)
+#define MAGSD_OPERATORS(library) STABLE_TORCH_LIBRARY_IMPL(magsd_cuda, CPU, library)
+#else
+#define MAGSD_OPERATORS(library) STABLE_TORCH_LIBRARY_IMPL(magsd_cuda, CUDA, library)
+#endif
+
+// MAGSD_SHARED(float, tile, [32][33]); declares a shared array.
+// MAGSD_DYNAMIC_SHARED(float, rows); declares a pointer to the launch's dynamic shared memory.
+#if defined(MAGSD_SIMT)
+#define MAGSD_SHARED(type, name, extents)                        \
+  static const char name##_site = 0;                             \
+  using name##_array = type extents;                             \
+  name##_array& name = *static_cast<name##_array*>(              \
+      ::simt::shared(&name##_site, sizeof(name##_array)))
+#define MAGSD_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::simt::dynamic_shared())
+#else
+#define MAGSD_SHARED(type, name, extents) __shared__ type name extents
+#define MAGSD_DYNAMIC_SHARED(type, name)                          \
+  extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(dynamic_shared)
+#endif
+
+namespace magsd::MAGSD_ISA {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr size_t kStaticShared = 48 * 1024;  // what a block may hold without asking for more
+constexpr size_t kParameterBytes = 4096;
+constexpr int64_t kMostBlocksX = 2147483647, kMostBlocksYZ = 65535;
+
+template <typename Integer>
+MAGSD_HD Integer ceil_div(Integer count, Integer size) {
+  return (count + size - 1) / size;
+}
+
+#if defined(MAGSD_SIMT)
+using Stream = void*;
+#else
+using Stream = cudaStream_t;
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  STD_TORCH_CHECK(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
+}
+#endif
+
+// The current device is that of `main` while a scope lives; `stream` is torch's current one on it.
+class DeviceScope {
+ public:
+#if defined(MAGSD_SIMT)
+  explicit DeviceScope(const Tensor& main) {
+    STD_TORCH_CHECK(main.defined() && main.is_cpu(), "emulated CUDA operators take CPU tensors");
+  }
+  Stream stream() const { return nullptr; }
+#else
+  explicit DeviceScope(const Tensor& main) : guard_(index_of(main)) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_of(main), &stream));
+    stream_ = static_cast<Stream>(stream);
+  }
+  Stream stream() const { return stream_; }
+
+ private:
+  static int32_t index_of(const Tensor& main) {
+    STD_TORCH_CHECK(main.defined() && main.is_cuda(), "CUDA operators take CUDA tensors");
+    return main.get_device_index();
+  }
+  torch::stable::accelerator::DeviceGuard guard_;
+  Stream stream_ = nullptr;
+#endif
+};
+
+// Streaming multiprocessors of the current device, to size grids by.
+inline int multiprocessors() {
+#if defined(MAGSD_SIMT)
+  return 2;
+#else
+  int device = 0, count = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+             "cudaDeviceGetAttribute");
+  return count;
+#endif
+}
+
+// A grid of at least one block; larger than the hardware takes is an error, never a wrong result.
+inline dim3 grid_of(int64_t x, int64_t y = 1, int64_t z = 1) {
+  STD_TORCH_CHECK(x >= 1 && x <= kMostBlocksX && y >= 1 && y <= kMostBlocksYZ && z >= 1 &&
+                      z <= kMostBlocksYZ,
+                  "a grid of ", x, " x ", y, " x ", z, " blocks cannot be launched");
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
+}
+
+// Launches a kernel on the stream of `scope`, with `shared` bytes of dynamic shared memory.
+template <typename... Parameters, typename... Arguments>
+void launch(const DeviceScope& scope, dim3 grid, int threads, size_t shared,
+            void (*kernel)(Parameters...), Arguments&&... arguments) {
+  static_assert((sizeof(Parameters) + ... + 0) <= kParameterBytes, "too many parameters");
+#if defined(MAGSD_SIMT)
+  (void)scope;
+  simt::launch(grid, threads, shared,
+               [&] { kernel(static_cast<Parameters>(arguments)...); });
+#else
+  if (shared > kStaticShared) {
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared)),
+               "cudaFuncSetAttribute");
+  }
+  kernel<<<grid, threads, shared, scope.stream()>>>(
+      static_cast<Parameters>(std::forward<Arguments>(arguments))...);
+  check_cuda(cudaGetLastError(), "kernel launch");
+#endif
+}
+
+#if defined(__CUDACC__) || defined(MAGSD_SIMT)
+// Sum, maximum or minimum over a warp, in every lane, in a fixed order.
+template <typename Value, typename Combine>
+__device__ __forceinline__ Value warp_reduce(Value value, const Combine& combine) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    value = combine(value, __shfl_xor_sync(kAllLanes, value, step));
+  }
+  return value;
+}
+
+template <typename Value>
+__device__ __forceinline__ Value warp_sum(Value value) {
+  return warp_reduce(value, [](Value a, Value b) { return a + b; });
+}
+#endif
+
+}  // namespace magsd::MAGSD_ISA

@@ -1,0 +1,193 @@
+// Runs CUDA kernels on the host: the words of CUDA C++ that our kernels use, for a C++ compiler.
+//
+// The threads of a block are fibers on one host thread. A fiber runs until it waits (barrier, warp
+// function) or ends; between two waits the fibers run in an order that changes from round to round,
+// and blocks run in a shuffled order too, so that a result which depends on the order is seen.
+// Shared memory is taken from the heap, one allocation an array, filled with NaN, given back at the
+// block's end: what a missing barrier reads is poison, and AddressSanitizer sees what lies outside.
+// Vector types keep CUDA's alignment, so that UBSan sees a misaligned 16-byte access.
+//
+// launch() throws std::runtime_error where a GPU would hang or leave its result undefined: a barrier
+// or a warp function that some threads do not reach, a block that is no multiple of a warp, a grid or
+// shared memory larger than the hardware's.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct uint3 {
+  unsigned x, y, z;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+
+namespace simt {
+
+constexpr int kLanes = 32;
+
+// Where the running fiber stands in its grid.
+struct Position {
+  uint3 thread, block;
+  dim3 block_size, grid_size;
+};
+const Position& position();
+
+// Runs `body` as every thread of every block. Throws what is said at the top of this file.
+void launch(dim3 grid, int threads, std::size_t shared, const std::function<void()>& body);
+
+// Shared memory of the running block: the array declared at `site`, and the dynamic one.
+void* shared(const void* site, std::size_t bytes);
+void* dynamic_shared();
+
+void barrier();
+bool barrier_or(bool value);
+
+// Gives `bytes` (at most 64) of this lane to its warp and waits for all of them. Returns an array
+// of kLanes entries, `stride` bytes apart, valid until the lane's next exchange.
+const unsigned char* exchange(const void* value, std::size_t bytes, unsigned mask, int kind);
+constexpr std::size_t kExchangeBytes = 64;
+
+// Ends the launch with an error.
+[[noreturn]] void fail(const char* why);
+
+template <typename T>
+T from_lane(const unsigned char* slots, int lane) {
+  T value;
+  std::memcpy(&value, slots + static_cast<std::size_t>(lane) * kExchangeBytes, sizeof(T));
+  return value;
+}
+
+template <typename T>
+T shuffle(unsigned mask, T value, int kind, int source_of(int lane, int argument), int argument) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= kExchangeBytes);
+  const int lane = static_cast<int>(position().thread.x) % kLanes;
+  const unsigned char* slots = exchange(&value, sizeof(T), mask, kind);
+  const int source = source_of(lane, argument);
+  return source >= 0 && source < kLanes ? from_lane<T>(slots, source) : value;
+}
+
+}  // namespace simt
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+#define threadIdx (::simt::position().thread)
+#define blockIdx (::simt::position().block)
+#define blockDim (::simt::position().block_size)
+#define gridDim (::simt::position().grid_size)
+
+inline void __syncthreads() { simt::barrier(); }
+inline int __syncthreads_or(int value) { return simt::barrier_or(value != 0) ? 1 : 0; }
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return simt::shuffle(mask, value, 1, [](int, int from) { return from % simt::kLanes; }, lane);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int bits) {
+  return simt::shuffle(mask, value, 2, [](int lane, int by) { return lane ^ by; }, bits);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned by) {
+  return simt::shuffle(
+      mask, value, 3, [](int lane, int step) { return lane - step; }, static_cast<int>(by));
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by) {
+  return simt::shuffle(
+      mask, value, 4, [](int lane, int step) { return lane + step; }, static_cast<int>(by));
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  const char nothing = 0;
+  simt::exchange(&nothing, 1, mask, 5);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const bool mine = predicate != 0;
+  const unsigned char* slots = simt::exchange(&mine, sizeof(mine), mask, 6);
+  unsigned bits = 0;
+  for (int lane = 0; lane < simt::kLanes; ++lane) {
+    bits |= static_cast<unsigned>(simt::from_lane<bool>(slots, lane)) << lane;
+  }
+  return bits;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate) == 0xffffffffu;
+}
+
+// Atomics: the fibers of all blocks share one host thread.
+template <typename T>
+T atomicAdd(T* at, T value) {
+  const T old = *at;
+  *at = old + value;
+  return old;
+}
+template <typename T>
+T atomicMin(T* at, T value) {
+  const T old = *at;
+  *at = std::min(old, value);
+  return old;
+}
+template <typename T>
+T atomicMax(T* at, T value) {
+  const T old = *at;
+  *at = std::max(old, value);
+  return old;
+}
+inline void __threadfence() {}
+
+// Accesses with a cache hint.
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
+}
+template <typename T>
+T __ldcs(const T* from) {
+  return *from;
+}
+template <typename T>
+void __stcs(T* to, T value) {
+  *to = value;
+}
+
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
