@@ -37,9 +37,9 @@ FLAGS = (
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 INSTRUCTION_SETS = {"baseline": (), "avx2": _AVX2, "avx512": (*_AVX2, *_AVX512)}
-#: Files (by the start of their names) whose boxes and thresholds must round as they are written,
-#: without fused products.
-UNFUSED = ("attention_augment", "attention_sampling")
+#: Files (by the start of their names) whose boxes, thresholds and differences of equal products
+#: must round as they are written, without fused products.
+UNFUSED = ("attention_augment", "attention_sampling", "soft_distance")
 
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
 OLDEST_ARCHITECTURE = 80  # the first with TF32 products

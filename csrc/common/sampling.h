@@ -14,12 +14,11 @@ MAGSD_HD double sampling_weight(double sum, double eps) {
   return std::sqrt((sum > 0 ? sum : 0.0) + eps);
 }
 
-// Number of entries of the inclusive cumulative weights that are at most u of their last, at most
-// count - 1.
+// Number of entries of `cumulative`, the inclusive cumulative weights divided by their last, that
+// are at most u; at most count - 1.
 MAGSD_HD int64_t sampled_map(const double* cumulative, int64_t count, float u) {
-  const double total = cumulative[count - 1];
   int64_t below = 0;
-  for (int64_t m = 0; m < count; ++m) below += cumulative[m] / total <= static_cast<double>(u);
+  for (int64_t m = 0; m < count; ++m) below += cumulative[m] <= static_cast<double>(u);
   return below < count ? below : count - 1;
 }
 

@@ -50,6 +50,7 @@ void draw(const Tensor& attention, const Tensor& uniforms, double eps, const Ten
         total += sampling_weight(map_sum(pixels, height, width, step_y, step_x), eps);
         cumulative[m] = total;
       }
+      for (double& entry : cumulative) entry /= total;
       for (int64_t k = 0; k < draws; ++k) {
         drawn[b * draws + k] = sampled_map(cumulative.data(), maps, uniform[b * draws + k]);
       }

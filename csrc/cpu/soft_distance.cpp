@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/soft_distance_arguments.h"
 #include "common/soft_target.h"
 #include "common/tensor.h"
 #include "cpu/parallel.h"
@@ -107,8 +108,8 @@ Sums forward_block(const Inputs<T>& inputs, int64_t begin, int64_t end) {
     const T* row = inputs.logits.entries + b * inputs.logits.step_b;
     const A centred = static_cast<A>(row[target * inputs.logits.step_k]) - maximum;
     const A weight = inputs.weight(b);
-    const A entropy = inputs.valid(b) ? (log_sum - centred) * weight
-                                      : std::numeric_limits<A>::quiet_NaN();
+    const A entropy =
+        inputs.valid(b) ? (log_sum - centred) * weight : std::numeric_limits<A>::quiet_NaN();
     sums.entropy += static_cast<double>(entropy);
     sums.weight += static_cast<double>(weight);
     soften(inputs, b, soft);
@@ -195,35 +196,6 @@ void backward(const Inputs<T>& inputs, double grad_entropy, double grad_distance
   });
 }
 
-void check_inputs(const Tensor& logits, const std::vector<Tensor>& views, const Tensor& targets,
-                  const std::optional<Tensor>& class_weights) {
-  check_tensor(logits, "logits", 2);
-  check_floating(logits, "logits");
-  const int64_t batch = logits.size(0), classes = logits.size(1);
-  STD_TORCH_CHECK(classes > 0, "logits must have at least one class");
-  STD_TORCH_CHECK(!views.empty(), "view_logits must have at least one view");
-  const bool stacked = views.size() == 1 && views[0].defined() && views[0].dim() == 3;
-  for (const Tensor& view : views) {
-    check_tensor(view, "view_logits", stacked ? 3 : 2);
-    check_dtype(view, "view_logits", logits.scalar_type());
-    if (stacked) {
-      check_sizes(view, "view_logits", {-1, batch, classes});
-    } else {
-      check_sizes(view, "view_logits", {batch, classes});
-    }
-  }
-  check_tensor(targets, "targets", 1);
-  check_dtype(targets, "targets", ScalarType::Long);
-  check_sizes(targets, "targets", {batch});
-  if (class_weights.has_value()) {
-    check_tensor(*class_weights, "class_weights", 1);
-    check_sizes(*class_weights, "class_weights", {classes});
-    const ScalarType dtype = class_weights->scalar_type();
-    STD_TORCH_CHECK(dtype == logits.scalar_type() || dtype == ScalarType::Float,
-                    "class_weights must have the logits' dtype or float32");
-  }
-}
-
 // `targets` is contiguous.
 template <typename T>
 Inputs<T> inputs_of(const Tensor& logits, const std::vector<Tensor>& views, const Tensor& targets,
@@ -264,25 +236,23 @@ std::tuple<Tensor, Tensor, Tensor> soft_distance_loss(const Tensor& logits,
                                                       const Tensor& targets,
                                                       const std::optional<Tensor>& class_weights,
                                                       double confidence, double smoothing) {
-  check_inputs(logits, view_logits, targets, class_weights);
+  check_loss_arguments(logits, view_logits, targets, class_weights);
   const ScalarType dtype = accumulation_dtype(logits.scalar_type());
   const Tensor loss = uninitialized({}, dtype), cross_entropy = uninitialized({}, dtype);
   const Tensor distance = uninitialized({}, dtype), dense_targets = dense(targets);
   visit_floating(logits.scalar_type(), [&](auto type) {
-    forward(inputs_of<decltype(type)>(logits, view_logits, dense_targets, class_weights,
-                                      confidence, smoothing),
+    forward(inputs_of<decltype(type)>(logits, view_logits, dense_targets, class_weights, confidence,
+                                      smoothing),
             loss, cross_entropy, distance);
   });
   return {loss, cross_entropy, distance};
 }
 
-// A gradient of a scalar; a missing one counts as 0.
-double scalar(const std::optional<Tensor>& grad, ScalarType dtype) {
-  if (!grad.has_value()) return 0;
-  check_tensor(*grad, "the gradient of a scalar", 0);
-  check_dtype(*grad, "the gradient of a scalar", dtype);
-  return dtype == ScalarType::Double ? *data<double>(*grad)
-                                     : static_cast<double>(*data<float>(*grad));
+// A missing gradient counts as 0.
+template <typename A>
+double value_of(const std::optional<Tensor>& grad) {
+  const A* value = scalar_gradient<A>(grad);
+  return value == nullptr ? 0 : static_cast<double>(*value);
 }
 
 std::tuple<Tensor, std::vector<Tensor>> soft_distance_loss_backward(
@@ -290,11 +260,8 @@ std::tuple<Tensor, std::vector<Tensor>> soft_distance_loss_backward(
     const std::optional<Tensor>& grad_distance, const Tensor& logits,
     const std::vector<Tensor>& view_logits, const Tensor& targets,
     const std::optional<Tensor>& class_weights, double confidence, double smoothing) {
-  check_inputs(logits, view_logits, targets, class_weights);
-  const ScalarType dtype = logits.scalar_type(), wide = accumulation_dtype(dtype);
-  const double of_loss = scalar(grad_loss, wide);
-  const double of_entropy = of_loss + scalar(grad_cross_entropy, wide);
-  const double of_distance = of_loss + scalar(grad_distance, wide);
+  check_loss_arguments(logits, view_logits, targets, class_weights);
+  const ScalarType dtype = logits.scalar_type();
   const int64_t entries = logits.numel();
   const Tensor grad = uninitialized({logits.size(0), logits.size(1)}, dtype);
   const Tensor dense_targets = dense(targets);
@@ -305,8 +272,12 @@ std::tuple<Tensor, std::vector<Tensor>> soft_distance_loss_backward(
   }
   visit_floating(dtype, [&](auto type) {
     using T = decltype(type);
-    const Inputs<T> inputs = inputs_of<T>(logits, view_logits, dense_targets, class_weights,
-                                          confidence, smoothing);
+    using A = accumulate_t<T>;
+    const double of_loss = value_of<A>(grad_loss);
+    const double of_entropy = of_loss + value_of<A>(grad_cross_entropy);
+    const double of_distance = of_loss + value_of<A>(grad_distance);
+    const Inputs<T> inputs =
+        inputs_of<T>(logits, view_logits, dense_targets, class_weights, confidence, smoothing);
     std::vector<T*> rows;
     for (const Tensor& view : grad_views) {
       const int64_t stacked = view.dim() == 3 ? view.size(0) : 1;

@@ -141,19 +141,21 @@ void launch(const DeviceScope& scope, dim3 grid, int threads, size_t shared,
 }
 
 #if defined(__CUDACC__) || defined(MAGSD_SIMT)
-// Sum, maximum or minimum over a warp, in every lane, in a fixed order.
+// Sum, maximum or minimum over a warp, or over `lanes` neighbours of it, a power of two; in every
+// lane, in a fixed order.
 template <typename Value, typename Combine>
-__device__ __forceinline__ Value warp_reduce(Value value, const Combine& combine) {
+__device__ __forceinline__ Value warp_reduce(Value value, const Combine& combine,
+                                             int lanes = kWarp) {
 #pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
+  for (int step = lanes / 2; step > 0; step /= 2) {
     value = combine(value, __shfl_xor_sync(kAllLanes, value, step));
   }
   return value;
 }
 
 template <typename Value>
-__device__ __forceinline__ Value warp_sum(Value value) {
-  return warp_reduce(value, [](Value a, Value b) { return a + b; });
+__device__ __forceinline__ Value warp_sum(Value value, int lanes = kWarp) {
+  return warp_reduce(value, [](Value a, Value b) { return a + b; }, lanes);
 }
 #endif
 

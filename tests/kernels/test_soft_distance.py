@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import magsd_kernels as mk
+from magsd_kernels.backends import implementation
 
 from . import oracles
 from .support import (
@@ -195,6 +196,35 @@ def test_a_sequence_of_views(target, kind):
     torch.testing.assert_close(torch.stack(gradients), torch.autograd.grad(wanted.loss, stacked)[0])
 
 
+def test_many_separate_views(target):
+    """More than a CUDA kernel takes pointers of."""
+    logits, views, targets = (x.to(target.device) for x in inputs_of(views=40))
+    stacked = views.clone().requires_grad_()
+    separate = [view.clone().requires_grad_() for view in views]
+    found = target.call(mk.soft_distance_loss, logits, separate, targets)
+    wanted = target.call(mk.soft_distance_loss, logits, stacked, targets)
+    torch.testing.assert_close(found.loss, wanted.loss)
+    gradients = torch.autograd.grad(found.loss, separate)
+    assert all(g.is_contiguous() for g in gradients)
+    torch.testing.assert_close(torch.stack(gradients), torch.autograd.grad(wanted.loss, stacked)[0])
+
+
+@all_dtypes
+def test_float32_weights_and_any_strides_of_vectors(target, dtype):
+    logits, views, targets = (x.to(target.device) for x in inputs_of())
+    logits, views = logits.to(dtype).requires_grad_(), views.to(dtype)
+    weights = weights_of(4).float().to(target.device)
+    apart = [torch.stack([x, x.flip(0)], 1)[:, 0] for x in (targets, weights)]
+    assert not any(x.is_contiguous() for x in apart)
+    found, wanted = (
+        target.call(mk.soft_distance_loss, logits, views, t, class_weights=w).loss
+        for t, w in (apart, (targets, weights.to(dtype)))
+    )
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad(x, logits)[0] for x in (found, wanted)]
+    torch.testing.assert_close(*gradients)
+
+
 @all_dtypes
 def test_large_logits_stay_finite(target, dtype):
     logits = torch.tensor([[3e4, -3e4, 0.0], [-3e4, 0.0, 3e4]], dtype=torch.float64)
@@ -251,6 +281,23 @@ def test_target_outside_the_classes(target, bad, weighted):
     else:
         found = target.call(mk.soft_distance_loss, logits, views, targets, class_weights=weights)
         assert bool(found.loss.isnan())
+
+
+@pytest.mark.parametrize("bad", [4, -1, 2**40])
+def test_kernels_answer_a_target_outside_the_classes_with_nan(target, bad):
+    """Below the check that reads CPU memory, for gradients as for the loss."""
+    logits, views, targets = (x.to(target.device) for x in inputs_of())
+    targets[3] = bad
+    inputs = (logits, [views], targets, None, 0.7, 0.01)
+    kernels = implementation(target.backend, "soft_distance")
+    loss, cross_entropy, distance = kernels.soft_distance_loss(*inputs)
+    assert bool(loss.isnan())
+    assert bool(cross_entropy.isnan())
+    assert bool(distance.isfinite())
+    one = torch.ones((), dtype=logits.dtype, device=target.device)
+    grad, (grad_views,) = kernels.soft_distance_loss_backward(one, None, None, *inputs)
+    assert grad.isnan().all(1).tolist() == [i == 3 for i in range(len(grad))]
+    assert bool(grad_views.isfinite().all())
 
 
 def test_does_not_read_uninitialised_memory(target):
