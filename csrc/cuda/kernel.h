@@ -34,14 +34,8 @@
 
 // MAGSD_SHARED(float, tile, [32][33]); declares a shared array.
 // MAGSD_DYNAMIC_SHARED(float, rows); declares a pointer to the launch's dynamic shared memory.
-#if defined(MAGSD_SIMT)
-#define MAGSD_SHARED(type, name, extents)                        \
-  static const char name##_site = 0;                             \
-  using name##_array = type extents;                             \
-  name##_array& name = *static_cast<name##_array*>(              \
-      ::simt::shared(&name##_site, sizeof(name##_array)))
-#define MAGSD_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::simt::dynamic_shared())
-#else
+// For the host they stand in simt/simt.h.
+#if !defined(MAGSD_SIMT)
 #define MAGSD_SHARED(type, name, extents) __shared__ type name extents
 #define MAGSD_DYNAMIC_SHARED(type, name)                          \
   extern __shared__ __align__(16) unsigned char dynamic_shared[]; \

@@ -1,55 +1,30 @@
 // The scheduler of the fibers; see simt.h.
 #include "simt/simt.h"
 
-#include <ucontext.h>
-
+#include <atomic>
 #include <cstdlib>
 #include <map>
-#include <memory>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#define MAGSD_ASAN
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define MAGSD_ASAN
-#endif
-#endif
-#if defined(MAGSD_ASAN)
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "simt/context.h"
 
 namespace simt {
 namespace {
 
-constexpr std::size_t kStackBytes = 256 * 1024;
 constexpr std::size_t kMostShared = 227 * 1024;
 constexpr std::size_t kMostStaticShared = 48 * 1024;
 constexpr int kMostThreads = 1024;
+constexpr unsigned kMostBlocksX = 2147483647, kMostBlocksYZ = 65535;
 
 enum class State { kReady, kAtBarrier, kAtExchange, kDone };
 
-// One direction of a change of context, told to AddressSanitizer where it watches.
-void change_context([[maybe_unused]] void** fake_stack, ucontext_t* from, ucontext_t* to,
-                    [[maybe_unused]] const void* stack, [[maybe_unused]] std::size_t bytes) {
-#if defined(MAGSD_ASAN)
-  __sanitizer_start_switch_fiber(fake_stack, stack, bytes);
-#endif
-  swapcontext(from, to);
-#if defined(MAGSD_ASAN)
-  __sanitizer_finish_switch_fiber(fake_stack == nullptr ? nullptr : *fake_stack, nullptr, nullptr);
-#endif
-}
-
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<unsigned char[]> stack;
-  State state;
-  void* fake_stack;
+  Context context;
+  State state = State::kReady;
 };
 
 // What the lanes of a warp give each other; two sets of slots, so that a lane may go on to the next
@@ -57,51 +32,54 @@ struct Fiber {
 struct Warp {
   alignas(16) unsigned char slots[2][kLanes * kExchangeBytes];
   unsigned generation = 0;
-  int arrived = 0, kind = 0;
+  int arrived = 0;
+  Site site{};
   std::size_t bytes = 0;
 };
 
+// Stacks serve one block after another.
 class Block {
  public:
-  // Stacks serve one block after another.
-  void run(const Position& where, std::size_t shared_bytes, const std::function<void()>& body,
-           std::uint64_t seed);
+  void run(const Position& where, std::size_t shared_bytes, const std::function<void()>& task,
+           std::uint64_t& seed);
+  void wait(State state);
+  void finish();
+  [[noreturn]] void fail(const std::string& why);
+  void require_same(const char* who, const Site& first, const Site& here);
 
   Position at;
   std::size_t running = 0;
   const std::function<void()>* body = nullptr;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::map<const void*, std::pair<void*, std::size_t>> arrays;
+  std::map<const void*, void*> arrays;
   void* dynamic = nullptr;
   std::size_t static_bytes = 0;
+  std::size_t at_barrier = 0;
+  Site barrier_site{};
   bool any = false, any_before = false;
   std::string error;
-  ucontext_t scheduler;
-  void* scheduler_fake_stack = nullptr;
-  const void* scheduler_stack = nullptr;
-  std::size_t scheduler_bytes = 0;
+  Context scheduler;
 
-  void wait(State state);
-  void start(std::size_t count);
+ private:
   void resume(std::size_t i);
   void release_barrier();
   void free_shared();
+  std::string deadlock() const;
 };
 
 thread_local Block* block = nullptr;
+std::atomic<std::uint64_t> launches{0};
+
+Block& current() {
+  if (block == nullptr) throw std::runtime_error("a kernel was called outside simt::launch");
+  return *block;
+}
 
 void enter() {
-#if defined(MAGSD_ASAN)
-  __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack, &block->scheduler_bytes);
-#endif
+  Context::arrived(block->scheduler);
   (*block->body)();
-  block->fibers[block->running].state = State::kDone;
-#if defined(MAGSD_ASAN)
-  // Null: this fiber's fake stack is not needed again.
-  __sanitizer_start_switch_fiber(nullptr, block->scheduler_stack, block->scheduler_bytes);
-#endif
-  setcontext(&block->scheduler);
+  block->finish();
 }
 
 void* allocate(std::size_t bytes) {
@@ -111,37 +89,45 @@ void* allocate(std::size_t bytes) {
   return memory;
 }
 
+std::uint64_t next(std::uint64_t& seed) {
+  seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+  return seed >> 33;
+}
+
 void Block::wait(State state) {
   Fiber& fiber = fibers[running];
   fiber.state = state;
-  change_context(&fiber.fake_stack, &fiber.context, &scheduler, scheduler_stack, scheduler_bytes);
+  fiber.context.change_to(scheduler);
 }
 
-void Block::start(std::size_t count) {
-  while (fibers.size() < count) {
-    fibers.emplace_back();
-    fibers.back().stack.reset(new unsigned char[kStackBytes]);
-  }
-  for (std::size_t i = 0; i < count; ++i) {
-    Fiber& fiber = fibers[i];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
-    fiber.state = State::kReady;
-    fiber.fake_stack = nullptr;
-  }
+void Block::finish() {
+  Fiber& fiber = fibers[running];
+  fiber.state = State::kDone;
+  fiber.context.change_to(scheduler, true);
+}
+
+void Block::fail(const std::string& why) {
+  if (error.empty()) error = why;
+  wait(State::kDone);
+  std::abort();  // A fiber that failed is not resumed.
+}
+
+void Block::require_same(const char* who, const Site& first, const Site& here) {
+  if (first.line == here.line && std::strcmp(first.function, here.function) == 0) return;
+  const auto name = [](const Site& site) {
+    return std::string(site.function) + " in line " + std::to_string(site.line);
+  };
+  fail(std::string(who) + " stand at different places: " + name(first) + " and " + name(here));
 }
 
 void Block::resume(std::size_t i) {
   running = i;
   at.thread = {static_cast<unsigned>(i), 0, 0};
-  change_context(&scheduler_fake_stack, &scheduler, &fibers[i].context, fibers[i].stack.get(),
-                 kStackBytes);
+  scheduler.change_to(fibers[i].context);
 }
 
 void Block::release_barrier() {
+  at_barrier = 0;
   any_before = any;
   any = false;
   for (Fiber& fiber : fibers) {
@@ -150,87 +136,85 @@ void Block::release_barrier() {
 }
 
 void Block::free_shared() {
-  for (auto& [site, array] : arrays) std::free(array.first);
+  for (auto& [site, array] : arrays) std::free(array);
   arrays.clear();
   std::free(dynamic);
   dynamic = nullptr;
   static_bytes = 0;
 }
 
+std::string Block::deadlock() const {
+  std::size_t done = 0;
+  for (std::size_t i = 0; i < at.block_size.x; ++i) done += fibers[i].state == State::kDone;
+  return "of " + std::to_string(at.block_size.x) + " threads of a block " +
+         std::to_string(at_barrier) + " wait at __syncthreads, " +
+         std::to_string(at.block_size.x - done - at_barrier) + " at a warp function, " +
+         std::to_string(done) + " have ended: they would wait for ever";
+}
+
 void Block::run(const Position& where, std::size_t shared_bytes, const std::function<void()>& task,
-                std::uint64_t seed) {
+                std::uint64_t& seed) {
   at = where;
   body = &task;
+  at_barrier = 0;
+  any = false;
   const std::size_t count = where.block_size.x;
-  start(count);
+  if (fibers.size() < count) fibers.resize(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    fibers[i].context.start(enter);
+    fibers[i].state = State::kReady;
+  }
   warps.assign(count / kLanes, Warp{});
   dynamic = allocate(shared_bytes);
   std::vector<std::size_t> order(count);
   std::iota(order.begin(), order.end(), std::size_t{0});
-  while (error.empty()) {
-    bool moved = false;
-    for (std::size_t i = count - 1; i > 0; --i) {
-      seed = seed * 6364136223846793005ull + 1442695040888963407ull;
-      std::swap(order[i], order[(seed >> 33) % (i + 1)]);
-    }
+  bool moved = true;
+  while (moved && error.empty()) {
+    if (at_barrier == count) release_barrier();
+    moved = false;
+    for (std::size_t i = count - 1; i > 0; --i) std::swap(order[i], order[next(seed) % (i + 1)]);
     for (const std::size_t i : order) {
       if (fibers[i].state != State::kReady || !error.empty()) continue;
       moved = true;
       resume(i);
     }
-    if (moved || !error.empty()) continue;
-    std::size_t done = 0, at_barrier = 0;
-    for (std::size_t i = 0; i < count; ++i) {
-      done += fibers[i].state == State::kDone;
-      at_barrier += fibers[i].state == State::kAtBarrier;
-    }
-    if (done == count) break;
-    if (at_barrier == count) {
-      release_barrier();
-    } else {
-      error = "of " + std::to_string(count) + " threads of a block " +
-              std::to_string(at_barrier) + " wait at __syncthreads, " +
-              std::to_string(count - done - at_barrier) + " at a warp function, " +
-              std::to_string(done) + " have ended: they would wait for ever";
-    }
   }
+  const auto done = [](const Fiber& fiber) { return fiber.state == State::kDone; };
+  const auto last = fibers.begin() + static_cast<std::ptrdiff_t>(count);
+  if (error.empty() && !std::all_of(fibers.begin(), last, done)) error = deadlock();
   free_shared();
-}
-
-Block& current() {
-  if (block == nullptr) throw std::runtime_error("a kernel was called outside simt::launch");
-  return *block;
 }
 
 }  // namespace
 
-const Position& position() { return block->at; }
+const Position& position() { return current().at; }
 
-void fail(const char* why) {
+void barrier(const Site& site) {
   Block& here = current();
-  if (here.error.empty()) here.error = why;
-  here.wait(State::kDone);
-  std::abort();  // A fiber that failed is not resumed.
+  if (here.at_barrier == 0) here.barrier_site = site;
+  here.require_same("the threads of a block", here.barrier_site, site);
+  ++here.at_barrier;
+  here.wait(State::kAtBarrier);
 }
 
-void barrier() { current().wait(State::kAtBarrier); }
-
-bool barrier_or(bool value) {
+bool barrier_or(bool value, const Site& site) {
   current().any |= value;
-  current().wait(State::kAtBarrier);
+  barrier(site);
   return current().any_before;
 }
 
-const unsigned char* exchange(const void* value, std::size_t bytes, unsigned mask, int kind) {
+const unsigned char* exchange(const void* value, std::size_t bytes, unsigned mask,
+                              const Site& site) {
   Block& here = current();
-  if (mask != 0xffffffffu) fail("a warp function was called with a mask of less than a warp");
+  if (mask != 0xffffffffu) here.fail("a warp function was called with a mask of less than a warp");
   const std::size_t index = here.running, lane = index % kLanes;
   Warp& warp = here.warps[index / kLanes];
-  if (warp.arrived > 0 && (warp.kind != kind || warp.bytes != bytes)) {
-    fail("the lanes of a warp stand at different warp functions");
+  if (warp.arrived == 0) {
+    warp.site = site;
+    warp.bytes = bytes;
   }
-  warp.kind = kind;
-  warp.bytes = bytes;
+  here.require_same("the lanes of a warp", warp.site, site);
+  if (warp.bytes != bytes) here.fail("the lanes of a warp exchange values of different types");
   unsigned char* slots = warp.slots[warp.generation % 2];
   std::memcpy(slots + lane * kExchangeBytes, value, bytes);
   if (++warp.arrived == kLanes) {
@@ -248,13 +232,13 @@ const unsigned char* exchange(const void* value, std::size_t bytes, unsigned mas
 
 void* shared(const void* site, std::size_t bytes) {
   Block& here = current();
-  auto& array = here.arrays[site];
-  if (array.first == nullptr) {
-    array = {allocate(bytes), bytes};
+  void*& array = here.arrays[site];
+  if (array == nullptr) {
+    array = allocate(bytes);
     here.static_bytes += bytes;
-    if (here.static_bytes > kMostStaticShared) fail("a block declares more than 48 KB shared");
+    if (here.static_bytes > kMostStaticShared) here.fail("a block declares more than 48 KB shared");
   }
-  return array.first;
+  return array;
 }
 
 void* dynamic_shared() { return current().dynamic; }
@@ -264,16 +248,23 @@ void launch(dim3 grid, int threads, std::size_t shared_bytes, const std::functio
     throw std::runtime_error("a block must hold 32 to 1024 threads, a multiple of 32; got " +
                              std::to_string(threads));
   }
+  const auto within = [](unsigned blocks, unsigned most) { return blocks >= 1 && blocks <= most; };
+  if (!within(grid.x, kMostBlocksX) || !within(grid.y, kMostBlocksYZ) ||
+      !within(grid.z, kMostBlocksYZ)) {
+    throw std::runtime_error("a grid of no block, or of more than can be launched");
+  }
   if (shared_bytes > kMostShared) throw std::runtime_error("too much dynamic shared memory");
-  static thread_local Block stacks;
   if (block != nullptr) throw std::runtime_error("a kernel launches a kernel");
+  static thread_local Block stacks;
+  static thread_local std::uint64_t seed = 1;
+  ++launches;
   block = &stacks;
   stacks.error.clear();
   const std::size_t count = std::size_t{grid.x} * grid.y * grid.z;
   // Steps through the blocks by a number without a common divisor.
-  std::size_t step = count / 2 + 1;
+  std::size_t step = 1 + next(seed) % count;
   while (std::gcd(step, count) != 1) ++step;
-  std::size_t rank = count / 3;
+  std::size_t rank = next(seed) % count;
   for (std::size_t i = 0; i < count && stacks.error.empty(); ++i, rank = (rank + step) % count) {
     Position where{};
     where.block = {static_cast<unsigned>(rank % grid.x),
@@ -281,10 +272,17 @@ void launch(dim3 grid, int threads, std::size_t shared_bytes, const std::functio
                    static_cast<unsigned>(rank / grid.x / grid.y)};
     where.grid_size = grid;
     where.block_size = dim3(static_cast<unsigned>(threads));
-    stacks.run(where, shared_bytes, body, rank + 1);
+    stacks.run(where, shared_bytes, body, seed);
   }
   block = nullptr;
-  if (!stacks.error.empty()) throw std::runtime_error("emulated kernel: " + stacks.error);
+  if (stacks.error.empty()) return;
+  stacks.fibers.clear();  // AddressSanitizer's marks of what was not left stay on their stacks.
+  throw std::runtime_error("emulated kernel: " + stacks.error);
 }
 
 }  // namespace simt
+
+// Launches in this process so far, for tests that hold an operator to a number of them.
+extern "C" __attribute__((visibility("default"))) std::uint64_t magsd_emulated_launches() {
+  return simt::launches;
+}

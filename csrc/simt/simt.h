@@ -2,14 +2,15 @@
 //
 // The threads of a block are fibers on one host thread. A fiber runs until it waits (barrier, warp
 // function) or ends; between two waits the fibers run in an order that changes from round to round,
-// and blocks run in a shuffled order too, so that a result which depends on the order is seen.
+// and blocks in one that changes from launch to launch, so that a result which depends on the order
+// is seen.
 // Shared memory is taken from the heap, one allocation an array, filled with NaN, given back at the
 // block's end: what a missing barrier reads is poison, and AddressSanitizer sees what lies outside.
 // Vector types keep CUDA's alignment, so that UBSan sees a misaligned 16-byte access.
 //
-// launch() throws std::runtime_error where a GPU would hang or leave its result undefined: a barrier
-// or a warp function that some threads do not reach, a block that is no multiple of a warp, a grid or
-// shared memory larger than the hardware's.
+// launch() throws std::runtime_error where a GPU would hang or leave its result undefined: a
+// barrier or a warp function that some threads do not reach or reach at another place, a block that
+// is no multiple of a warp, a grid or shared memory larger than the hardware's.
 #pragma once
 
 #include <algorithm>
@@ -64,16 +65,25 @@ void launch(dim3 grid, int threads, std::size_t shared, const std::function<void
 void* shared(const void* site, std::size_t bytes);
 void* dynamic_shared();
 
-void barrier();
-bool barrier_or(bool value);
+// Where a thread waits: every thread of a block, or lane of a warp, must wait at the same place.
+struct Site {
+  const char* function;
+  int line;
+};
+// The line of the call, where it is a default argument; no int is taken for one by mistake.
+struct Line {
+  int number;
+  static constexpr Line of_call(int number = __builtin_LINE()) { return {number}; }
+};
 
-// Gives `bytes` (at most 64) of this lane to its warp and waits for all of them. Returns an array
-// of kLanes entries, `stride` bytes apart, valid until the lane's next exchange.
-const unsigned char* exchange(const void* value, std::size_t bytes, unsigned mask, int kind);
+void barrier(const Site& site);
+bool barrier_or(bool value, const Site& site);
+
+// Gives `bytes` (at most 64) of this lane to its warp and waits for all of them. Returns kLanes
+// entries, kExchangeBytes apart, valid until the lane's next exchange.
+const unsigned char* exchange(const void* value, std::size_t bytes, unsigned mask,
+                              const Site& site);
 constexpr std::size_t kExchangeBytes = 64;
-
-// Ends the launch with an error.
-[[noreturn]] void fail(const char* why);
 
 template <typename T>
 T from_lane(const unsigned char* slots, int lane) {
@@ -83,10 +93,11 @@ T from_lane(const unsigned char* slots, int lane) {
 }
 
 template <typename T>
-T shuffle(unsigned mask, T value, int kind, int source_of(int lane, int argument), int argument) {
+T shuffle(unsigned mask, T value, const Site& site, int source_of(int lane, int argument),
+          int argument) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= kExchangeBytes);
   const int lane = static_cast<int>(position().thread.x) % kLanes;
-  const unsigned char* slots = exchange(&value, sizeof(T), mask, kind);
+  const unsigned char* slots = exchange(&value, sizeof(T), mask, site);
   const int source = source_of(lane, argument);
   return source >= 0 && source < kLanes ? from_lane<T>(slots, source) : value;
 }
@@ -99,48 +110,70 @@ T shuffle(unsigned mask, T value, int kind, int source_of(int lane, int argument
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
+// As cuda/kernel.h has them for a GPU.
+#define MAGSD_SHARED(type, name, extents) \
+  static const char name##_site = 0;      \
+  using name##_array = type extents;      \
+  name##_array& name =                    \
+      *static_cast<name##_array*>(::simt::shared(&name##_site, sizeof(name##_array)))
+#define MAGSD_DYNAMIC_SHARED(type, name) \
+  type* const name = static_cast<type*>(::simt::dynamic_shared())
+
 #define threadIdx (::simt::position().thread)
 #define blockIdx (::simt::position().block)
 #define blockDim (::simt::position().block_size)
 #define gridDim (::simt::position().grid_size)
 
-inline void __syncthreads() { simt::barrier(); }
-inline int __syncthreads_or(int value) { return simt::barrier_or(value != 0) ? 1 : 0; }
+inline void __syncthreads(simt::Line line = simt::Line::of_call()) {
+  simt::barrier({"__syncthreads", line.number});
+}
+inline int __syncthreads_or(int value, simt::Line line = simt::Line::of_call()) {
+  return simt::barrier_or(value != 0, {"__syncthreads_or", line.number}) ? 1 : 0;
+}
 
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int lane) {
-  return simt::shuffle(mask, value, 1, [](int, int from) { return from % simt::kLanes; }, lane);
-}
-template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int bits) {
-  return simt::shuffle(mask, value, 2, [](int lane, int by) { return lane ^ by; }, bits);
-}
-template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned by) {
+T __shfl_sync(unsigned mask, T value, int lane, simt::Line line = simt::Line::of_call()) {
   return simt::shuffle(
-      mask, value, 3, [](int lane, int step) { return lane - step; }, static_cast<int>(by));
+      mask, value, {"__shfl_sync", line.number}, [](int, int from) { return from & 31; }, lane);
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned by) {
+T __shfl_xor_sync(unsigned mask, T value, int bits, simt::Line line = simt::Line::of_call()) {
   return simt::shuffle(
-      mask, value, 4, [](int lane, int step) { return lane + step; }, static_cast<int>(by));
+      mask, value, {"__shfl_xor_sync", line.number}, [](int lane, int by) { return lane ^ by; },
+      bits);
 }
-inline void __syncwarp(unsigned mask = 0xffffffffu) {
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned by, simt::Line line = simt::Line::of_call()) {
+  return simt::shuffle(
+      mask, value, {"__shfl_up_sync", line.number}, [](int lane, int step) { return lane - step; },
+      static_cast<int>(by));
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by, simt::Line line = simt::Line::of_call()) {
+  return simt::shuffle(
+      mask, value, {"__shfl_down_sync", line.number},
+      [](int lane, int step) { return lane + step; }, static_cast<int>(by));
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu, simt::Line line = simt::Line::of_call()) {
   const char nothing = 0;
-  simt::exchange(&nothing, 1, mask, 5);
+  simt::exchange(&nothing, 1, mask, {"__syncwarp", line.number});
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
+inline unsigned __ballot_sync(unsigned mask, int predicate,
+                              simt::Line line = simt::Line::of_call()) {
   const bool mine = predicate != 0;
-  const unsigned char* slots = simt::exchange(&mine, sizeof(mine), mask, 6);
+  const unsigned char* slots =
+      simt::exchange(&mine, sizeof(mine), mask, {"__ballot_sync", line.number});
   unsigned bits = 0;
   for (int lane = 0; lane < simt::kLanes; ++lane) {
     bits |= static_cast<unsigned>(simt::from_lane<bool>(slots, lane)) << lane;
   }
   return bits;
 }
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) {
-  return __ballot_sync(mask, predicate) == 0xffffffffu;
+inline int __any_sync(unsigned mask, int predicate, simt::Line line = simt::Line::of_call()) {
+  return __ballot_sync(mask, predicate, line) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, simt::Line line = simt::Line::of_call()) {
+  return __ballot_sync(mask, predicate, line) == 0xffffffffu;
 }
 
 // Atomics: the fibers of all blocks share one host thread.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import magsd_kernels
+from magsd_kernels import native
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted")
@@ -232,6 +234,24 @@ def with_tests(code: str) -> str:
     """Code that may import from `tests.kernels`, with magsd_kernels imported before."""
     checkout = str(Path(__file__).parents[2])
     return f"import sys, magsd_kernels\nsys.path.insert(0, {checkout!r})\n{code}"
+
+
+def launches(target: Target, call: Callable[[], Any]) -> int:
+    """Kernels, copies and fills that `call` puts on a GPU; kernels alone where it is emulated."""
+    if target.backend != "cuda":
+        pytest.skip("only the CUDA column promises a number of launches")
+    if target.device == "cuda":
+        call()  # What is loaded or allocated once is no part of it.
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            call()
+            torch.cuda.synchronize()
+        return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profiler.events())
+    count = ctypes.CDLL(str(native.library("cuda"))).magsd_emulated_launches
+    count.restype = ctypes.c_uint64
+    before: int = count()
+    call()
+    return count() - before
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

@@ -17,6 +17,7 @@ from .support import (
     all_dtypes,
     all_layouts,
     attention_maps,
+    launches,
     make_strided,
     poisoned_memory,
     uniform,
@@ -142,6 +143,19 @@ def test_no_gradient(target):
 def test_empty(target, batch, draws):
     found = sample(target, attention_maps(batch, 3, 4, 4), uniform(batch, draws))
     assert len(found) == batch
+
+
+def test_many_maps(target):
+    """More than a CUDA block keeps the weights of in shared memory."""
+    attention, uniforms = attention_maps(2, 700, 3, 2, seed=10), uniform(2, 50, seed=11)
+    assert sample(target, attention, uniforms) == oracles.sample_attention(attention, uniforms)
+
+
+@all_layouts
+def test_one_launch(target, layout):
+    attention = make_strided(attention_maps(3, 5, 4, 4).to(target.device), layout)
+    uniforms = uniform(3, 4).to(target.device)
+    assert launches(target, lambda: target.call(mk.sample_attention, attention, uniforms)) == 1
 
 
 def test_does_not_read_uninitialised_memory(target):

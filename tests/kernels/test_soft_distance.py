@@ -19,6 +19,7 @@ from .support import (
     all_layouts,
     assert_agrees,
     identical,
+    launches,
     make_strided,
     poisoned_memory,
     random,
@@ -298,6 +299,20 @@ def test_kernels_answer_a_target_outside_the_classes_with_nan(target, bad):
     grad, (grad_views,) = kernels.soft_distance_loss_backward(one, None, None, *inputs)
     assert grad.isnan().all(1).tolist() == [i == 3 for i in range(len(grad))]
     assert bool(grad_views.isfinite().all())
+
+
+@both_weightings
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "separate"])
+def test_one_launch_each_way(target, weighted, stacked):
+    logits, views, targets = (x.to(target.device) for x in inputs_of())
+    weights = weights_of(4).to(target.device) if weighted else None
+    inputs = (logits, [views] if stacked else list(views), targets, weights, 0.7, 0.01)
+    kernels = implementation(target.backend, "soft_distance")
+    one = torch.ones((), dtype=logits.dtype, device=target.device)
+    assert launches(target, lambda: kernels.soft_distance_loss(*inputs)) == 1
+    assert (
+        launches(target, lambda: kernels.soft_distance_loss_backward(one, None, one, *inputs)) == 1
+    )
 
 
 def test_does_not_read_uninitialised_memory(target):

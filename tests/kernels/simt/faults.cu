@@ -1,0 +1,358 @@
+// Kernels with a planted fault, each beside its correct counterpart, and a check of what the shim
+// offers. `faults NAME 0|1` runs the kernel without or with its fault and ends with
+//   0: the result is right    10: it is wrong    11: the launch refused (its words go to stderr)
+// unless a sanitizer ends it before.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "simt/simt.h"
+
+namespace {
+
+constexpr int kThreads = 96;
+constexpr unsigned kAll = 0xffffffffu;
+
+std::vector<float> ramp(int count) {
+  std::vector<float> values(count);
+  for (int i = 0; i < count; ++i) values[i] = static_cast<float>(i);
+  return values;
+}
+
+// Runs one block of kernel(in, out), in[i] = i; whether out[i] is wanted(i).
+using Kernel = void (*)(const float* in, float* out);
+bool one_block(Kernel kernel, const std::function<float(int)>& wanted, int threads = kThreads) {
+  const std::vector<float> in = ramp(kThreads);
+  std::vector<float> out(kThreads, -1.0f);
+  simt::launch(1, threads, 64, [&] { kernel(in.data(), out.data()); });
+  for (int i = 0; i < kThreads; ++i) {
+    if (out[i] != wanted(i)) return false;
+  }
+  return true;
+}
+float same(int i) { return static_cast<float>(i); }
+float neighbour(int i) { return static_cast<float>((i + 1) % kThreads); }
+
+template <bool kFault>
+__global__ void read_after_write(const float* in, float* out) {
+  MAGSD_SHARED(float, tile, [kThreads]);
+  const int t = threadIdx.x;
+  tile[t] = in[t];
+  if (!kFault) __syncthreads();
+  out[t] = tile[(t + 1) % kThreads];
+}
+
+template <bool kFault>
+__global__ void write_after_read(const float* in, float* out) {
+  MAGSD_SHARED(float, tile, [kThreads]);
+  const int t = threadIdx.x;
+  float value = in[t];
+  for (int round = 0; round < 3; ++round) {
+    tile[t] = value;
+    __syncthreads();
+    value = tile[(t + 1) % kThreads];
+    if (!kFault) __syncthreads();
+  }
+  out[t] = value;
+}
+
+template <bool kFault>
+__global__ void read_before_anyone_wrote(const float* in, float* out) {
+  MAGSD_DYNAMIC_SHARED(float, sums);
+  const int t = threadIdx.x;
+  if (!kFault && t == 0) sums[0] = 0;
+  __syncthreads();
+  if (t == 0) sums[0] += in[1];
+  __syncthreads();
+  out[t] = in[t] * sums[0];
+}
+
+template <bool kFault>
+__global__ void lanes_without_syncwarp(const float* in, float* out) {
+  const int t = threadIdx.x;
+  out[t] = in[t];
+  if (!kFault) __syncwarp();
+  const float other = out[t ^ 1];
+  if (!kFault) __syncwarp();
+  out[t] = other;
+}
+
+template <bool kFault>
+__global__ void shared_read_past_the_end(const float* in, float* out) {
+  MAGSD_SHARED(float, tile, [kThreads]);
+  const int t = threadIdx.x;
+  tile[t] = in[t];
+  __syncthreads();
+  const float* const start = tile;
+  out[t] = kFault ? start[t + 1] : start[(t + 1) % kThreads];
+}
+
+template <bool kFault>
+__global__ void shared_write_before_the_start(const float* in, float* out) {
+  MAGSD_SHARED(float, tile, [kThreads]);
+  float* const start = tile;
+  const int t = threadIdx.x;
+  start[kFault ? t - 1 : t] = in[t];
+  __syncthreads();
+  out[t] = tile[t];
+}
+
+template <bool kFault>
+__global__ void dynamic_shared_past_the_end(const float* in, float* out) {
+  MAGSD_DYNAMIC_SHARED(float, some);  // 16 of them
+  const int t = threadIdx.x;
+  if (t < (kFault ? 17 : 16)) some[t] = in[t];
+  __syncthreads();
+  out[t] = t < 16 ? some[t] : in[t];
+}
+
+template <bool kFault>
+__global__ void global_read_past_the_end(const float* in, float* out) {
+  const int t = threadIdx.x;
+  out[t] = in[kFault ? t + 1 : (t + 1) % kThreads];
+}
+
+template <bool kFault>
+__global__ void global_write_past_the_end(const float* in, float* out) {
+  const int t = threadIdx.x;
+  out[kFault ? t + 1 : t] = in[t];
+}
+
+template <bool kFault>
+__global__ void misaligned_float4(const float* in, float* out) {
+  const int t = threadIdx.x;
+  if (t % 4 != 0) return;
+  const float4& four = *reinterpret_cast<const float4*>(in + (kFault && t + 4 < kThreads) + t);
+  *reinterpret_cast<float4*>(out + t) = four;
+}
+
+template <bool kFault>
+__global__ void barrier_that_some_skip(const float* in, float* out) {
+  const int t = threadIdx.x;
+  if (!kFault || t != 5) __syncthreads();
+  out[t] = in[t];
+}
+
+template <bool kFault>
+__global__ void barrier_after_some_have_left(const float* in, float* out) {
+  const int t = threadIdx.x;
+  out[t] = in[t];
+  if (kFault && t >= 64) return;
+  __syncthreads();
+}
+
+template <bool kFault>
+__global__ void barriers_at_two_places(const float* in, float* out) {
+  const int t = threadIdx.x;
+  if (kFault && t % 2 == 0) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+  out[t] = in[t];
+}
+
+template <bool kFault>
+__global__ void shuffle_that_some_skip(const float* in, float* out) {
+  const int t = threadIdx.x;
+  float value = in[t];
+  if (!kFault || t % 32 != 31) value = __shfl_xor_sync(kAll, value, 1);
+  out[t] = __shfl_xor_sync(kAll, value, 1);
+}
+
+template <bool kFault>
+__global__ void shuffle_in_a_loop_of_unequal_length(const float* in, float* out) {
+  const int t = threadIdx.x;
+  float value = in[t];
+  for (int i = 0; i < (kFault ? 1 + t % 3 : 2); ++i) value = __shfl_xor_sync(kAll, value, 1);
+  out[t] = value;
+}
+
+template <bool kFault>
+__global__ void mask_of_half_a_warp(const float* in, float* out) {
+  const int t = threadIdx.x;
+  const float other = __shfl_xor_sync(kFault ? 0xffffu : kAll, in[t], 1);
+  out[t] = __shfl_xor_sync(kAll, other, 1);
+}
+
+template <bool kFault>
+__global__ void lanes_at_two_functions(const float* in, float* out) {
+  const int t = threadIdx.x;
+  out[t] = in[t];
+  if (kFault && t % 32 < 16) {
+    out[t] += static_cast<float>(__ballot_sync(kAll, 0));
+  } else {
+    out[t] += static_cast<float>(__shfl_sync(kAll, 0, 0));
+  }
+}
+
+template <bool kFault>
+__global__ void lanes_exchange_two_types(const float* in, float* out) {
+  const int t = threadIdx.x;
+  out[t] = in[t];
+  const auto zero = [](auto value) { return static_cast<float>(__shfl_sync(kAll, value, 0)); };
+  out[t] += kFault && t % 2 == 0 ? zero(0.0) : zero(0.0f);
+}
+
+__global__ void copy(const float* in, float* out) { out[threadIdx.x] = in[threadIdx.x]; }
+
+template <bool kFault>
+__global__ void too_much_shared(const float* in, float* out) {
+  MAGSD_SHARED(float, large, [kFault ? 12289 : 12288]);
+  large[threadIdx.x] = in[threadIdx.x];
+  out[threadIdx.x] = large[threadIdx.x];
+}
+
+// Adds the running number of the block to what the block before it wrote.
+template <bool kFault>
+__global__ void blocks_in_order(const float* in, float* out) {
+  if (threadIdx.x != 0) return;
+  const unsigned b = blockIdx.x;
+  if (kFault) {
+    out[b] = in[b] + (b == 0 ? 0.0f : out[b - 1]);
+    return;
+  }
+  out[b] = 0;
+  for (unsigned i = 0; i <= b; ++i) out[b] += in[i];
+}
+
+// Several launches: with few blocks some run in the lucky order.
+template <bool kFault>
+bool order_of_blocks(int count) {
+  const std::vector<float> in = ramp(count);
+  bool right = true;
+  for (int launch = 0; launch < 8; ++launch) {
+    std::vector<float> out(count, -1.0f);
+    simt::launch(static_cast<unsigned>(count), 32, 0,
+                 [&] { blocks_in_order<kFault>(in.data(), out.data()); });
+    for (int b = 0; b < count; ++b) right &= out[b] == static_cast<float>(b * (b + 1) / 2);
+  }
+  return right;
+}
+
+// A fault ends the launch; the next one, on the same stacks, must not notice.
+template <bool kFault>
+bool launch_after_a_refused_one() {
+  try {
+    if (kFault) one_block(barrier_that_some_skip<true>, same);
+  } catch (const std::runtime_error&) {
+  }
+  return one_block(write_after_read<false>, [](int i) { return neighbour((i + 2) % kThreads); });
+}
+
+// What the shim offers. A thread counts in `wrong` what is not as CUDA has it.
+__global__ void offers(const float* aligned, int* counters, int* wrong) {
+  MAGSD_SHARED(int, tile, [2][kThreads]);
+  MAGSD_DYNAMIC_SHARED(double, dynamic);
+  const int t = threadIdx.x, lane = t % 32;
+  const auto require = [&](bool holds) { *wrong += !holds; };
+  require(blockDim.x == kThreads && gridDim.x == 3 && gridDim.y == 2 && blockIdx.x < 3);
+
+  require(__shfl_sync(kAll, t, 7) == t - lane + 7);
+  require(__shfl_sync(kAll, t, 33) == t - lane + 1 && __shfl_sync(kAll, t, -1) == t - lane + 31);
+  require(__shfl_up_sync(kAll, t, 3) == (lane < 3 ? t : t - 3));
+  require(__shfl_down_sync(kAll, t, 3) == (lane > 28 ? t : t + 3));
+  require(__shfl_xor_sync(kAll, 0.5 * t, 5) == 0.5 * (t - lane + (lane ^ 5)));
+  const float4 four = __shfl_xor_sync(kAll, float4{1, 2, 3, static_cast<float>(t)}, 1);
+  require(four.z == 3 && four.w == static_cast<float>(t ^ 1));
+  int sum = t;
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAll, sum, step);
+  require(sum == 32 * (t - lane) + 31 * 16);
+
+  require(__ballot_sync(kAll, lane % 2) == 0xaaaaaaaau);
+  require(__any_sync(kAll, lane == 9) == 1 && __any_sync(kAll, 0) == 0);
+  require(__all_sync(kAll, 2) == 1 && __all_sync(kAll, lane != 9) == 0);
+  require(__syncthreads_or(t == 70) == 1 && __syncthreads_or(0) == 0);
+
+  tile[1][t] = t;
+  dynamic[t] = 2.0 * t;
+  require(reinterpret_cast<std::uintptr_t>(dynamic) % 16 == 0);
+  __syncthreads();
+  require(tile[1][kThreads - 1 - t] == kThreads - 1 - t);
+  require(dynamic[kThreads - 1 - t] == 2.0 * (kThreads - 1 - t));
+
+  atomicAdd(counters, 1);
+  atomicMax(counters + 1, t);
+  atomicMin(counters + 2, t);
+  const float4 loaded = __ldg(reinterpret_cast<const float4*>(aligned) + t % 4);
+  require(loaded.y == static_cast<float>(4 * (t % 4) + 1));
+  require(__float_as_uint(1.0f) == 0x3f800000u && __uint_as_float(0x40000000u) == 2.0f);
+  require(__ffs(8) == 4 && __clz(1) == 31 && __popc(0xf0u) == 4);
+}
+
+bool everything_offered() {
+  std::vector<float4> aligned(4);
+  float* entries = &aligned[0].x;
+  for (int i = 0; i < 16; ++i) entries[i] = static_cast<float>(i);
+  std::vector<int> counters = {0, -1, kThreads};
+  int wrong = 0;
+  simt::launch(dim3(3, 2), kThreads, kThreads * sizeof(double),
+               [&] { offers(entries, counters.data(), &wrong); });
+  return wrong == 0 && counters == std::vector<int>{6 * kThreads, kThreads - 1, 0};
+}
+
+bool launch_of(dim3 grid, int threads, std::size_t shared) {
+  int ran = 0;
+  simt::launch(grid, threads, shared, [&] { ++ran; });
+  return ran == static_cast<int>(grid.x * grid.y * grid.z) * threads;
+}
+
+float third_neighbour(int i) { return static_cast<float>((i + 3) % kThreads); }
+
+#define BOTH(name, wanted) \
+  {#name, [](bool fault) { return one_block(fault ? name<true> : name<false>, wanted); }}
+
+const std::map<std::string, std::function<bool(bool)>> kCases = {
+    BOTH(read_after_write, neighbour),
+    BOTH(write_after_read, third_neighbour),
+    BOTH(read_before_anyone_wrote, same),
+    BOTH(lanes_without_syncwarp, [](int i) { return static_cast<float>(i ^ 1); }),
+    BOTH(shared_read_past_the_end, neighbour),
+    BOTH(shared_write_before_the_start, same),
+    BOTH(dynamic_shared_past_the_end, same),
+    BOTH(global_read_past_the_end, neighbour),
+    BOTH(global_write_past_the_end, same),
+    BOTH(misaligned_float4, same),
+    BOTH(barrier_that_some_skip, same),
+    BOTH(barrier_after_some_have_left, same),
+    BOTH(barriers_at_two_places, same),
+    BOTH(shuffle_that_some_skip, same),
+    BOTH(shuffle_in_a_loop_of_unequal_length, same),
+    BOTH(mask_of_half_a_warp, same),
+    BOTH(lanes_at_two_functions, same),
+    BOTH(lanes_exchange_two_types, same),
+    BOTH(too_much_shared, same),
+    {"block_of_no_whole_warps",
+     [](bool fault) { return one_block(copy, same, fault ? kThreads - 16 : kThreads); }},
+    {"block_too_large", [](bool fault) { return launch_of(1, fault ? 1056 : 1024, 0); }},
+    {"grid_too_large", [](bool fault) { return launch_of(dim3(1, fault ? 65536 : 9), 32, 0); }},
+    {"grid_of_nothing", [](bool fault) { return launch_of(fault ? 0 : 1, 32, 0); }},
+    {"dynamic_shared_too_large",
+     [](bool fault) { return launch_of(1, 32, fault ? 232449 : 232448); }},
+    {"order_of_2_blocks",
+     [](bool fault) { return fault ? order_of_blocks<true>(2) : order_of_blocks<false>(2); }},
+    {"order_of_9_blocks",
+     [](bool fault) { return fault ? order_of_blocks<true>(9) : order_of_blocks<false>(9); }},
+    {"launch_after_a_refused_one",
+     [](bool fault) {
+       return fault ? launch_after_a_refused_one<true>() : launch_after_a_refused_one<false>();
+     }},
+    {"everything_offered", [](bool) { return everything_offered(); }},
+};
+
+}  // namespace
+
+int main(int count, char** words) {
+  if (count != 3) return 12;
+  try {
+    return kCases.at(words[1])(words[2] == std::string("1")) ? 0 : 10;
+  } catch (const std::runtime_error& refusal) {
+    std::fprintf(stderr, "%s\n", refusal.what());
+    return 11;
+  }
+}
