@@ -244,17 +244,17 @@ void* shared(const void* site, std::size_t bytes) {
 void* dynamic_shared() { return current().dynamic; }
 
 void launch(dim3 grid, int threads, std::size_t shared_bytes, const std::function<void()>& body) {
-  if (threads < 1 || threads > kMostThreads || threads % kLanes != 0) {
-    throw std::runtime_error("a block must hold 32 to 1024 threads, a multiple of 32; got " +
-                             std::to_string(threads));
-  }
+  const auto require = [](bool holds, const std::string& why) {
+    if (!holds) throw std::runtime_error("emulated kernel: " + why);
+  };
+  require(threads >= 1 && threads <= kMostThreads && threads % kLanes == 0,
+          "a block must hold 32 to 1024 threads, a multiple of 32; got " + std::to_string(threads));
   const auto within = [](unsigned blocks, unsigned most) { return blocks >= 1 && blocks <= most; };
-  if (!within(grid.x, kMostBlocksX) || !within(grid.y, kMostBlocksYZ) ||
-      !within(grid.z, kMostBlocksYZ)) {
-    throw std::runtime_error("a grid of no block, or of more than can be launched");
-  }
-  if (shared_bytes > kMostShared) throw std::runtime_error("too much dynamic shared memory");
-  if (block != nullptr) throw std::runtime_error("a kernel launches a kernel");
+  require(within(grid.x, kMostBlocksX) && within(grid.y, kMostBlocksYZ) &&
+              within(grid.z, kMostBlocksYZ),
+          "a grid of no block, or of more than can be launched");
+  require(shared_bytes <= kMostShared, "too much dynamic shared memory");
+  require(block == nullptr, "a kernel launches a kernel");
   static thread_local Block stacks;
   static thread_local std::uint64_t seed = 1;
   ++launches;
@@ -275,9 +275,9 @@ void launch(dim3 grid, int threads, std::size_t shared_bytes, const std::functio
     stacks.run(where, shared_bytes, body, seed);
   }
   block = nullptr;
-  if (stacks.error.empty()) return;
-  stacks.fibers.clear();  // AddressSanitizer's marks of what was not left stay on their stacks.
-  throw std::runtime_error("emulated kernel: " + stacks.error);
+  // AddressSanitizer's marks of what was not left stay on the stacks.
+  if (!stacks.error.empty()) stacks.fibers.clear();
+  require(stacks.error.empty(), stacks.error);
 }
 
 }  // namespace simt

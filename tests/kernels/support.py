@@ -254,6 +254,46 @@ def launches(target: Target, call: Callable[[], Any]) -> int:
     return count() - before
 
 
+@dataclass(frozen=True)
+class Library:
+    """A compiled library by the name of its file, and the device its operators take tensors of."""
+
+    name: str
+    backend: str
+    device: str
+
+    def why_not(self) -> str | None:
+        """Reason why a fresh process cannot run its operators here."""
+        file = native.library("cpu").with_name(f"libmagsd_{self.name}.so")
+        if not file.is_file():
+            return f"{file.name} is not built"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+        return None
+
+    def run(self, code: str, **environment: str) -> str:
+        """What code, in which `library` is this one, prints in a fresh interpreter."""
+        if reason := self.why_not():
+            pytest.skip(reason)
+        if self.name == "cuda_emulated":
+            environment[native.EMULATION_VARIABLE] = "1"
+        code = f"from tests.kernels.support import Library\nlibrary = {self!r}\n{code}"
+        result = fresh_python(with_tests(code), **environment)
+        assert result.returncode == 0, result.stderr[-4000:]
+        return result.stdout
+
+
+every_library = pytest.mark.parametrize(
+    "library",
+    [
+        Library("cpu", "cpu", "cpu"),
+        Library("cuda", "cuda", "cuda"),
+        Library("cuda_emulated", "cuda", "cpu"),
+    ],
+    ids=lambda library: library.name,
+)
+
+
 def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 

@@ -8,11 +8,9 @@ import pytest
 
 from magsd_kernels import native
 
-from .support import fresh_python, with_tests
+from .support import Library, every_library, fresh_python
 
-needs_library = pytest.mark.skipif(
-    native.why_not("cpu") is not None, reason=str(native.why_not("cpu"))
-)
+CPU = Library("cpu", "cpu", "cpu")
 
 _COMPARE = """
 import torch
@@ -25,9 +23,9 @@ compared = 0
 for case in CASES:
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         results = []
-        for backend in ("cpu", "reference"):
+        for backend in (library.backend, "reference"):
             torch.manual_seed(0)
-            arguments = case.arguments(3, dtype)
+            arguments = case.arguments(3, dtype, library.device)
             try:
                 found = tensors_of(case.function(**arguments, backend=backend))
             except BackendUnavailable:
@@ -42,25 +40,27 @@ for case in CASES:
             tolerance = dict(rtol=1e-4, atol=1e-5) if wide else dict(rtol=5e-2, atol=5e-2)
             assert_close(results[0], results[1], **tolerance, msg=lambda m: case.name + m)
             compared += 1
-print(native.instruction_set(), compared)
+print(compared)
 """
 
 
-@needs_library
+@every_library
+def test_the_library_agrees_with_the_reference(library: Library):
+    assert int(library.run(_COMPARE)) > 0
+
+
 @pytest.mark.parametrize("capability", native.CAPABILITIES)
 def test_every_instruction_set_agrees_with_the_reference(capability: str):
     """Asking for more than the processor has gives the best it has."""
-    code = with_tests(_COMPARE)
-    result = fresh_python(code, MAGSD_CPU_CAPABILITY=capability)
-    assert result.returncode == 0, result.stderr
-    ran, compared = result.stdout.split()
+    code = _COMPARE + "print(native.instruction_set())"
+    compared, ran = CPU.run(code, MAGSD_CPU_CAPABILITY=capability).split()
     allowed = native.CAPABILITIES[: native.CAPABILITIES.index(capability) + 1]
     assert ran in allowed
     assert ran == "baseline" or capability != "baseline"
     assert int(compared) > 0
 
 
-@needs_library
+@pytest.mark.skipif(CPU.why_not() is not None, reason=str(CPU.why_not()))
 def test_unknown_capability_is_reported():
     code = "import magsd_kernels; print(magsd_kernels.backends()['cpu'])"
     result = fresh_python(code, MAGSD_CPU_CAPABILITY="sse9")
@@ -78,18 +78,25 @@ print('libmagsd' in open('/proc/self/maps').read())
     assert fresh_python(code).stdout.split() == ["False"]
 
 
-def test_states_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("backend", "name", "emulates"),
+    [("cpu", "cpu", "0"), ("cuda", "cuda", "0"), ("cuda", "cuda_emulated", "1")],
+)
+def test_states_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str, name: str, emulates: str
+):
     monkeypatch.setattr(native, "_FOLDER", tmp_path)
     monkeypatch.setattr(native, "_states", {})
-    assert str(native.why_not("cpu")).startswith("not built: this installation holds no")
-    (tmp_path / "build.json").write_text('{"cpu": {"not built": "no compiler at all"}}')
+    monkeypatch.setenv(native.EMULATION_VARIABLE, emulates)
+    assert str(native.why_not(backend)).startswith("not built: this installation holds no")
+    (tmp_path / "build.json").write_text(f'{{"{name}": {{"not built": "no compiler at all"}}}}')
     native._states.clear()
-    assert native.why_not("cpu") == "not built: no compiler at all"
-    (tmp_path / "libmagsd_cpu.so").write_bytes(b"not a library")
-    (tmp_path / "build.json").write_text('{"cpu": {"torch": "99.0"}}')
+    assert native.why_not(backend) == "not built: no compiler at all"
+    (tmp_path / f"libmagsd_{name}.so").write_bytes(b"not a library")
+    (tmp_path / "build.json").write_text(f'{{"{name}": {{"torch": "99.0"}}}}')
     native._states.clear()
-    reason = str(native.why_not("cpu"))
+    reason = str(native.why_not(backend))
     assert reason.startswith("built for something else than torch")
     assert "(for 99.0)" in reason
-    with pytest.raises(RuntimeError, match="the cpu library is not loaded: built for something"):
-        native.operations("cpu")
+    with pytest.raises(RuntimeError, match=f"the {backend} library is not loaded: built for some"):
+        native.operations(backend)

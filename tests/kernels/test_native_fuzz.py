@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from magsd_kernels import native
+from magsd_kernels.backends import MISSING
 
-from .support import fresh_python, with_tests
-
-pytestmark = pytest.mark.skipif(
-    native.why_not("cpu") is not None, reason=f"C++ kernels: {native.why_not('cpu')}"
-)
+from .support import Library, every_library
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OTHERS = (torch.int32, torch.int64, torch.bool, torch.uint8, torch.complex64)
@@ -37,13 +35,13 @@ def _spoil(draw: random.Random, tensor: torch.Tensor) -> torch.Tensor:
     if kind == 0 and tensor.dim() > 0:
         shape = list(tensor.shape)
         shape[draw.randrange(len(shape))] = _size(draw)
-        return torch.zeros(shape, dtype=tensor.dtype)
+        return tensor.new_zeros(shape)
     if kind == 1:
         return tensor.unsqueeze(0)
     if kind == 2 and tensor.dim() > 0:
         return tensor.flatten()[: _size(draw)]
     if kind == 3:
-        return torch.zeros(tensor.shape, dtype=draw.choice((*FLOATS, *OTHERS)))
+        return torch.zeros_like(tensor, dtype=draw.choice((*FLOATS, *OTHERS)))
     if kind == 4:
         return tensor.to("meta")
     if kind == 5 and tensor.dim() > 0:
@@ -197,59 +195,95 @@ BUILDERS: dict[str, Callable[[random.Random, torch.dtype], dict[str, list[Any]]]
 }
 
 
-def fuzz(operation: str, seed: int) -> tuple[int, int]:
+#: In messages of what no argument may cause: a kernel that reads outside, hangs or cannot start.
+FAULTS = ("CUDA error", "emulated kernel", "INTERNAL ASSERT")
+
+
+def fuzz(operation: str, library: Library, seed: int) -> tuple[int, int]:
     """Call every operator of one file with good and bad arguments; how many returned and raised."""
     torch.manual_seed(seed)
     draw = random.Random(seed)
     returned = raised = 0
     for _ in range(ROUNDS):
-        for name, arguments in BUILDERS[operation](draw, draw.choice(FLOATS)).items():
+        calls = BUILDERS[operation](draw, draw.choice(FLOATS))
+        calls = pytree.tree_map_only(torch.Tensor, lambda x: x.to(library.device), calls)
+        for name, arguments in calls.items():
             for _ in range(draw.choice((0, 1, 1, 2))):
                 at = draw.randrange(len(arguments))
                 arguments[at] = _spoil_any(draw, arguments[at])
             try:
-                getattr(native.operations("cpu"), name)(*arguments)
+                getattr(native.operations(library.backend), name)(*arguments)
+                if library.device == "cuda":
+                    torch.cuda.synchronize()
                 returned += 1
-            except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError):
+            except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
+                if any(fault in str(error) for fault in FAULTS):
+                    raise
                 raised += 1
     return returned, raised
 
 
+def skip_if_missing(library: Library, operation: str) -> None:
+    if reason := MISSING.get((library.backend, operation)):
+        pytest.skip(reason)
+
+
+@every_library
 @pytest.mark.parametrize("operation", BUILDERS)
-def test_direct_calls_with_bad_arguments_leave_the_process_alive(operation):
+def test_direct_calls_with_bad_arguments_leave_the_process_alive(library, operation):
     """In a process of its own, so that a crash is a failure of this test and of no other."""
-    code = (
-        f"from tests.kernels import test_native_fuzz as t\nprint(*t.fuzz({operation!r}, seed=0))\n"
-    )
-    result = fresh_python(with_tests(code), OMP_NUM_THREADS="2")
-    assert result.returncode == 0, result.stderr[-2000:]
-    returned, raised = map(int, result.stdout.split())
+    skip_if_missing(library, operation)
+    code = f"""
+from tests.kernels import test_native_fuzz as t
+print(*t.fuzz({operation!r}, library, seed=0))
+"""
+    returned, raised = map(int, library.run(code, OMP_NUM_THREADS="2").split())
     assert returned > ROUNDS // 10
     assert raised > ROUNDS // 10
 
 
+@every_library
 @pytest.mark.parametrize("operation", BUILDERS)
-def test_the_library_holds_every_operator(operation):
-    """The operators that the builders call are registered by the library."""
-    draw = random.Random(1)
-    for name in BUILDERS[operation](draw, torch.float32):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"magsd_cpu::{name}", "CPU")
+def test_the_library_holds_every_operator(library, operation):
+    """The operators that the builders call are registered by the library, and by no other."""
+    skip_if_missing(library, operation)
+    names = list(BUILDERS[operation](random.Random(1), torch.float32))
+    code = f"""
+import torch
+from magsd_kernels import native
+held = torch._C._dispatch_has_kernel_for_dispatch_key
+for loaded in (False, True):
+    if loaded:
+        native.operations(library.backend)
+    for name in {names}:
+        print(held(f"magsd_{{library.backend}}::{{name}}", library.device.upper()))
+"""
+    assert library.run(code).split() == ["False"] * len(names) + ["True"] * len(names)
 
 
 def test_no_operator_is_left_out():
     draw = random.Random(1)
     fuzzed = {name for build in BUILDERS.values() for name in build(draw, torch.float32)}
-    known = torch._C._dispatch_get_all_op_names()
-    assert fuzzed == {x.removeprefix("magsd_cpu::") for x in known if x.startswith("magsd_cpu::")}
+    known = [x.split("::") for x in torch._C._dispatch_get_all_op_names()]
+    for backend in ("cpu", "cuda"):
+        assert fuzzed == {name for space, name in known if space == f"magsd_{backend}"}
 
 
-def test_an_argmax_from_outside_is_not_followed():
-    features, attention = torch.ones(1, 2, 2, 2), torch.ones(1, 3, 2, 2)
-    grad = torch.ones(1, 6)
-    argmax = torch.full((1, 3, 2), 2**31 - 1, dtype=torch.int32)
-    settings = ["max", False, False, 1.0, 0.0, [True, True]]
-    grads = native.operations("cpu").bilinear_attention_pool_backward(
-        grad, features, attention, grad, grad.new_empty(0), argmax, *settings
-    )
-    assert [g.shape for g in grads] == [features.shape, attention.shape]
-    assert all(g.isfinite().all() for g in grads)
+@every_library
+def test_an_argmax_from_outside_is_not_followed(library):
+    skip_if_missing(library, "bilinear_pool")
+    code = """
+import torch
+from magsd_kernels import native
+on = dict(device=library.device)
+features, attention = torch.ones(1, 2, 2, 2, **on), torch.ones(1, 3, 2, 2, **on)
+grad = torch.ones(1, 6, **on)
+argmax = torch.full((1, 3, 2), 2**31 - 1, dtype=torch.int32, **on)
+settings = ["max", False, False, 1.0, 0.0, [True, True]]
+grads = native.operations(library.backend).bilinear_attention_pool_backward(
+    grad, features, attention, grad, grad.new_empty(0), argmax, *settings
+)
+assert [g.shape for g in grads] == [features.shape, attention.shape]
+print(all(g.isfinite().all() for g in grads))
+"""
+    assert library.run(code).split() == ["True"]
