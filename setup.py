@@ -1,8 +1,9 @@
 """Builds the compiled libraries; everything that is not code to compile stands in pyproject.toml.
 
-`magsd_kernels/lib` receives libmagsd_cpu.so, libmagsd_cuda.so and build.json, which says how each
-was built or why it was not. The libraries hold no Python, so that one wheel
-(py3-none-<platform>) serves every Python and every torch from 2.10 on; see csrc/toolchain.py.
+`magsd_kernels/lib` receives libmagsd_cpu.so, libmagsd_cuda.so, build.json, which says how each was
+built or why it was not, and cuda_resources.json, the registers and spills of the CUDA kernels. The
+libraries hold no Python, so that one wheel (py3-none-<platform>) serves every Python and every
+torch from 2.10 on; see csrc/toolchain.py.
 
 MAGSD_BUILD_CPU, MAGSD_BUILD_CUDA = auto (default: where the library cannot be built the install
 succeeds and `magsd_kernels.backends()` gives the reason) | 0 | 1 (where it cannot be built the
@@ -41,10 +42,11 @@ class BuildLibraries(build_ext):
             reports[name] = toolchain.build(name, objects, folder.resolve() / f"libmagsd_{name}.so")
             if name != "cuda_emulated" and "not built" in reports[name]:
                 self.warn(f"the {name} kernels are not built: {reports[name]['not built']}")
-            if name == "cuda" and "not built" not in reports[name]:
-                resources = toolchain.kernel_resources(objects)
-                text = json.dumps(resources, indent=1, sort_keys=True) + "\n"
-                (folder / "cuda_resources.json").write_text(text)
+        resources = folder / "cuda_resources.json"
+        resources.unlink(missing_ok=True)
+        if "not built" not in reports["cuda"]:
+            objects = Path(self.build_temp, "magsd_cuda")
+            toolchain.write_resources(objects, reports["cuda"]["compiler"], resources)
         (folder / "build.json").write_text(json.dumps(reports, indent=1) + "\n")
 
     def _lib(self) -> Path:

@@ -13,6 +13,7 @@ torch from 2.10 on.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import platform
 import re
@@ -83,7 +84,8 @@ class Plan:
         """Name of a file, in `folder`, that recompiles what has changed."""
         lines = [
             "rule compile",
-            "  command = $line -MMD -MF $out.d -o $out > $out.log 2>&1 || { cat $out.log; exit 1; }",
+            "  command = $line -MMD -MF $out.d -o $out > $out.log 2>&1"
+            " || { cat $out.log; exit 1; }",
             "  description = $out",
             "  depfile = $out.d",
             "  deps = gcc",
@@ -134,7 +136,7 @@ def cuda_plan(folder: Path) -> Plan:
         raise NotBuilt(f"torch {torch.version} is not a CUDA build")
     nvcc = _find_nvcc()
     version = _output([nvcc, "--version"])
-    release = re.search(r"release (\d+)\.(\d+)", version)
+    release = re.search(r"release (\d+)\.(\d+), V([\d.]+)", version)
     if release is None:
         raise NotBuilt(f"{nvcc} --version was not understood: {version}")
     if release[1] != torch.cuda.partition(".")[0]:
@@ -151,12 +153,13 @@ def cuda_plan(folder: Path) -> Plan:
     ]  # fmt: skip
     compiles = {
         folder / f"{source.stem}.o": [
-            *command, "-fmad=" + ("false" if source.stem.startswith(UNFUSED) else "true"), "-c", str(source),
+            *command, f"-fmad={'false' if source.stem.startswith(UNFUSED) else 'true'}",
+            "-c", str(source),
         ]
         for source in sorted((SOURCES / "cuda").glob("*.cu"))
     }  # fmt: skip
     report = {
-        "compiler": f"nvcc {release[1]}.{release[2]}",
+        "compiler": f"nvcc {release[3]}",
         "torch": torch.version,
         "flags": " ".join(NVCC_FLAGS),
         "architectures": ", ".join(architectures),
@@ -194,40 +197,40 @@ def build(name: str, folder: Path, library: Path) -> dict[str, str]:
         return {"not built": str(reason)}
 
 
-def kernel_resources(folder: Path) -> dict[str, dict[str, dict[str, int]]]:
-    """Kernel -> architecture -> registers, shared memory, stack and spills, from ptxas's report."""
-    table: dict[str, dict[str, dict[str, int]]] = {}
-    for log in sorted(folder.glob("*.log")):
-        kernel = architecture = ""
-        spills: dict[str, int] = {}
-        for line in log.read_text(errors="replace").splitlines():
-            if found := re.search(r"Compiling entry function '(\S+)' for '(\w+)'", line):
-                kernel, architecture = found[1], found[2]
-            elif found := re.search(
-                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
-            ):
-                spills = {"stack": int(found[1]), "spills": int(found[2]) + int(found[3])}
-            elif found := re.search(r"Used (\d+) registers", line):
-                shared = re.search(r"(\d+) bytes smem", line)
-                table.setdefault(kernel, {})[architecture] = {
-                    "registers": int(found[1]),
-                    "shared": int(shared[1]) if shared else 0,
-                    **spills,
-                }
-    names = _demangled(list(table))
-    return {names[mangled]: table[mangled] for mangled in table}
+#: Of a kernel, for one architecture: registers of a thread; bytes of a block's static shared
+#: memory, of a thread's stack, and of what is spilled to it and read back.
+RESOURCES = ("registers", "shared", "stack", "spills")
+_PTXAS = re.compile(
+    r"Compiling entry function '(?P<kernel>\S+)' for '(?P<architecture>\w+)'"
+    r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores,"
+    r" (?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
+    re.DOTALL,
+)
 
 
-def _demangled(names: list[str]) -> dict[str, str]:
+def write_resources(folder: Path, compiler: str, path: Path) -> None:
+    """Write what ptxas said in `folder` as JSON, a line for each kernel: a change can be read."""
+    table: dict[str, dict[str, list[int]]] = {}
+    for source in sorted((SOURCES / "cuda").glob("*.cu")):
+        for found in _PTXAS.finditer((folder / f"{source.stem}.o.log").read_text()):
+            spills = int(found["stores"]) + int(found["loads"])
+            row = [int(found["registers"]), int(found["shared"] or 0), int(found["stack"]), spills]
+            kernel = f"{source.name}: {_demangled(found['kernel'])}"
+            table.setdefault(kernel, {})[found["architecture"]] = row
+    lines = [f"  {json.dumps(name)}: {json.dumps(table[name])}" for name in sorted(table)]
+    head = f'{{\n "compiler": {json.dumps(compiler)},\n "columns": {json.dumps(RESOURCES)},\n'
+    path.write_text(head + ' "kernels": {\n' + ",\n".join(lines) + "\n }\n}\n")
+
+
+@functools.cache
+def _demangled(name: str) -> str:
+    """The kernel's name and template arguments, without the namespaces that all share."""
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
-    if tool is None or not names:
-        return {name: name for name in names}
-    plain = subprocess.run(
-        [tool], input="\n".join(names), capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    # Without the return type, the namespaces that all share and the parameters.
-    short = [re.sub(r"^void |magsd::cuda::|\(anonymous namespace\)::", "", p) for p in plain]
-    return dict(zip(names, (s.partition("(")[0] for s in short), strict=True))
+    if tool is None:
+        return name
+    plain = _output([tool, "-p", name]).strip()
+    return re.sub(r"magsd::(cuda::)?|\(anonymous namespace\)::|c10::", "", plain)
 
 
 @dataclass(frozen=True)
