@@ -123,11 +123,10 @@ def why_not(backend: str, operation: str, device: str, dtype: torch.dtype) -> st
     """Reason why `backend` cannot run `operation` on such tensors, or None if it can."""
     if backend == "reference":
         return None
-    if (backend, operation) in MISSING:
-        return MISSING[backend, operation]
-    if device not in _DEVICES[backend]:
-        return f"it takes tensors on {' or '.join(_DEVICES[backend])}, these are on {device}"
-    return _column(backend)
+    why = MISSING.get((backend, operation)) or _column(backend)
+    if why is None and device not in _DEVICES[backend]:
+        why = f"it takes tensors on {' or '.join(_DEVICES[backend])}, these are on {device}"
+    return why
 
 
 def backends() -> dict[str, str]:

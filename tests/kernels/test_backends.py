@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import magsd_kernels as mk
+from magsd_kernels import native
 
 from .cases import CASES, all_cases, differentiable_cases
 from .support import fresh_python, tensors_of
@@ -130,9 +131,9 @@ def test_unknown_name_lists_the_names(case):
 @all_cases
 @pytest.mark.parametrize("name", ["cpu", "cuda", "triton"])
 def test_an_explicit_name_never_falls_back(case, name):
-    """On CPU tensors `cuda` cannot run wherever we are; others may be unavailable here."""
+    """On CPU tensors `cuda` cannot run unless emulated; others may be unavailable here."""
     state = mk.backends()[name]
-    if state == "available" and name != "cuda":
+    if state == "available" and (name != "cuda" or native.emulates_cuda()):
         pytest.skip(f"{name} can run here")
     with Ran() as ran, pytest.raises(mk.BackendUnavailable) as caught:
         case.function(**case.arguments(), backend=name)
@@ -322,7 +323,7 @@ def test_backends_says_available_or_why_not():
     for state in states.values():
         assert isinstance(state, str)
         assert state == "available" or len(state) > 8
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not native.emulates_cuda():
         assert states["cuda"] != "available"
 
 
@@ -346,7 +347,7 @@ def test_available_means_that_something_runs(target):
 
 def test_info_prints_what_a_bug_report_needs():
     run = "import runpy; runpy.run_module('magsd_kernels.info', run_name='__main__')"
-    result = fresh_python(run)
+    result = fresh_python(run, **{native.EMULATION_VARIABLE: str(int(native.emulates_cuda()))})
     assert result.returncode == 0, result.stderr
     out = result.stdout
     assert mk.__version__ in out
