@@ -46,6 +46,9 @@ def bilinear_attention_pool(
         eps: added under the square root, at least 0.
         backend: name of a backend, see `use_backend`.
 
+    float32 products on a GPU run in TF32 where `torch.backends.cuda.matmul.fp32_precision` says
+    so, as torch's own do.
+
     Returns:
         (B, M*C), entry m*C + c; dtype of features. Gradients go to both inputs.
     """
@@ -61,10 +64,25 @@ def bilinear_attention_pool(
     check.number(op, "scale", scale)
     check.number(op, "eps", eps, 0)
     backend = select(_OPERATION, backend, features)
+    # The reference's products follow torch's settings by themselves; CPUs have no TF32.
+    allow_tf32 = (
+        features.dtype == torch.float32
+        and backend not in ("reference", "cpu")
+        and _torch_allows_tf32()
+    )
     pooled: torch.Tensor = _pool(
-        features, attention, pool, signed_sqrt, normalize, scale, eps, backend
+        features, attention, pool, signed_sqrt, normalize, scale, eps, allow_tf32, backend
     )[0]
     return pooled
+
+
+def _torch_allows_tf32() -> bool:
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+# torch.compile cannot look inside the settings. It traces again where they change, because its
+# guard of torch's global state holds this one.
+_torch_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class BilinearAttentionPool(nn.Module):
@@ -169,7 +187,8 @@ class _Pool(torch.autograd.Function):
 _pool = define(
     _OPERATION,
     "bilinear_attention_pool(Tensor features, Tensor attention, str pool, bool signed_sqrt,"
-    " bool normalize, float scale, float eps, str backend) -> (Tensor, Tensor, Tensor)",
+    " bool normalize, float scale, float eps, bool allow_tf32, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
     _pool_fake,
     _Pool.apply,
 )
@@ -177,6 +196,6 @@ _pool_backward = define(
     _OPERATION,
     "bilinear_attention_pool_backward(Tensor grad, Tensor features, Tensor attention,"
     " Tensor output, Tensor norm, Tensor argmax, str pool, bool signed_sqrt, bool normalize,"
-    " float scale, float eps, bool[] needs, str backend) -> (Tensor, Tensor)",
+    " float scale, float eps, bool allow_tf32, bool[] needs, str backend) -> (Tensor, Tensor)",
     _pool_backward_fake,
 )

@@ -13,6 +13,7 @@
   X(attention_augment) \
   X(attention_sampling) \
   X(bilinear_pool) \
+  X(bilinear_pool_backward) \
   X(multiscale_attention) \
   X(soft_distance)
 

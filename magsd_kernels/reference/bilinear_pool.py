@@ -18,10 +18,12 @@ def bilinear_attention_pool(
     normalize: bool,
     scale: float,
     eps: float,
+    allow_tf32: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pooled matrix (B, M*C); its norm before normalisation (B,) or empty; argmax or empty.
 
     The argmax (B, M, C) int32 names the first maximal pixel and exists for pool "max" only.
+    `allow_tf32` is there for backends that do not see torch's settings, which hold here anyway.
     """
     flat, maps = _flatten(features, attention)
     matrix, argmax = _pool(flat, maps, pool)
@@ -46,6 +48,7 @@ def bilinear_attention_pool_backward(
     normalize: bool,
     scale: float,
     eps: float,
+    allow_tf32: bool,
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of features and attention; an empty tensor for one that is not needed.

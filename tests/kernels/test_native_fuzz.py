@@ -98,7 +98,7 @@ def _pool(draw: random.Random, dtype: torch.dtype) -> dict[str, list[Any]]:
     attention = _floats(draw, batch, maps, _size(draw), _size(draw), dtype=dtype)
     pool = draw.choice(("avg", "max"))
     normalize = draw.random() < 0.7
-    settings = [pool, draw.random() < 0.7, normalize, 2.0, 1e-12]
+    settings = [pool, draw.random() < 0.7, normalize, 2.0, 1e-12, draw.random() < 0.5]
     matrix = _floats(draw, batch, maps * channels, dtype=dtype)
     argmax = torch.full((batch, maps, channels), draw.choice((-7, 0, 3, 2**31 - 1))).int()
     norm = torch.rand(batch, dtype=_wide(dtype))
@@ -279,7 +279,7 @@ on = dict(device=library.device)
 features, attention = torch.ones(1, 2, 2, 2, **on), torch.ones(1, 3, 2, 2, **on)
 grad = torch.ones(1, 6, **on)
 argmax = torch.full((1, 3, 2), 2**31 - 1, dtype=torch.int32, **on)
-settings = ["max", False, False, 1.0, 0.0, [True, True]]
+settings = ["max", False, False, 1.0, 0.0, False, [True, True]]
 grads = native.operations(library.backend).bilinear_attention_pool_backward(
     grad, features, attention, grad, grad.new_empty(0), argmax, *settings
 )

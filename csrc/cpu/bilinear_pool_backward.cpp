@@ -1,0 +1,365 @@
+// Bilinear attention pooling, backward.
+//
+// Moves the features, the output and its gradient in, and the gradient of the features out:
+//
+//   dF[p, c] = sum over m of A[m, p] W[m, c]     panel of W
+//   dA[p, m] = sum over c of F[p, c] W[m, c]     panel of W transposed
+//
+// W, the gradient of P, is never stored whole. The root under the square is read back from the
+// output; only where that is rounded to half precision, or cannot hold the root, is P computed
+// again. See bilinear_pool.h for the cut.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/bilinear_pool.h"
+
+namespace magsd::MAGSD_ISA {
+namespace {
+
+// The inverse of `pack`.
+template <typename T, typename A>
+void unpack(const A* panel, const MapSteps& steps, int64_t c, int64_t count, T* features, A* rows) {
+  constexpr int64_t kColumns = kPanel<A>;
+  const int64_t pixels = steps.pixels();
+  if (steps.step_c == 1 && steps.step_p != 1) {
+    for (int64_t p = 0; p < pixels; ++p) {
+      convert(panel + p * kColumns, count, features + p * steps.step_p + c);
+    }
+    return;
+  }
+  T* to = features + c * steps.step_c;
+  if constexpr (std::is_same_v<T, A>) {
+    transpose(panel, kColumns, pixels, count, to, steps.step_c);
+  } else {
+    transpose(panel, kColumns, pixels, count, rows, pixels);
+    for (int64_t j = 0; j < count; ++j) {
+      convert(rows + j * pixels, pixels, to + j * steps.step_c);
+    }
+  }
+}
+
+// The gradient W of the pooled matrix of one image: from the gradient of the output and the unit
+// vector P / ||P||, which is `units` times `to_unit`.
+template <typename T, typename U>
+struct PooledGradient {
+  using A = accumulate_t<T>;
+  const T* grad;
+  const U* units;
+  A to_unit, scale, along, length, inverse_length, factor;
+  bool signed_sqrt;
+
+  // panel[m kPanel + j] = W[m, c + j]; columns past `count` are 0.
+  void rows(const PoolShape& shape, int64_t c, int64_t count, A* MAGSD_RESTRICT panel) const {
+    constexpr int64_t kColumns = kPanel<A>;
+    for (int64_t m = 0; m < shape.maps; ++m) {
+      const T* g = grad + m * shape.channels + c;
+      const U* u = units + m * shape.channels + c;
+      A* to = panel + m * kColumns;
+      if (count == kColumns) {
+        row(g, u, kColumns, to);
+      } else {
+        std::fill(to, to + kColumns, A{0});
+        row(g, u, count, to);
+      }
+    }
+  }
+
+  void row(const T* MAGSD_RESTRICT g, const U* MAGSD_RESTRICT u, int64_t count,
+           A* MAGSD_RESTRICT to) const {
+    if (signed_sqrt) {
+      const A half = factor / 2;
+      for (int64_t j = 0; j < count; ++j) {
+        const A unit = static_cast<A>(u[j]) * to_unit;
+        const A wide = (scale * static_cast<A>(g[j]) - unit * along) * inverse_length;
+        const A slope = half / (std::abs(unit) * length);
+        to[j] = unit == 0 ? A{0} : wide * slope;
+      }
+    } else {
+      for (int64_t j = 0; j < count; ++j) {
+        const A unit = static_cast<A>(u[j]) * to_unit;
+        to[j] = (scale * static_cast<A>(g[j]) - unit * along) * inverse_length * factor;
+      }
+    }
+  }
+};
+
+// Sum of the products of two rows, in double.
+template <typename T, typename U>
+double dot(const T* MAGSD_RESTRICT a, const U* MAGSD_RESTRICT b, int64_t count) {
+  constexpr int kChains = 16;
+  double chains[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains <= count; i += kChains) {
+    for (int k = 0; k < kChains; ++k) {
+      chains[k] += static_cast<double>(a[i + k]) * static_cast<double>(b[i + k]);
+    }
+  }
+  for (; i < count; ++i) chains[0] += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  double total = 0;
+  for (const double chain : chains) total += chain;
+  return total;
+}
+
+// Gradients of one backward call, as far as they are asked for.
+template <typename T>
+struct Gradients {
+  T* features;
+  MapSteps feature_steps;
+  T* attention;
+  MapSteps attention_steps;
+};
+
+// Transposes W (M x columns) into panels of maps: panel i holds maps i kPanel .. of every column.
+template <typename A>
+void transpose_panels(const A* panel, int64_t maps, int64_t count, A* to) {
+  constexpr int64_t kColumns = kPanel<A>;
+  for (int64_t m = 0; m < maps; m += kColumns, to += kColumns * kColumns) {
+    const int64_t taken = std::min(kColumns, maps - m);
+    if (taken < kColumns) std::fill(to, to + kColumns * kColumns, A{0});
+    transpose(panel + m * kColumns, kColumns, taken, count, to, kColumns);
+  }
+}
+
+// Scatters W to the first maximal pixels.
+template <typename A>
+void maximum_backward(const A* weights, const int32_t* argmax, const A* attention, const A* panel,
+                      const PoolShape& shape, int64_t c, int64_t count, A* grad_panel, A* grad_maps,
+                      int64_t padded) {
+  constexpr int64_t kColumns = kPanel<A>;
+  if (grad_panel != nullptr) std::fill(grad_panel, grad_panel + shape.pixels * kColumns, A{0});
+  for (int64_t m = 0; m < shape.maps; ++m) {
+    const int32_t* first = argmax + m * shape.channels + c;
+    for (int64_t j = 0; j < count; ++j) {
+      // An index from outside is not trusted.
+      const int64_t p = std::clamp<int64_t>(first[j], 0, shape.pixels - 1);
+      const A weight = weights[m * kColumns + j];
+      if (grad_panel != nullptr) {
+        grad_panel[p * kColumns + j] += weight * attention[m * shape.pixels + p];
+      }
+      if (grad_maps != nullptr) grad_maps[p * padded + m] += weight * panel[p * kColumns + j];
+    }
+  }
+}
+
+// One block: gradient of its features, and its share (HW, maps padded to a panel) of the
+// gradient of the attention.
+template <typename T, typename U>
+void backward_block(const T* features, const MapSteps& steps, const accumulate_t<T>* attention,
+                    const PoolShape& shape, const PoolSettings& settings, int64_t block,
+                    const PooledGradient<T, U>& pooled, const int32_t* argmax, T* grad_features,
+                    const MapSteps& grad_steps, accumulate_t<T>* grad_maps) {
+  using A = accumulate_t<T>;
+  constexpr int64_t kColumns = kPanel<A>;
+  const int64_t pixels = shape.pixels;
+  const int64_t panels = (shape.maps + kColumns - 1) / kColumns, padded = panels * kColumns;
+  Scratch<A> weights(shape.maps * kColumns), turned(padded * kColumns);
+  Scratch<A> panel(pixels * kColumns), rows(std::is_same_v<T, A> ? 0 : pixels * kColumns);
+  if (grad_maps != nullptr) std::fill(grad_maps, grad_maps + pixels * padded, A{0});
+  for (int64_t c = block * kBlock; c < block_end(shape, block); c += kColumns) {
+    const int64_t count = std::min(kColumns, block_end(shape, block) - c);
+    pooled.rows(shape, c, count, weights.get());
+    const A* x = nullptr;
+    int64_t step_p = kColumns, step_c = 1;
+    if (grad_maps != nullptr) {
+      if constexpr (std::is_same_v<T, A>) {
+        x = features + c * steps.step_c;
+        step_p = steps.step_p;
+        step_c = steps.step_c;
+      }
+      if (x == nullptr || settings.maximum) {
+        pack(features, steps, c, count, panel.get(), rows.get());
+      }
+      if (x == nullptr) x = panel.get();
+    }
+    if (settings.maximum) {
+      Scratch<A> grad_panel(grad_features == nullptr ? 0 : pixels * kColumns);
+      A* scattered = grad_features == nullptr ? nullptr : grad_panel.get();
+      maximum_backward(weights.get(), argmax, attention, panel.get(), shape, c, count, scattered,
+                       grad_maps, padded);
+      if (scattered != nullptr) {
+        unpack(scattered, grad_steps, c, count, grad_features, rows.get());
+      }
+      continue;
+    }
+    if (grad_maps != nullptr) {
+      transpose_panels(weights.get(), shape.maps, count, turned.get());
+      for (int64_t i = 0; i < panels; ++i) {
+        panel_product(pixels, x, step_p, step_c, turned.get() + i * kColumns * kColumns, count,
+                      grad_maps + i * kColumns, padded, true);
+      }
+    }
+    if (grad_features != nullptr) {
+      panel_product(pixels, attention, int64_t{1}, pixels, weights.get(), shape.maps, panel.get(),
+                    kColumns, false);
+      unpack(panel.get(), grad_steps, c, count, grad_features, rows.get());
+    }
+  }
+}
+
+// Adds up the blocks' shares (HW, padded) in order and resizes the sum back.
+template <typename T>
+class AttentionGradient {
+  using A = accumulate_t<T>;
+
+ public:
+  AttentionGradient(const PoolShape& shape, int64_t height, int64_t width, const MapSteps& steps)
+      : shape_(shape), steps_(steps), resized_(steps.height != height || steps.width != width) {
+    if (!resized_) return;
+    rows_ = adjoint_axis(resize_axis<A>(steps.height, height, Resampling::kBilinear, true),
+                         steps.height);
+    columns_ =
+        adjoint_axis(resize_axis<A>(steps.width, width, Resampling::kBilinear, true), steps.width);
+    width_ = width;
+  }
+
+  void write(const A* shares, int64_t padded, T* to) const {
+    const int64_t count = shape_.pixels * padded;
+    Scratch<A> sum(count), plane(shape_.pixels), small(steps_.pixels()), line(width_);
+    std::copy_n(shares, count, sum.get());
+    for (int64_t i = 1; i < blocks_of(shape_); ++i) {
+      for (int64_t j = 0; j < count; ++j) sum.get()[j] += shares[i * count + j];
+    }
+    for (int64_t m = 0; m < shape_.maps; ++m) {
+      for (int64_t p = 0; p < shape_.pixels; ++p) plane.get()[p] = sum.get()[p * padded + m];
+      const A* result = plane.get();
+      if (resized_) {
+        resize_plane(plane.get(), width_, rows_, columns_, small.get(), line.get());
+        result = small.get();
+      }
+      for (int64_t p = 0; p < steps_.pixels(); ++p) {
+        to[m * steps_.step_c + p * steps_.step_p] = static_cast<T>(result[p]);
+      }
+    }
+  }
+
+ private:
+  PoolShape shape_;
+  MapSteps steps_;
+  bool resized_;
+  int64_t width_ = 0;
+  Axis<A> rows_, columns_;
+};
+
+// Whether the output holds the root of every entry to the accumulation type's precision.
+template <typename T>
+bool holds_roots(const PoolSettings& settings) {
+  const double size = std::abs(settings.scale);
+  return std::is_same_v<T, accumulate_t<T>> && size >= 1e-6 && size <= 1e6 &&
+         (!settings.signed_sqrt || settings.eps >= 1e-30);
+}
+
+template <typename T, typename U>
+void backward_from(const FeatureMap& features, const PoolShape& shape, const PoolSettings& settings,
+                   const T* grad, const U* units, bool are_roots, const PoolAttention<T>& attention,
+                   const accumulate_t<T>* norms, const int32_t* argmax,
+                   const Gradients<T>& gradients) {
+  using A = accumulate_t<T>;
+  constexpr int64_t kColumns = kPanel<A>;
+  const int64_t entries = shape.entries(), blocks = blocks_of(shape);
+  const int64_t padded = (shape.maps + kColumns - 1) / kColumns * kColumns;
+  const int64_t share = shape.pixels * padded;
+  std::vector<PooledGradient<T, U>> pooled(shape.batch);
+  parallel_for(shape.batch, 1 + 32768 / entries, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const double length = settings.normalize ? length_of(norms[b]) : 1.0;
+      const double to_unit = are_roots ? 1 / length : 1 / settings.scale;
+      double along = 0;
+      // Under the smallest norm the divisor is constant, and no gradient flows through it.
+      if (settings.normalize && norms[b] >= kSmallestNorm) {
+        along = settings.scale * to_unit * dot(grad + b * entries, units + b * entries, entries);
+      }
+      pooled[b] = {
+          grad + b * entries,         units + b * entries,
+          static_cast<A>(to_unit),    static_cast<A>(settings.scale),
+          static_cast<A>(along),      static_cast<A>(length),
+          static_cast<A>(1 / length), settings.maximum ? A{1} : A{1} / static_cast<A>(shape.pixels),
+          settings.signed_sqrt};
+    }
+  });
+  const bool wants_attention = gradients.attention != nullptr;
+  Scratch<A> shares(wants_attention ? shape.batch * blocks * share : 0);
+  const AttentionGradient<T> attention_gradient(shape, features.steps.height, features.steps.width,
+                                                gradients.attention_steps);
+  const T* from = data<T>(features.tensor);
+  for_images(
+      shape,
+      [&](int64_t b, int64_t i) {
+        T* grad_features = gradients.features;
+        if (grad_features != nullptr) grad_features += b * gradients.feature_steps.step_b;
+        backward_block(from + b * features.steps.step_b, features.steps, attention.matrix(b), shape,
+                       settings, i, pooled[b], argmax == nullptr ? nullptr : argmax + b * entries,
+                       grad_features, gradients.feature_steps,
+                       wants_attention ? shares.get() + (b * blocks + i) * share : nullptr);
+      },
+      [&](int64_t b) {
+        if (!wants_attention) return;
+        attention_gradient.write(shares.get() + b * blocks * share, padded,
+                                 gradients.attention + b * gradients.attention_steps.step_b);
+      });
+}
+
+template <typename T>
+void backward(const FeatureMap& features, const FeatureMap& maps, const PoolShape& shape,
+              const PoolSettings& settings, const Tensor& grad, const Tensor& output,
+              const Tensor& norm, const Tensor& argmax, const Gradients<T>& gradients) {
+  using A = accumulate_t<T>;
+  const PoolAttention<T> attention(maps, features.steps.height, features.steps.width);
+  const int64_t entries = shape.entries();
+  const A* norms = settings.normalize ? data<A>(norm) : nullptr;
+  const int32_t* first = settings.maximum ? data<int32_t>(argmax) : nullptr;
+  if (holds_roots<T>(settings)) {
+    backward_from<T, T>(features, shape, settings, data<T>(grad), data<T>(output), false, attention,
+                        norms, first, gradients);
+    return;
+  }
+  Scratch<A> roots(shape.batch * entries);
+  const T* from = data<T>(features.tensor);
+  for_images(
+      shape,
+      [&](int64_t b, int64_t i) {
+        pool_block(from + b * features.steps.step_b, features.steps, attention.matrix(b), shape,
+                   settings, i, roots.get() + b * entries, static_cast<int32_t*>(nullptr));
+      },
+      [](int64_t) {});
+  backward_from<T, A>(features, shape, settings, data<T>(grad), roots.get(), true, attention, norms,
+                      first, gradients);
+}
+
+std::tuple<Tensor, Tensor> bilinear_attention_pool_backward(
+    const Tensor& grad, const Tensor& features, const Tensor& attention, const Tensor& output,
+    const Tensor& norm, const Tensor& argmax, const std::string& pool, bool signed_sqrt,
+    bool normalize, double scale, double eps, bool /*allow_tf32*/, const std::vector<bool>& needs) {
+  const PoolShape shape = check_pool_inputs(features, attention);
+  const PoolSettings settings = pool_settings(pool, signed_sqrt, normalize, scale, eps);
+  const ScalarType dtype = features.scalar_type();
+  check_pool_results(grad, output, norm, argmax, shape, settings, dtype, needs);
+  const PoolGradients results(features, attention, needs);
+  if (shape.batch > 0 && (needs[0] || needs[1])) {
+    const FeatureMap map(features), maps(attention);
+    const Tensor dense_grad = dense(grad), dense_output = dense(output);
+    const Tensor dense_norm = normalize ? dense(norm) : norm;
+    const Tensor dense_argmax = settings.maximum ? dense(argmax) : argmax;
+    visit_floating(dtype, [&](auto type) {
+      using T = decltype(type);
+      const Gradients<T> gradients{needs[0] ? mutable_data<T>(results.features) : nullptr,
+                                   dense_steps(features, is_channels_last(features)),
+                                   needs[1] ? mutable_data<T>(results.attention) : nullptr,
+                                   dense_steps(attention, is_channels_last(attention))};
+      backward<T>(map, maps, shape, settings, dense_grad, dense_output, dense_norm, dense_argmax,
+                  gradients);
+    });
+  }
+  return {results.features, results.attention};
+}
+
+}  // namespace
+}  // namespace magsd::MAGSD_ISA
+
+MAGSD_OPERATORS(bilinear_pool_backward, library) {
+  library.impl("bilinear_attention_pool_backward", TORCH_BOX(&bilinear_attention_pool_backward));
+}

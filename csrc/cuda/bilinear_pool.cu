@@ -1,0 +1,268 @@
+// Bilinear attention pooling, forward: P = A F^T over the pixels, its signed square root and norm.
+//
+// Must move the features once in and P (B M C) once out. A warp makes P of 64 channels and 32 maps
+// in registers; the norm couples all entries of an image, so that P is made twice: once for the sum
+// of squares, once to be scaled and written. No wide matrix is stored.
+//   - With images enough to fill the GPU, a block keeps an image: one launch. It walks back the
+//   second
+//     time, over what it read last and the second-level cache still holds.
+//   - With fewer, a block takes the channels of its warps, and the two passes are two launches; the
+//     second begins with the images that the first read last.
+// Without normalisation one pass does.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "cuda/bilinear_pool.h"
+#include "cuda/bilinear_pool_tile.h"
+
+namespace magsd::MAGSD_ISA {
+namespace {
+
+constexpr int kMostWarps = 8;      // of a block that keeps an image
+constexpr int kWarpsOfAShare = 4;  // of a block that takes some channels
+constexpr int kBlocksOfAnSM = 2;   // that keep an image
+
+// What a launch does with the pooled matrix: adds up its squares or, given a gradient, that times
+// the root; then writes it. Both only in a block that keeps an image.
+template <typename T>
+struct Job {
+  bool adds, writes;
+  int shares;             // blocks of an image
+  double* sums;           // (B, shares)
+  const T* grad;          // (B, M, C) or null
+  T* output;              // (B, M, C)
+  accumulate_t<T>* norm;  // (B,)
+  int32_t* argmax;        // (B, M, C) or null
+  bool aligned_rows;
+};
+
+// One image's norm and the factor of its roots, known once the sums are.
+template <typename T>
+__device__ accumulate_t<T> normalize(const PoolCall<T>& call, double squares, int64_t b,
+                                     bool writes_norm, accumulate_t<T>* norms) {
+  using A = accumulate_t<T>;
+  const A norm = static_cast<A>(std::sqrt(squares));
+  if (writes_norm) norms[b] = norm;
+  return static_cast<A>(static_cast<double>(call.scale) / length_of(norm));
+}
+
+// Sum over the block in every thread, in a fixed order.
+__device__ double block_sum(double value) {
+  MAGSD_SHARED(double, of_warps, [kMostWarps]);
+  value = warp_sum(value);
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  double total = 0;
+  for (int i = 0; i < static_cast<int>(blockDim.x) / kWarp; ++i) total += of_warps[i];
+  return total;
+}
+
+// What becomes of a lane's entries: returns their share of the sum.
+template <typename T, Product kProduct>
+__device__ accumulate_t<T> finish(const Pooled<T, kProduct>& pooled, const PoolCall<T>& call,
+                                  const Job<T>& job, int64_t b, int group, int c, bool writes,
+                                  accumulate_t<T> factor) {
+  using C = Cut<T, kProduct>;
+  using A = accumulate_t<T>;
+  const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+  c += 8 * chunk_of(g);
+  const int count = call.channels - c;
+  const bool whole = job.aligned_rows && count >= 8;
+  A sum = 0;
+#pragma unroll
+  for (int slot = 0; slot < C::kSlots; ++slot) {
+    const int m = group * C::kMaps + slot / 2 * 8 + 2 * t + slot % 2;
+    if (m >= call.maps || count <= 0) continue;
+    const int64_t at = (b * call.maps + m) * call.channels + c;
+    if (writes) {
+      T row[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) row[j] = narrow<T>(call.root(pooled.sum[slot][j]) * factor);
+      store_row(row, job.output + at, count, whole);
+      if constexpr (kProduct == Product::kMaximum) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          if (j < count) job.argmax[at + j] = pooled.first[slot][j];
+        }
+      }
+      continue;
+    }
+    T grad[8];
+    if (job.grad != nullptr) load_row(job.grad + at, count, whole, grad);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const A root = call.root(pooled.sum[slot][j]);
+      if (j < count) sum += root * (job.grad != nullptr ? widen(grad[j]) : root);
+    }
+  }
+  return sum;
+}
+
+template <typename T, Product kProduct>
+__global__ void __launch_bounds__(kMostWarps* kWarp, Cut<T, kProduct>::kBlocks)
+    pool_kernel(const PoolCall<T> call, const Job<T> job) {
+  using C = Cut<T, kProduct>;
+  using A = accumulate_t<T>;
+  MAGSD_DYNAMIC_SHARED(unsigned char, memory);
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
+  const int share = blockIdx.x % job.shares, turn = blockIdx.x / job.shares;
+  const int64_t b = job.writes ? call.batch - 1 - turn : turn;
+  const int tiles = ceil_div(call.channels, warps * kChannels);
+  const int tasks = tiles * ceil_div(call.maps, C::kMaps) / job.shares;
+  const int stages = ceil_div(call.pixels, C::kStage);
+  AttentionTile<T, kProduct> attention(reinterpret_cast<A*>(memory), call, b);
+  unsigned char* const buffers = memory + attention.bytes(call.pixels) + warp * 2 * kStageBytes;
+  const auto task_of = [&](const Step& step) {
+    if (job.shares > 1) return share;
+    return step.outer == 0 ? step.middle : tasks - 1 - step.middle;
+  };
+  const auto window_of = [&](int task) {
+    return Window<T>(call.features, b, (task % tiles * warps + warp) * kChannels, call.channels,
+                     call.pixels);
+  };
+
+  A factor = call.scale;
+  if (call.normalize && !job.adds) {
+    double squares = 0;
+    for (int i = 0; i < job.shares; ++i) squares += job.sums[b * job.shares + i];
+    factor = normalize(call, squares, b, share == 0 && threadIdx.x == 0, job.norm);
+  }
+  double sum = 0;
+  Pooled<T, kProduct> pooled;
+  walk(
+      {job.adds + job.writes, tasks, stages},
+      [&](const Step& step, int buffer) {
+        window_of(task_of(step)).load(buffers + buffer * kStageBytes, step.inner * C::kStage);
+      },
+      [&](const Step& step, int buffer) {
+        const int task = task_of(step), group = task / tiles, p = step.inner * C::kStage;
+        const bool adds = job.adds && step.outer == 0, last = step.inner == stages - 1;
+        const A* rows = attention.rows(group, p);
+        const Window<T> window = window_of(task);
+        if (window.channels() > 0) {
+          if (step.inner == 0) pooled.clear();
+          pooled.add(window, buffers + buffer * kStageBytes, rows, p,
+                     std::min(C::kStage, call.pixels - p), call.attention.resized);
+          if (last) {
+            const int c = (task % tiles * warps + warp) * kChannels;
+            sum += static_cast<double>(finish(pooled, call, job, b, group, c, !adds, factor));
+          }
+        }
+        if (!adds || !last || step.middle < tasks - 1) return;
+        sum = block_sum(sum);
+        if (job.writes) {
+          factor = normalize(call, sum, b, threadIdx.x == 0, job.norm);
+        } else if (threadIdx.x == 0) {
+          job.sums[b * job.shares + share] = sum;
+        }
+      });
+}
+
+template <typename T, Product kProduct>
+void launch_job(const DeviceScope& scope, const PoolCall<T>& call, const Job<T>& job, int warps) {
+  const size_t shared = AttentionTile<T, kProduct>::bytes(call.pixels) + warps * 2 * kStageBytes;
+  launch(scope, grid_of(int64_t{call.batch} * job.shares), warps * kWarp, shared,
+         pool_kernel<T, kProduct>, call, job);
+}
+
+// Warps of a block, at most `most`, and blocks of an image that share its tasks.
+template <typename T, Product kProduct>
+std::pair<int, int> cut_of(const PoolCall<T>& call, int most) {
+  const int warps = std::min(most, ceil_div(call.channels, kChannels));
+  const int groups = ceil_div(call.maps, Cut<T, kProduct>::kMaps);
+  return {warps, ceil_div(call.channels, warps * kChannels) * groups};
+}
+
+// Whether blocks that keep an image keep three quarters of the GPU busy.
+bool fills_device(int64_t images) {
+  const int64_t blocks = int64_t{kBlocksOfAnSM} * multiprocessors();
+  return 4 * images >= 3 * blocks * ceil_div(images, blocks);
+}
+
+template <typename T>
+void forward(const DeviceScope& scope, const PoolCall<T>& call, const PoolSettings& settings,
+             bool allow_tf32, const PoolResults& results) {
+  using A = accumulate_t<T>;
+  T* output = mutable_data<T>(results.output);
+  Job<T> job{};
+  job.writes = true;
+  job.output = output;
+  job.norm = settings.normalize ? mutable_data<A>(results.norm) : nullptr;
+  job.argmax = settings.maximum ? mutable_data<int32_t>(results.argmax) : nullptr;
+  job.aligned_rows = call.has_aligned_rows(output);
+  visit_product<T>(settings.maximum, allow_tf32, [&](auto product) {
+    constexpr Product kProduct = decltype(product)::value;
+    if (settings.normalize && fills_device(call.batch)) {
+      job.adds = true;
+      job.shares = 1;
+      return launch_job<T, kProduct>(scope, call, job, cut_of<T, kProduct>(call, kMostWarps).first);
+    }
+    const auto [warps, shares] = cut_of<T, kProduct>(call, kWarpsOfAShare);
+    job.shares = shares;
+    const Tensor sums =
+        uninitialized({settings.normalize ? call.batch : 0, shares}, ScalarType::Double);
+    job.sums = mutable_data<double>(sums);
+    if (settings.normalize) {
+      Job<T> first = job;
+      first.adds = true;
+      first.writes = false;
+      launch_job<T, kProduct>(scope, call, first, warps);
+    }
+    launch_job<T, kProduct>(scope, call, job, warps);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> bilinear_attention_pool(
+    const Tensor& features, const Tensor& attention, const std::string& pool, bool signed_sqrt,
+    bool normalize, double scale, double eps, bool allow_tf32) {
+  const DeviceScope scope(features);
+  const PoolShape shape = check_pool_inputs(features, attention);
+  const PoolSettings settings = pool_settings(pool, signed_sqrt, normalize, scale, eps);
+  const PoolResults results(shape, settings, features.scalar_type());
+  if (shape.batch > 0) {
+    const FeatureMap map(features);
+    visit_floating(features.scalar_type(), [&](auto type) {
+      using T = decltype(type);
+      forward(scope, PoolCall<T>(map, attention, shape, settings), settings, allow_tf32, results);
+    });
+  }
+  return {results.output, results.norm, results.argmax};
+}
+
+}  // namespace
+
+template <typename T>
+Tensor sums_along(const DeviceScope& scope, const PoolCall<T>& call, bool maximum, bool allow_tf32,
+                  const T* grad) {
+  Tensor sums;
+  visit_product<T>(maximum, allow_tf32, [&](auto product) {
+    constexpr Product kProduct = decltype(product)::value;
+    const auto [warps, shares] = cut_of<T, kProduct>(call, kWarpsOfAShare);
+    sums = uninitialized({call.batch, shares}, ScalarType::Double);
+    Job<T> job{};
+    job.adds = true;
+    job.shares = shares;
+    job.sums = mutable_data<double>(sums);
+    job.grad = grad;
+    job.aligned_rows = call.has_aligned_rows(grad);
+    launch_job<T, kProduct>(scope, call, job, warps);
+  });
+  return sums;
+}
+
+#define MAGSD_SUMS_ALONG(T) \
+  template Tensor sums_along(const DeviceScope&, const PoolCall<T>&, bool, bool, const T*);
+MAGSD_SUMS_ALONG(Half)
+MAGSD_SUMS_ALONG(BFloat16)
+MAGSD_SUMS_ALONG(float)
+MAGSD_SUMS_ALONG(double)
+
+}  // namespace magsd::MAGSD_ISA
+
+MAGSD_OPERATORS(library) {
+  library.impl("bilinear_attention_pool", TORCH_BOX(&magsd::MAGSD_ISA::bilinear_attention_pool));
+}
