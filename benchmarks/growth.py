@@ -1,0 +1,119 @@
+"""Time and memory over the batch, and over the pixels of one image: both must grow linearly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from benchmarks.call_overhead import SUBJECTS
+from benchmarks.harness.check import check, definition
+from benchmarks.harness.recording import Entry, Recorder
+from benchmarks.harness.session import Outcome, Session
+from benchmarks.harness.sizes import PRECISIONS
+from benchmarks.harness.subject import Contender, Row, Subject
+from benchmarks.harness.timing import interleave
+from magsd_kernels.backends import select
+
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_SIDES = (1, 2, 4, 8)  # times the published side, so 64 times the pixels
+_CHECKED = 4  # sizes up to this one are compared with the definition
+_ROUND_SHARE = 0.1  # of a group's time that one call of its largest size may take
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One operation at growing sizes; with its backward where training needs that."""
+
+    subject: Subject
+    axis: str
+    sizes: tuple[int, ...]
+    device: str
+
+    def __str__(self) -> str:
+        return f"growth-{self.subject.name.replace(' ', '_')}-{self.axis}"
+
+    def members(self) -> Sequence[str]:
+        """The sizes."""
+        return [str(size) for size in self.sizes]
+
+    def measure(self, members: Sequence[str], session: Session) -> dict[str, Outcome]:
+        """Time the backend that "auto" takes, up to the size that still fits in the time."""
+        outcomes, contenders = {}, {}
+        seconds = 0.0
+        for size in map(int, members):
+            row = self._row(size)
+            outcome = outcomes[str(size)] = Outcome(facts=self._facts(size, row))
+            if 2 * seconds > _ROUND_SHARE * session.seconds:
+                outcome.absent = f"one call takes longer than {_ROUND_SHARE} of --seconds"
+                continue
+            try:
+                contender, seconds = self._prepared(size, row, session)
+                contenders[str(size)] = contender
+            except Exception as error:  # the test of this member raises it
+                outcome.error = error
+        calls = {name: contender.calls() for name, contender in contenders.items()}
+        with torch.set_grad_enabled(self._backward):
+            times = interleave(calls, session.device.synchronize, session.seconds)
+            for name, samples in times.items():
+                outcomes[name].samples = samples
+                outcomes[name].facts["memory"] = session.device.peak_memory(calls[name][0])
+        return outcomes
+
+    @property
+    def _backward(self) -> bool:
+        """In training the images ask for no gradient."""
+        return bool(self.subject.differentiable) and "images" not in self.subject.differentiable
+
+    def _row(self, size: int) -> Row:
+        network, batch = self.subject.networks[0], size
+        if self.axis == "side":
+            network, batch = network.scaled(size), 1
+        precision = PRECISIONS["float32"]
+        return Row(self.subject, network, batch, precision, self.device, self._backward)
+
+    def _facts(self, size: int, row: Row) -> dict[str, Any]:
+        return {
+            "kind": "growth",
+            "function": self.subject.name,
+            "direction": row.direction,
+            "axis": self.axis,
+            # What time and memory must be linear in.
+            "amount": size if self.axis == "batch" else row.network.side**2,
+            "member": str(size),
+        }
+
+    def _prepared(self, size: int, row: Row, session: Session) -> tuple[Contender, float]:
+        """The contender, checked where that is cheap, and the seconds of one call."""
+        arguments = row.draw(0)
+        main = next(iter(arguments.values()))
+        backend = select(
+            self.subject.operation, "auto", main[0] if isinstance(main, list) else main
+        )
+        contender = Contender(backend, row, [arguments])
+        if size <= _CHECKED:
+            check(contender, definition(row, arguments))
+        with torch.set_grad_enabled(self._backward):
+            call = contender.calls()[0]
+            call()
+            session.device.synchronize()
+            start = perf_counter()
+            call()
+            session.device.synchronize()
+        return contender, perf_counter() - start
+
+
+def groups(session: Session) -> list[Growth]:
+    batches, sides = (_BATCHES[:4], _SIDES[:2]) if session.quick else (_BATCHES, _SIDES)
+    device = session.device.type
+    over_batch = [Growth(subject, "batch", batches, device) for subject in SUBJECTS]
+    # The loss has no pixels.
+    pictorial = [subject for subject in SUBJECTS if subject.operation != "soft_distance"]
+    return [*over_batch, *(Growth(subject, "side", sides, device) for subject in pictorial)]
+
+
+def test_growth(entry: Entry, record: Recorder) -> None:
+    record(entry)

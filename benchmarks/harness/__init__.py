@@ -1,0 +1,1 @@
+"""How everything here is measured: sizes and inputs, competitors, checks, timing, device probes."""

@@ -1,0 +1,135 @@
+"""A row's competitors, checked and then timed against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.harness.check import check, definition
+from benchmarks.harness.session import Outcome, Session
+from benchmarks.harness.subject import (
+    AUTOTUNED,
+    PUBLISHED,
+    Arguments,
+    Contender,
+    Row,
+    competitor_names,
+    nbytes,
+    why_absent,
+)
+from benchmarks.harness.timing import Samples, interleave, quartiles
+from magsd_kernels.backends import select
+
+LIMIT = "limit"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The group of one row: everybody who computes it, and the limit."""
+
+    row: Row
+
+    def __str__(self) -> str:
+        return str(self.row)
+
+    def members(self) -> Sequence[str]:
+        """Competitors, ours last, and the limit."""
+        return (*competitor_names(self.row.device), LIMIT)
+
+    def measure(self, members: Sequence[str], session: Session) -> dict[str, Outcome]:
+        """Check every member against the definition, and time those that are right."""
+        torch.compiler.reset()
+        row = self.row
+        first = row.draw(0)
+        count = 2 if session.quick else session.device.input_sets(nbytes(first))
+        sets = [first, *(row.draw(seed) for seed in range(1, count))]
+        expected = definition(row, first)
+        outcomes, contenders = {}, {}
+        for name in members:
+            outcomes[name] = Outcome(facts=self._facts(name, first))
+            if name == LIMIT:
+                continue
+            outcomes[name].absent = why_absent(name, row)
+            if outcomes[name].absent is not None:
+                continue
+            try:
+                contenders[name] = Contender(name, row, sets)
+                check(contenders[name], expected)
+            except Exception as error:  # the test of this member raises it
+                outcomes[name].error = error
+                contenders.pop(name, None)
+        moved = row.moved_bytes(first, expected[0].value.to(row.precision.dtype))
+        del expected
+        for name, samples in self._times(contenders, session, moved).items():
+            if name in outcomes:
+                outcomes[name].samples = samples
+        if LIMIT in outcomes:
+            outcomes[LIMIT].facts["bytes"] = moved
+        for name, contender in contenders.items():
+            outcomes[name].facts |= _read_off(contender, session)
+            outcomes[name].facts["speedup"] = _speedups(name, outcomes)
+        return outcomes
+
+    def _facts(self, name: str, arguments: Arguments) -> dict[str, Any]:
+        row = self.row
+        main = next(iter(arguments.values()))
+        main = main[0] if isinstance(main, list) else main
+        return {
+            "kind": "comparison",
+            "function": row.subject.name,
+            "operation": row.subject.operation,
+            "network": row.network.name,
+            "batch": row.batch,
+            "precision": row.precision.name,
+            "direction": row.direction,
+            "member": name,
+            "ours": name == select(row.subject.operation, "auto", main),
+        }
+
+    def _times(
+        self, contenders: dict[str, Contender], session: Session, moved: int
+    ) -> dict[str, Samples]:
+        """Samples of every contender, and those of the limit from copies in the same rounds."""
+        copy, copied = session.device.copy(session.quick)
+        calls = {name: contender.calls() for name, contender in contenders.items()}
+        with torch.set_grad_enabled(self.row.backward):
+            times = interleave(calls | {LIMIT: [copy]}, session.device.synchronize, session.seconds)
+        limit = times[LIMIT]
+        scaled = [seconds * moved / copied for seconds in limit.seconds]
+        return times | {LIMIT: Samples(scaled, limit.iterations)}
+
+
+def _read_off(contender: Contender, session: Session) -> dict[str, Any]:
+    """Peak memory; on a GPU also kernel time, launches and waits."""
+    device = session.device
+    backward = contender.row.backward
+    with torch.set_grad_enabled(backward):
+        facts: dict[str, Any] = {"memory": device.peak_memory(contender.calls()[0])}
+        if device.type != "cuda":
+            return facts
+        held = []
+        activity = device.activity(lambda: held.append(contender.forward(0)))
+        facts["launches"], facts["waits"] = activity
+        if backward:
+            activity = device.activity(lambda: contender.backward(0, held[0]))
+            facts["backward_launches"], facts["backward_waits"] = activity
+        held.clear()
+        # The one waits for the host, the other replays graphs of its own.
+        if contender.name not in (PUBLISHED, AUTOTUNED):
+            facts["kernel"] = quartiles(device.kernel_seconds(contender.calls()))
+    return facts
+
+
+def _speedups(name: str, outcomes: dict[str, Outcome]) -> dict[str, tuple[float, float, float]]:
+    """Quartiles of how many times as long as this member the others take in the same round."""
+    mine = outcomes[name].samples
+    assert mine is not None
+    found = {}
+    for other, outcome in outcomes.items():
+        if other != name and outcome.samples is not None:
+            pairs = zip(outcome.samples.seconds, mine.seconds, strict=True)
+            found[other] = quartiles([theirs / own for theirs, own in pairs])
+    return found

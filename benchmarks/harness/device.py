@@ -1,0 +1,118 @@
+"""What is read off a device: copy bandwidth, peak memory, kernel time, launches, waits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Call = Callable[[], object]
+
+_GRAPH_REPLAYS = 30
+_LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset", "cudaGraphLaunch")
+_WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
+#: Inputs of all sets together pass this many bytes on the CPU, and twice the L2 cache on a GPU.
+#: A processor's last cache is often shared with strangers, so that no size is safely beyond it.
+_CPU_FOOTPRINT = 64 << 20
+_MOST_SETS = 32
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device type, "cpu" or "cuda", and how to measure on it."""
+
+    type: str
+
+    def synchronize(self) -> None:
+        """Wait until all work is done."""
+        if self.type == "cuda":
+            torch.cuda.synchronize()
+
+    def input_sets(self, set_bytes: int) -> int:
+        """How many input sets are needed to leave the caches behind, within reason."""
+        footprint = _CPU_FOOTPRINT
+        if self.type == "cuda":
+            footprint = 2 * torch.cuda.get_device_properties(0).L2_cache_size
+        return min(max(2, -(-footprint // max(set_bytes, 1))), _MOST_SETS)
+
+    def copy(self, quick: bool) -> tuple[Call, int]:
+        """A copy between two large buffers, and the bytes that it reads and writes."""
+        count = {"cpu": 64 << 20, "cuda": 1 << 30}[self.type] >> (3 if quick else 0)
+        source = torch.randint(256, (count,), dtype=torch.uint8, device=self.type)
+        target = torch.empty_like(source)
+        return partial(target.copy_, source), 2 * count
+
+    def peak_memory(self, call: Call) -> int:
+        """Most bytes that torch's allocator held during a call, over what it held before.
+
+        The result counts. On the CPU the profiler reports every allocation.
+        """
+        if self.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            held = call()
+        del held
+        events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+        return _highest(size for _, size in sorted(changes, key=lambda change: change[0]))
+
+    def kernel_seconds(self, calls: Sequence[Call]) -> list[float]:
+        """Seconds per call of a CUDA graph that holds all calls, one entry per replay.
+
+        The results are held while the graph is captured, so that each call writes memory of its
+        own, as its inputs are its own.
+        """
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            held = [call() for call in calls]
+        graph.replay()
+        seconds = []
+        for _ in range(_GRAPH_REPLAYS):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            seconds.append(start.elapsed_time(stop) / 1e3 / len(calls))
+        del held
+        return seconds
+
+    def activity(self, call: Call) -> tuple[int, int]:
+        """Launches (kernels, copies, fills) and waits of the host in one call."""
+        self.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            call()
+        return count_activity(event.name for event in profiler.events())
+
+
+def count_activity(names: Iterable[str]) -> tuple[int, int]:
+    """Launches and waits among the calls of the CUDA runtime and driver.
+
+    The profiler itself ends with a cudaDeviceSynchronize, which is therefore not counted.
+    """
+    counts = Counter(names)
+    launches = sum(n for name, n in counts.items() if name.startswith(_LAUNCHES))
+    return launches, sum(counts[name] for name in _WAITS)
+
+
+def _highest(changes: Iterable[int]) -> int:
+    held = peak = 0
+    for change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak

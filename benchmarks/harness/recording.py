@@ -1,0 +1,47 @@
+"""From the samples of a group to one pytest-benchmark entry per member."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+
+from benchmarks.harness.session import Group, Session
+
+
+class Entry(NamedTuple):
+    """One test: a member of a group."""
+
+    group: Group
+    member: str
+
+
+class Recorder:
+    """Puts a member's samples and facts into pytest-benchmark, or fails, or skips."""
+
+    def __init__(self, session: Session, benchmark: Any, items: list[pytest.Item]) -> None:
+        self._session = session
+        self._benchmark = benchmark
+        self._items = items
+
+    def __call__(self, entry: Entry) -> None:
+        """Record; the first call for a group measures all its collected members."""
+        chosen = [item.callspec.params.get("entry") for item in self._items if _has_params(item)]
+        members = [other.member for other in chosen if other and other.group is entry.group]
+        outcome = self._session.outcomes(entry.group, members)[entry.member]
+        if outcome.absent is not None:
+            pytest.skip(outcome.absent)
+        if outcome.error is not None:
+            raise outcome.error
+        assert outcome.samples is not None
+        seconds = iter(outcome.samples.seconds)
+        self._benchmark.pedantic(
+            self._session.clock.advance,
+            setup=lambda: ((next(seconds),), {}),
+            rounds=len(outcome.samples.seconds),
+        )
+        self._benchmark.extra_info.update(outcome.facts, iterations=outcome.samples.iterations)
+
+
+def _has_params(item: pytest.Item) -> bool:
+    return hasattr(item, "callspec")

@@ -1,0 +1,76 @@
+"""One run: its options, what it measures, and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from benchmarks.harness.device import Device
+from benchmarks.harness.sizes import Precision
+from benchmarks.harness.subject import Row, Subject
+from benchmarks.harness.timing import Replay, Samples
+
+
+@dataclass
+class Outcome:
+    """Of one member of a group: samples and facts, or why there are none."""
+
+    samples: Samples | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    absent: str | None = None
+    error: Exception | None = None
+
+
+class Group(Protocol):
+    """Members that are timed in turn; `str` names it."""
+
+    def members(self) -> Sequence[str]:
+        """Names of all members."""
+
+    def measure(self, members: Sequence[str], session: Session) -> dict[str, Outcome]:
+        """Check and time some of them together."""
+
+
+@dataclass
+class Session:
+    """Options of a run.
+
+    Attributes:
+        device: that everything runs on.
+        seconds: about how long the timing of one group takes.
+        batches: instead of those of each network; None means these.
+        precisions: of the activations.
+        quick: small sizes and few rounds, to see that everything works.
+    """
+
+    device: Device
+    seconds: float
+    batches: tuple[int, ...] | None
+    precisions: tuple[Precision, ...]
+    quick: bool = False
+    clock: Replay = field(default_factory=Replay)
+    _measured: dict[str, dict[str, Outcome]] = field(default_factory=dict)
+
+    def outcomes(self, group: Group, members: Sequence[str]) -> dict[str, Outcome]:
+        """Measure a group when it is asked for the first time."""
+        name = str(group)
+        if name not in self._measured:
+            self._measured[name] = group.measure(members, self)
+        return self._measured[name]
+
+    def rows(self, subjects: Iterable[Subject]) -> list[Row]:
+        """Every size, precision and direction of some subjects."""
+        return [
+            Row(subject, network, batch, precision, self.device.type, backward)
+            for subject in subjects
+            for network in subject.networks
+            for batch in self.batches or self._batches(network.batches)
+            for precision in self.precisions
+            if precision.name in subject.precisions
+            for backward in ((False, True) if subject.differentiable else (False,))
+        ]
+
+    def _batches(self, published: tuple[int, ...]) -> tuple[int, ...]:
+        """On a CPU the batch that networks are trained with, on a GPU also those that fill it."""
+        return published if self.device.type == "cuda" else published[:1]

@@ -1,0 +1,241 @@
+"""What is measured: an operation at one size, and who computes it there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from benchmarks.harness.sizes import PRECISIONS, Draw, Network, Precision, photograph
+from magsd_kernels.backends import PREFERENCE, why_not
+
+Arguments = dict[str, Any]
+Function = Callable[..., Any]
+Call = Callable[[], Any]
+
+#: float32 by contract whatever the activations are; the published code holds them on the host.
+DRAWS = ("theta", "offsets", "uniforms")
+_ON_HOST = (*DRAWS, "index")
+
+PUBLISHED, EAGER, COMPILED, AUTOTUNED = "published", "eager", "compiled", "compiled-max"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A public function, and what else computes the same from the same arguments.
+
+    Attributes:
+        name: of the function, with the variant.
+        operation: its row in the table of backends.
+        function: the public function; takes `backend`, returns one tensor.
+        reference: the definition without the dispatcher, for torch.compile.
+        published: what the released networks do; returns a tensor, or a list of its slices.
+        inputs: random arguments.
+        networks: whose sizes are measured.
+        differentiable: arguments that get a gradient; empty for an operation without.
+        saved: arguments that a backward must read.
+        written: arguments that are updated in place.
+        uncompiled: why torch.compile does not compete; empty if it does.
+        least_batch: the smallest that the operation takes.
+        precisions: in which competitors can be compared.
+    """
+
+    name: str
+    operation: str
+    function: Function
+    reference: Function
+    published: Function
+    inputs: Callable[[Draw], Arguments]
+    networks: tuple[Network, ...]
+    differentiable: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
+    uncompiled: str = ""
+    least_batch: int = 1
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A subject at one size and precision, forward alone or with its backward."""
+
+    subject: Subject
+    network: Network
+    batch: int
+    precision: Precision
+    device: str
+    backward: bool
+
+    def __str__(self) -> str:
+        return "-".join(
+            [
+                self.subject.name.replace(" ", "_"),
+                self.network.name,
+                f"b{self.batch}",
+                self.precision.name,
+                self.direction,
+            ]
+        )
+
+    @property
+    def direction(self) -> str:
+        """What is timed."""
+        return "forward+backward" if self.backward else "forward"
+
+    def draw(self, seed: int) -> Arguments:
+        """Random arguments; different seeds give different ones."""
+        draw = Draw(self.network, self.batch, self.precision, self.device, seed)
+        return self.subject.inputs(draw)
+
+    def moved_bytes(self, arguments: Arguments, result: Tensor) -> int:
+        """Bytes that must move: each input read once, each output written once.
+
+        A backward reads the result's gradient and what it depends on, and writes the gradients.
+        """
+        moved = sum(_read(name, arguments) for name in arguments) + nbytes(result)
+        if self.backward:
+            moved += nbytes(result) + sum(_read(name, arguments) for name in self.subject.saved)
+            moved += sum(nbytes(arguments[name]) for name in self.subject.differentiable)
+        return moved
+
+
+def _read(name: str, arguments: Arguments) -> int:
+    """Bytes of an argument; of attention only the maps that an index names."""
+    size = nbytes(arguments[name])
+    if name == "attention" and "index" in arguments:
+        index = arguments["index"]
+        return size * (index.numel() // len(index)) // arguments["attention"].shape[1]
+    return size
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all tensors in an argument or in all arguments."""
+    return sum(x.numel() * x.element_size() for x in _tensors(tree))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def competitor_names(device: str) -> tuple[str, ...]:
+    """Who competes on a device, ours last."""
+    ours = tuple(name for name in PREFERENCE[device] if name != "reference")
+    tuned = (AUTOTUNED,) if device == "cuda" else ()
+    return (PUBLISHED, EAGER, COMPILED, *tuned, *ours)
+
+
+def why_absent(name: str, row: Row) -> str | None:
+    """Reason why a competitor cannot run a row, or None."""
+    if name in (COMPILED, AUTOTUNED):
+        return row.subject.uncompiled or None
+    if name in (PUBLISHED, EAGER):
+        return None
+    return why_not(name, row.subject.operation, row.device, row.precision.dtype)
+
+
+class Contender:
+    """One competitor on one row: its own arguments for every input set, ready to be called."""
+
+    def __init__(self, name: str, row: Row, sets: Sequence[Arguments]) -> None:
+        self.name = name
+        self.row = row
+        self._function = self._build()
+        self._sets = [self._own(arguments) for arguments in sets]
+        self._directions: list[list[Tensor]] = []
+
+    def _build(self) -> Function:
+        subject = self.row.subject
+        if self.name == PUBLISHED:
+            return subject.published
+        if self.name == EAGER:
+            return partial(subject.function, backend="reference")
+        if self.name == COMPILED:
+            return torch.compile(subject.reference, fullgraph=True, dynamic=False)
+        if self.name == AUTOTUNED:
+            tuned = torch.compile(
+                subject.reference, fullgraph=True, dynamic=False, mode="max-autotune"
+            )
+            return partial(_new_step, tuned)
+        return partial(subject.function, backend=self.name)
+
+    def _own(self, arguments: Arguments) -> Arguments:
+        """Leaves of its own; the data is shared, but for what is written."""
+        own = {
+            name: pytree.tree_map_only(Tensor, Tensor.detach, x) for name, x in arguments.items()
+        }
+        for name in self.row.subject.written:
+            own[name] = pytree.tree_map_only(Tensor, Tensor.clone, own[name])
+        if self.row.backward:
+            for leaf in self._leaves(own):
+                leaf.requires_grad_()
+        if self.name == PUBLISHED:
+            own |= {
+                n: x.cpu().numpy() if n == "uniforms" else x.tolist()
+                for n, x in own.items()
+                if n in _ON_HOST
+            }
+        return own
+
+    def _leaves(self, own: Arguments) -> list[Tensor]:
+        return [leaf for name in self.row.subject.differentiable for leaf in _tensors(own[name])]
+
+    def forward(self, i: int) -> Any:
+        """The result on input set i; records a graph if the row has a backward."""
+        return self._function(**self._sets[i])
+
+    def backward(self, i: int, result: Any) -> tuple[Tensor, ...]:
+        """Gradients of all leaves, from a gradient of the result that stays the same."""
+        outputs = result if isinstance(result, list) else [result]
+        if not self._directions:
+            direction = self._direction(result)
+            self._directions = [[part.clone() for part in direction] for _ in self._sets]
+        return torch.autograd.grad(outputs, self._leaves(self._sets[i]), self._directions[i])
+
+    def _direction(self, result: Any) -> list[Tensor]:
+        """A random gradient of the result, the same for a tensor and for the list of its slices."""
+        if isinstance(result, list):
+            return list(self._direction(torch.stack(result))[0].unbind(0))
+        generator = torch.Generator(result.device).manual_seed(1)
+        if result.dim() < 4:
+            values = torch.randn(result.shape, generator=generator, device=result.device)
+        else:
+            values = photograph(result.shape, generator)
+        return [torch.empty_like(result).copy_(values.to(self.row.precision.dtype))]
+
+    def forwards(self) -> list[Call]:
+        """Calls of the forward, one per input set, with nothing around them."""
+        return [partial(self._function, **own) for own in self._sets]
+
+    def calls(self) -> list[Call]:
+        """What is timed, one call per input set."""
+        if not self.row.backward:
+            return self.forwards()
+        return [partial(self._both, i) for i in range(len(self._sets))]
+
+    def _both(self, i: int) -> Any:
+        result = self.forward(i)
+        return result, self.backward(i, result)
+
+    def outcome(self) -> Iterator[tuple[str, Tensor]]:
+        """Named tensors that a call on input set 0 gives, what it writes included."""
+        with torch.set_grad_enabled(self.row.backward):
+            result = self.forward(0)
+            gradients = self.backward(0, result) if self.row.backward else ()
+        result = torch.stack(result) if isinstance(result, list) else result
+        yield "result", result.detach()
+        for i, gradient in enumerate(gradients):
+            yield f"gradient {i}", gradient
+        for name in self.row.subject.written:
+            for value in _tensors(self._sets[0][name]):
+                yield name, value
+
+
+def _new_step(tuned: Function, **arguments: Any) -> Any:
+    """Replays of max-autotune's own graphs overwrite the results of the step before."""
+    torch.compiler.cudagraph_mark_step_begin()
+    return tuned(**arguments)

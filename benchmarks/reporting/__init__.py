@@ -1,0 +1,1 @@
+"""From saved JSON to tables, verdicts and charts."""
