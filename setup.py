@@ -7,8 +7,8 @@ was built or why it was not. The libraries hold no Python, so that one wheel
 MAGSD_BUILD_CPU, MAGSD_BUILD_CUDA = auto (default: where the library cannot be built the install
 succeeds and `magsd_kernels.backends()` gives the reason) | 0 | 1 (where it cannot be built the
 install fails). A compile that fails always fails the install. MAGSD_BUILD_EMULATION=1 adds the
-CUDA kernels for the host, for tests. CXX, CXXFLAGS, LDFLAGS, CUDA_HOME, TORCH_CUDA_ARCH_LIST and
-MAX_JOBS are honoured.
+CUDA kernels for the host, for tests. CXX, CXXFLAGS (C++ alone; nvcc reads NVCC_APPEND_FLAGS),
+LDFLAGS, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 sys.path.insert(0, str(SOURCES))
 
+import ptxas  # noqa: E402
 import toolchain  # noqa: E402
+
+del sys.path[0]
 
 
 class BuildLibraries(build_ext):
@@ -35,6 +38,7 @@ class BuildLibraries(build_ext):
         """Build into the wheel's tree, or into the checkout for an editable install."""
         folder = self._lib()
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cuda_resources.json").unlink(missing_ok=True)
         reports = {}
         for name in toolchain.LIBRARIES:
             objects = Path(self.build_temp, f"magsd_{name}").resolve()
@@ -42,7 +46,7 @@ class BuildLibraries(build_ext):
             if name != "cuda_emulated" and "not built" in reports[name]:
                 self.warn(f"the {name} kernels are not built: {reports[name]['not built']}")
             if name == "cuda" and "not built" not in reports[name]:
-                resources = toolchain.kernel_resources(objects)
+                resources = ptxas.kernel_resources(objects)
                 text = json.dumps(resources, indent=1, sort_keys=True) + "\n"
                 (folder / "cuda_resources.json").write_text(text)
         (folder / "build.json").write_text(json.dumps(reports, indent=1) + "\n")
@@ -58,11 +62,6 @@ class BuildLibraries(build_ext):
     def get_output_mapping(self) -> dict[str, str]:
         """An editable install uses the checkout's own files."""
         return {}
-
-    def get_source_files(self) -> list[str]:
-        """Files that belong to the sdist."""
-        files = [p for p in SOURCES.rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".py")]
-        return [str(path.relative_to(ROOT)) for path in sorted(files)]
 
 
 class PlatformWheel(bdist_wheel):

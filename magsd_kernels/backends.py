@@ -123,11 +123,10 @@ def why_not(backend: str, operation: str, device: str, dtype: torch.dtype) -> st
     """Reason why `backend` cannot run `operation` on such tensors, or None if it can."""
     if backend == "reference":
         return None
-    if (backend, operation) in MISSING:
-        return MISSING[backend, operation]
-    if device not in _DEVICES[backend]:
-        return f"it takes tensors on {' or '.join(_DEVICES[backend])}, these are on {device}"
-    return _column(backend)
+    why = _column(backend) or MISSING.get((backend, operation))
+    if why is None and device not in _DEVICES[backend]:
+        why = f"it takes tensors on {' or '.join(_DEVICES[backend])}, these are on {device}"
+    return why
 
 
 def backends() -> dict[str, str]:
@@ -158,8 +157,6 @@ def _column(backend: str) -> str | None:
     reasons = [MISSING.get((backend, operation)) for operation in OPERATIONS]
     if all(reasons):
         return reasons[0]
-    if backend == "cuda" and not native.emulates_cuda() and not torch.cuda.is_available():
-        return "torch sees no CUDA device"
     if backend == "triton":
         return _triton()
     return native.why_not(backend)
