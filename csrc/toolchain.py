@@ -63,10 +63,9 @@ class Plan:
     libraries: list[str]
     report: dict[str, str]
 
-    def run(self, folder: Path, library: Path) -> None:
-        """Compile what has changed since the last time in `folder`, and link."""
+    def compile(self, folder: Path) -> None:
+        """Compile what has changed since the last time in `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        library.parent.mkdir(parents=True, exist_ok=True)
         for log in set(folder.glob("*.log")) - {Path(f"{o}.log") for o in self.compiles}:
             log.unlink()  # of a source that is gone
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
@@ -77,6 +76,10 @@ class Plan:
         else:
             with ThreadPoolExecutor(jobs) as pool:
                 list(pool.map(lambda o: _run([*self.compiles[o], "-o", str(o)], o), self.compiles))
+
+    def link_to(self, library: Path) -> None:
+        """Make the library of the objects."""
+        library.parent.mkdir(parents=True, exist_ok=True)
         search = [f"-L{path}" for path in _torch().library_paths]
         objects = map(str, self.compiles)
         _run([*self.link, *objects, "-o", str(library), *search, *self.libraries])
@@ -198,7 +201,8 @@ def build(name: str, folder: Path, library: Path) -> dict[str, str]:
         made = plan(folder)
         if not made.compiles:
             raise NotBuilt("this checkout holds no sources of it")
-        made.run(folder, library)
+        made.compile(folder)
+        made.link_to(library)
         return made.report
     except NotBuilt as reason:
         if wanted == "1":

@@ -13,12 +13,9 @@ import pytest
 import torch
 
 from magsd_kernels import native
+from magsd_kernels.backends import MISSING
 
 from .support import fresh_python, with_tests
-
-pytestmark = pytest.mark.skipif(
-    native.why_not("cpu") is not None, reason=f"C++ kernels: {native.why_not('cpu')}"
-)
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OTHERS = (torch.int32, torch.int64, torch.bool, torch.uint8, torch.complex64)
@@ -197,7 +194,26 @@ BUILDERS: dict[str, Callable[[random.Random, torch.dtype], dict[str, list[Any]]]
 }
 
 
-def fuzz(operation: str, seed: int) -> tuple[int, int]:
+every_operation = pytest.mark.parametrize("operation", BUILDERS)
+
+
+@pytest.fixture(params=["cpu", "cuda"], ids=["cpu-cpu", "cuda-cpu"])
+def library(request: pytest.FixtureRequest) -> str:
+    """A compiled library whose operators take CPU tensors: CUDA's is the emulated one."""
+    name: str = request.param
+    if name == "cuda" and not native.emulates_cuda():
+        pytest.skip("CUDA operators are called directly where they are emulated")
+    if native.why_not(name) is not None:
+        pytest.skip(f"{name}: {native.why_not(name)}")
+    return name
+
+
+def needs(library: str, operation: str) -> None:
+    if (library, operation) in MISSING:
+        pytest.skip(MISSING[library, operation])
+
+
+def fuzz(library: str, operation: str, seed: int) -> tuple[int, int]:
     """Call every operator of one file with good and bad arguments; how many returned and raised."""
     torch.manual_seed(seed)
     draw = random.Random(seed)
@@ -208,32 +224,39 @@ def fuzz(operation: str, seed: int) -> tuple[int, int]:
                 at = draw.randrange(len(arguments))
                 arguments[at] = _spoil_any(draw, arguments[at])
             try:
-                getattr(native.operations("cpu"), name)(*arguments)
+                getattr(native.operations(library), name)(*arguments)
                 returned += 1
-            except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError):
+            except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
+                if "emulated kernel" in str(error):  # what would hang or go wrong on a GPU
+                    raise
                 raised += 1
     return returned, raised
 
 
-@pytest.mark.parametrize("operation", BUILDERS)
-def test_direct_calls_with_bad_arguments_leave_the_process_alive(operation):
+@every_operation
+def test_direct_calls_with_bad_arguments_leave_the_process_alive(library, operation):
     """In a process of its own, so that a crash is a failure of this test and of no other."""
+    needs(library, operation)
     code = (
-        f"from tests.kernels import test_native_fuzz as t\nprint(*t.fuzz({operation!r}, seed=0))\n"
+        "from tests.kernels import test_native_fuzz as t\n"
+        f"print(*t.fuzz({library!r}, {operation!r}, seed=0))\n"
     )
-    result = fresh_python(with_tests(code), OMP_NUM_THREADS="2")
+    emulation = {"MAGSD_EMULATE_CUDA": "1"} if library == "cuda" else {}
+    result = fresh_python(with_tests(code), OMP_NUM_THREADS="2", **emulation)
     assert result.returncode == 0, result.stderr[-2000:]
     returned, raised = map(int, result.stdout.split())
     assert returned > ROUNDS // 10
     assert raised > ROUNDS // 10
 
 
-@pytest.mark.parametrize("operation", BUILDERS)
-def test_the_library_holds_every_operator(operation):
+@every_operation
+def test_the_library_holds_every_operator(library, operation):
     """The operators that the builders call are registered by the library."""
+    needs(library, operation)
     draw = random.Random(1)
     for name in BUILDERS[operation](draw, torch.float32):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"magsd_cpu::{name}", "CPU")
+        operator = f"magsd_{library}::{name}"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CPU"), operator
 
 
 def test_no_operator_is_left_out():
@@ -243,12 +266,13 @@ def test_no_operator_is_left_out():
     assert fuzzed == {x.removeprefix("magsd_cpu::") for x in known if x.startswith("magsd_cpu::")}
 
 
-def test_an_argmax_from_outside_is_not_followed():
+def test_an_argmax_from_outside_is_not_followed(library):
+    needs(library, "bilinear_pool")
     features, attention = torch.ones(1, 2, 2, 2), torch.ones(1, 3, 2, 2)
     grad = torch.ones(1, 6)
     argmax = torch.full((1, 3, 2), 2**31 - 1, dtype=torch.int32)
     settings = ["max", False, False, 1.0, 0.0, [True, True]]
-    grads = native.operations("cpu").bilinear_attention_pool_backward(
+    grads = native.operations(library).bilinear_attention_pool_backward(
         grad, features, attention, grad, grad.new_empty(0), argmax, *settings
     )
     assert [g.shape for g in grads] == [features.shape, attention.shape]
