@@ -8,8 +8,8 @@ torch from 2.10 on; see csrc/toolchain.py.
 MAGSD_BUILD_CPU, MAGSD_BUILD_CUDA = auto (default: where the library cannot be built the install
 succeeds and `magsd_kernels.backends()` gives the reason) | 0 | 1 (where it cannot be built the
 install fails). A compile that fails always fails the install. MAGSD_BUILD_EMULATION=1 adds the
-CUDA kernels for the host, for tests. CXX, CXXFLAGS, LDFLAGS, CUDA_HOME, TORCH_CUDA_ARCH_LIST and
-MAX_JOBS are honoured.
+CUDA kernels for the host, for tests. CXX, CXXFLAGS (C++ alone; nvcc reads NVCC_APPEND_FLAGS),
+LDFLAGS, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 sys.path.insert(0, str(SOURCES))
 
+import ptxas  # noqa: E402
 import toolchain  # noqa: E402
+
+del sys.path[0]
 
 
 class BuildLibraries(build_ext):
@@ -45,8 +48,12 @@ class BuildLibraries(build_ext):
         resources = folder / "cuda_resources.json"
         resources.unlink(missing_ok=True)
         if "not built" not in reports["cuda"]:
-            objects = Path(self.build_temp, "magsd_cuda")
-            toolchain.write_resources(objects, reports["cuda"]["compiler"], resources)
+            ptxas.write_resources(
+                Path(self.build_temp, "magsd_cuda"),
+                sorted((SOURCES / "cuda").glob("*.cu")),
+                reports["cuda"]["compiler"],
+                resources,
+            )
         (folder / "build.json").write_text(json.dumps(reports, indent=1) + "\n")
 
     def _lib(self) -> Path:
@@ -60,11 +67,6 @@ class BuildLibraries(build_ext):
     def get_output_mapping(self) -> dict[str, str]:
         """An editable install uses the checkout's own files."""
         return {}
-
-    def get_source_files(self) -> list[str]:
-        """Files that belong to the sdist."""
-        files = [p for p in SOURCES.rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".py")]
-        return [str(path.relative_to(ROOT)) for path in sorted(files)]
 
 
 class PlatformWheel(bdist_wheel):

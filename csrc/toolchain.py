@@ -61,42 +61,45 @@ class Plan:
 
     compiles: dict[Path, list[str]]
     link: list[str]
-    libraries: tuple[str, ...]
+    libraries: list[str]
     report: dict[str, str]
 
-    def run(self, folder: Path, library: Path) -> None:
-        """Compile what has changed since the last time in `folder`, and link."""
+    def compile(self, folder: Path) -> None:
+        """Compile what has changed since the last time in `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        library.parent.mkdir(parents=True, exist_ok=True)
+        for log in set(folder.glob("*.log")) - {Path(f"{o}.log") for o in self.compiles}:
+            log.unlink()  # of a source that is gone
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         ninja = shutil.which("ninja")
         if ninja is not None:
-            _run([ninja, "-C", str(folder), "-j", str(jobs), "-f", self._ninja_file(folder)])
+            self._write_ninja_file(folder / "build.ninja")
+            _run([ninja, "-C", str(folder), "-j", str(jobs)])
         else:
             with ThreadPoolExecutor(jobs) as pool:
                 list(pool.map(lambda o: _run([*self.compiles[o], "-o", str(o)], o), self.compiles))
-        search = [f"-L{path}" for path in _torch().library_paths]
-        given = shlex.split(os.environ.get("LDFLAGS", ""))
-        objects = map(str, self.compiles)
-        _run([*self.link, *objects, "-o", str(library), *search, *self.libraries, *given])
 
-    def _ninja_file(self, folder: Path) -> str:
-        """Name of a file, in `folder`, that recompiles what has changed."""
+    def link_to(self, library: Path) -> None:
+        """Make the library of the objects."""
+        library.parent.mkdir(parents=True, exist_ok=True)
+        search = [f"-L{path}" for path in _torch().library_paths]
+        objects = map(str, self.compiles)
+        _run([*self.link, *objects, "-o", str(library), *search, *self.libraries])
+
+    def _write_ninja_file(self, path: Path) -> None:
+        """Recompiles, in the file's folder, what has changed: commands, sources, any header."""
         lines = [
             "rule compile",
-            "  command = $line -MMD -MF $out.d -o $out > $out.log 2>&1"
+            "  command = $line -MD -MF $out.d -o $out > $out.log 2>&1"
             " || { cat $out.log; exit 1; }",
             "  description = $out",
             "  depfile = $out.d",
             "  deps = gcc",
         ]
         for output, command in self.compiles.items():
-            paths = [str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-                     for p in (output, command[-1])]  # fmt: skip
-            lines += [f"build {paths[0]}: compile {paths[1]}"]
+            source = command[-1].replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+            lines += [f"build {output.name}: compile {source}"]
             lines += [f"  line = {shlex.join(command).replace('$', '$$')}"]
-        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        return "build.ninja"
+        path.write_text("\n".join(lines) + "\n")
 
 
 def cpu_plan(folder: Path) -> Plan:
@@ -141,14 +144,20 @@ def cuda_plan(folder: Path) -> Plan:
         raise NotBuilt(f"{nvcc} --version was not understood: {version}")
     if release[1] != torch.cuda.partition(".")[0]:
         raise NotBuilt(
-            f"nvcc is of CUDA {release[1]}.{release[2]}, but torch {torch.version} is built for "
+            f"{nvcc} is of CUDA {release[1]}.{release[2]}, but torch {torch.version} is built for "
             f"CUDA {torch.cuda}"
         )
-    architectures = _architectures(nvcc)
-    host = os.environ.get("CXX")
+    host = _host_compiler()
+    words = (nvcc, *(["-ccbin", host] if host else []))
+    failure = _failure(words, (), "__global__ void kernel() {}", ".cu")
+    if failure is not None:
+        raise NotBuilt(
+            f"{nvcc} cannot compile an empty kernel with the C++ compiler "
+            f"{host or 'of its choice'}: {_gist(failure)}"
+        )
+    architectures, left_out = _architectures(nvcc)
     command = [
-        nvcc, *NVCC_FLAGS, *(["-ccbin", shlex.split(host)[0]] if host else []),
-        *_generate(architectures), f"-I{SOURCES}",
+        *words, *NVCC_FLAGS, *_generate(architectures), f"-I{SOURCES}",
         *(flag for path in torch.includes for flag in ("-isystem", path)),
     ]  # fmt: skip
     compiles = {
@@ -160,12 +169,17 @@ def cuda_plan(folder: Path) -> Plan:
     }  # fmt: skip
     report = {
         "compiler": f"nvcc {release[3]}",
+        "cuda": f"{release[1]}.{release[2]}",
         "torch": torch.version,
         "flags": " ".join(NVCC_FLAGS),
         "architectures": ", ".join(architectures),
     }
-    link = [nvcc, "-shared", "-cudart", "static"]
-    return Plan(compiles, link, ("-ltorch_cpu", "-ltorch_cuda"), report)
+    if left_out:
+        report["left out"] = f"{', '.join(left_out)}: the CUDA kernels need at least 8.0"
+    # nvcc hands on what follows -Xcompiler; a comma would part it.
+    given = ["-Xcompiler=" + flag.replace(",", "\\,") for flag in _words_of("LDFLAGS")]
+    link = [*words, "-shared", "-cudart", "static"]
+    return Plan(compiles, link, ["-ltorch_cpu", "-ltorch_cuda", *given], report)
 
 
 #: name: (variable that decides whether it is built, its default, the plan)
@@ -189,48 +203,13 @@ def build(name: str, folder: Path, library: Path) -> dict[str, str]:
         made = plan(folder)
         if not made.compiles:
             raise NotBuilt("this checkout holds no sources of it")
-        made.run(folder, library)
+        made.compile(folder)
+        made.link_to(library)
         return made.report
     except NotBuilt as reason:
         if wanted == "1":
             raise PlatformError(f"{variable}=1, but {reason}") from reason
         return {"not built": str(reason)}
-
-
-#: Of a kernel, for one architecture: registers of a thread; bytes of a block's static shared
-#: memory, of a thread's stack, and of what is spilled to it and read back.
-RESOURCES = ("registers", "shared", "stack", "spills")
-_PTXAS = re.compile(
-    r"Compiling entry function '(?P<kernel>\S+)' for '(?P<architecture>\w+)'"
-    r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores,"
-    r" (?P<loads>\d+) bytes spill loads"
-    r".*?Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
-    re.DOTALL,
-)
-
-
-def write_resources(folder: Path, compiler: str, path: Path) -> None:
-    """Write what ptxas said in `folder` as JSON, a line for each kernel: a change can be read."""
-    table: dict[str, dict[str, list[int]]] = {}
-    for source in sorted((SOURCES / "cuda").glob("*.cu")):
-        for found in _PTXAS.finditer((folder / f"{source.stem}.o.log").read_text()):
-            spills = int(found["stores"]) + int(found["loads"])
-            row = [int(found["registers"]), int(found["shared"] or 0), int(found["stack"]), spills]
-            kernel = f"{source.name}: {_demangled(found['kernel'])}"
-            table.setdefault(kernel, {})[found["architecture"]] = row
-    lines = [f"  {json.dumps(name)}: {json.dumps(table[name])}" for name in sorted(table)]
-    head = f'{{\n "compiler": {json.dumps(compiler)},\n "columns": {json.dumps(RESOURCES)},\n'
-    path.write_text(head + ' "kernels": {\n' + ",\n".join(lines) + "\n }\n}\n")
-
-
-@functools.cache
-def _demangled(name: str) -> str:
-    """The kernel's name and template arguments, without the namespaces that all share."""
-    tool = shutil.which("c++filt") or shutil.which("cu++filt")
-    if tool is None:
-        return name
-    plain = _output([tool, "-p", name]).strip()
-    return re.sub(r"magsd::(cuda::)?|\(anonymous namespace\)::|c10::", "", plain)
 
 
 @dataclass(frozen=True)
@@ -269,21 +248,20 @@ class _Compiler:
         return [
             *self.words, self.standard, *FLAGS, f"-I{SOURCES}",
             *(f"-isystem{path}" for path in _torch().includes),
-            *shlex.split(os.environ.get("CXXFLAGS", "")),
+            *_words_of("CXXFLAGS"),
         ]  # fmt: skip
 
-    def link(self) -> tuple[list[str], tuple[str, ...]]:
-        command = [*self.words, "-shared", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    def link(self) -> tuple[list[str], list[str]]:
+        command = [*self.words, "-shared", *_words_of("CXXFLAGS")]
         if sys.platform == "darwin":
-            return [*command, "-undefined", "dynamic_lookup"], ()
-        return command, ("-ltorch_cpu",)
+            return [*command, "-undefined", "dynamic_lookup"], _words_of("LDFLAGS")
+        return command, ["-ltorch_cpu", *_words_of("LDFLAGS")]
 
     def report(self) -> dict[str, str]:
-        flags = (self.standard, *FLAGS, os.environ.get("CXXFLAGS", ""))
         return {
             "compiler": self.version,
             "torch": _torch().version,
-            "flags": " ".join(flags).strip(),
+            "flags": " ".join([self.standard, *FLAGS, *_words_of("CXXFLAGS")]),
         }
 
 
@@ -292,12 +270,15 @@ def _compiler() -> _Compiler:
     """The compiler of CXX, else c++, g++ or clang++."""
     if not sys.platform.startswith(("linux", "darwin")):
         raise NotBuilt(f"the C++ kernels are not built on {sys.platform}")
-    wanted = os.environ.get("CXX")
-    candidates = [shlex.split(wanted)] if wanted else [["c++"], ["g++"], ["clang++"]]
+    wanted = _words_of("CXX")
+    candidates = [wanted] if wanted else [["c++"], ["g++"], ["clang++"]]
     words = next((tuple(c) for c in candidates if shutil.which(c[0])), None)
     if words is None:
         names = ", ".join(c[0] for c in candidates)
         raise NotBuilt(f"no C++ compiler was found when it was installed (looked for {names})")
+    failure = _failure(words, (), "int main() {}")
+    if failure is not None:
+        raise NotBuilt(f"{words[0]} cannot compile an empty program: {_gist(failure)}")
     headers = [f"-isystem{path}" for path in _torch().includes]
     probe = "#include <torch/csrc/stable/library.h>\n#include <torch/csrc/stable/ops.h>\n"
     target = f"-DTORCH_TARGET_VERSION={STABLE_ABI}"
@@ -320,6 +301,16 @@ def _contraction(source: Path) -> str:
     return "-ffp-contract=" + ("off" if source.stem.startswith(UNFUSED) else "fast")
 
 
+def _words_of(variable: str) -> list[str]:
+    return shlex.split(os.environ.get(variable, ""))
+
+
+def _host_compiler() -> str | None:
+    """The compiler of CXX for nvcc, which takes it without a launcher."""
+    words = _words_of("CXX")
+    return next((w for w in words if Path(w).name not in ("ccache", "sccache", "distcc")), None)
+
+
 def _find_nvcc() -> str:
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
         if home and (path := shutil.which("nvcc", path=str(Path(home, "bin")))):
@@ -333,12 +324,14 @@ def _find_nvcc() -> str:
     return found
 
 
-def _architectures(nvcc: str) -> tuple[str, ...]:
-    """TORCH_CUDA_ARCH_LIST, or of the default list what this nvcc knows."""
+def _architectures(nvcc: str) -> tuple[list[str], list[str]]:
+    """TORCH_CUDA_ARCH_LIST, or of the default list what this nvcc knows; and what is too old."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not wanted:
         known = set(_output([nvcc, "--list-gpu-arch"]).split())
         wanted = [a for a in ARCHITECTURES if f"compute_{_number(a)}" in known]
+        if not wanted:
+            raise NotBuilt(f"{nvcc} knows none of {', '.join(ARCHITECTURES)}")
         if not any(a.endswith("+PTX") for a in wanted):
             wanted[-1] += "+PTX"
     for architecture in wanted:
@@ -346,11 +339,12 @@ def _architectures(nvcc: str) -> tuple[str, ...]:
             raise PlatformError(
                 f"TORCH_CUDA_ARCH_LIST: {architecture!r} is not like '9.0' or '9.0+PTX'"
             )
-        if int(_number(architecture).rstrip("af")) < OLDEST_ARCHITECTURE:
-            raise NotBuilt(
-                f"TORCH_CUDA_ARCH_LIST holds {architecture}; the CUDA kernels need at least 8.0"
-            )
-    return tuple(wanted)
+    left_out = [a for a in wanted if int(_number(a).rstrip("af")) < OLDEST_ARCHITECTURE]
+    if left_out == wanted:
+        raise NotBuilt(
+            f"TORCH_CUDA_ARCH_LIST holds {', '.join(wanted)}; the CUDA kernels need at least 8.0"
+        )
+    return [a for a in wanted if a not in left_out], left_out
 
 
 def _number(architecture: str) -> str:
@@ -368,20 +362,30 @@ def _generate(architectures: Iterable[str]) -> list[str]:
     return flags
 
 
-def _failure(command: tuple[str, ...], flags: Iterable[str], code: str) -> str | None:
+def _failure(
+    command: tuple[str, ...], flags: Iterable[str], code: str, suffix: str = ".cpp"
+) -> str | None:
     """None if the code compiles, else the compiler's message."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
+        source = Path(folder, "probe" + suffix)
         source.write_text(code)
         result = subprocess.run(
             [*command, *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-    return None if result.returncode == 0 else result.stderr
+    return None if result.returncode == 0 else result.stdout + result.stderr
+
+
+def _gist(message: str) -> str:
+    """The line of a compiler's message that names the error."""
+    lines = message.strip().splitlines() or ["it gave no message"]
+    return next((line for line in lines if re.search("error|fatal", line)), lines[0]).strip()
 
 
 def _output(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    ).stdout
 
 
 def _run(command: list[str], log_of: Path | None = None) -> None:
@@ -390,7 +394,7 @@ def _run(command: list[str], log_of: Path | None = None) -> None:
     )
     if log_of is not None:
         Path(f"{log_of}.log").write_text(result.stdout)
-    else:
-        sys.stdout.write(result.stdout)
     if result.returncode != 0:
         raise CompileError(f"{shlex.join(command)}\n{result.stdout}")
+    if log_of is None:
+        sys.stdout.write(result.stdout)

@@ -157,8 +157,6 @@ def _column(backend: str) -> str | None:
     reasons = [MISSING.get((backend, operation)) for operation in OPERATIONS]
     if all(reasons):
         return reasons[0]
-    if backend == "cuda" and not native.emulates_cuda() and not torch.cuda.is_available():
-        return "torch sees no CUDA device"
     if backend == "triton":
         return _triton()
     return native.why_not(backend)

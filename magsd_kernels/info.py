@@ -20,7 +20,7 @@ def report() -> dict[str, dict[str, str]]:
         "versions": _versions(),
         "devices": _devices(),
         "backends": backends(),
-        "build": {name: _build(name) for name in ("cpu", "cuda")},
+        **{f"build of {name}": _build(name) for name in ("cpu", "cuda")},
         "environment": {
             name: os.environ.get(name, "not set")
             for name in (
@@ -64,23 +64,24 @@ def _devices() -> dict[str, str]:
     return devices
 
 
-def _build(backend: str) -> str:
+def _build(backend: str) -> dict[str, str]:
     path = native.library(backend)
-    report = native.build(backend)
     if not path.is_file():
-        return f"not built: {report.get('not built', 'no compiled library')}"
-    parts = [f"{path.name}, {path.stat().st_size} bytes"]
+        return {"library": str(native.why_not(backend))}
+    entries = {"library": f"{path.name}, {path.stat().st_size / 2**20:.1f} MiB"}
     if backend == "cpu" and native.why_not(backend) is None:
-        parts.append(f"runs {native.instruction_set()}")
-    return "; ".join([*parts, *(f"{name}: {value}" for name, value in report.items())])
+        entries["runs"] = native.instruction_set()
+    return entries | native.build(backend)
 
 
 def main() -> None:
     """Print the report."""
-    for section, entries in report().items():
+    sections = report()
+    width = max(len(name) for entries in sections.values() for name in entries)
+    for section, entries in sections.items():
         sys.stdout.write(f"{section}\n")
         for name, value in entries.items():
-            sys.stdout.write(f"  {name:<16} {value}\n")
+            sys.stdout.write(f"  {name:<{width}} {value}\n")
 
 
 if __name__ == "__main__":

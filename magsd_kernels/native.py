@@ -1,4 +1,4 @@
-"""Loads the compiled libraries: not built | built for something else (why) | loaded.
+"""Loads the compiled libraries: not built | nothing here to run on (why) | loaded.
 
 The schemas `magsd_cpu::<name>` and `magsd_cuda::<name>` are those of `magsd::<name>` less the
 backend (see registry.py); a library that is loaded registers their kernels.
@@ -91,11 +91,49 @@ def _load(backend: str) -> str | None:
         reason = build(backend).get("not built", "this installation holds no compiled library")
         return f"not built: {reason}"
     wanted = os.environ.get(CAPABILITY_VARIABLE)
-    if wanted and wanted not in CAPABILITIES:
+    if backend == "cpu" and wanted and wanted not in CAPABILITIES:
         return f"{CAPABILITY_VARIABLE} must be one of {', '.join(CAPABILITIES)}; got {wanted!r}"
+    if backend == "cuda" and not emulates_cuda():
+        why = _no_device(build(backend))
+        if why is not None:
+            return why
     try:
         torch.ops.load_library(path)
     except OSError as error:
         built = build(backend).get("torch", "an unknown torch")
         return f"built for something else than torch {torch.__version__} (for {built}): {error}"
     return None
+
+
+def _no_device(built: dict[str, str]) -> str | None:
+    """Reason why no CUDA library, or not the one that was built so, can run on this machine."""
+    cuda, have = built.get("cuda"), torch.version.cuda
+    if have is None:
+        return f"built for CUDA {cuda}, but torch {torch.__version__} is not a CUDA build"
+    if cuda is not None and cuda.partition(".")[0] != have.partition(".")[0]:
+        return f"built for CUDA {cuda}, but torch {torch.__version__} is built for CUDA {have}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    try:
+        devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    except RuntimeError as error:  # in a process forked after CUDA was initialised
+        return f"torch cannot use CUDA: {error}"
+    architectures = built.get("architectures", "")
+    for i, device in enumerate(devices):
+        if architectures and not any(_serves(a, device) for a in architectures.split(", ")):
+            return (
+                f"built for compute capability {architectures}, but cuda:{i} has "
+                f"{device[0]}.{device[1]}"
+            )
+    return None
+
+
+def _serves(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an architecture, written as in TORCH_CUDA_ARCH_LIST, runs on a device."""
+    number = architecture.removesuffix("+PTX")
+    major, minor = map(int, number.rstrip("af").split("."))
+    if number.endswith("a"):
+        return capability == (major, minor)
+    if architecture.endswith("+PTX") and not number.endswith("f"):
+        return capability >= (major, minor)
+    return capability[0] == major and capability[1] >= minor

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from magsd_kernels import native
 
@@ -100,3 +102,85 @@ def test_states_are_told_apart(
     assert "(for 99.0)" in reason
     with pytest.raises(RuntimeError, match=f"the {backend} library is not loaded: built for some"):
         native.operations(backend)
+
+
+def cuda_state(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, devices: list[tuple[int, int]]
+) -> str:
+    """What is said of a library in `folder` under a torch for `cuda` that sees such devices."""
+    monkeypatch.delenv("MAGSD_EMULATE_CUDA", raising=False)
+    monkeypatch.setattr(native, "_FOLDER", folder)
+    monkeypatch.setattr(native, "_states", {})
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: devices[i])
+    return str(native.why_not("cuda"))
+
+
+@pytest.fixture
+def false_library(tmp_path: Path) -> Path:
+    """A folder with a file that no loader takes, said to be a CUDA library."""
+    (tmp_path / "libmagsd_cuda.so").write_bytes(b"not a library")
+    built = {"torch": "2.14.0+cu130", "cuda": "13.0", "architectures": "8.0, 9.0"}
+    (tmp_path / "build.json").write_text(json.dumps({"cuda": built}))
+    return tmp_path
+
+
+def test_a_cuda_library_that_is_not_built_is_told_without_a_gpu_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "build.json").write_text('{"cuda": {"not built": "nvcc was not found"}}')
+    assert cuda_state(tmp_path, monkeypatch, "13.0", []) == "not built: nvcc was not found"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "devices", "reason"),
+    [
+        (None, [], "built for CUDA 13.0, but torch {} is not a CUDA build"),
+        ("12.8", [(9, 0)], "built for CUDA 13.0, but torch {} is built for CUDA 12.8"),
+        ("13.1", [], "torch sees no CUDA device"),
+        ("13.1", [(9, 0), (7, 5)], "built for compute capability 8.0, 9.0, but cuda:1 has 7.5"),
+        ("13.1", [(9, 0), (8, 6)], "built for something else than torch {} (for 2.14.0+cu130): "),
+    ],
+    ids=["cpu_torch", "other_major", "no_device", "other_device", "not_loadable"],
+)
+def test_states_of_a_cuda_library_are_told_apart(
+    false_library: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cuda: str | None,
+    devices: list[tuple[int, int]],
+    reason: str,
+):
+    state = cuda_state(false_library, monkeypatch, cuda, devices)
+    assert state.startswith(reason.format(torch.__version__))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "served", "not_served"),
+    [
+        ("8.0", [(8, 0), (8, 9)], [(7, 5), (9, 0)]),
+        ("8.6", [(8, 6), (8, 7)], [(8, 0), (12, 0)]),
+        ("9.0+PTX", [(9, 0), (10, 0), (12, 1)], [(8, 9)]),
+        ("9.0a+PTX", [(9, 0)], [(8, 9), (10, 0)]),
+        ("10.0f+PTX", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+    ],
+)
+def test_devices_that_an_architecture_serves(
+    architecture: str, served: list[tuple[int, int]], not_served: list[tuple[int, int]]
+):
+    assert all(native._serves(architecture, device) for device in served)
+    assert not any(native._serves(architecture, device) for device in not_served)
+
+
+def test_a_process_that_cannot_use_cuda_is_told(
+    false_library: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cuda_state(false_library, monkeypatch, "13.0", [(9, 0)])
+
+    def refuse(device: int) -> tuple[int, int]:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", refuse)
+    native._states.clear()
+    assert str(native.why_not("cuda")).startswith("torch cannot use CUDA: Cannot re-initialize")

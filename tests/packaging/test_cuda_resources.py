@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -41,21 +40,6 @@ def built() -> dict[str, Any]:
     if not BUILT.is_file():
         pytest.skip("the CUDA library is not built")
     return json.loads(BUILT.read_text())
-
-
-@pytest.fixture
-def toolchain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """csrc/toolchain.py, for which there is one kernel file, compiled in tmp_path."""
-    pytest.importorskip("setuptools", minversion="77")
-    monkeypatch.syspath_prepend(ROOT / "csrc")
-    import toolchain
-
-    (tmp_path / "cuda").mkdir()
-    (tmp_path / "cuda" / "drain.cu").touch()
-    (tmp_path / "drain.o.log").write_text(LOG)
-    (tmp_path / "removed.o.log").write_text(LOG)
-    monkeypatch.setattr(toolchain, "SOURCES", tmp_path)
-    return toolchain
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
@@ -93,9 +77,14 @@ def test_what_is_written_down_spills_nowhere_that_matters():
 
 
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt")
-def test_the_report_of_ptxas_is_read(toolchain, tmp_path):
+def test_the_report_of_ptxas_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.syspath_prepend(ROOT / "csrc")
+    import ptxas
+
+    (tmp_path / "drain.o.log").write_text(LOG)
+    (tmp_path / "removed.o.log").write_text(LOG)
     path = tmp_path / "resources.json"
-    toolchain.write_resources(tmp_path, "nvcc 1.2.3", path)
+    ptxas.write_resources(tmp_path, [tmp_path / "drain.cu"], "nvcc 1.2.3", path)
     assert json.loads(path.read_text()) == {
         "compiler": "nvcc 1.2.3",
         "columns": COLUMNS,
