@@ -13,7 +13,6 @@ torch from 2.10 on.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import platform
 import re
@@ -89,8 +88,7 @@ class Plan:
         """Recompiles, in the file's folder, what has changed: commands, sources, any header."""
         lines = [
             "rule compile",
-            "  command = $line -MD -MF $out.d -o $out > $out.log 2>&1"
-            " || { cat $out.log; exit 1; }",
+            "  command = $line -MD -MF $out.d -o $out > $out.log 2>&1 || { cat $out.log; exit 1; }",
             "  description = $out",
             "  depfile = $out.d",
             "  deps = gcc",
