@@ -78,10 +78,17 @@ __device__ accumulate_t<T> finish(const Pooled<T, kProduct>& pooled, const PoolC
     const int m = group * C::kMaps + slot / 2 * 8 + 2 * t + slot % 2;
     if (m >= call.maps || count <= 0) continue;
     const int64_t at = (b * call.maps + m) * call.channels + c;
-    if (writes) {
-      T row[8];
+    A row[8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) row[j] = narrow<T>(call.root(pooled.sum[slot][j]) * factor);
+    for (int j = 0; j < 8; ++j) row[j] = pooled.sum[slot][j] * call.factor;
+    if (!writes && job.grad == nullptr) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum += j < count ? call.square(row[j]) : A{0};
+      continue;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) row[j] = call.root(row[j]) * factor;
+    if (writes) {
       store_row(row, job.output + at, count, whole);
       if constexpr (kProduct == Product::kMaximum) {
 #pragma unroll
@@ -92,12 +99,9 @@ __device__ accumulate_t<T> finish(const Pooled<T, kProduct>& pooled, const PoolC
       continue;
     }
     T grad[8];
-    if (job.grad != nullptr) load_row(job.grad + at, count, whole, grad);
+    load_row(job.grad + at, count, whole, grad);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const A root = call.root(pooled.sum[slot][j]);
-      if (j < count) sum += root * (job.grad != nullptr ? widen(grad[j]) : root);
-    }
+    for (int j = 0; j < 8; ++j) sum += j < count ? row[j] * widen(grad[j]) : A{0};
   }
   return sum;
 }
@@ -146,7 +150,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, Cut<T, kProduct>::kBlocks)
         if (window.channels() > 0) {
           if (step.inner == 0) pooled.clear();
           pooled.add(window, buffers + buffer * kStageBytes, rows, p,
-                     std::min(C::kStage, call.pixels - p), call.attention.resized);
+                     smaller(C::kStage, call.pixels - p), call.attention.resized);
           if (last) {
             const int c = (task % tiles * warps + warp) * kChannels;
             sum += static_cast<double>(finish(pooled, call, job, b, group, c, !adds, factor));
@@ -172,7 +176,7 @@ void launch_job(const DeviceScope& scope, const PoolCall<T>& call, const Job<T>&
 // Warps of a block, at most `most`, and blocks of an image that share its tasks.
 template <typename T, Product kProduct>
 std::pair<int, int> cut_of(const PoolCall<T>& call, int most) {
-  const int warps = std::min(most, ceil_div(call.channels, kChannels));
+  const int warps = smaller(most, ceil_div(call.channels, kChannels));
   const int groups = ceil_div(call.maps, Cut<T, kProduct>::kMaps);
   return {warps, ceil_div(call.channels, warps * kChannels) * groups};
 }

@@ -36,12 +36,30 @@ struct Cut {
   using A = accumulate_t<T>;
   static constexpr bool kRounds = kProduct == Product::kTensor && std::is_same_v<T, float>;
   static constexpr int kMaps = kProduct == Product::kMaximum || sizeof(A) == 8 ? 16 : 32;
-  static constexpr int kPitch = kMaps + 8;  // without bank conflicts, in entries
+  static constexpr int kEighths = kMaps / 8;
   static constexpr int kSlots = kMaps / 4;  // maps of a lane; slot 2 n + e is map 8 n + 2 t + e
+  static constexpr int kPitch = kMaps + 8;  // of a row of maps
   static constexpr int kStage = 64 / sizeof(T);        // pixels
   static constexpr int kBlocks = kMaps == 32 ? 2 : 1;  // on an SM at least: bounds the registers
   static constexpr int kKept = 384 / sizeof(A);        // pixels whose attention is kept
 };
+
+// Where a row of maps holds map m of a group: maps 8 n + i lie side by side for all n, so that a
+// lane reads what a product needs of them at once.
+template <int kEighths>
+MAGSD_HD int place_of(int m) {
+  return m % 8 * kEighths + m / 8;
+}
+
+// By value, unlike std::min, so that constants need no address on the device.
+template <typename Value>
+MAGSD_HD Value smaller(Value a, Value b) {
+  return b < a ? b : a;
+}
+template <typename Value>
+MAGSD_HD Value larger(Value a, Value b) {
+  return a < b ? b : a;
+}
 
 // First of the 8 channels that lane group g owns is 8 chunk_of(g). Neighbouring groups lie 4 chunks
 // apart, so that the two chunks of a lane of a product with channels as columns fill sectors.
@@ -50,21 +68,24 @@ __device__ __forceinline__ int group_of(int chunk) { return chunk % 4 * 2 + chun
 
 // ------------------------------------------------------------------------------- 16 bytes at once
 
-__device__ __forceinline__ uint4 load_16(const void* from) {
+// Neighbours in memory, aligned to their size of 8 or 16 bytes.
+template <typename Value, int kCount>
+__device__ __forceinline__ void load_aligned(const Value* from, Value (&values)[kCount]) {
+  static_assert(sizeof(values) == 8 || sizeof(values) == 16);
 #if defined(MAGSD_SIMT)
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) simt::fail("16 bytes are read misaligned");
-  uint4 word;
-  std::memcpy(&word, from, sizeof(word));
-  return word;
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(values) != 0) simt::fail("a misaligned read");
+  std::memcpy(values, from, sizeof(values));
 #else
-  return *static_cast<const uint4*>(from);
+  using Word = std::conditional_t<sizeof(values) == 16, uint4, uint2>;
+  const Word word = *reinterpret_cast<const Word*>(from);
+  std::memcpy(values, &word, sizeof(values));
 #endif
 }
 
-// Past the first-level cache and first to leave the second: nobody reads it soon.
+// 16 bytes past the first-level cache, first to leave the second: nobody reads them soon.
 __device__ __forceinline__ void stream_16(void* to, uint4 word) {
 #if defined(MAGSD_SIMT)
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) simt::fail("16 bytes are written misaligned");
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) simt::fail("a misaligned write");
   std::memcpy(to, &word, sizeof(word));
 #else
   __stcs(static_cast<uint4*>(to), word);
@@ -76,9 +97,28 @@ __device__ __forceinline__ void load_eight(const T* from, T (&values)[8]) {
   constexpr int kEach = 16 / sizeof(T);
 #pragma unroll
   for (int i = 0; i < 8; i += kEach) {
-    const uint4 word = load_16(from + i);
-    std::memcpy(values + i, &word, sizeof(word));
+    T part[kEach];
+    load_aligned(from + i, part);
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) values[i + k] = part[k];
   }
+}
+
+// Two numbers, each rounded to nearest even, in one register.
+template <typename T>
+__device__ __forceinline__ unsigned narrow_two(float low, float high) {
+  unsigned both = 0;
+#if defined(MAGSD_SIMT)
+  const T values[2] = {narrow<T>(low), narrow<T>(high)};
+  std::memcpy(&both, values, sizeof(both));
+#else
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  }
+#endif
+  return both;
 }
 
 // Up to 8 entries of a row in global memory; whole: there are 8 and the row is aligned.
@@ -90,22 +130,47 @@ __device__ __forceinline__ void load_row(const T* from, int count, bool whole, T
 }
 
 template <typename T>
-__device__ __forceinline__ void store_row(const T (&values)[8], T* to, int count, bool whole) {
-  constexpr int kEach = 16 / sizeof(T);
-  if (whole) {
+__device__ __forceinline__ void store_row(const accumulate_t<T> (&values)[8], T* to, int count,
+                                          bool whole) {
+  if (!whole) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i < count) to[i] = narrow<T>(values[i]);
+    }
+  } else if constexpr (sizeof(T) == 2) {
+    stream_16(to, {narrow_two<T>(values[0], values[1]), narrow_two<T>(values[2], values[3]),
+                   narrow_two<T>(values[4], values[5]), narrow_two<T>(values[6], values[7])});
+  } else {
+    constexpr int kEach = 16 / sizeof(T);
 #pragma unroll
     for (int i = 0; i < 8; i += kEach) {
       uint4 word;
       std::memcpy(&word, values + i, sizeof(word));
       stream_16(to + i, word);
     }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (i < count) to[i] = values[i];
   }
 }
+
+// Roots of float to 2 in 2^23, a third of the instructions of correctly rounded ones.
+__device__ __forceinline__ float quick_root(float value) {
+#if defined(MAGSD_SIMT)
+  return std::sqrt(value);
+#else
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(value));
+  return root;
+#endif
+}
+__device__ __forceinline__ double quick_root(double value) { return std::sqrt(value); }
+
+__device__ __forceinline__ float quick_inverse_root(float value) {
+#if defined(MAGSD_SIMT)
+  return 1.0f / std::sqrt(value);
+#else
+  return rsqrtf(value);
+#endif
+}
+__device__ __forceinline__ double quick_inverse_root(double value) { return 1 / std::sqrt(value); }
 
 // --------------------------------------------------------------------------------------- the call
 
@@ -207,11 +272,16 @@ struct PoolCall {
     return reinterpret_cast<uintptr_t>(matrix) % 16 == 0 && channels * sizeof(T) % 16 == 0;
   }
 
-  // The signed root of a pooled entry, where asked for.
-  __device__ A root(A sum) const {
-    const A value = sum * factor;
-    if (!signed_sqrt) return value;
-    return value == 0 ? A{0} : std::copysign(std::sqrt(std::abs(value) + eps), value);
+  // The signed root, where asked for, of a pooled entry.
+  __device__ A root(A pooled) const {
+    if (!signed_sqrt) return pooled;
+    return pooled == 0 ? A{0} : std::copysign(quick_root(std::abs(pooled) + eps), pooled);
+  }
+
+  // The square of that.
+  __device__ A square(A pooled) const {
+    if (!signed_sqrt) return pooled * pooled;
+    return pooled == 0 ? A{0} : std::abs(pooled) + eps;
   }
 };
 
@@ -233,7 +303,7 @@ void visit_product(bool maximum, bool allow_tf32, const Function& function) {
   }
 }
 
-// Pools and adds up root * grad over the maps and channels of every image: (B, shares) float64, the
+// Pools and adds up scale * root * grad over the maps and channels of every image: (B, shares) float64, the
 // shares of an image to be added in order. Runs the products as the forward does.
 template <typename T>
 Tensor sums_along(const DeviceScope& scope, const PoolCall<T>& call, bool maximum, bool allow_tf32,

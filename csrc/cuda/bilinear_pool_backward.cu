@@ -36,7 +36,7 @@ struct Job {
   using A = accumulate_t<T>;
   const T* grad;          // (B, M, C)
   const A* norm;          // (B,) where normalised
-  const double* sums;     // (B, shares) of root * grad, where normalised
+  const double* sums;     // (B, shares) of scale * root * grad, where normalised
   const int32_t* argmax;  // (B, M, C) where pooled by maximum
   T* features;            // gradient, dense, or null
   A* wide;                // the same, wide, where several groups of maps add to it
@@ -49,23 +49,26 @@ struct Job {
 template <typename T>
 struct Chain {
   using A = accumulate_t<T>;
-  A length = 1, along = 0;
+  A scale, inverse_length = 1, along = 0;
 
-  __device__ Chain(const PoolCall<T>& call, const Job<T>& job, int64_t b) {
+  __device__ Chain(const PoolCall<T>& call, const Job<T>& job, int64_t b) : scale(call.scale) {
     if (!call.normalize) return;
-    length = static_cast<A>(length_of(job.norm[b]));
+    const double length = length_of(job.norm[b]);
+    inverse_length = static_cast<A>(1 / length);
+    scale *= inverse_length;
     // Under the smallest norm the divisor is constant, and no gradient flows through it.
     if (!(job.norm[b] >= static_cast<A>(kSmallestNorm))) return;
     double sum = 0;
     for (int i = 0; i < job.shares; ++i) sum += job.sums[b * job.shares + i];
-    along = static_cast<A>(static_cast<double>(call.scale) * sum / length);
+    along = static_cast<A>(sum / (length * length));
   }
 
   __device__ A operator()(const PoolCall<T>& call, A sum, A grad) const {
-    const A root = call.root(sum);
-    const A wide = (call.scale * grad - root / length * along) / length * call.factor;
-    if (!call.signed_sqrt) return wide;
-    return root == 0 ? A{0} : wide / (2 * std::abs(root));
+    const A pooled = sum * call.factor;
+    const A wide = scale * grad - call.root(pooled) * inverse_length * along;
+    if (!call.signed_sqrt) return wide * call.factor;
+    const A inverse_root = quick_inverse_root(std::abs(pooled) + call.eps);
+    return pooled == 0 ? A{0} : wide * (call.factor / 2) * inverse_root;
   }
 };
 
@@ -78,7 +81,8 @@ class Share {
   using A = accumulate_t<T>;
   static constexpr bool kMaximum = kProduct == Product::kMaximum;
   static constexpr bool kTensor = kProduct == Product::kTensor;
-  static constexpr int kEntries = kChannels * C::kPitch;
+  static constexpr int kPitch = C::kMaps + 4;  // of a row of W
+  static constexpr int kEntries = kChannels * kPitch;
   static constexpr int kFirstBytes = kMaximum ? kEntries * 4 : 0;
   static constexpr int kWeightBytes = kEntries * static_cast<int>(sizeof(A));
   // Pixels of a lane: 8 i + g of a stage. A product with pixels as rows takes kRows of them.
@@ -114,8 +118,7 @@ class Share {
       for (int j = 0; j < 8; ++j) {
         const bool exists = m < call_.maps && c + j < call_.channels;
         const int p = exists ? job_.argmax[(b_ * call_.maps + m) * call_.channels + c + j] : 0;
-        first_[(8 * j + g_) * C::kPitch + map_of(slot)] =
-            std::max(0, std::min(p, call_.pixels - 1));
+        first_[place_of(8 * j + g_, slot)] = larger(0, smaller(p, call_.pixels - 1));
       }
     }
     __syncwarp();
@@ -128,9 +131,10 @@ class Share {
     for (int slot = 0; slot < C::kSlots; ++slot) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const int row = 8 * j + g_, m = map_of(slot), i = first_[row * C::kPitch + m] - p;
+        const int row = 8 * j + g_, i = first_[place_of(row, slot)] - p;
         if (i >= 0 && i < count) {
-          pooled.sum[slot][j] = attention[i * C::kPitch + m] * widen(window_.at(stage, row, i));
+          pooled.sum[slot][j] =
+              attention[i * C::kPitch + place_of(0, slot)] * widen(window_.at(stage, row, i));
         }
       }
     }
@@ -152,7 +156,7 @@ class Share {
         A weight =
             m < call_.maps && j < count ? chain(call_, pooled.sum[slot][j], widen(grad[j])) : A{0};
         if constexpr (C::kRounds) weight = to_tf32(weight);
-        weights_[(8 * j + g_) * C::kPitch + map_of(slot)] = weight;
+        weights_[place_of(8 * j + g_, slot)] = weight;
       }
     }
     __syncwarp();
@@ -174,27 +178,33 @@ class Share {
           if constexpr (C::kRounds) value = to_tf32(value);
           features[i / 2][i % 2] = value;
         }
-        const A* weights = weights_ + row * C::kPitch + g_;
+        A b0[C::kEighths], b1[C::kEighths];
+        load_aligned(weights_ + row * kPitch + g_ * C::kEighths, b0);
+        load_aligned(weights_ + (row + 4) * kPitch + g_ * C::kEighths, b1);
 #pragma unroll
-        for (int n = 0; n < C::kMaps / 8; ++n) {
-          const A b0 = weights[8 * n], b1 = weights[4 * C::kPitch + 8 * n];
+        for (int n = 0; n < C::kEighths; ++n) {
 #pragma unroll
           for (int i = 0; i < kPixels; i += 2) {
             add_rows(sum[i][2 * n], sum[i][2 * n + 1], sum[i + 1][2 * n], sum[i + 1][2 * n + 1],
-                     features[i], features[i + 1], b0, b1);
+                     features[i], features[i + 1], b0[n], b1[n]);
           }
         }
       }
     } else {
-#pragma unroll 2
+#pragma unroll 1
       for (int row = 0; row < kChannels; ++row) {
 #pragma unroll
-        for (int i = 0; i < kPixels; ++i) {
-          const A value = widen(window_.at(stage, row, 8 * i + g_));
+        for (int e = 0; e < 2; ++e) {
+          const int at = place_of(row, e);
+          A weights[C::kEighths];
+          load_aligned(weights_ + at, weights);
 #pragma unroll
-          for (int slot = 0; slot < C::kSlots; ++slot) {
-            const int at = row * C::kPitch + map_of(slot);
-            if (takes(at, p + 8 * i + g_)) sum[i][slot] += value * weights_[at];
+          for (int i = 0; i < kPixels; ++i) {
+            const A value = widen(window_.at(stage, row, 8 * i + g_));
+#pragma unroll
+            for (int n = 0; n < C::kEighths; ++n) {
+              if (takes(at + n, p + 8 * i + g_)) sum[i][2 * n + e] += value * weights[n];
+            }
           }
         }
       }
@@ -221,17 +231,14 @@ class Share {
         A(&values)[8] = sum[i / 2][e];
         const int c = 8 * chunk_of(2 * t_ + e);
         if (groups > 1) add_wide(values, c, p + pixel, group, groups);
-        T row[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) row[j] = narrow<T>(values[j]);
         if (!job_.channels_last) {
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
-            reinterpret_cast<T*>(stage + (8 * j + 2 * t_ + e) *
-                                             kRowBytes)[beginning_of(j) + pixel] = row[j];
+            T* row = reinterpret_cast<T*>(stage + (8 * j + 2 * t_ + e) * kRowBytes);
+            row[beginning_of(j) + pixel] = narrow<T>(values[j]);
           }
         } else if (c < window_.channels() && group == groups - 1) {
-          store_row(row, job_.features + entry_of(c, p + pixel), window_.channels() - c,
+          store_row(values, job_.features + entry_of(c, p + pixel), window_.channels() - c,
                     job_.aligned_features && c + 8 <= window_.channels());
         }
       }
@@ -241,6 +248,11 @@ class Share {
   }
 
  private:
+  // Where the map of a slot lies in a row of W.
+  __device__ int place_of(int row, int slot) const {
+    return row * kPitch + (2 * t_ + slot % 2) * C::kEighths + slot / 2;
+  }
+
   __device__ int map_of(int slot) const { return slot / 2 * 8 + 2 * t_ + slot % 2; }
 
   __device__ bool takes(int at, int p) const {
@@ -261,36 +273,46 @@ class Share {
   // sum[i][e][j] = sum over m of attention W, at pixel p + 8 i and channel 8 chunk_of(2 t + e) + j.
   __device__ void multiply(A (&sum)[kRows][2][8], const A* attention, int p) const {
     if constexpr (kTensor) {
+      A factors[kRows][2][C::kEighths];
 #pragma unroll
-      for (int n = 0; n < C::kMaps / 8; ++n) {
-        const A* factors = attention + 8 * n + 2 * t_;
-        const A upper[2] = {factors[0], factors[1]};
-        const A lower[2] = {factors[8 * C::kPitch], factors[8 * C::kPitch + 1]};
-        const A upper_rest[2] = {tf32_rest(upper[0]), tf32_rest(upper[1])};
-        const A lower_rest[2] = {tf32_rest(lower[0]), tf32_rest(lower[1])};
+      for (int i = 0; i < kRows * 2; ++i) {
+        load_aligned(attention + i / 2 * 8 * C::kPitch + place_of(0, i % 2), factors[i / 2][i % 2]);
+      }
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const A* weights = weights_ + (8 * j + g_) * C::kPitch + 8 * n + 2 * t_;
-          const A b0 = weights[0], b1 = weights[1];
-          add_rows(sum[0][0][j], sum[0][1][j], sum[1][0][j], sum[1][1][j], upper, lower, b0, b1);
+      for (int j = 0; j < 8; ++j) {
+        A b0[C::kEighths], b1[C::kEighths];
+        load_aligned(weights_ + place_of(8 * j + g_, 0), b0);
+        load_aligned(weights_ + place_of(8 * j + g_, 1), b1);
+#pragma unroll
+        for (int n = 0; n < C::kEighths; ++n) {
+          const A upper[2] = {factors[0][0][n], factors[0][1][n]};
+          const A lower[2] = {factors[1][0][n], factors[1][1][n]};
+          add_rows(sum[0][0][j], sum[0][1][j], sum[1][0][j], sum[1][1][j], upper, lower, b0[n],
+                   b1[n]);
           if (!C::kRounds && call_.attention.resized) {
-            mma_tf32(sum[0][0][j], sum[0][1][j], sum[1][0][j], sum[1][1][j], upper_rest[0],
-                     lower_rest[0], upper_rest[1], lower_rest[1], b0, b1);
+            mma_tf32(sum[0][0][j], sum[0][1][j], sum[1][0][j], sum[1][1][j], tf32_rest(upper[0]),
+                     tf32_rest(lower[0]), tf32_rest(upper[1]), tf32_rest(lower[1]), b0[n], b1[n]);
           }
         }
       }
     } else {
-#pragma unroll 2
-      for (int m = 0; m < C::kMaps; ++m) {
+#pragma unroll 1
+      for (int m = 0; m < C::kMaps; m += C::kEighths) {
+        A factors[kRows][C::kEighths];
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          const A factor = attention[8 * i * C::kPitch + m];
+          load_aligned(attention + 8 * i * C::kPitch + m, factors[i]);
+        }
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
+        for (int j = 0; j < 16; ++j) {
+          const int at = (j / 2 * 8 + 2 * t_ + j % 2) * kPitch + m;
+          A weights[C::kEighths];
+          load_aligned(weights_ + at, weights);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
-              const int at = (8 * j + 2 * t_ + e) * C::kPitch + m;
-              if (takes(at, p + 8 * i)) sum[i][e][j] += factor * weights_[at];
+          for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+            for (int n = 0; n < C::kEighths; ++n) {
+              if (takes(at + n, p + 8 * i)) sum[i][j % 2][j / 2] += factors[i][n] * weights[n];
             }
           }
         }
@@ -322,15 +344,17 @@ class Share {
   // Rows of a stage to the result, 16 bytes at a time but for their ends.
   __device__ void write_rows(const unsigned char* stage, int p, int count) const {
     constexpr int kEach = Window<T>::kEach, kChunks = kRowBytes / 16;
-    const int channels = std::min(kChannels, window_.channels());
+    const int channels = smaller(kChannels, window_.channels());
     for (int i = threadIdx.x % kWarp; i < channels * kChunks; i += kWarp) {
       const int c = i / kChunks, k = i % kChunks, j = c % 8, before = beginning_of(j) - k * kEach;
-      const int begin = std::max(0, before), end = std::min(kEach, before + count);
+      const int begin = larger(0, before), end = smaller(kEach, before + count);
       if (begin >= end) continue;
       const unsigned char* from = stage + (8 * j + group_of(c / 8)) * kRowBytes + 16 * k;
       T* to = job_.features + entry_of(c, p) - before;
       if (end - begin == kEach) {
-        stream_16(to, load_16(from));
+        uint4 word[1];
+        load_aligned(reinterpret_cast<const uint4*>(from), word);
+        stream_16(to, word[0]);
       } else {
         for (int n = begin; n < end; ++n) to[n] = reinterpret_cast<const T*>(from)[n];
       }
@@ -354,7 +378,7 @@ constexpr int warps_of_block() {
   using C = Cut<T, kProduct>;
   constexpr int kLeft =
       99 * 1024 - C::kKept * C::kPitch * static_cast<int>(sizeof(accumulate_t<T>));
-  return std::min(kMostWarps, kLeft / Share<T, kProduct>::kBytes);
+  return smaller(kMostWarps, kLeft / Share<T, kProduct>::kBytes);
 }
 
 // The shares of a block's warps, added up in order: `memory` is the first warp's stage.
@@ -375,7 +399,7 @@ __device__ void add_warps(const PoolCall<T>& call, const unsigned char* memory, 
 }
 
 template <typename T, Product kProduct>
-__global__ void __launch_bounds__(kMostWarps* kWarp)
+__global__ void __launch_bounds__(kMostWarps* kWarp, 2)
     backward_kernel(const PoolCall<T> call, const Job<T> job) {
   using C = Cut<T, kProduct>;
   using A = accumulate_t<T>;
@@ -385,7 +409,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp)
   const int block = blockIdx.x % blocks, groups = ceil_div(call.maps, C::kMaps);
   const int64_t b = blockIdx.x / blocks;
   const int c = (block * warps + warp) * kChannels;
-  const int busy = std::min(warps, ceil_div(call.channels - block * warps * kChannels, kChannels));
+  const int busy = smaller(warps, ceil_div(call.channels - block * warps * kChannels, kChannels));
   const int stages = ceil_div(call.pixels, C::kStage);
   // Without root and norm W is the gradient of the output itself.
   const int walks = call.signed_sqrt || call.normalize ? 2 : 1;
@@ -403,7 +427,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp)
       },
       [&](const Step& step, int buffer) {
         const int group = step.outer, p = step.inner * C::kStage;
-        const int count = std::min(C::kStage, call.pixels - p);
+        const int count = smaller(C::kStage, call.pixels - p);
         unsigned char* const stage = share.stage(buffer);
         const A* rows = attention.rows(group, p);
         if (step.middle == 0 && step.inner == 0 && warp < busy) {
@@ -447,9 +471,9 @@ struct Resize {
 
   // Outputs that may read input i are first .. last.
   __device__ static void readers(int i, A step, int size, int& first, int& last) {
-    const A low = std::max(A{0}, static_cast<A>(i - 1)), high = static_cast<A>(i + 1);
-    first = step > 0 ? std::max(0, static_cast<int>(low / step) - 1) : 0;
-    last = step > 0 ? std::min(size - 1, static_cast<int>(high / step) + 1) : size - 1;
+    const A low = larger(A{0}, static_cast<A>(i - 1)), high = static_cast<A>(i + 1);
+    first = step > 0 ? larger(0, static_cast<int>(low / step) - 1) : 0;
+    last = step > 0 ? smaller(size - 1, static_cast<int>(high / step) + 1) : size - 1;
   }
 
   // What output o takes of input i.
@@ -512,7 +536,7 @@ void backward(const DeviceScope& scope, const PoolCall<T>& call, const PoolSetti
   visit_product<T>(settings.maximum, allow_tf32, [&](auto product) {
     constexpr Product kProduct = decltype(product)::value;
     using S = Share<T, kProduct>;
-    const int warps = std::min(warps_of_block<T, kProduct>(), ceil_div(call.channels, kChannels));
+    const int warps = smaller(warps_of_block<T, kProduct>(), ceil_div(call.channels, kChannels));
     const int blocks = ceil_div(call.channels, warps * kChannels);
     if (job.features != nullptr && call.maps > Cut<T, kProduct>::kMaps) {
       if constexpr (std::is_same_v<T, A>) {

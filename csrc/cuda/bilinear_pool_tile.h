@@ -20,11 +20,13 @@ struct Step {
 // step runs under it. Buffers are a warp's own.
 template <typename Load, typename Body>
 __device__ __forceinline__ void walk(const Step& counts, const Load& load, const Body& body) {
-  Step now{0, 0, 0}, next{0, 0, 0};
-  load(next, 0);
+  Step now{0, 0, -1}, next{0, 0, 0};
   for (int buffer = 0; now.outer < counts.outer; buffer = 1 - buffer) {
     wait_copies();
     __syncwarp();
+    if (next.outer < counts.outer) load(next, buffer);
+    if (now.inner >= 0) body(now, 1 - buffer);
+    now = next;
     if (++next.inner == counts.inner) {
       next.inner = 0;
       if (++next.middle == counts.middle) {
@@ -32,9 +34,6 @@ __device__ __forceinline__ void walk(const Step& counts, const Load& load, const
         ++next.outer;
       }
     }
-    if (next.outer < counts.outer) load(next, 1 - buffer);
-    body(now, buffer);
-    now = next;
   }
 }
 
@@ -61,27 +60,10 @@ class Window {
   // Copies pixels from p on; all lanes of a warp.
   __device__ void load(unsigned char* to, int p) const {
     if (channels_ <= 0) return;
-    const int lane = threadIdx.x % kWarp, count = std::min(kStage, pixels_ - p);
     if (features_.channels_last) {
-      constexpr int kChunks = kChannels / kEach;
-      for (int i = lane; i < count * kChunks; i += kWarp) {
-        const int row = i / kChunks, k = i % kChunks;
-        const int left = std::max(0, std::min(kEach, channels_ - k * kEach));
-        copy(to + row * kPixelBytes + 16 * k, origin_ + (p + row) * features_.step_p + k * kEach, 0,
-             left, features_.aligned_pixels);
-      }
-      return;
-    }
-    constexpr int kChunks = kRowBytes / 16;
-    for (int i = lane; i < kChannels * kChunks; i += kWarp) {
-      const int c = i / kChunks, k = i % kChunks, j = c % 8;
-      const int shift = beginning_of(j);
-      if (k * kEach >= shift + count) continue;
-      const int64_t at = origin_ + c * features_.step_c + p - shift + k * kEach;
-      const int begin = at < 0 ? static_cast<int>(-at) : 0;
-      const int end = at + kEach > features_.count ? static_cast<int>(features_.count - at) : kEach;
-      copy(to + (8 * j + group_of(c / 8)) * kRowBytes + 16 * k, at, begin, c < channels_ ? end : 0,
-           true);
+      load_pixels(to, p, smaller(kStage, pixels_ - p));
+    } else {
+      load_channels(to, p, smaller(kStage, pixels_ - p));
     }
   }
 
@@ -109,7 +91,49 @@ class Window {
 
  private:
   // Entries of a row that precede its first pixel. Neither 8 channels nor a stage change it.
-  __device__ unsigned beginning_of(int j) const { return (beginning_ + j * row_step_) % kEach; }
+  __device__ unsigned beginning_of(int j) const {
+    return (beginning_ + j * row_step_) & (kEach - 1);
+  }
+
+  // Rows of pixels: a lane copies the same channels of every kRows-th.
+  __device__ void load_pixels(unsigned char* to, int p, int count) const {
+    constexpr int kChunks = kChannels / kEach, kRows = kWarp / kChunks;
+    const int lane = threadIdx.x % kWarp, row = lane / kChunks, c = lane % kChunks * kEach;
+    const int end = larger(0, smaller(kEach, channels_ - c));
+    const bool whole = features_.aligned_pixels && end == kEach;
+    int64_t at = origin_ + (p + row) * features_.step_p + c;
+    to += row * kPixelBytes + c * sizeof(T);
+    for (int i = row; i < count; i += kRows) {
+      copy(to, at, 0, end, whole);
+      at += kRows * features_.step_p;
+      to += kRows * kPixelBytes;
+    }
+  }
+
+  // Rows of channels: a lane copies the same 16 bytes of every eighth, which all begin alike.
+  __device__ void load_channels(unsigned char* to, int p, int count) const {
+    const int lane = threadIdx.x % kWarp;
+    load_rows(to, p, count, lane / 4, lane % 4, 0, 1);
+    // What a row's beginning pushes out of 64 bytes.
+    load_rows(to, p, count, lane % 8, 4, lane / 8, 4);
+  }
+
+  // 16 bytes, the k-th, of channels 8 i + j for i from `first` on, every `step`-th.
+  __device__ void load_rows(unsigned char* to, int p, int count, int j, int k, int first,
+                            int step) const {
+    const int before = beginning_of(j) - k * kEach;
+    if (before + count <= 0) return;
+    int64_t at = origin_ + (8 * first + j) * features_.step_c + p - before;
+    to += 8 * j * kRowBytes + 16 * k;
+#pragma unroll 1
+    for (int i = first; i < 8; i += step) {
+      const int begin = at < 0 ? static_cast<int>(-at) : 0;
+      const int64_t left = features_.count - at;
+      const int end = 8 * i + j >= channels_ ? 0 : left < kEach ? static_cast<int>(left) : kEach;
+      copy(to + group_of(i) * kRowBytes, at, begin, end, true);
+      at += 8 * step * features_.step_c;
+    }
+  }
 
   // 16 bytes from entry `at` on, of which begin .. end exist.
   __device__ void copy(unsigned char* to, int64_t at, int begin, int end, bool aligned) const {
@@ -124,7 +148,8 @@ class Window {
   int beginning_, row_step_, channels_, pixels_;
 };
 
-// Attention of a group of kMaps maps at up to kKept pixels, row by pixel; 0 past the last.
+// Attention of a group of kMaps maps at up to kKept pixels, a row of maps per pixel; 0 past the
+// last.
 template <typename T, Product kProduct>
 class AttentionTile {
   using C = Cut<T, kProduct>;
@@ -166,7 +191,7 @@ class AttentionTile {
         value = call_.attention.value(b_, first_map + m, first_pixel + p);
       }
       if constexpr (C::kRounds) value = to_tf32(value);
-      tile_[p * C::kPitch + m] = value;
+      tile_[p * C::kPitch + place_of<C::kEighths>(m)] = value;
     }
   }
 
@@ -201,15 +226,19 @@ struct Pooled {
       add_on_tensor_cores(window, stage, attention, count, cut_attention);
     } else {
       const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
-#pragma unroll 2
+#pragma unroll 1
       for (int i = 0; i < count; ++i) {
         T column[8];
         window.column(stage, g, i, true, column);
 #pragma unroll
-        for (int slot = 0; slot < C::kSlots; ++slot) {
-          const A factor = attention[i * C::kPitch + slot / 2 * 8 + 2 * t + slot % 2];
+        for (int e = 0; e < 2; ++e) {
+          A factors[C::kEighths];
+          load_aligned(attention + i * C::kPitch + (2 * t + e) * C::kEighths, factors);
 #pragma unroll
-          for (int j = 0; j < 8; ++j) take(factor, widen(column[j]), slot, j, p + i);
+          for (int n = 0; n < C::kEighths; ++n) {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) take(factors[n], widen(column[j]), 2 * n + e, j, p + i);
+          }
         }
       }
     }
@@ -244,12 +273,14 @@ struct Pooled {
         column[j / 8][j % 8] = widen(narrow[j / 8][j % 8]);
         if constexpr (C::kRounds) column[j / 8][j % 8] = to_tf32(column[j / 8][j % 8]);
       }
-      const A* row = attention + (k + t) * C::kPitch + g;
+      const A* row = attention + (k + t) * C::kPitch + g * C::kEighths;
+      A b0[C::kEighths], b1[C::kEighths];
+      load_aligned(row, b0);
+      load_aligned(row + 4 * C::kPitch, b1);
 #pragma unroll
-      for (int n = 0; n < C::kMaps / 8; ++n) {
-        const A b0 = row[8 * n], b1 = row[4 * C::kPitch + 8 * n];
-        add_column(column, n, b0, b1);
-        if (!C::kRounds && cut_attention) add_column(column, n, tf32_rest(b0), tf32_rest(b1));
+      for (int n = 0; n < C::kEighths; ++n) {
+        add_column(column, n, b0[n], b1[n]);
+        if (!C::kRounds && cut_attention) add_column(column, n, tf32_rest(b0[n]), tf32_rest(b1[n]));
       }
     }
   }

@@ -20,6 +20,7 @@ from .support import (
     assert_matches_oracle,
     attention_maps,
     identical,
+    make_strided,
     poisoned_memory,
     random,
 )
@@ -122,6 +123,61 @@ def test_channels_of_several_blocks(target, pool, layout, batch):
     check(target, torch.float32, [f.abs() + 0.1, a], layout, pool=pool)
     f, a = inputs_of((batch, 7, 3, 3), (batch, 53, 3, 3))
     check(target, torch.bfloat16, [f.abs() + 0.1, a], layout, pool=pool)
+
+
+def check_in_place(target, inputs, **options):
+    """Compare with the reference in float64: at such sizes the oracle's loops are slow."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    masters = [x.detach().cpu().double().requires_grad_() for x in inputs]
+    out = target.call(mk.bilinear_attention_pool, *leaves, **options)
+    wanted = mk.bilinear_attention_pool(*masters, backend="reference", **options)
+    assert_agrees(out, wanted)
+    direction = random(*wanted.shape, seed=99, dtype=out.dtype)
+    found = torch.autograd.grad(out, leaves, direction.to(target.device))
+    for i, want in enumerate(torch.autograd.grad(wanted, masters, direction.double())):
+        assert_agrees(found[i], want, f"gradient {i}")
+
+
+@all_dtypes
+@both_pools
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [(11, 10), (5, 6)], ids=["same size", "resized"])
+def test_several_tiles_of_every_kind(target, dtype, pool, layout, size):
+    """Channels whose rows are aligned, maps and pixels past what a kernel takes at once."""
+    f, a = inputs_of((2, 72, 11, 10), (2, 35, *size))
+    inputs = [make_strided(x.to(target.device, dtype), layout) for x in (f.abs() + 0.1, a)]
+    check_in_place(target, inputs, pool=pool)
+
+
+@all_dtypes
+@both_pools
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("offset", [0, 1, 8])
+def test_features_amid_others(target, dtype, pool, channels_last, offset):
+    """Not one byte beside the features counts, wherever they begin."""
+    f, a = (x.to(target.device, dtype) for x in inputs_of((2, 16, 5, 7), (2, 3, 5, 7)))
+    f = f.abs() + 0.1
+    if channels_last:
+        parent = torch.full((2, 5, 7, 32), torch.nan, dtype=dtype, device=target.device)
+        view = parent[..., offset : offset + 16].permute(0, 3, 1, 2)
+    else:
+        parent = torch.full((f.numel() + 16,), torch.nan, dtype=dtype, device=target.device)
+        view = parent[offset : offset + f.numel()].view(f.shape)
+    view.copy_(f)
+    check_in_place(target, [view, a], pool=pool)
+
+
+@both_pools
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_what_is_not_finite_stays_in_its_channel(target, pool, layout):
+    f, a = (x.float().to(target.device) for x in inputs_of((1, 70, 5, 7), (1, 3, 5, 7)))
+    f, a = f.abs() + 0.1, a.abs() + 0.1
+    f[0, 3, 4, 6], f[0, 64, 0, 0] = torch.nan, torch.inf
+    f = make_strided(f, layout)
+    out = target.call(mk.bilinear_attention_pool, f, a, pool=pool, normalize=False).view(3, 70)
+    assert out[:, 3].isnan().all()
+    assert out[:, 64].isposinf().all()
+    assert int(out.isfinite().sum()) == 3 * 68
 
 
 def test_entry_is_map_times_channels_plus_channel(target):
