@@ -104,9 +104,8 @@ def _view(name: str, function: Function, definition: Function, **options: Any) -
     )
 
 
-VIEWS_TOGETHER = _view("attention_views", mk.attention_views, _views, inputs=_views_inputs)
 SUBJECTS = (
-    VIEWS_TOGETHER,
+    _view("attention_views", mk.attention_views, _views, inputs=_views_inputs, central=True),
     _view("attention_mixup", mk.attention_mixup, partial(_crop, weight=_WEIGHT, corners=False)),
     _view(
         "attention_dim",

@@ -32,6 +32,7 @@ SUBJECTS = (
         published=published.sample_attention,
         inputs=_inputs,
         networks=(MAGSD, WSDAN),
+        central=True,
     ),
 )
 

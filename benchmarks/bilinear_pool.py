@@ -26,7 +26,7 @@ def _reference(features: Tensor, attention: Tensor, pool: str) -> Tensor:
     )[0]
 
 
-AVERAGE = Subject(
+_AVERAGE = Subject(
     name="bilinear_attention_pool",
     operation="bilinear_pool",
     function=partial(mk.bilinear_attention_pool, scale=100.0),
@@ -34,10 +34,11 @@ AVERAGE = Subject(
     published=published.bilinear_attention_pool,
     inputs=_inputs,
     networks=(MAGSD, WSDAN),
+    central=True,
     differentiable=("features", "attention"),
     saved=("features", "attention"),
 )
-MAXIMUM = Subject(
+_MAXIMUM = Subject(
     name="bilinear_attention_pool max",
     operation="bilinear_pool",
     function=partial(mk.bilinear_attention_pool, pool="max", scale=100.0),
@@ -50,7 +51,7 @@ MAXIMUM = Subject(
     precisions=("float32",),  # rounded products tie, and the gradient goes to another pixel
     uncompiled="the definition loops over 32 maps, and compiling all of them takes a minute",
 )
-SUBJECTS = (AVERAGE, MAXIMUM)
+SUBJECTS = (_AVERAGE, _MAXIMUM)
 
 
 def groups(session: Session) -> list[Comparison]:

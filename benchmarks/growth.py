@@ -21,7 +21,7 @@ from magsd_kernels.backends import select
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _SIDES = (1, 2, 4, 8)  # times the published side, so 64 times the pixels
 _CHECKED = 4  # sizes up to this one are compared with the definition
-_ROUND_SHARE = 0.1  # of a group's time that one call of its largest size may take
+_CALL_SHARE = 0.1  # of a group's time that one call of its largest size may take
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,13 @@ class Growth:
     def measure(self, members: Sequence[str], session: Session) -> dict[str, Outcome]:
         """Time the backend that "auto" takes, up to the size that still fits in the time."""
         outcomes, contenders = {}, {}
+        budget = session.seconds / 2  # many groups, and a line through many points needs less
         seconds = 0.0
         for size in map(int, members):
             row = self._row(size)
             outcome = outcomes[str(size)] = Outcome(facts=self._facts(size, row))
-            if 2 * seconds > _ROUND_SHARE * session.seconds:
-                outcome.absent = f"one call takes longer than {_ROUND_SHARE} of --seconds"
+            if 2 * seconds > _CALL_SHARE * budget:
+                outcome.absent = f"one call takes longer than {_CALL_SHARE * budget:g} s"
                 continue
             try:
                 contender, seconds = self._prepared(size, row, session)
@@ -57,7 +58,7 @@ class Growth:
                 outcome.error = error
         calls = {name: contender.calls() for name, contender in contenders.items()}
         with torch.set_grad_enabled(self._backward):
-            times = interleave(calls, session.device.synchronize, session.seconds)
+            times = interleave(calls, session.device.synchronize, budget)
             for name, samples in times.items():
                 outcomes[name].samples = samples
                 outcomes[name].facts["memory"] = session.device.peak_memory(calls[name][0])

@@ -54,6 +54,7 @@ SUBJECTS = (
         published=published.multiscale_attention,
         inputs=_inputs,
         networks=(MAGSD, WSDAN),
+        central=True,
         differentiable=("projections", "weights", "biases"),
         saved=("projections", "weights"),
         written=("running_means", "running_vars"),

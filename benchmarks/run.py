@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,8 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ]
     )
     if out.is_file():
+        compact(out)
         sys.stdout.write(f"{report.write([out], out.parent)}\n")
     return int(status)
+
+
+def compact(path: Path) -> None:
+    """One line per entry, so that a saved run is small and its differences can be read."""
+    saved = json.loads(path.read_text())
+    entries = ",\n".join(json.dumps(entry) for entry in saved.pop("benchmarks"))
+    head = json.dumps(saved, indent=1).removesuffix("\n}")
+    path.write_text(f'{head},\n "benchmarks": [\n{entries}\n]}}\n')
 
 
 if __name__ == "__main__":

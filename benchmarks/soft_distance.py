@@ -45,6 +45,7 @@ SUBJECTS = (
         published=published.soft_distance_loss,
         inputs=_inputs,
         networks=(MAGSD,),
+        central=True,
         differentiable=("logits", "view_logits"),
         saved=("logits", "view_logits", "targets"),
     ),

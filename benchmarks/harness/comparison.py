@@ -37,7 +37,7 @@ class Comparison:
 
     def members(self) -> Sequence[str]:
         """Competitors, ours last, and the limit."""
-        return (*competitor_names(self.row.device), LIMIT)
+        return (*competitor_names(self.row), LIMIT)
 
     def measure(self, members: Sequence[str], session: Session) -> dict[str, Outcome]:
         """Check every member against the definition, and time those that are right."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from benchmarks.harness.device import Device
-from benchmarks.harness.sizes import Precision
+from benchmarks.harness.sizes import PRECISIONS, Network, Precision
 from benchmarks.harness.subject import Row, Subject
 from benchmarks.harness.timing import Replay, Samples
 
@@ -39,15 +39,14 @@ class Session:
     Attributes:
         device: that everything runs on.
         seconds: about how long the timing of one group takes.
-        batches: instead of those of each network; None means these.
-        precisions: of the activations.
+        batches, precisions: for all subjects; None means what the device and the subject suggest.
         quick: small sizes and few rounds, to see that everything works.
     """
 
     device: Device
     seconds: float
     batches: tuple[int, ...] | None
-    precisions: tuple[Precision, ...]
+    precisions: tuple[Precision, ...] | None
     quick: bool = False
     clock: Replay = field(default_factory=Replay)
     _measured: dict[str, dict[str, Outcome]] = field(default_factory=dict)
@@ -65,12 +64,19 @@ class Session:
             Row(subject, network, batch, precision, self.device.type, backward)
             for subject in subjects
             for network in subject.networks
-            for batch in self.batches or self._batches(network.batches)
-            for precision in self.precisions
+            for batch in self.batches or self._batches(subject, network)
+            for precision in self.precisions or self._precisions(subject)
             if precision.name in subject.precisions
             for backward in ((False, True) if subject.differentiable else (False,))
         ]
 
-    def _batches(self, published: tuple[int, ...]) -> tuple[int, ...]:
+    def _batches(self, subject: Subject, network: Network) -> tuple[int, ...]:
         """On a CPU the batch that networks are trained with, on a GPU also those that fill it."""
-        return published if self.device.type == "cuda" else published[:1]
+        if self.device.type == "cpu":
+            return network.batches[:1]
+        return network.batches if subject.central else network.batches[-1:]
+
+    def _precisions(self, subject: Subject) -> tuple[Precision, ...]:
+        if self.device.type == "cuda" and subject.central:
+            return tuple(PRECISIONS.values())
+        return (PRECISIONS["float32"],)

@@ -41,6 +41,8 @@ class Subject:
         saved: arguments that a backward must read.
         written: arguments that are updated in place.
         uncompiled: why torch.compile does not compete; empty if it does.
+        central: on a GPU measured at every batch and precision, and autotuned at the largest;
+            the others at the largest batch in float32.
         least_batch: the smallest that the operation takes.
         precisions: in which competitors can be compared.
     """
@@ -56,6 +58,7 @@ class Subject:
     saved: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
     uncompiled: str = ""
+    central: bool = False
     least_batch: int = 1
     precisions: tuple[str, ...] = tuple(PRECISIONS)
 
@@ -122,11 +125,11 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def competitor_names(device: str) -> tuple[str, ...]:
-    """Who competes on a device, ours last."""
-    ours = tuple(name for name in PREFERENCE[device] if name != "reference")
-    tuned = (AUTOTUNED,) if device == "cuda" else ()
-    return (PUBLISHED, EAGER, COMPILED, *tuned, *ours)
+def competitor_names(row: Row) -> tuple[str, ...]:
+    """Who competes on a row, ours last."""
+    ours = tuple(name for name in PREFERENCE[row.device] if name != "reference")
+    tuned = row.device == "cuda" and row.subject.central and row.batch == row.network.batches[-1]
+    return (PUBLISHED, EAGER, COMPILED, *((AUTOTUNED,) if tuned else ()), *ours)
 
 
 def why_absent(name: str, row: Row) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,7 +12,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from benchmarks.harness.comparison import LIMIT
 from benchmarks.reporting.results import Entry, Key, Results, Row
@@ -29,6 +30,7 @@ _LOOK = {
     "triton": ("#CC79A7", "p"),
     LIMIT: ("#000000", "|"),
 }
+_LIMIT_WITHIN = 30
 _DRAWN_GROWTH = (
     "attention_views",
     "bilinear_attention_pool",
@@ -70,58 +72,90 @@ def _caption(results: Results) -> str:
 
 def _operation(rows: dict[Key, Row], caption: str, path: Path) -> None:
     """Every row a line, every competitor a mark at its time; beside it what ours gains."""
-    height = 1.5 + 0.34 * len(rows)
-    figure, axes = plt.subplots(figsize=(8.6, height), layout="constrained")
-    labels = _labels(list(rows))
-    drawn: dict[str, object] = {}
-    for y, row in enumerate(rows.values()):
-        for name, entry in row.members.items():
-            colour, marker = _LOOK[name]
-            low, middle, high = entry.seconds
-            axes.plot([low, high], [y, y], color=colour, linewidth=1.2, alpha=0.6)
-            size = 11 if marker == "|" else 6
-            (drawn[name],) = axes.plot(
-                middle, y, marker, color=colour, markersize=size, markeredgewidth=1.4 if size > 6 else 0.5,
-                markeredgecolor=colour if size > 6 else "white", linestyle="none",
-            )  # fmt: skip
-        axes.annotate(
-            _gain(row), (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8
-        )
-    axes.set_yticks(range(len(rows)), labels)
+    figure, (axes, table) = plt.subplots(
+        1, 2, sharey=True, width_ratios=(3, 1), layout="constrained",
+        figsize=(10, 1.6 + 0.3 * len(rows)),
+    )  # fmt: skip
+    shown = [
+        [name for name in _LOOK if name in row.members and not _far_below(name, row)]
+        for row in rows.values()
+    ]
+    drawn = [name for name in _LOOK if any(name in names for names in shown)]
+    for y, (row, names) in enumerate(zip(rows.values(), shown, strict=True)):
+        for name in names:
+            _mark(axes, y, row.members[name], name)
+        axes.axhline(y, color="#f0f0f0", linewidth=0.6, zorder=0)
+    axes.set_yticks(range(len(rows)), _labels(list(rows)))
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
     _logarithmic(axes, "x", seconds)
-    axes.set_xlabel("time per call (log scale)")
-    order = [name for name in _LOOK if name in drawn]
+    axes.set_xlabel("time per call, log scale")
+    _gains(table, rows)
+    handles = [_handle(name) for name in drawn]
     axes.legend(
-        [drawn[name] for name in order], order, ncols=len(order), loc="lower left",
-        bbox_to_anchor=(-0.01, 1.0), handletextpad=0.2, columnspacing=1.4, borderaxespad=0.2,
+        handles, drawn, ncols=len(drawn), loc="lower left", bbox_to_anchor=(-0.01, 1.0),
+        handletextpad=0.2, columnspacing=1.4, borderaxespad=0.2,
     )  # fmt: skip
     figure.supxlabel(caption, fontsize=7, color="#666666")
     figure.savefig(path)
     plt.close(figure)
 
 
+def _mark(axes: Axes, y: int, entry: Entry, name: str) -> None:
+    """The median, on a line from the first to the third quartile."""
+    low, middle, high = entry.seconds
+    axes.plot([low, high], [y, y], color=_LOOK[name][0], linewidth=1.2, alpha=0.6)
+    axes.add_line(_handle(name, [middle], [y]))
+
+
+def _handle(name: str, x: Sequence[float] = (), y: Sequence[float] = ()) -> Line2D:
+    colour, marker = _LOOK[name]
+    bar = marker == "|"
+    return Line2D(
+        x, y, linestyle="none", marker=marker, color=colour, markersize=11 if bar else 6.5,
+        markeredgewidth=1.6 if bar else 0.6, markeredgecolor=colour if bar else "white", zorder=3,
+    )  # fmt: skip
+
+
+def _far_below(name: str, row: Row) -> bool:
+    """A limit far under all times says only that the size is small, and squeezes the rest."""
+    fastest = min(entry.median for other, entry in row.members.items() if other != LIMIT)
+    return name == LIMIT and row.members[LIMIT].median < fastest / _LIMIT_WITHIN
+
+
+def _gains(table: Axes, rows: dict[Key, Row]) -> None:
+    """Columns beside the chart: time over ours."""
+    names = ("published", "eager", "compiled", "compiled-max")
+    columns = [name for name in names if any(name in row.members for row in rows.values())]
+    table.axis("off")
+    table.set_xlim(-0.5, len(columns) - 0.5)
+    for column, name in enumerate(columns):
+        head = f"{name}\n/ ours"
+        table.annotate(
+            head, (column, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom",
+            fontsize=8, color="#444444",
+        )  # fmt: skip
+        for y, row in enumerate(rows.values()):
+            table.annotate(_gain(row, name), (column, y), ha="center", va="center", fontsize=8)
+
+
+def _gain(row: Row, other: str) -> str:
+    found = row.members[row.ours].speedup(other) if row.ours else None
+    return "" if found is None else f"{found[1]:.3g}x"
+
+
 def _labels(keys: Sequence[Key]) -> list[str]:
-    """Function, size and direction, less what all have in common."""
+    """Function, size, and what else is not the same for all."""
     parts = [
         (key.function, f"{key.network} B {key.batch}", key.precision, key.direction) for key in keys
     ]
     varying = [len(set(column)) > 1 for column in zip(*parts, strict=True)]
-    varying[0] = True
+    varying[:2] = True, True
     return [
         ", ".join(part for part, varies in zip(row, varying, strict=True) if varies)
         for row in parts
     ]
-
-
-def _gain(row: Row) -> str:
-    """How much faster ours is than each competitor, the limit excepted."""
-    if row.ours is None:
-        return ""
-    entry = row.members[row.ours]
-    ratios = {n: entry.speedup(n) for n in ("published", "eager", "compiled")}
-    return "  ".join(f"{found[1]:.3g}x {name}" for name, found in ratios.items() if found)
 
 
 def _growth(results: Results, path: Path) -> None:
@@ -136,14 +170,16 @@ def _growth(results: Results, path: Path) -> None:
         _points(left, entries, [e.median for e in entries], colour, marker, label)
         held = [max(entry.facts["memory"], 1) for entry in entries]
         _points(right, entries, held, colour, marker, label)
-    for axes, label, form in ((left, "time per call", seconds), (right, "peak memory", memory)):
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        _logarithmic(axes, "y", form)
+    for axes, label, form, base in (
+        (left, "time per call", seconds, 10),
+        (right, "peak memory", memory, 1024),
+    ):
+        _logarithmic(axes, "x", "{:g}".format, base=2)
+        _logarithmic(axes, "y", form, base)
         axes.set_xlabel("batch")
         axes.set_ylabel(label)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=2, loc="outside upper left", title=None)
+    figure.legend(handles, labels, ncols=2, loc="outside upper left")
     caption = f"lines: fitted a + b batch. {_caption(results)}"
     figure.supxlabel(caption, fontsize=7, color="#666666")
     figure.savefig(path)
@@ -166,8 +202,11 @@ def _points(
     axes.plot(amounts, values, marker, color=colour, markersize=5, label=label, linestyle="none")
 
 
-def _logarithmic(axes: Axes, which: str, form: object) -> None:
+def _logarithmic(axes: Axes, which: str, form: Callable[[float], str], base: int = 10) -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
-    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))  # type: ignore[operator]
-    axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log", base=base)
+    axis.set_major_locator(LogLocator(base=base, numticks=7))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
+    axis.set_minor_formatter(NullFormatter())
+    if base != 10:
+        axis.set_minor_locator(NullLocator())

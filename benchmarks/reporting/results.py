@@ -37,6 +37,7 @@ class Entry:
 
     @property
     def median(self) -> float:
+        """Seconds."""
         return self.seconds[1]
 
     def speedup(self, other: str) -> Quartiles | None:

@@ -39,18 +39,18 @@ def render(results: Results, charts: Callable[[str], str | None]) -> str:
 
 def seconds(value: float) -> str:
     """Three digits and a unit."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= size:
-            break
-    return f"{value / size:.3g} {unit}" if value < 999.5 * size else f"{value / size:.0f} {unit}"
+    return _scaled(value, (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9)))
 
 
 def memory(value: float) -> str:
     """Three digits and a unit."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f} B"
+    return _scaled(value, (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0)))
+
+
+def _scaled(value: float, units: Sequence[tuple[str, float]]) -> str:
+    unit, size = next((pair for pair in units if value >= pair[1]), units[-1])
+    number = value / size
+    return f"{number:.3g} {unit}" if number < 999.5 else f"{number:.0f} {unit}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,190 @@
+"""What is timed was checked, competitors take turns, and the numbers read off are right."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import magsd_kernels
+from benchmarks import attention_augment, bilinear_pool, published, soft_distance
+from benchmarks.harness.check import WrongResult
+from benchmarks.harness.comparison import Comparison
+from benchmarks.harness.device import Device, count_activity
+from benchmarks.harness.session import Session
+from benchmarks.harness.sizes import MAGSD, PRECISIONS, WSDAN, Draw
+from benchmarks.harness.subject import Row
+from benchmarks.harness.timing import interleave, quartiles
+
+ROOT = Path(__file__).parents[2]
+WRONG = """
+from dataclasses import replace
+from benchmarks import published, soft_distance
+from benchmarks.harness.comparison import Comparison
+
+def wrong(**arguments):
+    return 1.001 * published.soft_distance_loss(**arguments)
+
+SUBJECT = replace(soft_distance.SUBJECTS[0], published=wrong)
+
+def groups(session):
+    return [Comparison(row) for row in session.rows([SUBJECT])]
+
+def test_wrong(entry, record):
+    record(entry)
+"""
+
+
+def cpu_session() -> Session:
+    return Session(Device("cpu"), seconds=0.01, batches=None, precisions=None, quick=True)
+
+
+def row_of(subject, network=MAGSD, batch=2, backward=False) -> Row:
+    return Row(subject, network, batch, PRECISIONS["float32"], "cpu", backward)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_wrong_competitor_is_found_and_not_timed(backward):
+    def wrong(**arguments):
+        loss = published.soft_distance_loss(**arguments)
+        # Right, but for its gradient.
+        return loss + (loss - loss.detach()) if backward else 1.001 * loss
+
+    subject = replace(soft_distance.SUBJECTS[0], published=wrong)
+    group = Comparison(row_of(subject, backward=backward))
+    outcomes = group.measure(("published", "eager", "limit"), cpu_session())
+    assert isinstance(outcomes["published"].error, WrongResult)
+    assert outcomes["published"].samples is None
+    assert outcomes["eager"].error is None
+    assert set(outcomes["eager"].facts["speedup"]) == {"limit"}
+    assert len(outcomes["eager"].samples.seconds) >= 5
+
+
+def test_a_competitor_that_gives_nan_is_wrong():
+    subject = replace(soft_distance.SUBJECTS[0], published=lambda **_: torch.tensor(float("nan")))
+    outcomes = Comparison(row_of(subject)).measure(("published",), cpu_session())
+    assert isinstance(outcomes["published"].error, WrongResult)
+
+
+def test_the_run_fails_with_a_wrong_competitor(tmp_path):
+    """Through pytest and pytest-benchmark, as `pytest benchmarks` runs."""
+    (tmp_path / "test_wrong.py").write_text(WRONG)
+    saved = tmp_path / "saved.json"
+    packages = Path(magsd_kernels.__file__).parents[1]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAGSD_")}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(packages), str(ROOT), environment.get("PYTHONPATH", "")]
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.conftest", "test_wrong.py"]
+    options = ["--device=cpu", "--quick", f"--benchmark-json={saved}", "-k", "not compiled"]
+    run = subprocess.run(
+        [*command, *options],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
+    assert "2 failed" in run.stdout
+    assert "WrongResult: soft_distance_loss-magsd-b4-float32-forward, published" in run.stdout
+    entries = json.loads(saved.read_text())["benchmarks"]
+    members = Counter(entry["extra_info"]["member"] for entry in entries)
+    assert members["eager"] == members["limit"] == 2
+    assert "published" not in members
+    for entry in entries:
+        assert entry["stats"]["min"] <= entry["stats"]["median"] <= entry["stats"]["q3"]
+        assert "data" not in entry["stats"]
+
+
+def test_competitors_take_turns_in_changing_order():
+    called: list[str] = []
+    competitors = {
+        name: [lambda name=name: called.append(name)] for name in ("first", "second", "third")
+    }
+    samples = interleave(competitors, lambda: called.append("|"), seconds=0, sample_seconds=0)
+    assert {len(s.seconds) for s in samples.values()} == {5}
+    # Each sample is one untimed and one timed call, each between two waits for the device.
+    turns = [part for part in "".join(c[0] for c in called).split("|") if part][-30:]
+    rounds = ["".join(turns[i : i + 6 : 2]) for i in range(0, 30, 6)]
+    assert turns[::2] == turns[1::2]
+    assert all(sorted(order) == ["f", "s", "t"] for order in rounds)
+    assert len(set(rounds)) > 1
+
+
+def test_input_sets_take_turns():
+    used: list[int] = []
+    calls = [lambda i=i: used.append(i) for i in range(3)]
+    interleave({"one": calls}, lambda: None, seconds=0, sample_seconds=0)
+    assert used == [i % 3 for i in range(len(used))]
+
+
+def test_quartiles():
+    assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_peak_memory_counts_what_is_freed_before_the_end():
+    def call():
+        scratch = torch.empty(3 << 20, dtype=torch.uint8)
+        del scratch
+        return torch.empty(1 << 20, dtype=torch.uint8)
+
+    assert 3 << 20 <= Device("cpu").peak_memory(call) < (3 << 20) + 4096
+
+
+def test_launches_and_waits():
+    names = [
+        "aten::add",
+        "cudaLaunchKernel",
+        "cuLaunchKernelEx",
+        "cudaMemsetAsync",
+        "cudaMemcpyAsync",
+        "cudaStreamSynchronize",
+        "cudaDeviceSynchronize",  # the profiler's own
+        "void at::native::elementwise_kernel",
+    ]
+    assert count_activity(names) == (4, 1)
+
+
+def test_bytes_that_must_move():
+    subject = bilinear_pool.SUBJECTS[0]
+    features, attention, matrix = 2048 * 49, 32 * 49, 32 * 2048
+    for backward, wanted in (
+        (False, features + attention + matrix),
+        (True, 3 * (features + attention) + 2 * matrix),
+    ):
+        row = row_of(subject, backward=backward)
+        assert row.moved_bytes(row.draw(0), torch.empty(2, matrix)) == 2 * 4 * wanted
+
+
+def test_only_the_maps_that_an_index_names_must_be_read():
+    (subject,) = (s for s in attention_augment.SUBJECTS if s.name == "attention_boxes")
+    row = row_of(subject, batch=3)
+    index, theta, box = 8, 4, 16
+    moved = row.moved_bytes(row.draw(0), torch.empty(3, 4, dtype=torch.int32))
+    assert moved == 3 * (4 * 49 + index + theta + box)
+
+
+@pytest.mark.parametrize("network", [MAGSD, WSDAN], ids=lambda network: network.name)
+def test_no_pixel_lies_on_a_threshold(network):
+    guide = Draw(network, 8, PRECISIONS["float32"], "cpu").guide()
+    maps = guide["attention"][torch.arange(8), guide["index"]]
+    size = (network.side, network.side)
+    upsampled = F.interpolate(
+        maps[:, None].double(), size, mode="bilinear", align_corners=network.align_corners
+    )
+    threshold = guide["theta"] * maps.amax((1, 2))
+    gap = (upsampled[:, 0] / threshold[:, None, None] - 1).abs().amin((1, 2))
+    assert gap.min() > 4e-6
+    assert guide["theta"].min() > 0.39
+    assert guide["theta"].max() < 0.61

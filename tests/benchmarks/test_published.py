@@ -1,0 +1,61 @@
+"""The published loops compute what our operations compute, and stop for the host as they do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.call_overhead import SUBJECTS
+from benchmarks.harness.check import check, definition
+from benchmarks.harness.sizes import PRECISIONS, Network
+from benchmarks.harness.subject import PUBLISHED, Contender, Row, Subject
+
+all_subjects = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
+
+
+def small_row(subject: Subject, batch: int = 4, backward: bool | None = None) -> Row:
+    network: Network = replace(
+        subject.networks[0], side=30, features=((5, 12), (6, 6), (7, 3)), maps=5
+    )
+    if backward is None:
+        backward = bool(subject.differentiable)
+    return Row(subject, network, batch, PRECISIONS["float32"], "cpu", backward)
+
+
+@all_subjects
+@pytest.mark.parametrize("seed", [0, 1])
+def test_published_and_ours_agree_on_the_same_draws(subject, seed):
+    row = small_row(subject)
+    arguments = row.draw(seed)
+    wanted = definition(row, arguments)
+    for name in (PUBLISHED, "auto"):
+        check(Contender(name, row, [arguments]), wanted)
+
+
+@all_subjects
+def test_different_seeds_draw_different_arguments(subject):
+    row = small_row(subject, backward=False)
+    results = [Contender("reference", row, [row.draw(seed)]).forward(0) for seed in range(2)]
+    assert not torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("name", "per_image"),
+    # Two boxes of four numbers; one box; at least one condition on a tensor.
+    [("attention_views", 8), ("attention_crop", 4), ("soft_distance_loss", 1)],
+)
+def test_published_loops_read_numbers_back_for_every_image(name, per_image):
+    (subject,) = (subject for subject in SUBJECTS if subject.name == name)
+    row = small_row(subject, backward=False)
+    arguments = row.draw(0)
+    for competitor, least in ((PUBLISHED, per_image * row.batch), ("auto", 0)):
+        call = Contender(competitor, row, [arguments]).calls()[0]
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            call()
+        reads = sum(e.name == "aten::_local_scalar_dense" for e in profiler.events())
+        assert reads >= least
+        if competitor != PUBLISHED:
+            assert reads <= 2  # on a CPU the loss looks at the range of its targets
