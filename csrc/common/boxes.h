@@ -11,7 +11,18 @@ namespace magsd {
 // Half-open interval of rows or columns.
 struct Interval {
   int32_t start, stop;
+  MAGSD_HD int32_t extent() const { return stop - start; }
+  MAGSD_HD bool holds(int64_t entry) const { return entry >= start && entry < stop; }
 };
+
+struct Box {
+  Interval rows, columns;
+};
+
+// Whether a value can be said to lie below a threshold in spite of its rounding; false for NaN.
+MAGSD_HD bool clearly_below(float value, float threshold) {
+  return value + 1e-6f * std::fabs(value) < threshold;
+}
 
 // The interval from the first to the last entry that passes, padded by `padding` of the length, in
 // double precision, truncated toward zero; it holds at least one entry. `first` > `last` says that
@@ -34,6 +45,16 @@ MAGSD_HD int64_t paste_start(float u, int64_t extent, int64_t length) {
   const double corner = std::floor(static_cast<double>(u) * static_cast<double>(room + 1));
   if (!(corner > 0)) return 0;
   return corner < static_cast<double>(room) ? static_cast<int64_t>(corner) : room;
+}
+
+// Where the copy of a box begins in an image.
+struct Corner {
+  int64_t row, column;
+};
+
+MAGSD_HD Corner paste_corner(const Box& box, float u_y, float u_x, int64_t height, int64_t width) {
+  return {paste_start(u_y, box.rows.extent(), height),
+          paste_start(u_x, box.columns.extent(), width)};
 }
 
 // Rank of the map that an index names; one outside 0..maps-1 counts as the nearest inside.
