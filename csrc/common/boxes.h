@@ -19,6 +19,9 @@ struct Box {
   Interval rows, columns;
 };
 
+// The larger of two values of a map, NaN if one is.
+MAGSD_HD float larger(float a, float b) { return b > a || b != b ? b : a; }
+
 // Whether a value can be said to lie below a threshold in spite of its rounding; false for NaN.
 MAGSD_HD bool clearly_below(float value, float threshold) {
   return value + 1e-6f * std::fabs(value) < threshold;
@@ -37,6 +40,15 @@ MAGSD_HD Interval padded_extent(int64_t first, int64_t last, int64_t length, dou
   int64_t stop = high < static_cast<double>(length) ? static_cast<int64_t>(high) : length;
   if (stop < start + 1) stop = start + 1;
   return {static_cast<int32_t>(start), static_cast<int32_t>(stop)};
+}
+
+// The nearest interval of at least one entry inside 0..length.
+MAGSD_HD Interval inside(Interval interval, int32_t length) {
+  int32_t start = interval.start < length ? interval.start : length - 1;
+  if (start < 0) start = 0;
+  int32_t stop = interval.stop < length ? interval.stop : length;
+  if (stop <= start) stop = start + 1;
+  return {start, stop};
 }
 
 // Where a box of `extent` entries is pasted into `length`, for a uniform u in [0, 1).

@@ -44,6 +44,13 @@ MAGSD_HD Sample<Real, Index> sample_at(typename Sample<Real, Index>::Position o,
   return {lower, upper, position - static_cast<Real>(lower)};
 }
 
+// The weight with which an output that samples there reads its lower or upper input `i`.
+template <typename Real, typename Index>
+MAGSD_HD Real weight_of(const Sample<Real, Index>& at, Index i) {
+  if (at.lower != i) return at.weight;
+  return at.upper == i ? static_cast<Real>(1) : static_cast<Real>(1) - at.weight;
+}
+
 // First of `size` outputs whose lower input is at least `i`; `size` where none is. Outputs
 // first_output(i - 1) to first_output(i + 1) - 1 are those that read input i.
 template <typename Real, typename Index = int64_t>

@@ -64,17 +64,15 @@ struct RowTable {
   std::vector<int64_t> first;
 };
 
-// sum[0..row) = what the outputs give to row `i` of a box of `length` rows.
+// sum[0..row) = what the outputs give to row `i` of the box.
 template <typename T>
-void gather_rows(const RowTable<accumulate_t<T>>& rows, int64_t i, int64_t length,
-                 const ImageLayout& layout, const T* grad, std::vector<accumulate_t<T>>& wide,
+void gather_rows(const RowTable<accumulate_t<T>>& rows, int64_t i, const ImageLayout& layout,
+                 const T* grad, std::vector<accumulate_t<T>>& wide,
                  std::vector<accumulate_t<T>>& sum) {
   using Real = accumulate_t<T>;
   std::fill(sum.begin(), sum.end(), Real(0));
   for (int64_t o = rows.first[i > 0 ? i - 1 : 0]; o < rows.first[i + 1]; ++o) {
-    const Sample<Real>& at = rows.samples[o];
-    Real share = at.lower == i ? 1 - at.weight : at.weight;
-    if (at.lower == i && i == length - 1) share = 1;
+    const Real share = weight_of(rows.samples[o], i);
     load_row(grad + o * layout.step_y, layout.row, wide.data());
     const Real* MAGSD_RESTRICT from = wide.data();
     Real* MAGSD_RESTRICT to = sum.data();
@@ -112,13 +110,12 @@ void make_gradient(const BackwardPlan<T>& plan) {
     std::optional<Guide> guide;
     Box mix{}, patch{};
     Corner corner{};
-    int64_t box_height = 0, box_width = 0;
+    int64_t box_width = 0;
     if (plan.mixed) {
       mix = read_box(plan.mix_boxes + 4 * b);
-      box_height = mix.rows.extent();
       box_width = mix.columns.extent();
       columns.set(box_width, plan.align_corners);
-      rows.set(box_height, layout.height, plan.align_corners);
+      rows.set(mix.rows.extent(), layout.height, plan.align_corners);
     }
     if (plan.dimmed) guide.emplace(*plan.maps).set(b, plan.dim);
     if (plan.patched) {
@@ -141,7 +138,7 @@ void make_gradient(const BackwardPlan<T>& plan) {
             for (int64_t i = 0; i < layout.row; ++i) total[i] = own * wide[i];
           }
           if (mix.rows.holds(y)) {
-            gather_rows(rows, y - mix.rows.start, box_height, layout, grad, wide, sum);
+            gather_rows(rows, y - mix.rows.start, layout, grad, wide, sum);
             columns.apply_adjoint(sum.data(), box_width, crop.data());
             Real* into = total.data() + mix.columns.start * layout.inner;
             for (int64_t i = 0; i < box_width * layout.inner; ++i) into[i] += share * crop[i];

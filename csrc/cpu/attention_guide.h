@@ -104,7 +104,7 @@ class Guide {
     float peak = low_[0];
     finite_ = true;
     for (const float value : low_) {
-      if (value > peak || std::isnan(value)) peak = value;
+      peak = larger(peak, value);
       finite_ &= std::isfinite(value);
     }
     threshold_ = choice.theta[b] * peak;
