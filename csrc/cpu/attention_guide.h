@@ -11,15 +11,12 @@
 #include <limits>
 #include <vector>
 
+#include "common/attention_augment_arguments.h"
 #include "common/boxes.h"
 #include "common/resize.h"
 #include "common/tensor.h"
 
 namespace magsd::MAGSD_ISA {
-
-struct Box {
-  Interval rows, columns;
-};
 
 // Attention maps as an operator receives them: any dtype and strides, read in place.
 class AttentionMaps {
@@ -101,16 +98,16 @@ class Guide {
         peaks_(maps.low_height()),
         highest_(maps.width()) {}
 
-  // Takes map m of image b; t = theta * (maximum of the low-resolution map), NaN if one is in it.
-  void set(int64_t b, int64_t m, float theta) {
-    maps_.read(b, m, low_.data());
+  // Takes a map of image b; t = theta * (maximum of the low-resolution map), NaN if one is in it.
+  void set(int64_t b, const Choice& choice) {
+    maps_.read(b, choice.map(b, maps_.maps()), low_.data());
     float peak = low_[0];
     finite_ = true;
     for (const float value : low_) {
-      if (value > peak || std::isnan(value)) peak = value;
+      peak = larger(peak, value);
       finite_ &= std::isfinite(value);
     }
-    threshold_ = theta * peak;
+    threshold_ = choice.theta[b] * peak;
     const int64_t low_width = maps_.low_width();
     for (int64_t i = 0; i < maps_.low_height(); ++i) {
       const float* row = low_.data() + i * low_width;
@@ -123,8 +120,7 @@ class Guide {
   bool can_pass(int64_t y) const {
     if (!finite_) return true;
     const Sample<float>& at = maps_.row(y);
-    const float highest = std::max(peaks_[at.lower], peaks_[at.upper]);
-    return !(highest + 1e-6f * std::fabs(highest) < threshold_);
+    return !clearly_below(std::max(peaks_[at.lower], peaks_[at.upper]), threshold_);
   }
 
   // Whether any pixel of row y passes; highest[x] = max(highest[x], U).
@@ -143,13 +139,13 @@ class Guide {
     return any != 0;
   }
 
-  // factor[x] = [U < t] + floor along row y.
+  // factor[i] = [U < t] + floor for the elements of row y, `inner` to a pixel.
   template <typename Real>
-  void factors(int64_t y, Real floor, Real* MAGSD_RESTRICT factor) const {
+  void factors(int64_t y, Real floor, int64_t inner, Real* MAGSD_RESTRICT factor) const {
     const int64_t width = maps_.width();
     const Real kept = Real(1) + floor;
     if (!can_pass(y)) {
-      std::fill(factor, factor + width, kept);
+      std::fill_n(factor, width * inner, kept);
       return;
     }
     const Sample<float>& at = maps_.row(y);
@@ -158,6 +154,10 @@ class Guide {
     const float weight = at.weight, threshold = threshold_;
     for (int64_t x = 0; x < width; ++x) {
       factor[x] = interpolate(lower[x], upper[x], weight) < threshold ? kept : floor;
+    }
+    if (inner == 1) return;
+    for (int64_t x = width - 1; x >= 0; --x) {
+      std::fill_n(factor + x * inner, inner, Real(factor[x]));
     }
   }
 

@@ -11,6 +11,7 @@
 // Every csrc/cpu/<op>.cpp.
 #define MAGSD_EVERY_OPERATION(X) \
   X(attention_augment) \
+  X(attention_augment_backward) \
   X(attention_sampling) \
   X(bilinear_pool) \
   X(bilinear_pool_backward) \

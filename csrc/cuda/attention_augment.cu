@@ -1,0 +1,293 @@
+// Crop and mix-up, patch, dim and drop, and three views at once.
+//
+// Moves: the images read once from memory, each view written once; the rows that a crop or a patch
+// gathers come from the caches. A first launch finds the boxes (attention_augment_boxes.cu), a
+// second one makes every view that is asked for. A block takes some rows of one plane, or a tile of
+// them where rows are long: it first tabulates where the columns and the rows of its part sample
+// the box and the map, so that the work per element is loads, interpolations and stores. Four
+// elements (eight in half precision) lie in one thread where rows allow accesses of 16 bytes. The
+// first elements are asked for before the tables are made, the next before these are worked on.
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "cuda/attention_augment_tables.h"
+
+namespace magsd::MAGSD_ISA {
+namespace {
+
+constexpr int kVectorsPerThread = 4;  // in a block's part
+
+// (1 - weight) own + weight crop of one vector.
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> mix(const Plan<T>& plan, const Row<T>& row,
+                                          const Pack<unsigned, N>& columns,
+                                          const Pack<accumulate_t<T>, N>& weights,
+                                          const Pack<T, N>& own) {
+  using Real = accumulate_t<T>;
+  const unsigned inner = static_cast<unsigned>(plan.layout.inner);
+  const auto between = [&](unsigned at) {
+    const Real first = widen(load<1>(row.crop_lower + at).at[0]);
+    const Real second = widen(load<1>(row.crop_upper + at).at[0]);
+    return first + row.crop_weight * (second - first);
+  };
+  Pack<T, N> mixed;
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    const unsigned left = columns.at[k] >> 1, right = left + (columns.at[k] & 1u) * inner;
+    const Real first = between(left), second = between(right);
+    Real value = first + weights.at[k] * (second - first);
+    if (plan.own != 0) value = plan.own * widen(own.at[k]) + plan.share * value;
+    mixed.at[k] = narrow<T>(value);
+  }
+  return mixed;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> dim(const Pack<accumulate_t<T>, N>& factor,
+                                          const Pack<T, N>& own) {
+  Pack<T, N> dimmed;
+#pragma unroll
+  for (int k = 0; k < N; ++k) dimmed.at[k] = narrow<T>(widen(own.at[k]) * factor.at[k]);
+  return dimmed;
+}
+
+// One vector with what is pasted over it: `extent` elements, of which `first` is the vector's
+// first.
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> paste(const T* pasted, int first, int extent,
+                                            Pack<T, N> own) {
+  if (pasted == nullptr) return own;
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    if (first + k >= 0 && first + k < extent) own.at[k] = load<1>(pasted + (first + k)).at[0];
+  }
+  return own;
+}
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kAugmentThreads, 4)
+    views_kernel(const Plan<T> plan, const Cut cut) {
+  MAGSD_DYNAMIC_SHARED(unsigned char, memory);
+  MAGSD_SHARED(float, partial, [kAugmentWarps]);
+  const ImageLayout& layout = plan.layout;
+  const Place place(cut, layout);
+  const Tables<T, N> tables(memory, cut);
+  const int width = place.past_vector - place.first_vector;
+  const int height = place.past_row - place.first_row;
+  Walk at(cut.width);
+  ImagePart<T> part{plan.images + place.b * layout.step_b + place.plane * layout.step_plane};
+  Pack<T, N> own{};
+  if (at.row < height && at.column < width) {
+    own = load<N>(part.plane + (place.first_row + at.row) * layout.step_y +
+                  (place.first_vector + at.column) * N);
+  }
+
+  // What all else waits for is asked for first.
+  float u_y = 0, u_x = 0;
+  if (plan.mixed != nullptr) part.mix = read_box(plan.mix_boxes + 4 * place.b);
+  if (plan.patched != nullptr) {
+    part.patch = read_box(plan.patch_boxes + 4 * place.b);
+    u_y = plan.offsets(place.b, 0);
+    u_x = plan.offsets(place.b, 1);
+  }
+  Guide guide(plan.maps);
+  MapRows<N> map_rows(tables.map_rows, plan.maps, place, cut);
+  if (plan.dimmed != nullptr) {
+    guide.choose(plan.dim, place.b);
+    if (plan.thresholds != nullptr) guide.threshold = plan.thresholds[place.b];
+    map_rows.fill(guide, place, static_cast<int>(layout.inner));
+    if (plan.thresholds == nullptr) guide.find_threshold(partial);
+  }
+  if (plan.mixed != nullptr) tabulate_columns(plan, place, part.mix.columns, tables);
+  if (plan.patched != nullptr) {
+    part.corner = paste_corner(part.patch, u_y, u_x, layout.height, layout.width);
+  }
+  tabulate_rows(plan, place, part, map_rows, tables);
+  __syncthreads();
+
+  // Of the tile's elements, those that the patch covers in its rows.
+  const int hidden = static_cast<int>(part.corner.column * layout.inner) - place.first_vector * N;
+  const int extent = static_cast<int>(part.patch.columns.extent() * layout.inner);
+  while (at.row < height) {
+    const int v = at.column;
+    const Row<T>& row = tables.rows[at.row];
+    const Pack<T, N> held = own;
+    at.step();
+    if (at.row < height && at.column < width) {
+      own = load<N>(tables.rows[at.row].own + at.column * N);
+    }
+    if (v >= width) continue;
+    const int64_t out = row.out + v * N;
+    if (plan.mixed != nullptr) {
+      store_past_caches(plan.mixed + out, mix(plan, row, tables.lower[v], tables.weights[v], held));
+    }
+    if (plan.dimmed != nullptr) {
+      store_past_caches(plan.dimmed + out,
+                        dim(map_rows.factors(row.map, v, guide.threshold, plan.floor), held));
+    }
+    if (plan.patched != nullptr) {
+      store_past_caches(plan.patched + out, paste(row.pasted, v * N - hidden, extent, held));
+    }
+  }
+}
+
+template <typename T, int N>
+void launch_views(const DeviceScope& scope, const Plan<T>& plan) {
+  const Cut cut = cut_of(plan.layout, N, kAugmentThreads, kVectorsPerThread * kAugmentThreads,
+                         plan.dimmed != nullptr ? &plan.maps : nullptr);
+  launch(scope, grid_of(cut, plan.layout), kAugmentThreads, Tables<T, N>::bytes(cut),
+         views_kernel<T, N>, plan, cut);
+}
+
+template <typename T>
+void make_views(const DeviceScope& scope, const Plan<T>& plan) {
+  if (plan.layout.batch == 0) return;
+  if (has_vectors(plan.layout, {plan.images, plan.mixed, plan.dimmed, plan.patched})) {
+    launch_views<T, 16 / sizeof(T)>(scope, plan);
+  } else {
+    launch_views<T, 1>(scope, plan);
+  }
+}
+
+// What mix-up and patch alike start with: images that can be read, their boxes, room for the view.
+struct BoxedView {
+  Images input;
+  Tensor boxes, view;
+};
+
+BoxedView boxed_view(const DeviceScope& scope, const Tensor& images, const Tensor& attention,
+                     const std::optional<Tensor>& index, const Tensor& theta, double padding,
+                     bool align_corners) {
+  check_images(images, "images", 4);
+  check_guide(attention, index, theta, images.size(0), 0);
+  check_shares(padding, 1);
+  Images input = readable(images);
+  const ImageLayout& layout = input.layout;
+  const Tensor boxes = uninitialized({layout.batch, 4}, ScalarType::Int);
+  BoxesPlan plan{maps_of(attention, layout.height, layout.width, align_corners), layout.batch,
+                 padding};
+  plan.first = choose(theta, index, 0);
+  plan.boxes = 1;
+  plan.found = mutable_data<int32_t>(boxes);
+  find_boxes(scope, plan);
+  const Tensor view = empty_images(0, layout, images.scalar_type());
+  return {std::move(input), boxes, view};
+}
+
+std::tuple<Tensor, Tensor> attention_mixup(const Tensor& images, const Tensor& attention,
+                                           const std::optional<Tensor>& index, const Tensor& theta,
+                                           double padding, double weight, bool align_corners) {
+  const DeviceScope scope(images);
+  check_shares(padding, weight);
+  const BoxedView made = boxed_view(scope, images, attention, index, theta, padding, align_corners);
+  visit_floating(images.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    Plan<T> plan{made.input.layout, data<T>(made.input.tensor)};
+    plan.mixed = mutable_data<T>(made.view);
+    plan.mix_boxes = data<int32_t>(made.boxes);
+    plan.own = static_cast<accumulate_t<T>>(1 - weight);
+    plan.share = static_cast<accumulate_t<T>>(weight);
+    plan.align_corners = align_corners;
+    make_views(scope, plan);
+  });
+  return {made.view, made.boxes};
+}
+
+std::tuple<Tensor, Tensor> attention_patch(const Tensor& images, const Tensor& attention,
+                                           const std::optional<Tensor>& index, const Tensor& theta,
+                                           const Tensor& offsets, double padding,
+                                           bool align_corners) {
+  const DeviceScope scope(images);
+  const BoxedView made = boxed_view(scope, images, attention, index, theta, padding, align_corners);
+  check_offsets(offsets, images.size(0));
+  visit_floating(images.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    Plan<T> plan{made.input.layout, data<T>(made.input.tensor)};
+    plan.patched = mutable_data<T>(made.view);
+    plan.patch_boxes = data<int32_t>(made.boxes);
+    plan.offsets = offsets_of(offsets);
+    make_views(scope, plan);
+  });
+  return {made.view, made.boxes};
+}
+
+Tensor attention_dim(const Tensor& images, const Tensor& attention,
+                     const std::optional<Tensor>& index, const Tensor& theta, double floor,
+                     bool align_corners) {
+  const DeviceScope scope(images);
+  check_images(images, "images", 4);
+  check_guide(attention, index, theta, images.size(0), 0);
+  const Images input = readable(images);
+  const Tensor dimmed = empty_images(0, input.layout, images.scalar_type());
+  visit_floating(images.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    Plan<T> plan{input.layout, data<T>(input.tensor)};
+    plan.dimmed = mutable_data<T>(dimmed);
+    plan.maps = maps_of(attention, input.layout.height, input.layout.width, align_corners);
+    plan.dim = choose(theta, index, 0);
+    plan.floor = static_cast<accumulate_t<T>>(floor);
+    make_views(scope, plan);
+  });
+  return dimmed;
+}
+
+std::tuple<Tensor, Tensor> attention_views(const Tensor& images, const Tensor& attention,
+                                           const Tensor& index, const Tensor& theta,
+                                           const Tensor& offsets, double padding, double weight,
+                                           double floor, bool align_corners) {
+  const DeviceScope scope(images);
+  check_images(images, "images", 4);
+  check_guide(attention, index, theta, images.size(0), kViews);
+  check_offsets(offsets, images.size(0));
+  check_shares(padding, weight);
+  const Images input = readable(images);
+  const ImageLayout& layout = input.layout;
+  const Tensor boxes = uninitialized({2, layout.batch, 4}, ScalarType::Int);
+  const Tensor thresholds = uninitialized({layout.batch}, ScalarType::Float);
+  BoxesPlan search{maps_of(attention, layout.height, layout.width, align_corners),
+                   layout.batch,
+                   padding,
+                   choose(theta, index, 0),
+                   choose(theta, index, 2),
+                   choose(theta, index, 1),
+                   2,
+                   mutable_data<int32_t>(boxes),
+                   mutable_data<float>(thresholds)};
+  find_boxes(scope, search);
+  const Tensor views = empty_images(kViews, layout, images.scalar_type());
+  visit_floating(images.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const int64_t view = layout.batch * layout.planes * layout.height * layout.row;
+    Plan<T> plan{layout, data<T>(input.tensor)};
+    plan.mixed = mutable_data<T>(views);
+    plan.dimmed = plan.mixed + view;
+    plan.patched = plan.dimmed + view;
+    plan.mix_boxes = search.found;
+    plan.patch_boxes = search.found + 4 * layout.batch;
+    plan.thresholds = search.thresholds;
+    plan.maps = search.maps;
+    plan.dim = search.third;
+    plan.offsets = offsets_of(offsets);
+    plan.own = static_cast<accumulate_t<T>>(1 - weight);
+    plan.share = static_cast<accumulate_t<T>>(weight);
+    plan.floor = static_cast<accumulate_t<T>>(floor);
+    plan.align_corners = align_corners;
+    make_views(scope, plan);
+  });
+  return {views, boxes};
+}
+
+}  // namespace
+}  // namespace magsd::MAGSD_ISA
+
+MAGSD_OPERATORS(library) {
+  using namespace magsd::MAGSD_ISA;
+  library.impl("attention_mixup", TORCH_BOX(&attention_mixup));
+  library.impl("attention_patch", TORCH_BOX(&attention_patch));
+  library.impl("attention_dim", TORCH_BOX(&attention_dim));
+  library.impl("attention_views", TORCH_BOX(&attention_views));
+}

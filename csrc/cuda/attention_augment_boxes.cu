@@ -1,0 +1,158 @@
+// Boxes around what passes the thresholds of one or two views, and the threshold of a third.
+//
+// Reads one map per image and view (h w entries), writes four numbers. One block per image and
+// view: the map goes to shared memory, every thread takes columns of the image and looks down and
+// up each for the first and the last row that passes. So a box's inside is never evaluated, and
+// outside it rows between two map rows are skipped where the column stays clearly below the
+// threshold. U rounds as the definition writes it.
+#include "cuda/attention_augment.h"
+
+namespace magsd::MAGSD_ISA {
+namespace {
+
+constexpr int kMostEntries = 10240;  // of a map and its bands in shared memory
+
+// A map of the guide: in shared memory, with bands[i]..bands[i + 1] - 1 the rows of the image
+// between rows i and i + 1 of the map, or, where that is too large, read where it lies.
+template <bool kNear>
+struct Map {
+  const Guide& guide;
+  const float* values;
+  const int* bands;
+
+  __device__ float along(int i, const Sample<float, int>& x) const {
+    if constexpr (kNear) {
+      const float* row = values + i * guide.maps.columns.length;
+      return interpolate(row[x.lower], row[x.upper], x.weight);
+    } else {
+      float value = 0;
+      guide.maps.visit([&](const auto* entries) {
+        value = interpolate(static_cast<float>(widen(entries[guide.entry(i, x.lower)])),
+                            static_cast<float>(widen(entries[guide.entry(i, x.upper)])), x.weight);
+      });
+      return value;
+    }
+  }
+  __device__ int band(int i) const { return kNear ? bands[i] : guide.maps.rows.first_output(i); }
+};
+
+// First row, or last row, of the image at which U reaches the threshold in the column that samples
+// at `x`; -1 where none does.
+template <bool kNear>
+__device__ int passing_row(const Map<kNear>& map, const Sample<float, int>& x, bool last) {
+  const Resize<float>& rows = map.guide.maps.rows;
+  const float threshold = map.guide.threshold;
+  float carried = map.along(last ? rows.length - 1 : 0, x);
+  for (int k = 0; k < rows.length; ++k) {
+    const int i = last ? rows.length - 1 - k : k;
+    const float fresh = map.along(last || i + 1 == rows.length ? i : i + 1, x);
+    const float lower = last ? fresh : carried, upper = last ? carried : fresh;
+    carried = fresh;
+    if (clearly_below(lower > upper ? lower : upper, threshold)) continue;
+    const int begin = map.band(i), past = map.band(i + 1);
+    for (int r = 0; r < past - begin; ++r) {
+      const int y = last ? past - 1 - r : begin + r;
+      const float weight =
+          sampling_position(y, rows.step, rows.align_corners) - static_cast<float>(i);
+      if (interpolate(lower, upper, weight) >= threshold) return y;
+    }
+  }
+  return -1;
+}
+
+// least[0..3]: the least top, -bottom, left and -right of what passes in the thread's columns.
+template <bool kNear>
+__device__ void search(const Map<kNear>& map, int* least) {
+  const Resize<float>& columns = map.guide.maps.columns;
+  for (int x = threadIdx.x; x < columns.size; x += kAugmentThreads) {
+    const Sample<float, int> at = columns.at(x);
+    const int top = passing_row(map, at, false);
+    if (top < 0) continue;
+    const int bottom = passing_row(map, at, true);
+    least[0] = top < least[0] ? top : least[0];
+    least[1] = -bottom < least[1] ? -bottom : least[1];
+    least[2] = x < least[2] ? x : least[2];
+    least[3] = -x;
+  }
+}
+
+__global__ void __launch_bounds__(kAugmentThreads, 5)
+    boxes_kernel(const BoxesPlan plan, bool near) {
+  MAGSD_DYNAMIC_SHARED(float, values);
+  MAGSD_SHARED(float, partial, [kAugmentWarps]);
+  MAGSD_SHARED(int, extremes, [4]);
+  const Resize<float>&rows = plan.maps.rows, &columns = plan.maps.columns;
+  const int views = plan.boxes + (plan.thresholds != nullptr);
+  const int view = static_cast<int>(blockIdx.x % views);
+  const int64_t b = blockIdx.x / views;
+  const int thread = threadIdx.x;
+  Guide guide(plan.maps);
+  guide.choose(view == plan.boxes ? plan.third : (view == 0 ? plan.first : plan.second), b);
+  int* bands = nullptr;
+  if (near) {
+    bands = reinterpret_cast<int*>(values + rows.length * columns.length);
+    for (int i = thread; i <= rows.length; i += kAugmentThreads) bands[i] = rows.first_output(i);
+  }
+  if (thread < 4) extremes[thread] = INT32_MAX;
+  guide.find_threshold(partial, near ? values : nullptr);
+  if (view == plan.boxes) {
+    if (thread == 0) plan.thresholds[b] = guide.threshold;
+    return;
+  }
+  int least[4] = {INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX};
+  if (guide.threshold == guide.threshold) {
+    if (near) {
+      search(Map<true>{guide, values, bands}, least);
+    } else {
+      search(Map<false>{guide, nullptr, nullptr}, least);
+    }
+  }
+  for (int side = 0; side < 4; ++side) {
+    const int side_least = warp_reduce(least[side], [](int a, int c) { return a < c ? a : c; });
+    if (thread % kWarp == 0) atomicMin(&extremes[side], side_least);
+  }
+  __syncthreads();
+  if (thread != 0) return;
+  const bool none = extremes[0] == INT32_MAX;
+  const auto extent = [&](int side, int size) {
+    return none ? padded_extent(size, -1, size, plan.padding)
+                : padded_extent(extremes[side], -extremes[side + 1], size, plan.padding);
+  };
+  write_box({extent(0, rows.size), extent(2, columns.size)},
+            plan.found + (view * plan.batch + b) * 4);
+}
+
+Tensor attention_boxes(const Tensor& attention, const std::optional<Tensor>& index,
+                       const Tensor& theta, const std::vector<int64_t>& size, double padding,
+                       bool align_corners) {
+  const DeviceScope scope(attention);
+  check_tensor(attention, "attention", 4);
+  check_guide(attention, index, theta, attention.size(0), 0);
+  check_shares(padding, 1);
+  check_size(size);
+  const Tensor boxes = uninitialized({attention.size(0), 4}, ScalarType::Int);
+  BoxesPlan plan{maps_of(attention, size[0], size[1], align_corners), attention.size(0), padding};
+  plan.first = choose(theta, index, 0);
+  plan.boxes = 1;
+  plan.found = mutable_data<int32_t>(boxes);
+  find_boxes(scope, plan);
+  return boxes;
+}
+
+}  // namespace
+
+void find_boxes(const DeviceScope& scope, const BoxesPlan& plan) {
+  if (plan.batch == 0) return;
+  const int64_t entries = int64_t{plan.maps.rows.length} * plan.maps.columns.length;
+  const int64_t room = entries + plan.maps.rows.length + 1;
+  const bool fits = room <= kMostEntries;
+  const int views = plan.boxes + (plan.thresholds != nullptr);
+  launch(scope, grid_of(plan.batch * views), kAugmentThreads, fits ? room * sizeof(float) : 0,
+         boxes_kernel, plan, fits);
+}
+
+}  // namespace magsd::MAGSD_ISA
+
+MAGSD_OPERATORS(library) {
+  library.impl("attention_boxes", TORCH_BOX(&magsd::MAGSD_ISA::attention_boxes));
+}

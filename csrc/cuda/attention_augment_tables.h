@@ -1,0 +1,120 @@
+// Which views a launch makes, and the tables by which a block makes its part of them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/attention_augment.h"
+
+namespace magsd::MAGSD_ISA {
+
+// Which views to make, and with what; what is null is not made.
+template <typename T>
+struct Plan {
+  using Real = accumulate_t<T>;
+  ImageLayout layout;
+  const T* images;
+  T* mixed = nullptr;
+  T* dimmed = nullptr;
+  T* patched = nullptr;
+  const int32_t* mix_boxes = nullptr;
+  const int32_t* patch_boxes = nullptr;
+  const float* thresholds = nullptr;  // of dim, where they are known
+  AttentionMaps maps{};
+  Choice dim{};
+  Offsets offsets{};
+  Real own = 0, share = 1;  // of the image and of the crop in mix-up
+  Real floor = 0;
+  bool align_corners = false;
+};
+
+// A row of the block: where its part of the tile lies, and where it samples the box and the map.
+template <typename T>
+struct alignas(16) Row {
+  const T* own;
+  int64_t out;  // elements from a view's first
+  const T* crop_lower;
+  const T* crop_upper;
+  const T* pasted;  // what is pasted into the row; null: nothing
+  accumulate_t<T> crop_weight;
+  Sample<float, int> map;  // among the rows that the block keeps of it
+};
+
+// A block's tables in shared memory.
+template <typename T, int N>
+struct Tables {
+  using Real = accumulate_t<T>;
+  Row<T>* rows;
+  Pack<Real, N>* weights;    // of the upper neighbours in the crop's rows
+  Pack<unsigned, N>* lower;  // twice where the lower one lies; one more if the upper is another
+  Pack<float, N>* map_rows;
+
+  static size_t bytes(const Cut& cut) {
+    const size_t row = static_cast<size_t>(cut.width) * N;
+    return cut.rows * sizeof(Row<T>) +
+           row * (sizeof(Real) + sizeof(unsigned) + cut.map_rows * sizeof(float));
+  }
+  __device__ Tables(unsigned char* memory, const Cut& cut)
+      : rows(reinterpret_cast<Row<T>*>(memory)),
+        weights(reinterpret_cast<Pack<Real, N>*>(rows + cut.rows)),
+        lower(reinterpret_cast<Pack<unsigned, N>*>(weights + cut.width)),
+        map_rows(reinterpret_cast<Pack<float, N>*>(lower + cut.width)) {}
+};
+
+// What the whole block knows of its image.
+template <typename T>
+struct ImagePart {
+  const T* plane;
+  Box mix{}, patch{};
+  Corner corner{};
+};
+
+// All threads note where the tile's elements sample the box's columns.
+template <typename T, int N>
+__device__ void tabulate_columns(const Plan<T>& plan, const Place& place, const Interval& box,
+                                 const Tables<T, N>& tables) {
+  using Real = accumulate_t<T>;
+  const int inner = static_cast<int>(plan.layout.inner);
+  const Resize<Real> columns =
+      resize_of<Real>(box.extent(), static_cast<int>(plan.layout.width), plan.align_corners);
+  const int first = place.first_vector * N, count = place.past_vector * N - first;
+  for (int e = threadIdx.x; e < count; e += kAugmentThreads) {
+    const int x = (first + e) / inner;
+    const Sample<Real, int> at = columns.at(x);
+    const int lower = (box.start + at.lower - x) * inner + first + e;
+    tables.lower[e / N].at[e % N] = 2u * static_cast<unsigned>(lower) + (at.upper > at.lower);
+    tables.weights[e / N].at[e % N] = at.weight;
+  }
+}
+
+// One thread per row of the block.
+template <typename T, int N>
+__device__ void tabulate_rows(const Plan<T>& plan, const Place& place, const ImagePart<T>& part,
+                              const MapRows<N>& map_rows, const Tables<T, N>& tables) {
+  using Real = accumulate_t<T>;
+  const ImageLayout& layout = plan.layout;
+  const int r = static_cast<int>(threadIdx.x), y = place.first_row + r;
+  if (y >= place.past_row) return;
+  const int64_t first = place.first_vector * N;
+  Row<T> row{};
+  row.own = part.plane + y * layout.step_y + first;
+  row.out = ((place.b * layout.planes + place.plane) * layout.height + y) * layout.row + first;
+  if (plan.mixed != nullptr) {
+    const Resize<Real> rows = resize_of<Real>(part.mix.rows.extent(),
+                                              static_cast<int>(layout.height), plan.align_corners);
+    const Sample<Real, int> at = rows.at(y);
+    const T* box = part.plane + part.mix.rows.start * layout.step_y;
+    row.crop_lower = box + at.lower * layout.step_y;
+    row.crop_upper = box + at.upper * layout.step_y;
+    row.crop_weight = at.weight;
+  }
+  if (plan.dimmed != nullptr) row.map = map_rows.sample(plan.maps, y, r);
+  const int64_t inside = y - part.corner.row;
+  if (plan.patched != nullptr && inside >= 0 && inside < part.patch.rows.extent()) {
+    row.pasted = part.plane + (part.patch.rows.start + inside) * layout.step_y +
+                 part.patch.columns.start * layout.inner;
+  }
+  tables.rows[r] = row;
+}
+
+}  // namespace magsd::MAGSD_ISA
