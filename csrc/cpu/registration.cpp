@@ -14,6 +14,7 @@
   X(attention_sampling) \
   X(bilinear_pool) \
   X(multiscale_attention) \
+  X(multiscale_attention_backward) \
   X(soft_distance)
 
 #define MAGSD_DECLARE(operation) \
