@@ -282,6 +282,13 @@ def _multiscale_backward_fake(
     )
 
 
+def _running_statistics(
+    projections: Tensors, weights: Tensors, biases: Tensors, means: list[torch.Tensor],
+    variances: list[torch.Tensor], size: Sequence[int], training: bool, *settings: Any,
+) -> list[torch.Tensor]:  # fmt: skip
+    return [*means, *variances] if training else []
+
+
 class _Resample(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -359,6 +366,7 @@ _multiscale = define(
     " -> (Tensor, Tensor, Tensor)",
     _multiscale_fake,
     _multiscale_autograd,
+    written=_running_statistics,
 )
 _multiscale_backward = define(
     _OPERATION,

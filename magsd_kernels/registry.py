@@ -27,6 +27,7 @@ def define(
     autograd: Callable[..., Any] | None = None,
     needs_grad: Callable[..., bool] | None = None,
     check: Callable[..., None] | None = None,
+    written: Callable[..., list[torch.Tensor]] | None = None,
 ) -> Any:
     """Register one operator and return its overload.
 
@@ -38,6 +39,8 @@ def define(
             one the results have no gradient, and a backward operator refuses to be differentiated.
         needs_grad: whether these arguments ask for a gradient; None means that any tensor does.
         check: called with the same arguments before the backend, on real tensors only.
+        written: tensors that a call writes in place. The compiled libraries write them past
+            autograd, which learns here that they change.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=_TAGS)
@@ -56,6 +59,8 @@ def define(
     wants_grad = needs_grad or _any_requires_grad
 
     def differentiable(*arguments: Any) -> Any:
+        if written is not None:
+            torch.autograd.graph.increment_version(written(*arguments))
         if torch.is_grad_enabled() and wants_grad(*arguments):
             if autograd is not None:
                 return autograd(*arguments)

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "common/resampling.h"
-#include "common/resize.h"
 #include "cpu/instruction_set.h"
 
 namespace magsd::MAGSD_ISA {
@@ -35,28 +34,17 @@ struct Axis {
 // What every output reads of the inputs.
 template <typename A>
 Axis<A> resize_axis(int64_t size_in, int64_t size_out, Resampling mode, bool align_corners) {
+  const ResizeRule rule{size_in, size_out, mode, align_corners};
   Axis<A> axis;
   axis.first.resize(size_out);
   axis.offset.assign(1, 0);
   for (int64_t o = 0; o < size_out; ++o) {
-    if (mode == Resampling::kArea) {
-      const int64_t begin = area_begin(o, size_in, size_out);
-      const int64_t end = area_end(o, size_in, size_out);
-      axis.first[o] = begin;
-      axis.weights.insert(axis.weights.end(), end - begin, static_cast<A>(1.0 / (end - begin)));
-    } else if (mode == Resampling::kNearest) {
-      axis.first[o] = nearest_index(o, size_in, size_out);
-      axis.weights.push_back(1);
-    } else {
-      const double step = sampling_step<double>(size_in, size_out, align_corners);
-      const Sample<double> sample = sample_at(o, size_in, step, align_corners);
-      axis.first[o] = sample.lower;
-      if (sample.upper > sample.lower) {
-        axis.weights.push_back(static_cast<A>(1 - sample.weight));
-        axis.weights.push_back(static_cast<A>(sample.weight));
-      } else {
-        axis.weights.push_back(1);
-      }
+    const Span inputs = inputs_of(rule, o);
+    axis.first[o] = inputs.first;
+    for (int64_t k = 0; k < inputs.count; ++k) {
+      // Only area weighs more than two inputs, and those all alike.
+      axis.weights.push_back(k < 2 ? resize_weight<A>(rule, o, inputs.first + k)
+                                   : axis.weights.back());
     }
     axis.offset.push_back(static_cast<int64_t>(axis.weights.size()));
   }
@@ -86,8 +74,8 @@ Axis<A> adjoint_axis(const Axis<A>& axis, int64_t size_in) {
 // to (rows.size() x columns.size()) = the plane `from`, rows `width` apart, resized on both axes.
 // `line` holds one row of the plane.
 template <typename A>
-void resize_plane(const A* from, int64_t width, const Axis<A>& rows, const Axis<A>& columns,
-                  A* to, A* line) {
+void resize_plane(const A* from, int64_t width, const Axis<A>& rows, const Axis<A>& columns, A* to,
+                  A* line) {
   for (int64_t y = 0; y < rows.size(); ++y) {
     std::fill(line, line + width, A{0});
     for (int64_t k = 0; k < rows.count(y); ++k) {

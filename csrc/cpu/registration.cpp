@@ -16,6 +16,7 @@
   X(bilinear_pool) \
   X(bilinear_pool_backward) \
   X(multiscale_attention) \
+  X(multiscale_attention_backward) \
   X(soft_distance)
 
 #define MAGSD_DECLARE(operation) \

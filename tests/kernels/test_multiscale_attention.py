@@ -211,6 +211,33 @@ def test_evaluation_leaves_running_statistics_alone(target):
         assert all(torch.equal(a, b) for a, b in zip(group, saved, strict=True))
 
 
+def test_an_empty_batch_leaves_running_statistics_alone(target):
+    groups = [[t.float().to(target.device) for t in g] for g in scale_inputs(batch=0)]
+    before = copy.deepcopy(groups[3:])
+    target.call(mk.multiscale_attention, *groups, training=True)
+    for group, saved in zip(groups[3:], before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(group, saved, strict=True))
+
+
+@pytest.mark.parametrize("recording", [True, False], ids=["grad", "no_grad"])
+def test_autograd_notices_that_running_statistics_change(target, recording):
+    """A gradient that was to read them as they were is refused, never computed from new values."""
+    groups = [[t.float().to(target.device) for t in group] for group in scale_inputs()]
+    groups[0][0].requires_grad_()
+    factor = torch.ones(3, device=target.device, requires_grad=True)
+
+    for statistic in (*groups[3], *groups[4]):
+        for training in (False, True):
+            product = (factor * statistic).sum()
+            with torch.set_grad_enabled(recording):
+                target.call(mk.multiscale_attention, *groups, training=training)
+            if training:
+                with pytest.raises(RuntimeError, match="modified by an inplace"):
+                    torch.autograd.grad(product, factor)
+            else:
+                assert torch.equal(torch.autograd.grad(product, factor)[0], statistic)
+
+
 def test_backward_sees_the_statistics_of_its_own_forward(target):
     """Running statistics that change between forward and backward do not change the gradient."""
     groups = [[t.double().to(target.device) for t in group] for group in scale_inputs()]
