@@ -104,4 +104,5 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
 
 def _rounded(facts: dict[str, Any]) -> dict[str, Any]:
     """Five digits are more than any figure here is good for."""
-    return pytree.tree_map_only(float, lambda value: float(f"{value:.5g}"), facts)
+    rounded: dict[str, Any] = pytree.tree_map_only(float, lambda x: float(f"{x:.5g}"), facts)
+    return rounded

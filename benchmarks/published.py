@@ -31,7 +31,7 @@ def multiscale_attention(
     running_vars: Sequence[Tensor],
 ) -> Tensor:
     """Batch norm, rectifier and average pooling to the coarsest size, each scale by itself."""
-    size = projections[-1].shape[2:]
+    size = (projections[-1].shape[2], projections[-1].shape[3])
     total = None
     for x, weight, bias, mean, var in zip(
         projections, weights, biases, running_means, running_vars, strict=True
@@ -45,7 +45,7 @@ def multiscale_attention(
 
 def resample_attention(maps: Sequence[Tensor]) -> Tensor:
     """Average pooling of every map to the size of the last, and the sum."""
-    size = maps[-1].shape[2:]
+    size = (maps[-1].shape[2], maps[-1].shape[3])
     total = maps[-1]
     for x in maps[:-1]:
         total = total + F.adaptive_avg_pool2d(x, size)
@@ -73,8 +73,8 @@ def sample_attention(attention: Tensor, uniforms: np.ndarray) -> Tensor:
     rows = []
     for image, uniform in zip(attention, uniforms, strict=True):
         weights = torch.sqrt(image.detach().float().sum(dim=(1, 2)) + _EPSILON)
-        weights = F.normalize(weights, p=1, dim=0).cpu().numpy().astype(np.float64)
-        cumulative = weights.cumsum()
+        probabilities = F.normalize(weights, p=1, dim=0).cpu().numpy().astype(np.float64)
+        cumulative = probabilities.cumsum()
         rows.append((cumulative / cumulative[-1]).searchsorted(uniform, side="right"))
     return torch.from_numpy(np.stack(rows)).to(attention.device)
 

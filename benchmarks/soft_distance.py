@@ -1,4 +1,4 @@
-"""soft_distance_loss over four classes and three views; half of the images predicted well."""
+"""soft_distance_loss over four classes and three views, with predictions of every confidence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from magsd_kernels.reference import soft_distance as reference
 def _inputs(draw: Draw) -> dict[str, Any]:
     targets = draw.integers(CLASSES, draw.batch)
     logits = draw.normal(draw.batch, CLASSES)
-    logits[::2] += 6 * F.one_hot(targets[::2], CLASSES)
+    certainty = draw.uniform(draw.batch, 1, low=-2.0, high=6.0)
+    logits += certainty * F.one_hot(targets, CLASSES)
     return {
         "logits": logits,
         "view_logits": [draw.normal(draw.batch, CLASSES) for _ in range(VIEWS)],

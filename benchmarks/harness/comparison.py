@@ -69,8 +69,11 @@ class Comparison:
         if LIMIT in outcomes:
             outcomes[LIMIT].facts["bytes"] = moved
         for name, contender in contenders.items():
-            outcomes[name].facts |= _read_off(contender, session)
             outcomes[name].facts["speedup"] = _speedups(name, outcomes)
+            try:
+                outcomes[name].facts |= _read_off(contender, session)
+            except Exception as error:  # likewise
+                outcomes[name].error = error
         return outcomes
 
     def _facts(self, name: str, arguments: Arguments) -> dict[str, Any]:

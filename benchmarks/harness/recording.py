@@ -26,8 +26,9 @@ class Recorder:
 
     def __call__(self, entry: Entry) -> None:
         """Record; the first call for a group measures all its collected members."""
-        chosen = [item.callspec.params.get("entry") for item in self._items if _has_params(item)]
-        members = [other.member for other in chosen if other and other.group is entry.group]
+        specs = [getattr(item, "callspec", None) for item in self._items]
+        entries = [spec.params.get("entry") for spec in specs if spec is not None]
+        members = [other.member for other in entries if other and other.group is entry.group]
         outcome = self._session.outcomes(entry.group, members)[entry.member]
         if outcome.absent is not None:
             pytest.skip(outcome.absent)
@@ -41,7 +42,3 @@ class Recorder:
             rounds=len(outcome.samples.seconds),
         )
         self._benchmark.extra_info.update(outcome.facts, iterations=outcome.samples.iterations)
-
-
-def _has_params(item: pytest.Item) -> bool:
-    return hasattr(item, "callspec")

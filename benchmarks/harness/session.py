@@ -52,10 +52,13 @@ class Session:
     _measured: dict[str, dict[str, Outcome]] = field(default_factory=dict)
 
     def outcomes(self, group: Group, members: Sequence[str]) -> dict[str, Outcome]:
-        """Measure a group when it is asked for the first time."""
+        """Measure a group when it is asked for the first time; what it raises fails all members."""
         name = str(group)
         if name not in self._measured:
-            self._measured[name] = group.measure(members, self)
+            try:
+                self._measured[name] = group.measure(members, self)
+            except Exception as error:
+                self._measured[name] = {member: Outcome(error=error) for member in members}
         return self._measured[name]
 
     def rows(self, subjects: Iterable[Subject]) -> list[Row]:

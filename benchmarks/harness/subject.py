@@ -112,7 +112,7 @@ def _read(name: str, arguments: Arguments) -> int:
     size = nbytes(arguments[name])
     if name == "attention" and "index" in arguments:
         index = arguments["index"]
-        return size * (index.numel() // len(index)) // arguments["attention"].shape[1]
+        return int(size * index.numel() // len(index) // arguments["attention"].shape[1])
     return size
 
 

@@ -54,7 +54,7 @@ _STYLE = {
 def draw(results: Results, folder: Path) -> dict[str, str]:
     """Write the charts; names of the files by operation, and of "growth"."""
     names = {}
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
         for operation, rows in results.operations():
             names[operation] = f"{operation}.png"
             _operation(rows, _caption(results), folder / names[operation])

@@ -16,7 +16,7 @@ from benchmarks.harness.subject import PUBLISHED, Contender, Row, Subject
 all_subjects = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 
 
-def small_row(subject: Subject, batch: int = 4, backward: bool | None = None) -> Row:
+def small_row(subject: Subject, batch: int = 8, backward: bool | None = None) -> Row:
     network: Network = replace(
         subject.networks[0], side=30, features=((5, 12), (6, 6), (7, 3)), maps=5
     )
