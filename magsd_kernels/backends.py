@@ -33,8 +33,6 @@ MISSING: dict[tuple[str, str], str] = {
     ("triton", operation): "no Triton kernels in this version of magsd_kernels"
     for operation in OPERATIONS
 }
-for _operation in ("multiscale_attention",):
-    MISSING["cuda", _operation] = "no CUDA kernels in this version of magsd_kernels"
 
 #: What "auto" tries, in order, for tensors on a device type; other devices run the reference.
 PREFERENCE: dict[str, tuple[str, ...]] = {

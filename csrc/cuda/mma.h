@@ -38,9 +38,8 @@ __device__ __forceinline__ float tf32_rest(float value) {
 __device__ __forceinline__ void mma_tf32(float& d0, float& d1, float& d2, float& d3, float a0,
                                          float a1, float a2, float a3, float b0, float b1) {
 #if defined(MAGSD_SIMT)
-  constexpr int kProduct = 16;  // tells this warp function from the others
   const float mine[6] = {a0, a1, a2, a3, b0, b1};
-  const unsigned char* lanes = simt::exchange(mine, sizeof(mine), kAllLanes, kProduct);
+  const unsigned char* lanes = simt::exchange(mine, sizeof(mine), kAllLanes, {"mma_tf32", __LINE__});
   const auto operand = [lanes](int lane, int i) {
     float value;
     std::memcpy(&value, lanes + lane * simt::kExchangeBytes + i * sizeof(float), sizeof(value));

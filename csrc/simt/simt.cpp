@@ -241,6 +241,11 @@ void* shared(const void* site, std::size_t bytes) {
   return array;
 }
 
+void fail(const char* why) {
+  current().fail(why);
+  std::abort();
+}
+
 void* dynamic_shared() { return current().dynamic; }
 
 void launch(dim3 grid, int threads, std::size_t shared_bytes, const std::function<void()>& body) {

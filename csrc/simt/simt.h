@@ -85,6 +85,9 @@ const unsigned char* exchange(const void* value, std::size_t bytes, unsigned mas
                               const Site& site);
 constexpr std::size_t kExchangeBytes = 64;
 
+// Ends the launch with an error: what a GPU would do is undefined.
+[[noreturn]] void fail(const char* why);
+
 template <typename T>
 T from_lane(const unsigned char* slots, int lane) {
   T value;
@@ -109,6 +112,7 @@ T shuffle(unsigned mask, T value, const Site& site, int source_of(int lane, int 
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 // As cuda/kernel.h has them for a GPU.
 #define MAGSD_SHARED(type, name, extents) \
