@@ -7,12 +7,10 @@
 // the box and the map, so that the work per element is loads, interpolations and stores. Four
 // elements (eight in half precision) lie in one thread where rows allow accesses of 16 bytes. The
 // first elements are asked for before the tables are made, the next before these are worked on.
-#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
-#include <type_traits>
-#include <vector>
+#include <utility>
 
 #include "cuda/attention_augment_tables.h"
 
@@ -68,8 +66,27 @@ __device__ __forceinline__ Pack<T, N> paste(const T* pasted, int first, int exte
   return own;
 }
 
+// Vector v of a row in every view; a patch covers `extent` elements of its row from `hidden` on.
 template <typename T, int N>
-__global__ void __launch_bounds__(kAugmentThreads, 4)
+__device__ __forceinline__ void write(const Plan<T>& plan, const Tables<T, N>& tables,
+                                      const MapRows<N>& map_rows, float threshold,
+                                      const Row<T>& row, int v, int hidden, int extent,
+                                      const Pack<T, N>& own) {
+  const int64_t out = row.out + v * N;
+  if (plan.mixed != nullptr) {
+    store_past_caches(plan.mixed + out, mix(plan, row, tables.lower[v], tables.weights[v], own));
+  }
+  if (plan.dimmed != nullptr) {
+    store_past_caches(plan.dimmed + out,
+                      dim(map_rows.factors(row.map, v, threshold, plan.floor), own));
+  }
+  if (plan.patched != nullptr) {
+    store_past_caches(plan.patched + out, paste(row.pasted, v * N - hidden, extent, own));
+  }
+}
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kAugmentThreads, sizeof(T) == 8 ? 3 : 4)
     views_kernel(const Plan<T> plan, const Cut cut) {
   MAGSD_DYNAMIC_SHARED(unsigned char, memory);
   MAGSD_SHARED(float, partial, [kAugmentWarps]);
@@ -109,7 +126,6 @@ __global__ void __launch_bounds__(kAugmentThreads, 4)
   tabulate_rows(plan, place, part, map_rows, tables);
   __syncthreads();
 
-  // Of the tile's elements, those that the patch covers in its rows.
   const int hidden = static_cast<int>(part.corner.column * layout.inner) - place.first_vector * N;
   const int extent = static_cast<int>(part.patch.columns.extent() * layout.inner);
   while (at.row < height) {
@@ -120,18 +136,7 @@ __global__ void __launch_bounds__(kAugmentThreads, 4)
     if (at.row < height && at.column < width) {
       own = load<N>(tables.rows[at.row].own + at.column * N);
     }
-    if (v >= width) continue;
-    const int64_t out = row.out + v * N;
-    if (plan.mixed != nullptr) {
-      store_past_caches(plan.mixed + out, mix(plan, row, tables.lower[v], tables.weights[v], held));
-    }
-    if (plan.dimmed != nullptr) {
-      store_past_caches(plan.dimmed + out,
-                        dim(map_rows.factors(row.map, v, guide.threshold, plan.floor), held));
-    }
-    if (plan.patched != nullptr) {
-      store_past_caches(plan.patched + out, paste(row.pasted, v * N - hidden, extent, held));
-    }
+    if (v < width) write(plan, tables, map_rows, guide.threshold, row, v, hidden, extent, held);
   }
 }
 

@@ -17,6 +17,8 @@
 
 namespace magsd::MAGSD_ISA {
 
+// Kernels also state how many blocks are to share a multiprocessor: left to itself, the compiler
+// spills registers to make room for one more.
 constexpr int kAugmentThreads = 256;
 constexpr int kAugmentWarps = kAugmentThreads / kWarp;
 constexpr int kMostRows = 32;  // in a block's part

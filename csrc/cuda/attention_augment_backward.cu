@@ -58,6 +58,34 @@ struct CropPart {
   Real* sums;
 };
 
+// All threads make the table of columns, to be used behind a barrier.
+template <typename Real>
+__device__ CropPart<Real> crop_part(const Box& box, const ImageLayout& layout, int first_element,
+                                    int past_element, bool align_corners, Real* sums,
+                                    int* column_first, int* row_first) {
+  const int inner = static_cast<int>(layout.inner);
+  CropPart<Real> part{
+      box,
+      resize_of<Real>(box.rows.extent(), static_cast<int>(layout.height), align_corners),
+      resize_of<Real>(box.columns.extent(), static_cast<int>(layout.width), align_corners),
+      first_element / inner,
+      (past_element - 1) / inner + 1,
+      column_first,
+      row_first,
+      sums};
+  for (int i = threadIdx.x; i < part.past_pixel - part.first_pixel + 2; i += kAugmentThreads) {
+    column_first[i] = part.columns.first_output(part.first_pixel + i - 1 - box.columns.start);
+  }
+  return part;
+}
+
+// A box from outside, clamped to the image.
+__device__ inline Box box_inside(const int32_t* row, const ImageLayout& layout) {
+  const Box box = read_box(row);
+  return {inside(box.rows, static_cast<int32_t>(layout.height)),
+          inside(box.columns, static_cast<int32_t>(layout.width))};
+}
+
 // sums[r * count + e] = what the outputs give to row first_row + r of the image, at their elements
 // first..first + count - 1.
 template <typename T, int N>
@@ -138,6 +166,15 @@ __device__ void add_crop(const Plan<T>& plan, const CropPart<accumulate_t<T>>& p
   for (int k = 0; k < N; ++k) total[k] += plan.share * sum[k];
 }
 
+// Adds a vector of a view's gradient, element by element times a factor.
+template <typename T, int N>
+__device__ void add_scaled(const T* grad, const Pack<accumulate_t<T>, N>& factor,
+                           accumulate_t<T>* total) {
+  const Pack<T, N> own = load<N>(grad);
+#pragma unroll
+  for (int k = 0; k < N; ++k) total[k] += widen(own.at[k]) * factor.at[k];
+}
+
 // Adds what a row of the patched view gives to elements element..element + N - 1 of row y.
 template <typename T, int N>
 __device__ void add_patch(const Plan<T>& plan, const Box& box, const Corner& corner, const T* grad,
@@ -167,41 +204,29 @@ __global__ void __launch_bounds__(kAugmentThreads, N > 4 ? 2 : 3)
   MAGSD_SHARED(float, partial, [kAugmentWarps]);
   MAGSD_SHARED(int, row_first, [kMostRows + 2]);
   const ImageLayout& layout = plan.layout;
-  const int inner = static_cast<int>(layout.inner);
-  const int height = static_cast<int>(layout.height), width = static_cast<int>(layout.width);
   const Place place(cut, layout);
   const int64_t start = place.b * layout.step_b + place.plane * layout.step_plane;
-  MapRows<N> map_rows(reinterpret_cast<Pack<float, N>*>(memory), plan.maps, place, cut);
-  Real* sums = reinterpret_cast<Real*>(map_rows.rows + cut.map_rows * cut.width);
-  int* column_first = reinterpret_cast<int*>(sums + pass.room);
+  Real* sums = reinterpret_cast<Real*>(memory);
+  MapRows<N> map_rows(reinterpret_cast<Pack<float, N>*>(sums + pass.room), plan.maps, place, cut);
+  int* column_first = reinterpret_cast<int*>(map_rows.rows + cut.map_rows * cut.width);
 
   CropPart<Real> part{};
   if (plan.mixed != nullptr) {
-    const Box box = read_box(plan.mix_boxes + 4 * place.b);
-    part.box = {inside(box.rows, height), inside(box.columns, width)};
-    part.rows = resize_of<Real>(part.box.rows.extent(), height, plan.align_corners);
-    part.columns = resize_of<Real>(part.box.columns.extent(), width, plan.align_corners);
-    part.first_pixel = place.first_vector * N / inner;
-    part.past_pixel = (place.past_vector * N - 1) / inner + 1;
-    part.column_first = column_first;
-    part.row_first = row_first;
-    part.sums = sums;
-    for (int i = threadIdx.x; i < part.past_pixel - part.first_pixel + 2; i += kAugmentThreads) {
-      column_first[i] =
-          part.columns.first_output(part.first_pixel + i - 1 - part.box.columns.start);
-    }
+    part =
+        crop_part(box_inside(plan.mix_boxes + 4 * place.b, layout), layout, place.first_vector * N,
+                  place.past_vector * N, plan.align_corners, sums, column_first, row_first);
   }
   Box patch{};
   Corner corner{};
   if (plan.patched != nullptr) {
-    const Box box = read_box(plan.patch_boxes + 4 * place.b);
-    patch = {inside(box.rows, height), inside(box.columns, width)};
-    corner = paste_corner(patch, plan.offsets(place.b, 0), plan.offsets(place.b, 1), height, width);
+    patch = box_inside(plan.patch_boxes + 4 * place.b, layout);
+    corner = paste_corner(patch, plan.offsets(place.b, 0), plan.offsets(place.b, 1), layout.height,
+                          layout.width);
   }
   Guide guide(plan.maps);
   if (plan.dimmed != nullptr) {
     guide.choose(plan.dim, place.b);
-    map_rows.fill(guide, place, inner);
+    map_rows.fill(guide, place, static_cast<int>(layout.inner));
     guide.find_threshold(partial);
   }
   __syncthreads();
@@ -218,21 +243,19 @@ __global__ void __launch_bounds__(kAugmentThreads, N > 4 ? 2 : 3)
     Real total[N] = {};
     if (plan.mixed != nullptr) {
       if (mine && plan.own != 0) {
-        const Pack<T, N> own = load<N>(plan.mixed + start + y * layout.step_y + element);
-#pragma unroll
-        for (int k = 0; k < N; ++k) total[k] = plan.own * widen(own.at[k]);
+        Pack<Real, N> own;
+        for (Real& factor : own.at) factor = plan.own;
+        add_scaled(plan.mixed + start + y * layout.step_y + element, own, total);
       }
       add_crop<T, N>(plan, part, plan.mixed + start, pass, first_row, past_row, r, element, mine,
                      total);
     }
     if (!mine) continue;
     if (plan.dimmed != nullptr) {
-      const Pack<T, N> own = load<N>(plan.dimmed + start + y * layout.step_y + element);
-      const Pack<Real, N> factor =
-          map_rows.factors(map_rows.sample(plan.maps, y, y - place.first_row),
-                           vector - place.first_vector, guide.threshold, plan.floor);
-#pragma unroll
-      for (int k = 0; k < N; ++k) total[k] += widen(own.at[k]) * factor.at[k];
+      const Sample<float, int> row = map_rows.sample(plan.maps, y, y - place.first_row);
+      add_scaled(plan.dimmed + start + y * layout.step_y + element,
+                 map_rows.factors(row, vector - place.first_vector, guide.threshold, plan.floor),
+                 total);
     }
     if (plan.patched != nullptr) {
       add_patch<T, N>(plan, patch, corner, plan.patched + start, y, element, total);
