@@ -61,49 +61,87 @@ __device__ double block_sum(double value) {
   return total;
 }
 
-// What becomes of a lane's entries: returns their share of the sum.
+// The 8 channels of a lane from `c` on, of which `count` exist, and its maps.
 template <typename T, Product kProduct>
-__device__ accumulate_t<T> finish(const Pooled<T, kProduct>& pooled, const PoolCall<T>& call,
-                                  const Job<T>& job, int64_t b, int group, int c, bool writes,
-                                  accumulate_t<T> factor) {
+struct Lane {
   using C = Cut<T, kProduct>;
-  using A = accumulate_t<T>;
-  const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
-  c += 8 * chunk_of(g);
-  const int count = call.channels - c;
-  const bool whole = job.aligned_rows && count >= 8;
-  A sum = 0;
-#pragma unroll
-  for (int slot = 0; slot < C::kSlots; ++slot) {
-    const int m = group * C::kMaps + slot / 2 * 8 + 2 * t + slot % 2;
-    if (m >= call.maps || count <= 0) continue;
-    const int64_t at = (b * call.maps + m) * call.channels + c;
-    A row[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) row[j] = pooled.sum[slot][j] * call.factor;
-    if (!writes && job.grad == nullptr) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) sum += j < count ? call.square(row[j]) : A{0};
-      continue;
-    }
-#pragma unroll
-    for (int j = 0; j < 8; ++j) row[j] = call.root(row[j]) * factor;
-    if (writes) {
-      store_row(row, job.output + at, count, whole);
-      if constexpr (kProduct == Product::kMaximum) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          if (j < count) job.argmax[at + j] = pooled.first[slot][j];
-        }
-      }
-      continue;
-    }
-    T grad[8];
-    load_row(job.grad + at, count, whole, grad);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) sum += j < count ? row[j] * widen(grad[j]) : A{0};
+  int count, maps;
+  int64_t first;  // place in (B, M, C) of the first channel of slot 0
+
+  __device__ Lane(const PoolCall<T>& call, int64_t b, int group, int c) {
+    const int m = group * C::kMaps + 2 * (threadIdx.x % 4);
+    c += 8 * chunk_of(threadIdx.x % kWarp / 4);
+    count = call.channels - c;
+    maps = call.maps - m;
+    first = (b * call.maps + m) * call.channels + c;
   }
-  return sum;
+
+  // Calls function(slot, place in (B, M, C)) for the maps that exist, if channels do.
+  template <typename Function>
+  __device__ void for_slots(const PoolCall<T>& call, const Function& function) const {
+    if (count <= 0) return;
+#pragma unroll
+    for (int slot = 0; slot < C::kSlots; ++slot) {
+      const int m = slot / 2 * 8 + slot % 2;
+      if (m < maps) function(slot, first + static_cast<int64_t>(call.channels) * m);
+    }
+  }
+};
+
+// A lane's share of the sum of squares or, given a gradient, of scale root gradient.
+template <typename T, Product kProduct>
+__device__ accumulate_t<T> add_up(Pooled<T, kProduct>& pooled, const PoolCall<T>& call,
+                                  const Job<T>& job, const Lane<T, kProduct>& lane) {
+  using A = accumulate_t<T>;
+  pooled.clear_from(lane.count);
+  A sum = 0;
+  if (job.grad != nullptr) {
+    lane.for_slots(call, [&](int slot, int64_t at) {
+      T grad[8];
+      load_row(job.grad + at, lane.count, job.aligned_rows && lane.count >= 8, grad);
+      A roots[8];
+      call.take_roots(pooled.sum[slot], roots);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum += roots[j] * widen(grad[j]);
+    });
+    return sum * call.scale;
+  }
+  if (!call.signed_sqrt) {
+    lane.for_slots(call, [&](int slot, int64_t) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum += pooled.sum[slot][j] * pooled.sum[slot][j];
+    });
+    return sum * call.factor * call.factor;
+  }
+  // The square of a root is its radicand.
+  int roots = 0;
+  lane.for_slots(call, [&](int slot, int64_t) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      sum += std::abs(pooled.sum[slot][j]);
+      roots += pooled.sum[slot][j] != 0;
+    }
+  });
+  return sum * call.factor + static_cast<A>(roots) * call.eps;
+}
+
+template <typename T, Product kProduct>
+__device__ void write(const Pooled<T, kProduct>& pooled, const PoolCall<T>& call, const Job<T>& job,
+                      const Lane<T, kProduct>& lane, accumulate_t<T> factor) {
+  using A = accumulate_t<T>;
+  lane.for_slots(call, [&](int slot, int64_t at) {
+    A row[8];
+    call.take_roots(pooled.sum[slot], row);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) row[j] *= factor;
+    store_row(row, job.output + at, lane.count, job.aligned_rows && lane.count >= 8);
+    if constexpr (kProduct == Product::kMaximum) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (j < lane.count) job.argmax[at + j] = pooled.first[slot][j];
+      }
+    }
+  });
 }
 
 template <typename T, Product kProduct>
@@ -151,9 +189,12 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, Cut<T, kProduct>::kBlocks)
           if (step.inner == 0) pooled.clear();
           pooled.add(window, buffers + buffer * kStageBytes, rows, p,
                      smaller(C::kStage, call.pixels - p), call.attention.resized);
-          if (last) {
-            const int c = (task % tiles * warps + warp) * kChannels;
-            sum += static_cast<double>(finish(pooled, call, job, b, group, c, !adds, factor));
+          if (!last) return;
+          const Lane<T, kProduct> lane(call, b, group, (task % tiles * warps + warp) * kChannels);
+          if (adds) {
+            sum += static_cast<double>(add_up(pooled, call, job, lane));
+          } else {
+            write(pooled, call, job, lane, factor);
           }
         }
         if (!adds || !last || step.middle < tasks - 1) return;

@@ -42,14 +42,13 @@ struct Cut {
   static constexpr int kStage = 64 / sizeof(T);        // pixels
   static constexpr int kBlocks = kMaps == 32 ? 2 : 1;  // on an SM at least: bounds the registers
   static constexpr int kKept = 384 / sizeof(A);        // pixels whose attention is kept
-};
 
-// Where a row of maps holds map m of a group: maps 8 n + i lie side by side for all n, so that a
-// lane reads what a product needs of them at once.
-template <int kEighths>
-MAGSD_HD int place_of(int m) {
-  return m % 8 * kEighths + m / 8;
-}
+  // Where a row holds map m of a group. Tensor cores take operands one by one; otherwise maps
+  // 8 n + i lie side by side for all n, and a lane reads what it needs of them at once.
+  MAGSD_HD static int place_of(int m) {
+    return kProduct == Product::kTensor ? m : m % 8 * kEighths + m / 8;
+  }
+};
 
 // By value, unlike std::min, so that constants need no address on the device.
 template <typename Value>
@@ -92,15 +91,35 @@ __device__ __forceinline__ void stream_16(void* to, uint4 word) {
 #endif
 }
 
+// Eight numbers of shared memory, widened; 0 unless they exist.
 template <typename T>
-__device__ __forceinline__ void load_eight(const T* from, T (&values)[8]) {
-  constexpr int kEach = 16 / sizeof(T);
+__device__ __forceinline__ void load_eight(const T* from, bool exist,
+                                           accumulate_t<T> (&values)[8]) {
 #pragma unroll
-  for (int i = 0; i < 8; i += kEach) {
-    T part[kEach];
-    load_aligned(from + i, part);
+  for (int i = 0; i < 8; i += 16 / sizeof(T)) {
+    unsigned words[4];
+    load_aligned(reinterpret_cast<const unsigned*>(from + i), words);
+    if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int k = 0; k < kEach; ++k) values[i + k] = part[k];
+      for (int k = 0; k < 4; ++k) {
+        const unsigned word = exist ? words[k] : 0;
+        if constexpr (std::is_same_v<T, BFloat16>) {
+          values[2 * k] = __uint_as_float(word << 16);
+          values[2 * k + 1] = __uint_as_float(word & 0xffff0000u);
+        } else {
+          T two[2];
+          std::memcpy(two, &word, sizeof(two));
+          values[2 * k] = widen(two[0]);
+          values[2 * k + 1] = widen(two[1]);
+        }
+      }
+    } else {
+      std::memcpy(values + i, words, sizeof(words));
+#pragma unroll
+      for (int k = i; k < i + 16 / static_cast<int>(sizeof(T)); ++k) {
+        values[k] = exist ? values[k] : T{0};
+      }
+    }
   }
 }
 
@@ -124,40 +143,53 @@ __device__ __forceinline__ unsigned narrow_two(float low, float high) {
 // Up to 8 entries of a row in global memory; whole: there are 8 and the row is aligned.
 template <typename T>
 __device__ __forceinline__ void load_row(const T* from, int count, bool whole, T (&values)[8]) {
-  if (whole) return load_eight(from, values);
+  constexpr int kEach = 16 / sizeof(T);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) values[i] = i < count ? from[i] : T{};
+  for (int i = 0; i < 8; i += kEach) {
+    T part[kEach];
+    if (whole) load_aligned(from + i, part);
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      if (!whole) part[k] = i + k < count ? from[i + k] : T{};
+      values[i + k] = part[k];
+    }
+  }
 }
 
 template <typename T>
 __device__ __forceinline__ void store_row(const accumulate_t<T> (&values)[8], T* to, int count,
                                           bool whole) {
-  if (!whole) {
+  constexpr int kEach = 16 / sizeof(T);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (i < count) to[i] = narrow<T>(values[i]);
-    }
-  } else if constexpr (sizeof(T) == 2) {
-    stream_16(to, {narrow_two<T>(values[0], values[1]), narrow_two<T>(values[2], values[3]),
-                   narrow_two<T>(values[4], values[5]), narrow_two<T>(values[6], values[7])});
-  } else {
-    constexpr int kEach = 16 / sizeof(T);
-#pragma unroll
-    for (int i = 0; i < 8; i += kEach) {
-      uint4 word;
+  for (int i = 0; i < 8; i += kEach) {
+    uint4 word;
+    if constexpr (sizeof(T) == 2) {
+      word = {narrow_two<T>(values[0], values[1]), narrow_two<T>(values[2], values[3]),
+              narrow_two<T>(values[4], values[5]), narrow_two<T>(values[6], values[7])};
+    } else {
       std::memcpy(&word, values + i, sizeof(word));
+    }
+    if (whole) {
       stream_16(to + i, word);
+      continue;
+    }
+    T part[kEach];
+    std::memcpy(part, &word, sizeof(word));
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      if (i + k < count) to[i + k] = part[k];
     }
   }
 }
 
-// Roots of float to 2 in 2^23, a third of the instructions of correctly rounded ones.
+// Roots of float to 2 in 2^23, in a third of the instructions of correctly rounded ones. Of numbers
+// below 2^-126 the root is 0.
 __device__ __forceinline__ float quick_root(float value) {
 #if defined(MAGSD_SIMT)
   return std::sqrt(value);
 #else
   float root;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(value));
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(value));
   return root;
 #endif
 }
@@ -272,16 +304,16 @@ struct PoolCall {
     return reinterpret_cast<uintptr_t>(matrix) % 16 == 0 && channels * sizeof(T) % 16 == 0;
   }
 
-  // The signed root, where asked for, of a pooled entry.
-  __device__ A root(A pooled) const {
-    if (!signed_sqrt) return pooled;
-    return pooled == 0 ? A{0} : std::copysign(quick_root(std::abs(pooled) + eps), pooled);
-  }
-
-  // The square of that.
-  __device__ A square(A pooled) const {
-    if (!signed_sqrt) return pooled * pooled;
-    return pooled == 0 ? A{0} : std::abs(pooled) + eps;
+  // From sums of products, or maxima, to pooled entries and, where asked for, their signed roots.
+  __device__ void take_roots(const A (&sums)[8], A (&roots)[8]) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) roots[j] = sums[j] * factor;
+    if (!signed_sqrt) return;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const A root = std::copysign(quick_root(std::abs(roots[j]) + eps), roots[j]);
+      roots[j] = roots[j] == 0 ? A{0} : root;
+    }
   }
 };
 
@@ -303,8 +335,8 @@ void visit_product(bool maximum, bool allow_tf32, const Function& function) {
   }
 }
 
-// Pools and adds up scale * root * grad over the maps and channels of every image: (B, shares) float64, the
-// shares of an image to be added in order. Runs the products as the forward does.
+// Pools and adds up scale * root * grad over the maps and channels of every image: (B, shares)
+// float64, the shares of an image to be added in order. Runs the products as the forward does.
 template <typename T>
 Tensor sums_along(const DeviceScope& scope, const PoolCall<T>& call, bool maximum, bool allow_tf32,
                   const T* grad);

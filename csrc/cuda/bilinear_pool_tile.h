@@ -37,20 +37,56 @@ __device__ __forceinline__ void walk(const Step& counts, const Load& load, const
   }
 }
 
+// Reads a stage whose rows are pixels or channels.
+template <typename T, bool kPixels>
+struct Reader {
+  static constexpr int kEach = 16 / sizeof(T);
+  static constexpr int kPixelBytes = kChannels * sizeof(T) + 16;
+
+  int beginning, row_step;  // of channels' rows, see Window
+
+  // Entries of a row that precede its first pixel. Neither 8 channels nor a stage change it.
+  __device__ int beginning_of(int j) const { return (beginning + j * row_step) & (kEach - 1); }
+
+  __device__ T at(const unsigned char* stage, int row, int p) const {
+    const int g = row % 8, j = row / 8;
+    if constexpr (kPixels) {
+      return reinterpret_cast<const T*>(stage + p * kPixelBytes)[8 * chunk_of(g) + j];
+    } else {
+      return reinterpret_cast<const T*>(stage + row * kRowBytes)[beginning_of(j) + p];
+    }
+  }
+
+  // The 8 channels of lane group g at pixel p of a stage; 0 unless it exists, for what lies past
+  // the last pixel may not be finite.
+  __device__ void column(const unsigned char* stage, int g, int p, bool exists,
+                         accumulate_t<T> (&values)[8]) const {
+    if constexpr (kPixels) {
+      load_eight(reinterpret_cast<const T*>(stage + p * kPixelBytes) + 8 * chunk_of(g), exists,
+                 values);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        values[j] = exists ? widen(at(stage, 8 * j + g, p)) : accumulate_t<T>{0};
+      }
+    }
+  }
+};
+
 // Channels c .. c + kChannels of image b; c is a multiple of kChannels. What a stage holds of
 // channels past the last is 0, of pixels past the last undefined.
 template <typename T>
 class Window {
  public:
-  static constexpr int kEach = 16 / sizeof(T);
+  static constexpr int kEach = Reader<T, true>::kEach;
   static constexpr int kStage = 64 / sizeof(T);
-  static constexpr int kPixelBytes = kChannels * sizeof(T) + 16;
+  static constexpr int kPixelBytes = Reader<T, true>::kPixelBytes;
 
   __device__ Window(const Features<T>& features, int64_t b, int c, int channels, int pixels)
       : features_(features),
         origin_(b * features.step_b + c * features.step_c),
-        beginning_(static_cast<int>((features.misaligned + b * features.step_b) % kEach)),
-        row_step_(static_cast<int>(features.step_c % kEach)),
+        rows_{static_cast<int>((features.misaligned + b * features.step_b) % kEach),
+              static_cast<int>(features.step_c % kEach)},
         channels_(channels - c),
         pixels_(pixels) {}
 
@@ -67,46 +103,34 @@ class Window {
     }
   }
 
-  // The 8 channels of lane group g at pixel p of a stage; 0 where that does not exist.
-  __device__ void column(const unsigned char* stage, int g, int p, bool exists,
-                         T (&values)[8]) const {
-    if (!exists) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) values[j] = T{};
-    } else if (features_.channels_last) {
-      load_eight(reinterpret_cast<const T*>(stage + p * kPixelBytes) + 8 * chunk_of(g), values);
-    } else {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) values[j] = at(stage, 8 * j + g, p);
-    }
-  }
-
-  __device__ T at(const unsigned char* stage, int row, int p) const {
-    const int g = row % 8, j = row / 8;
+  // function(reader) with how stages are read.
+  template <typename Function>
+  __device__ void read(const Function& function) const {
     if (features_.channels_last) {
-      return reinterpret_cast<const T*>(stage + p * kPixelBytes)[8 * chunk_of(g) + j];
+      function(Reader<T, true>{0, 0});
+    } else {
+      function(rows_);
     }
-    return reinterpret_cast<const T*>(stage + row * kRowBytes)[beginning_of(j) + p];
   }
 
  private:
-  // Entries of a row that precede its first pixel. Neither 8 channels nor a stage change it.
-  __device__ unsigned beginning_of(int j) const {
-    return (beginning_ + j * row_step_) & (kEach - 1);
-  }
-
   // Rows of pixels: a lane copies the same channels of every kRows-th.
   __device__ void load_pixels(unsigned char* to, int p, int count) const {
     constexpr int kChunks = kChannels / kEach, kRows = kWarp / kChunks;
     const int lane = threadIdx.x % kWarp, row = lane / kChunks, c = lane % kChunks * kEach;
     const int end = larger(0, smaller(kEach, channels_ - c));
-    const bool whole = features_.aligned_pixels && end == kEach;
-    int64_t at = origin_ + (p + row) * features_.step_p + c;
+    const int64_t step = kRows * features_.step_p;
+    const T* from = features_.data + origin_ + (p + row) * features_.step_p + c;
     to += row * kPixelBytes + c * sizeof(T);
-    for (int i = row; i < count; i += kRows) {
-      copy(to, at, 0, end, whole);
-      at += kRows * features_.step_p;
-      to += kRows * kPixelBytes;
+    if (features_.aligned_pixels && end == kEach) {
+#pragma unroll 2
+      for (int i = row; i < count; i += kRows, from += step, to += kRows * kPixelBytes) {
+        copy_async(to, from);
+      }
+    } else {
+      for (int i = row; i < count; i += kRows, from += step, to += kRows * kPixelBytes) {
+        copy_one_by_one(to, from, 0, end);
+      }
     }
   }
 
@@ -121,7 +145,7 @@ class Window {
   // 16 bytes, the k-th, of channels 8 i + j for i from `first` on, every `step`-th.
   __device__ void load_rows(unsigned char* to, int p, int count, int j, int k, int first,
                             int step) const {
-    const int before = beginning_of(j) - k * kEach;
+    const int before = rows_.beginning_of(j) - k * kEach;
     if (before + count <= 0) return;
     int64_t at = origin_ + (8 * first + j) * features_.step_c + p - before;
     to += 8 * j * kRowBytes + 16 * k;
@@ -130,22 +154,27 @@ class Window {
       const int begin = at < 0 ? static_cast<int>(-at) : 0;
       const int64_t left = features_.count - at;
       const int end = 8 * i + j >= channels_ ? 0 : left < kEach ? static_cast<int>(left) : kEach;
-      copy(to + group_of(i) * kRowBytes, at, begin, end, true);
+      if (begin == 0 && end == kEach) {
+        copy_async(to + group_of(i) * kRowBytes, features_.data + at);
+      } else {
+        copy_one_by_one(to + group_of(i) * kRowBytes, features_.data + at, begin, end);
+      }
       at += 8 * step * features_.step_c;
     }
   }
 
-  // 16 bytes from entry `at` on, of which begin .. end exist.
-  __device__ void copy(unsigned char* to, int64_t at, int begin, int end, bool aligned) const {
-    if (aligned && begin == 0 && end == kEach) return copy_async(to, features_.data + at);
+  // 16 bytes of which entries begin .. end exist; the others become 0.
+  __device__ static void copy_one_by_one(unsigned char* to, const T* from, int begin, int end) {
+#pragma unroll 1
     for (int i = 0; i < kEach; ++i) {
-      reinterpret_cast<T*>(to)[i] = i >= begin && i < end ? features_.data[at + i] : T{};
+      reinterpret_cast<T*>(to)[i] = i >= begin && i < end ? from[i] : T{};
     }
   }
 
   const Features<T>& features_;
   int64_t origin_;
-  int beginning_, row_step_, channels_, pixels_;
+  Reader<T, false> rows_;
+  int channels_, pixels_;
 };
 
 // Attention of a group of kMaps maps at up to kKept pixels, a row of maps per pixel; 0 past the
@@ -191,7 +220,7 @@ class AttentionTile {
         value = call_.attention.value(b_, first_map + m, first_pixel + p);
       }
       if constexpr (C::kRounds) value = to_tf32(value);
-      tile_[p * C::kPitch + place_of<C::kEighths>(m)] = value;
+      tile_[p * C::kPitch + C::place_of(m)] = value;
     }
   }
 
@@ -219,32 +248,50 @@ struct Pooled {
     }
   }
 
+  // Drops all but a lane's first `count` channels.
+  __device__ void clear_from(int count) {
+    if (count >= 8) return;
+#pragma unroll
+    for (int slot = 0; slot < C::kSlots; ++slot) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum[slot][j] = j < count ? sum[slot][j] : A{0};
+    }
+  }
+
   // Takes in `count` pixels of a stage, p the first; `attention` is the row of p.
   __device__ void add(const Window<T>& window, const unsigned char* stage, const A* attention,
                       int p, int count, bool cut_attention) {
-    if constexpr (kProduct == Product::kTensor) {
-      add_on_tensor_cores(window, stage, attention, count, cut_attention);
-    } else {
-      const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+    window.read([&](const auto& reader) {
+      if constexpr (kProduct == Product::kTensor) {
+        add_on_tensor_cores(reader, stage, attention, count, cut_attention);
+      } else {
+        add_one_by_one(reader, stage, attention, p, count);
+      }
+    });
+  }
+
+ private:
+  template <typename Reader>
+  __device__ void add_one_by_one(const Reader& reader, const unsigned char* stage,
+                                 const A* attention, int p, int count) {
+    const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
 #pragma unroll 1
-      for (int i = 0; i < count; ++i) {
-        T column[8];
-        window.column(stage, g, i, true, column);
+    for (int i = 0; i < count; ++i) {
+      A column[8];
+      reader.column(stage, g, i, true, column);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          A factors[C::kEighths];
-          load_aligned(attention + i * C::kPitch + (2 * t + e) * C::kEighths, factors);
+      for (int e = 0; e < 2; ++e) {
+        A factors[C::kEighths];
+        load_aligned(attention + i * C::kPitch + C::place_of(2 * t + e), factors);
 #pragma unroll
-          for (int n = 0; n < C::kEighths; ++n) {
+        for (int n = 0; n < C::kEighths; ++n) {
 #pragma unroll
-            for (int j = 0; j < 8; ++j) take(factors[n], widen(column[j]), 2 * n + e, j, p + i);
-          }
+          for (int j = 0; j < 8; ++j) take(factors[n], column[j], 2 * n + e, j, p + i);
         }
       }
     }
   }
 
- private:
   __device__ void take(A factor, A value, int slot, int j, int p) {
     if constexpr (kMaximum) {
       // NaN is the largest.
@@ -259,28 +306,25 @@ struct Pooled {
 
   // Rows of D are channels, columns maps. Where half precision meets attention that is float,
   // because it was resized, that is cut in two.
-  __device__ void add_on_tensor_cores(const Window<T>& window, const unsigned char* stage,
+  template <typename Reader>
+  __device__ void add_on_tensor_cores(const Reader& reader, const unsigned char* stage,
                                       const A* attention, int count, bool cut_attention) {
     const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
 #pragma unroll 1
     for (int k = 0; k < count; k += 8) {
-      T narrow[2][8];
       A column[2][8];
-      window.column(stage, g, k + t, k + t < count, narrow[0]);
-      window.column(stage, g, k + t + 4, k + t + 4 < count, narrow[1]);
+      reader.column(stage, g, k + t, k + t < count, column[0]);
+      reader.column(stage, g, k + t + 4, k + t + 4 < count, column[1]);
+      if constexpr (C::kRounds) {
 #pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        column[j / 8][j % 8] = widen(narrow[j / 8][j % 8]);
-        if constexpr (C::kRounds) column[j / 8][j % 8] = to_tf32(column[j / 8][j % 8]);
+        for (int i = 0; i < 16; ++i) column[i / 8][i % 8] = to_tf32(column[i / 8][i % 8]);
       }
-      const A* row = attention + (k + t) * C::kPitch + g * C::kEighths;
-      A b0[C::kEighths], b1[C::kEighths];
-      load_aligned(row, b0);
-      load_aligned(row + 4 * C::kPitch, b1);
+      const A* row = attention + (k + t) * C::kPitch + g;
 #pragma unroll
       for (int n = 0; n < C::kEighths; ++n) {
-        add_column(column, n, b0[n], b1[n]);
-        if (!C::kRounds && cut_attention) add_column(column, n, tf32_rest(b0[n]), tf32_rest(b1[n]));
+        const A b0 = row[8 * n], b1 = row[4 * C::kPitch + 8 * n];
+        add_column(column, n, b0, b1);
+        if (!C::kRounds && cut_attention) add_column(column, n, tf32_rest(b0), tf32_rest(b1));
       }
     }
   }
