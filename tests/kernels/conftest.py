@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-import magsd_kernels
-from magsd_kernels import native
-
-from .support import Target
+from .support import Target, available_targets
 
 
-def _targets() -> list[Target]:
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    takes = {
-        "reference": devices,
-        "cpu": ["cpu"],
-        "cuda": ["cpu"] if native.emulates_cuda() else ["cuda"],
-        "triton": ["cpu"] if interpreted else ["cuda"],
-    }
-    available = [name for name, state in magsd_kernels.backends().items() if state == "available"]
-    return [
-        Target(name, device)
-        for name in available
-        for device in takes.get(name, devices)
-        if device in devices
-    ]
-
-
-@pytest.fixture(scope="session", params=_targets(), ids=str)
+@pytest.fixture(scope="session", params=available_targets(), ids=str)
 def target(request: pytest.FixtureRequest) -> Target:
     """A backend and a device that it can run on."""
     return request.param

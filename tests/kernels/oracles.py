@@ -129,18 +129,19 @@ def bilinear_attention_pool(
         attention = resize(attention, size, "bilinear", align_corners=True)
     images = []
     for f, a in zip(features, attention, strict=True):
-        entries = []
+        rows = []
         for m in range(a.shape[0]):
-            for c in range(f.shape[0]):
-                products = (a[m] * f[c]).reshape(-1)
-                if pool == "avg":
-                    entries.append(products.sum() / products.numel())
-                else:
-                    first = int(np.argmax(products.detach().numpy()))
-                    entries.append(products[first])
-        pooled = torch.stack(entries)
+            products = (a[m] * f).flatten(1)
+            if pool == "avg":
+                rows.append(products.sum(1) / products.shape[1])
+            else:
+                first = torch.from_numpy(np.argmax(products.detach().numpy(), 1))
+                rows.append(products.gather(1, first[:, None])[:, 0])
+        pooled = torch.cat(rows)
         if signed_sqrt:
-            pooled = torch.sign(pooled) * torch.sqrt(pooled.abs() + eps)
+            # Away from 0, where the derivative is 0 by definition and not by arithmetic.
+            size_or_one = torch.where(pooled == 0, 1.0, pooled.abs() + eps)
+            pooled = torch.where(pooled == 0, 0.0, pooled.sign() * size_or_one.sqrt())
         if normalize:
             norm = torch.sqrt((pooled * pooled).sum()) if bool(pooled.any()) else 0 * pooled.sum()
             pooled = pooled / norm.clamp_min(1e-12)
@@ -185,17 +186,102 @@ def threshold(low: np.ndarray, theta: float) -> float:
     return float(theta) * float(np.max(low))
 
 
+def padded_extent(first: int, last: int, length: int, padding: float) -> tuple[int, int]:
+    """The published rule along one dimension: from the first to the last passing entry, padded."""
+    start = max(int(first - padding * length), 0)
+    stop = min(int(last + padding * length), length)
+    return start, max(stop, start + 1)
+
+
 def box_of(passing: np.ndarray, padding: float) -> Box:
     """The published box rule on a boolean mask (H, W)."""
     height, width = passing.shape
     ys, xs = np.nonzero(passing)
     if len(ys) == 0:
         return Box(0, 0, height, width)
-    top = max(int(int(ys.min()) - padding * height), 0)
-    bottom = min(int(int(ys.max()) + padding * height), height)
-    left = max(int(int(xs.min()) - padding * width), 0)
-    right = min(int(int(xs.max()) + padding * width), width)
-    return Box(top, left, max(bottom, top + 1), max(right, left + 1))
+    top, bottom = padded_extent(int(ys.min()), int(ys.max()), height, padding)
+    left, right = padded_extent(int(xs.min()), int(xs.max()), width, padding)
+    return Box(top, left, bottom, right)
+
+
+class Sides(NamedTuple):
+    """On which side of the threshold each pixel of an image lies, as masks (H, W).
+
+    A pixel in `undecided` may lie on either, and no other may lie elsewhere.
+    """
+
+    passes: np.ndarray
+    below: np.ndarray
+    undecided: np.ndarray
+
+
+def threshold_sides(low: Tensor, theta: Tensor, size: Sequence[int], align_corners: bool) -> Sides:
+    """Sides [U >= t] and [U < t] for one map (h, w) and a float32 scalar theta.
+
+    Undecided are the pixels with |U - t| <= 1e-6 |t|, and those within reach of an infinite entry:
+    a weight of 0 times infinity is NaN in one order of evaluation and is not read in another.
+    """
+    low = low.detach().float().cpu()
+    t = float(theta.cpu() * low.max())
+    if math.isnan(t):
+        nowhere = np.zeros(tuple(size), dtype=bool)
+        return Sides(nowhere, nowhere, nowhere)
+    finite = low.masked_fill(low.isinf(), 0.0)
+    # U is defined in float32; the dense float64 matrices confirm torch's.
+    wide = F.interpolate(
+        finite[None, None], tuple(size), mode="bilinear", align_corners=align_corners
+    )
+    upper = wide[0, 0].double().numpy()
+    exact = upsampled(finite.double().numpy(), size, align_corners)
+    assert np.abs(upper - exact).max() <= 1e-5 * float(finite.abs().max())
+    undecided = within_reach(low.isinf(), size, align_corners)
+    if t != 0 and math.isfinite(t):
+        undecided |= np.abs(upper - t) <= THRESHOLD_MARGIN * abs(t)
+    return Sides((upper >= t) & ~undecided, (upper < t) & ~undecided, undecided)
+
+
+def within_reach(marked: Tensor, size: Sequence[int], align_corners: bool) -> np.ndarray:
+    """Pixels (H, W) of a bilinear resize that read a marked entry, with whatever weight."""
+    read = []
+    for n_in, n_out in zip(marked.shape, size, strict=True):
+        weights = resize_matrix(n_in, n_out, "bilinear", align_corners)
+        entries = torch.arange(n_in, dtype=torch.float64)
+        position = weights @ entries
+        # The margin covers positions that another rounding puts beyond an entry.
+        read.append(((position[:, None] - entries).abs() < 1 + 1e-5).double())
+    return (read[0] @ marked.double() @ read[1].T > 0).numpy()
+
+
+def box_is_allowed(box: Box, sides: Sides, padding: float) -> bool:
+    """Whether `box` is the box of the passing pixels and some of the undecided ones."""
+    height, width = sides.passes.shape
+    if not sides.passes.any() and box == Box(0, 0, height, width):
+        return True
+    possible = sides.passes | sides.undecided
+    rows = _extents(possible.any(1), sides.passes.any(1), padding, (box.top, box.bottom))
+    columns = _extents(possible.any(0), sides.passes.any(0), padding, (box.left, box.right))
+    for first, last in rows:
+        for left, right in columns:
+            window = possible[first : last + 1, left : right + 1]
+            edges = (window[0], window[-1], window[:, 0], window[:, -1])
+            if all(edge.any() for edge in edges):
+                return True
+    return False
+
+
+def _extents(
+    possible: np.ndarray, certain: np.ndarray, padding: float, wanted: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """First and last entries that hold every certain one and give the wanted interval."""
+    entries, held = np.nonzero(possible)[0].tolist(), np.nonzero(certain)[0].tolist()
+    pairs = [
+        (first, last)
+        for first in entries
+        for last in reversed(entries)
+        if first <= min(held, default=last) and last >= max(held, default=first)
+    ]
+    length = len(possible)
+    return [p for p in pairs if p[0] <= p[1] and padded_extent(*p, length, padding) == wanted]
 
 
 def threshold_masks(
@@ -235,6 +321,31 @@ def crop_to_image(image: Tensor, box: Box, align_corners: bool) -> Tensor:
     return resize(content, image.shape[-2:], "bilinear", align_corners)
 
 
+def crops_to_images(images: Tensor, boxes: Sequence[Box], align_corners: bool) -> Tensor:
+    return _stack(
+        [crop_to_image(x, box, align_corners) for x, box in zip(images, boxes, strict=True)], images
+    )
+
+
+def paste_boxes(images: Tensor, boxes: Sequence[Box], offsets: Tensor) -> Tensor:
+    """Each image with the content of its box at its offsets (u_y, u_x)."""
+    height, width = images.shape[-2:]
+    patched = []
+    for image, box, (u_y, u_x) in zip(images, boxes, offsets.double().tolist(), strict=True):
+        rows, columns = box.bottom - box.top, box.right - box.left
+        y = math.floor(u_y * (height - rows + 1))
+        x = math.floor(u_x * (width - columns + 1))
+        result = image.clone()
+        content = image[:, box.top : box.bottom, box.left : box.right]
+        result[:, y : y + rows, x : x + columns] = content
+        patched.append(result)
+    return _stack(patched, images)
+
+
+def _stack(results: list[Tensor], images: Tensor) -> Tensor:
+    return torch.stack(results) if results else 0 * images
+
+
 def attention_crop(
     images: Tensor,
     attention: Tensor,
@@ -245,8 +356,7 @@ def attention_crop(
 ) -> Tensor:
     size = images.shape[-2:]
     boxes = attention_boxes(attention, theta, size, padding, index, align_corners)
-    crops = [crop_to_image(x, b, align_corners) for x, b in zip(images, boxes, strict=True)]
-    return torch.stack(crops)
+    return crops_to_images(images, boxes, align_corners)
 
 
 def attention_mixup(
@@ -271,18 +381,9 @@ def attention_patch(
     index: Tensor | None = None,
     align_corners: bool = False,
 ) -> Tensor:
-    height, width = images.shape[-2:]
-    boxes = attention_boxes(attention, theta, (height, width), padding, index, align_corners)
-    patched = []
-    for image, box, (u_y, u_x) in zip(images, boxes, offsets.double().tolist(), strict=True):
-        rows, columns = box.bottom - box.top, box.right - box.left
-        y = math.floor(u_y * (height - rows + 1))
-        x = math.floor(u_x * (width - columns + 1))
-        result = image.clone()
-        content = image[:, box.top : box.bottom, box.left : box.right]
-        result[:, y : y + rows, x : x + columns] = content
-        patched.append(result)
-    return torch.stack(patched)
+    size = images.shape[-2:]
+    boxes = attention_boxes(attention, theta, size, padding, index, align_corners)
+    return paste_boxes(images, boxes, offsets)
 
 
 def attention_dim(
