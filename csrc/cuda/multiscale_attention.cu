@@ -2,120 +2,22 @@
 // resample_attention is the same without the norm and the ReLU.
 //
 // Training reads every projection twice and writes the sum once, in two launches over all scales:
-//   statistics  a block leaves count, mean and squared deviations of its part of a channel. Threads
-//               add up differences from the first value that they meet, which keeps the digits of
-//               a small spread around a large mean, and meet by the formula of Chan et al. 1983.
+//   statistics  of every part of every channel (multiscale_attention_statistics.h)
 //   apply       a block combines the parts of its channels, then every output gathers, normalises
 //               and adds what it weighs. One block of a channel writes its statistics.
 // Evaluation and resample_attention are the second launch alone. No normalised map is stored.
-//
-// The statistics of a part are relative to the channel's first value. The number of parts depends
-// on the sizes and on the number of multiprocessors, so that results are the same from call to
-// call.
 #include <cmath>
 #include <limits>
 #include <string>
 #include <tuple>
 
 #include "cuda/multiscale_attention.h"
+#include "cuda/multiscale_attention_statistics.h"
 
 namespace magsd::MAGSD_ISA {
 namespace {
 
-constexpr int64_t kStatisticsBlocks = 4, kApplyBlocks = 8;  // for every multiprocessor
-
-// Statistics of a part of a channel.
-template <typename A>
-struct Part {
-  A count, mean, deviation;  // deviation: sum of the squared differences from the mean
-};
-
-template <typename T>
-struct Statistics {
-  MapView<const T> maps[kMostMaps];
-  Cut cuts[kMostMaps];
-  int64_t starts[kMostMaps + 1];
-  int64_t channels, groups;
-  Part<accumulate_t<T>>* parts;  // (scales, channels, kMostSplits)
-};
-
-template <typename T, bool kLast>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    statistics_kernel(const __grid_constant__ Statistics<T> call) {
-  using A = accumulate_t<T>;
-  using G = Grain<T, kLast>;
-  const Share share = share_of(call.starts, call.groups);
-  const MapView<const T>& map = call.maps[share.scale];
-  const Cut& cut = call.cuts[share.scale];
-  const Place<T, kLast> place(share.group, call.channels);
-  const T* values = map.values + place.channel * map.step_c;
-  A shift[G::kOwn] = {}, sum[G::kOwn] = {}, squares[G::kOwn] = {};
-  int seen = 0;
-  const auto add = [&](int64_t pixel, const Images& images) {
-    const T* at = values + pixel * map.step_p;
-#pragma unroll 4
-    for (int64_t b = images.first; b < images.stop; b += images.step) {
-      const int count = items_at(place, cut, b, images.stop);
-      A items[G::kItems];
-      load_items(map, at + b * map.step_b, count, items);
-#pragma unroll
-      for (int k = 0; k < G::kItems; ++k) {
-        const int own = kLast ? k : 0;
-        if (seen == 0 && own == k) shift[own] = items[k];
-        const A apart = kLast || k < count ? items[k] - shift[own] : A{0};
-        sum[own] += apart;
-        squares[own] += apart * apart;
-      }
-      seen += kLast ? 1 : count;
-    }
-  };
-  if (place.channels > 0) for_pixels(cut, share.split, place.lane, add);
-
-  const A own_count = static_cast<A>(seen > 0 ? seen : 1);
-  const A count = static_cast<A>(cut.count(share.split));
-  A mean[G::kOwn], total[G::kOwn];
-#pragma unroll
-  for (int k = 0; k < G::kOwn; ++k) {
-    const bool empty = seen == 0 || k >= place.channels;
-    mean[k] = empty ? A{0} : shift[k] - widen(values[k * map.step_c]) + sum[k] / own_count;
-    total[k] = empty ? A{0} : mean[k] * own_count;
-  }
-  block_sums<G::kLanes>(total);
-#pragma unroll
-  for (int k = 0; k < G::kOwn; ++k) {
-    const A apart = mean[k] - total[k] / count;
-    squares[k] -= sum[k] * (sum[k] / own_count);
-    if (seen > 0) squares[k] += apart * apart * own_count;
-  }
-  block_sums<G::kLanes>(squares);
-  if (threadIdx.x >= G::kLanes) return;
-#pragma unroll
-  for (int k = 0; k < G::kOwn; ++k) {
-    if (k >= place.channels) break;
-    const int64_t channel = share.scale * call.channels + place.channel + k;
-    call.parts[channel * kMostSplits + share.split] = {count, total[k] / count, squares[k]};
-  }
-}
-
-template <typename A>
-struct Moments {
-  A mean, variance;  // The biased variance.
-};
-
-// By a warp: the statistics of a channel, less its first value.
-template <typename A>
-__device__ Moments<A> combined(const Part<A>* parts, int splits, A count) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  A sum = 0, deviation = 0;
-  for (int i = lane; i < splits; i += kWarp) sum += parts[i].count * parts[i].mean;
-  const A mean = warp_sum(sum) / count;
-  for (int i = lane; i < splits; i += kWarp) {
-    const A apart = parts[i].mean - mean;
-    deviation += parts[i].deviation + parts[i].count * apart * apart;
-  }
-  const A variance = warp_sum(deviation) / count;
-  return {mean, variance < 0 ? A{0} : variance};  // NaN stays NaN.
-}
+constexpr int64_t kApplyBlocks = 8;  // for every multiprocessor
 
 template <typename T>
 struct ForwardScale {
@@ -123,7 +25,6 @@ struct ForwardScale {
   ResizeRule rows, columns;
   Parameter weight, bias, running_mean, running_var;
   int64_t count;  // values of a channel
-  int splits;
 };
 
 template <typename T>
@@ -137,7 +38,8 @@ struct Forward {
   A *mean, *rstd;
   double momentum;
   A eps;
-  int count;  // of scales
+  int splits[kMostMaps];  // parts of a channel
+  int count;              // of scales
   bool norm, training;
 };
 
@@ -162,8 +64,7 @@ __device__ Norm<accumulate_t<T>> norm_of(const Forward<T>& call, int i, int64_t 
   const int64_t at = i * call.channels + m;
   Moments<A> moments;
   if (call.training) {
-    moments = combined(call.parts + at * kMostSplits, scale.splits, static_cast<A>(scale.count));
-    moments.mean += widen(scale.map.values[m * scale.map.step_c]);
+    moments = combined(call.parts + at * kMostSplits, call.splits[i], static_cast<A>(scale.count));
   } else {
     moments = {read_parameter<A>(scale.running_mean, m), read_parameter<A>(scale.running_var, m)};
   }
@@ -183,7 +84,8 @@ __device__ Norm<accumulate_t<T>> norm_of(const Forward<T>& call, int i, int64_t 
 }
 
 template <typename T, bool kLast>
-__global__ void __launch_bounds__(kThreads, kBlocks) apply_kernel(const __grid_constant__ Forward<T> call) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    apply_kernel(const __grid_constant__ Forward<T> call) {
   using A = accumulate_t<T>;
   using G = Grain<T, kLast>;
   MAGSD_SHARED(Norm<A>, norms, [kMostMaps][G::kChannels]);
@@ -229,50 +131,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks) apply_kernel(const __grid_c
     }
   };
   for_pixels(call.cut, static_cast<int>(split), place.lane, write);
-}
-
-// Pixels of an image, over all scales.
-int64_t pixels_of(const std::vector<FeatureMap>& maps) {
-  int64_t pixels = 0;
-  for (const FeatureMap& map : maps) pixels += map.steps.pixels();
-  return pixels;
-}
-
-// Leaves the statistics of every part in `parts` and their number in the call.
-template <typename T, bool kLast>
-void take_statistics(const DeviceScope& scope, const std::vector<FeatureMap>& maps,
-                     Part<accumulate_t<T>>* parts, Forward<T>& call) {
-  using G = Grain<T, kLast>;
-  const int64_t whole = pixels_of(maps), batch = maps[0].steps.batch;
-  const int items = kLast ? 1 : images_at_once(G::kItems, batch * whole * call.channels);
-  Statistics<T> statistics{};
-  statistics.channels = call.channels;
-  statistics.groups = call.groups;
-  statistics.parts = parts;
-  for (size_t i = 0; i < maps.size(); ++i) {
-    const MapSteps& steps = maps[i].steps;
-    const auto even = [](int64_t step) { return step % G::kItems == 0; };
-    MapView<const T> view = call.scales[i].map;
-    // Contiguous planes that keep to 16 bytes are read along their pixels.
-    const bool along = !kLast && even(steps.pixels()) && even(steps.step_b) &&
-                       reinterpret_cast<uintptr_t>(view.values) % 16 == 0;
-    if (along) {
-      view.step_p = G::kItems;
-      view.step_item = 1;
-      view.wide = true;
-    }
-    const int width = along ? G::kItems : 1;
-    const int64_t most = blocks_for(kStatisticsBlocks, steps.pixels(), whole, call.groups);
-    Cut cut = cut_of(steps.pixels() / width, batch, G::kPixelLanes, along ? 1 : items,
-                     std::min<int64_t>(most, kMostSplits));
-    cut.width = width;
-    statistics.maps[i] = view;
-    statistics.cuts[i] = cut;
-    statistics.starts[i + 1] = statistics.starts[i] + cut.splits * call.groups;
-    call.scales[i].splits = cut.splits;
-  }
-  launch(scope, grid_of(statistics.starts[maps.size()]), kThreads, 0, statistics_kernel<T, kLast>,
-         statistics);
 }
 
 // A call less what concerns the norms.
@@ -340,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor> multiscale_attention(
   const Tensor rstd = uninitialized({scales, maps}, wide);
   const std::vector<FeatureMap> taken = feature_maps(projections, last);
   const bool of_batch = training && batch > 0;
-  constexpr int64_t kPartValues = 3;
+  constexpr int64_t kPartValues = 4;
   const Tensor parts =
       uninitialized({of_batch ? scales * maps * kMostSplits * kPartValues : 0}, wide);
   visit_layout(dtype, last, [&](auto type, auto layout) {
@@ -364,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor> multiscale_attention(
     }
     auto* own_parts = static_cast<Part<A>*>(parts.mutable_data_ptr());
     call.parts = own_parts;
-    if (of_batch) take_statistics<T, kLast>(scope, taken, own_parts, call);
+    if (of_batch) take_statistics<T, kLast>(scope, taken, own_parts, call.splits);
     apply<T, kLast>(scope, call);
   });
   return {result, mean, rstd};

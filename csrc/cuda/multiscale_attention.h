@@ -131,8 +131,6 @@ void visit_layout(ScalarType dtype, bool channels_last, const Visitor& visitor) 
   });
 }
 
-#if defined(__CUDACC__) || defined(MAGSD_SIMT)
-
 // What a block serves: blocks are counted through scale by scale, the groups of channels of a part
 // side by side. starts[i] is the first block of scale i.
 struct Share {
@@ -269,7 +267,7 @@ __device__ __forceinline__ void gather(const MapView<const T>& map, const T* ima
                                        const Taps<accumulate_t<T>, kAdjoint>& columns, int count,
                                        accumulate_t<T> (&sum)[kItems], const Transform& transform) {
   using A = accumulate_t<T>;
-  constexpr int kUnroll = kAdjoint ? 1 : 4;  // an adjoint seldom has more than one entry
+  constexpr int kUnroll = kAdjoint ? 1 : 2;  // an adjoint seldom has more than one entry
   const T* row = image + rows.begin * map.step_y + columns.begin * map.step_p;
   for (int y = 0; y < rows.count; ++y, row += map.step_y) {
     const A of_row = rows.weight(y);
@@ -343,7 +341,5 @@ __device__ __forceinline__ void write_parameter(const Parameter& to, int64_t m, 
       static_cast<BFloat16*>(to.values)[at] = narrow<BFloat16>(static_cast<float>(value));
   }
 }
-
-#endif
 
 }  // namespace magsd::MAGSD_ISA

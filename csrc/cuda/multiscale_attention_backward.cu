@@ -61,40 +61,46 @@ __device__ __forceinline__ Slope<accumulate_t<T>> slope_of(const Backward<T>& ca
   return {call.mean[at], factor, read_parameter<A>(call.scales[scale].bias, m), A{0}, A{0}};
 }
 
-// Calls body(b, count, dN before the ReLU) for every pixel and image of a thread.
+// Calls body(pixel, b, count, items, gradient) for every pixel and image of a thread, with the
+// values of the projection, if there is one, and the gradient resized back.
 template <typename T, bool kLast, typename Body>
 __device__ __forceinline__ void for_gradients(const Backward<T>& call,
                                               const BackwardScale<T>& scale, const Cut& cut,
                                               int split, const Place<T, kLast>& place,
                                               const Body& body) {
   using A = accumulate_t<T>;
+  const T* values = scale.map.values + place.channel * scale.map.step_c;
+  const T* grad = call.grad.values + place.channel * call.grad.step_c;
   for_pixels(cut, split, place.lane, [&](int64_t pixel, const Images& images) {
     const int64_t y = quotient(pixel, scale.columns.size_in);
     const Taps<A, true> rows(scale.rows, y);
     const Taps<A, true> columns(scale.columns, pixel - y * scale.columns.size_in);
-    const T* grad = call.grad.values + place.channel * call.grad.step_c;
     for (int64_t b = images.first; b < images.stop; b += images.step) {
       const int count = items_at(place, cut, b, images.stop);
-      A passed[Grain<T, kLast>::kItems] = {};
+      A items[Grain<T, kLast>::kItems] = {}, gradient[Grain<T, kLast>::kItems] = {};
+      if (call.norm) {
+        const T* at = values + b * scale.map.step_b + pixel * scale.map.step_p;
+        load_items(scale.map, at, count, items);
+      }
       const T* image = grad + b * call.grad.step_b;
       const auto same = [](A value, int) { return value; };
       if (kLast && call.grad.wide) {
-        gather<true>(call.grad, image, rows, columns, count, passed, same);
+        gather<true>(call.grad, image, rows, columns, count, gradient, same);
       } else {
-        gather<false>(call.grad, image, rows, columns, count, passed, same);
+        gather<false>(call.grad, image, rows, columns, count, gradient, same);
       }
-      body(pixel, b, count, passed);
+      body(pixel, b, count, items, gradient);
     }
   });
 }
 
 template <typename T, bool kLast>
-__global__ void __launch_bounds__(kThreads, kBlocks) sums_kernel(const __grid_constant__ Backward<T> call) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    sums_kernel(const __grid_constant__ Backward<T> call) {
   using A = accumulate_t<T>;
   using G = Grain<T, kLast>;
   const Share share = share_of(call.part_starts, call.groups);
   const BackwardScale<T>& scale = call.scales[share.scale];
-  const MapView<const T>& map = scale.map;
   const Place<T, kLast> place(share.group, call.channels);
   MAGSD_SHARED(Slope<A>, slopes, [G::kChannels]);
   const int64_t m = share.group * G::kChannels + threadIdx.x;
@@ -103,18 +109,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sums_kernel(const __grid_co
   }
   __syncthreads();
   A plain[G::kOwn] = {}, centred[G::kOwn] = {};
-  const T* values = map.values + place.channel * map.step_c;
-  const auto add = [&](int64_t pixel, int64_t b, int count, const A(&passed)[G::kItems]) {
-    A items[G::kItems];
-    load_items(map, values + b * map.step_b + pixel * map.step_p, count, items);
+  const auto add = [&](int64_t, int64_t, int, const A(&items)[G::kItems],
+                       const A(&gradient)[G::kItems]) {
 #pragma unroll
     for (int k = 0; k < G::kItems; ++k) {
       const int own = kLast ? k : 0;
       const Slope<A>& slope = slopes[place.own + own];
       const A apart = items[k] - slope.mean;
-      const A gradient = apart * slope.factor + slope.bias > 0 ? passed[k] : A{0};
-      plain[own] += gradient;
-      centred[own] += gradient * apart;
+      const A passed = apart * slope.factor + slope.bias > 0 ? gradient[k] : A{0};
+      plain[own] += passed;
+      centred[own] += passed * apart;
     }
   };
   if (place.channels > 0) for_gradients(call, scale, scale.part_cut, share.split, place, add);
@@ -169,7 +173,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   MAGSD_SHARED(Slope<A>, slopes, [G::kChannels]);
   const Share share = share_of(call.starts, call.groups);
   const BackwardScale<T>& scale = call.scales[share.scale];
-  const MapView<const T>& map = scale.map;
   const Place<T, kLast> place(share.group, call.channels);
   if (call.norm) {
     for (int own = static_cast<int>(threadIdx.x) / kWarp; own < G::kChannels; own += kWarps) {
@@ -181,12 +184,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     __syncthreads();
   }
   if (place.channels == 0) return;
-  const T* values = map.values + place.channel * map.step_c;
   T* results = scale.result.values + place.channel * scale.result.step_c;
-  const auto write = [&](int64_t pixel, int64_t b, int count, A(&gradient)[G::kItems]) {
+  const auto write = [&](int64_t pixel, int64_t b, int count, const A(&items)[G::kItems],
+                         A(&gradient)[G::kItems]) {
     if (call.norm) {
-      A items[G::kItems];
-      load_items(map, values + b * map.step_b + pixel * map.step_p, count, items);
 #pragma unroll
       for (int k = 0; k < G::kItems; ++k) {
         const Slope<A>& own = slopes[place.own + (kLast ? k : 0)];
