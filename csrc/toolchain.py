@@ -227,7 +227,17 @@ def _demangled(names: list[str]) -> dict[str, str]:
     ).stdout.splitlines()
     # Without the return type, the namespaces that all share and the parameters.
     short = [re.sub(r"^void |magsd::cuda::|\(anonymous namespace\)::", "", p) for p in plain]
-    return dict(zip(names, (s.partition("(")[0] for s in short), strict=True))
+    return dict(zip(names, (_without_parameters(s) for s in short), strict=True))
+
+
+def _without_parameters(function: str) -> str:
+    """A function's name with its template arguments, which may hold parentheses themselves."""
+    depth = 0
+    for i, letter in enumerate(function):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            return function[:i]
+    return function
 
 
 @dataclass(frozen=True)
