@@ -50,17 +50,6 @@ __device__ accumulate_t<T> normalize(const PoolCall<T>& call, double squares, in
   return static_cast<A>(static_cast<double>(call.scale) / length_of(norm));
 }
 
-// Sum over the block in every thread, in a fixed order.
-__device__ double block_sum(double value) {
-  MAGSD_SHARED(double, of_warps, [kMostWarps]);
-  value = warp_sum(value);
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  double total = 0;
-  for (int i = 0; i < static_cast<int>(blockDim.x) / kWarp; ++i) total += of_warps[i];
-  return total;
-}
-
 // The 8 channels of a lane from `c` on, of which `count` exist, and its maps.
 template <typename T, Product kProduct>
 struct Lane {
@@ -152,7 +141,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, Cut<T, kProduct>::kBlocks)
   MAGSD_DYNAMIC_SHARED(unsigned char, memory);
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
   const int share = blockIdx.x % job.shares, turn = blockIdx.x / job.shares;
-  const int64_t b = job.writes ? call.batch - 1 - turn : turn;
+  const int b = job.writes ? call.batch - 1 - turn : turn;
   const int tiles = ceil_div(call.channels, warps * kChannels);
   const int tasks = tiles * ceil_div(call.maps, C::kMaps) / job.shares;
   const int stages = ceil_div(call.pixels, C::kStage);
@@ -170,10 +159,11 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, Cut<T, kProduct>::kBlocks)
   A factor = call.scale;
   if (call.normalize && !job.adds) {
     double squares = 0;
-    for (int i = 0; i < job.shares; ++i) squares += job.sums[b * job.shares + i];
+    for (int i = 0; i < job.shares; ++i) squares += job.sums[int64_t{b} * job.shares + i];
     factor = normalize(call, squares, b, share == 0 && threadIdx.x == 0, job.norm);
   }
-  double sum = 0;
+  MAGSD_SHARED(double, sums, [kMostWarps]);
+  if (threadIdx.x % kWarp == 0) sums[warp] = 0;
   Pooled<T, kProduct> pooled;
   walk(
       {job.adds + job.writes, tasks, stages},
@@ -192,17 +182,20 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, Cut<T, kProduct>::kBlocks)
           if (!last) return;
           const Lane<T, kProduct> lane(call, b, group, (task % tiles * warps + warp) * kChannels);
           if (adds) {
-            sum += static_cast<double>(add_up(pooled, call, job, lane));
+            const double sum = warp_sum(static_cast<double>(add_up(pooled, call, job, lane)));
+            if (threadIdx.x % kWarp == 0) sums[warp] += sum;
           } else {
             write(pooled, call, job, lane, factor);
           }
         }
         if (!adds || !last || step.middle < tasks - 1) return;
-        sum = block_sum(sum);
+        __syncthreads();
+        double sum = 0;
+        for (int i = 0; i < warps; ++i) sum += sums[i];
         if (job.writes) {
           factor = normalize(call, sum, b, threadIdx.x == 0, job.norm);
         } else if (threadIdx.x == 0) {
-          job.sums[b * job.shares + share] = sum;
+          job.sums[int64_t{b} * job.shares + share] = sum;
         }
       });
 }

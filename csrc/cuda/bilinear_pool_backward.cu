@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 2)
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
   const int blocks = ceil_div(call.channels, warps * kChannels);
   const int block = blockIdx.x % blocks, groups = ceil_div(call.maps, C::kMaps);
-  const int64_t b = blockIdx.x / blocks;
+  const int b = blockIdx.x / blocks;
   const int c = (block * warps + warp) * kChannels;
   // Warps that have channels.
   const int busy = smaller(warps, ceil_div(call.channels - block * warps * kChannels, kChannels));
@@ -92,7 +92,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 2)
         unsigned char* const stage = gradients.stage(buffer);
         const A* rows = attention.rows(group, p);
         if (step.middle == 0 && warp < busy) {
-          if (step.inner == 0) gradients.begin(group);
+          if constexpr (kProduct == Product::kMaximum) {
+            if (step.inner == 0) gradients.load_first(group);
+          }
           if (walks == 2) gradients.add(stage, rows, p, count);
           if (walks == 1 ? step.inner == 0 : step.inner == stages - 1) {
             gradients.weigh(chain, group);
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 2)
         if (job.attention != nullptr) {
           if (warp < busy) gradients.attention_gradient(stage, p);
           __syncthreads();
-          const int64_t at = ((b * blocks + block) * call.pixels + p) * call.maps;
+          const int64_t at = ((int64_t{b} * blocks + block) * call.pixels + p) * call.maps;
           add_warps<T, kProduct>(call, shares + gradients.stage_offset(buffer), busy, group, count,
                                  job.attention + at);
           __syncthreads();
@@ -110,6 +112,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 2)
         if (job.features != nullptr && warp < busy) {
           gradients.feature_gradient(stage, rows, p, count, group, groups);
         }
+        // Not later: so the pooled matrix takes no registers in this half of the loop.
+        gradients.clear();
       });
 }
 
@@ -166,7 +170,8 @@ struct Resize {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) attention_kernel(const Resize<T> resize, int blocks) {
+__global__ void __launch_bounds__(kThreads, 8)
+    attention_kernel(const Resize<T> resize, int blocks) {
   const int64_t b = blockIdx.x / blocks, pixels = int64_t{resize.maps.height} * resize.maps.width;
   const int64_t i = int64_t{blockIdx.x % blocks} * kThreads + threadIdx.x;
   if (i >= pixels * resize.count) return;

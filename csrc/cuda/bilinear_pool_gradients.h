@@ -86,7 +86,9 @@ class WarpGradients {
         window_(call.features, b, c, call.channels, call.pixels),
         memory_(memory),
         weights_(reinterpret_cast<A*>(memory)),
-        first_(reinterpret_cast<int*>(memory + kWeightBytes)) {}
+        first_(reinterpret_cast<int*>(memory + kWeightBytes)) {
+    clear();
+  }
 
   __device__ static int stage_offset(int buffer) {
     return kWeightBytes + kFirstBytes + buffer * kStageBytes;
@@ -94,10 +96,23 @@ class WarpGradients {
   __device__ unsigned char* stage(int buffer) const { return memory_ + stage_offset(buffer); }
   __device__ const Window<T>& window() const { return window_; }
 
-  // Begins a group of maps; for the maximum reads where that lies.
-  __device__ void begin(int group) {
-    pooled_.clear();
-    if constexpr (kMaximum) load_first(group);
+  // Before every group of maps.
+  __device__ void clear() { pooled_.clear(); }
+
+  // Reads where the maxima of a group of maps lie. An index from outside is not trusted.
+  __device__ void load_first(int group) {
+    const int c = c_ + 8 * chunk_of(g_);
+#pragma unroll
+    for (int slot = 0; slot < C::kSlots; ++slot) {
+      const int m = group * C::kMaps + map_of(slot);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const bool exists = m < call_.maps && c + j < call_.channels;
+        const int p = exists ? job_.argmax[(b_ * call_.maps + m) * call_.channels + c + j] : 0;
+        first_[place_of(8 * j + g_, slot)] = larger(0, smaller(p, call_.pixels - 1));
+      }
+    }
+    __syncwarp();
   }
 
   // Takes `count` pixels of a stage, p the first, into the pooled matrix; `attention` is the row of
@@ -190,22 +205,6 @@ class WarpGradients {
   }
 
   __device__ int map_of(int slot) const { return slot / 2 * 8 + 2 * t_ + slot % 2; }
-
-  // An index from outside is not trusted.
-  __device__ void load_first(int group) {
-    const int c = c_ + 8 * chunk_of(g_);
-#pragma unroll
-    for (int slot = 0; slot < C::kSlots; ++slot) {
-      const int m = group * C::kMaps + map_of(slot);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const bool exists = m < call_.maps && c + j < call_.channels;
-        const int p = exists ? job_.argmax[(b_ * call_.maps + m) * call_.channels + c + j] : 0;
-        first_[place_of(8 * j + g_, slot)] = larger(0, smaller(p, call_.pixels - 1));
-      }
-    }
-    __syncwarp();
-  }
 
   // Products at those of the first pixels that lie in a stage.
   __device__ void gather(const unsigned char* stage, const A* attention, int p, int count) {

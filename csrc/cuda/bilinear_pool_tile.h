@@ -185,7 +185,7 @@ class AttentionTile {
   using A = accumulate_t<T>;
 
  public:
-  __device__ AttentionTile(A* tile, const PoolCall<T>& call, int64_t b)
+  __device__ AttentionTile(A* tile, const PoolCall<T>& call, int b)
       : tile_(tile), call_(call), b_(b) {}
 
   // Pixels of a tile; a multiple of kStage, so that a stage never lies in two.
@@ -198,15 +198,15 @@ class AttentionTile {
 
   // The rows from pixel p on. All threads of the block call it with the same arguments.
   __device__ const A* rows(int group, int p) {
-    const int kept_pixels = kept(call_.pixels), chunk = p / kept_pixels;
-    if (group != group_ || chunk != chunk_) {
+    const int count = kept(call_.pixels), first = p / count * count;
+    if (group != group_ || first != first_) {
       __syncthreads();
-      fill(group * C::kMaps, chunk * kept_pixels, kept_pixels);
+      fill(group * C::kMaps, first, count);
       __syncthreads();
       group_ = group;
-      chunk_ = chunk;
+      first_ = first;
     }
-    return tile_ + (p - chunk * kept_pixels) * C::kPitch;
+    return tile_ + (p - first) * C::kPitch;
   }
 
  private:
@@ -226,8 +226,8 @@ class AttentionTile {
 
   A* tile_;
   const PoolCall<T>& call_;
-  int64_t b_;
-  int group_ = -1, chunk_ = -1;
+  int b_;
+  int group_ = -1, first_ = -1;
 };
 
 // A lane's entries of the pooled matrix: sums, or maxima with their first pixels.
