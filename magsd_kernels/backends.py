@@ -33,7 +33,7 @@ MISSING: dict[tuple[str, str], str] = {
     ("triton", operation): "no Triton kernels in this version of magsd_kernels"
     for operation in OPERATIONS
 }
-for _operation in ("multiscale_attention", "bilinear_pool", "attention_augment", "soft_distance"):
+for _operation in ("bilinear_pool", "attention_augment", "soft_distance"):
     MISSING["cuda", _operation] = "no CUDA kernels in this version of magsd_kernels"
 
 #: What "auto" tries, in order, for tensors on a device type; other devices run the reference.

@@ -98,6 +98,7 @@ T shuffle(unsigned mask, T value, int kind, int source_of(int lane, int argument
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 #define threadIdx (::simt::position().thread)
 #define blockIdx (::simt::position().block)

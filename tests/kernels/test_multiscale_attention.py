@@ -22,6 +22,7 @@ from .support import (
     assert_agrees,
     assert_matches_oracle,
     dtype_id,
+    make_strided,
     poisoned_memory,
     random,
 )
@@ -134,6 +135,40 @@ def test_multiscale_published_number_of_maps(target, training, layout, dtype):
     check_multiscale(target, dtype, training=training, inputs=inputs, layout=layout)
 
 
+@in_both_modes
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [2, 40])
+def test_multiscale_maps_of_many_blocks(target, training, layout, channels):
+    """Planes past a block's threads, even and odd, and vectors of maps that end inside a group."""
+    inputs = scale_inputs(((24, 26), (37, 19), (6, 8)), batch=5, channels=channels)
+    check_multiscale(
+        target, torch.float32, training=training, inputs=inputs, layout=layout, size=(19, 18)
+    )
+
+
+@in_both_modes
+@pytest.mark.parametrize("last", [(True, False), (False, True)], ids=str)
+def test_multiscale_scales_in_different_memory_formats(target, training, last):
+    xs, *groups = scale_inputs(channels=8)
+    formats = [torch.channels_last if yes else torch.contiguous_format for yes in last]
+
+    def run(*formats: torch.memory_format) -> list[Tensor]:
+        pairs = zip(xs, formats, strict=True)
+        leaves = [
+            x.to(target.device).contiguous(memory_format=f).requires_grad_() for x, f in pairs
+        ]
+        rest = [[t.to(target.device) for t in group] for group in copy.deepcopy(groups)]
+        out = target.call(mk.multiscale_attention, leaves, *rest, training=training)
+        gradients = torch.autograd.grad(out.square().sum(), leaves)
+        assert [g.stride() for g in gradients] == [x.stride() for x in leaves]
+        return [out.detach(), *gradients]
+
+    found, wanted = run(*formats), run(torch.contiguous_format, torch.contiguous_format)
+    assert found[0].is_contiguous(memory_format=formats[0])
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
 def test_multiscale_one_image_one_scale(target):
     check_multiscale(target, torch.float32, training=True, inputs=scale_inputs([(5, 5)], batch=1))
 
@@ -173,6 +208,21 @@ def test_multiscale_large_mean_keeps_its_variance(target):
         training=True,
     )
     assert (found.cpu().double() - wanted).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_running_statistics_with_a_first_value_far_off(target, layout):
+    """Sums shifted by the first value of a channel must not lose the others' digits to it."""
+    x = random(4, 3, 16, 16)
+    x[0, :, 0, 0] = torch.tensor([3e3, -1e4, 1e2])
+    x = make_strided(x.float().to(target.device), layout)
+    one, zero = torch.ones(3, device=target.device), torch.zeros(3, device=target.device)
+    mean, var = zero.clone(), one.clone()
+    target.call(mk.multiscale_attention, [x], [one], [zero], [mean], [var], training=True)
+    wanted = zero.cpu().double(), one.cpu().double()
+    F.batch_norm(x.cpu().double(), *wanted, training=True)
+    for found, want in zip((mean, var), wanted, strict=True):
+        torch.testing.assert_close(found.cpu().double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.35, 1.0])

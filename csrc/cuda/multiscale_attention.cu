@@ -1,0 +1,237 @@
+// Multiscale attention, forward: batch norm, ReLU, resampling and the sum over the scales.
+// resample_attention is the same without the norm and the ReLU.
+//
+// Training reads every projection twice and writes the sum once, in two launches over all scales:
+//   statistics  of every part of every channel (multiscale_attention_statistics.h)
+//   apply       a block combines the parts of its channels, then every output gathers, normalises
+//               and adds what it weighs. One block of a channel writes its statistics.
+// Evaluation and resample_attention are the second launch alone. No normalised map is stored.
+#include <cmath>
+#include <limits>
+#include <string>
+#include <tuple>
+
+#include "cuda/multiscale_attention.h"
+#include "cuda/multiscale_attention_statistics.h"
+
+namespace magsd::MAGSD_ISA {
+namespace {
+
+constexpr int64_t kApplyBlocks = 8;  // for every multiprocessor
+
+template <typename T>
+struct ForwardScale {
+  MapView<const T> map;
+  ResizeRule rows, columns;
+  Parameter weight, bias, running_mean, running_var;
+  int64_t count;  // values of a channel
+};
+
+template <typename T>
+struct Forward {
+  using A = accumulate_t<T>;
+  ForwardScale<T> scales[kMostMaps];
+  MapView<T> result;
+  Cut cut;
+  int64_t channels, groups, width;
+  const Part<A>* parts;
+  A *mean, *rstd;
+  double momentum;
+  A eps;
+  int splits[kMostMaps];  // parts of a channel
+  int count;              // of scales
+  bool norm, training;
+};
+
+// relu(norm(x)) = max((x - mean) factor + bias, 0).
+template <typename A>
+struct Norm {
+  A mean, factor, bias;
+};
+
+// running <- (1 - momentum) running + momentum value, rounded once.
+__device__ __forceinline__ void update_running(const Parameter& running, int64_t m, double momentum,
+                                               double value) {
+  const double old = read_parameter<double>(running, m);
+  write_parameter(running, m, (1 - momentum) * old + momentum * value);
+}
+
+// By a warp: the norm of channel m, and, where it is asked to, what the call leaves of it.
+template <typename T>
+__device__ Norm<accumulate_t<T>> norm_of(const Forward<T>& call, int i, int64_t m, bool writes) {
+  using A = accumulate_t<T>;
+  const ForwardScale<T>& scale = call.scales[i];
+  const int64_t at = i * call.channels + m;
+  Moments<A> moments;
+  if (call.training) {
+    moments = combined(call.parts + at * kMostSplits, call.splits[i], static_cast<A>(scale.count));
+  } else {
+    moments = {read_parameter<A>(scale.running_mean, m), read_parameter<A>(scale.running_var, m)};
+  }
+  const A rstd = A{1} / std::sqrt(moments.variance + call.eps);
+  if (writes && threadIdx.x % kWarp == 0) {
+    call.mean[at] = moments.mean;
+    call.rstd[at] = rstd;
+    if (call.training) {
+      const double count = static_cast<double>(scale.count);
+      const double unbiased = static_cast<double>(moments.variance) * count / (count - 1);
+      update_running(scale.running_mean, m, call.momentum, static_cast<double>(moments.mean));
+      update_running(scale.running_var, m, call.momentum, unbiased);
+    }
+  }
+  return {moments.mean, read_parameter<A>(scale.weight, m) * rstd,
+          read_parameter<A>(scale.bias, m)};
+}
+
+template <typename T, bool kLast>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    apply_kernel(const __grid_constant__ Forward<T> call) {
+  using A = accumulate_t<T>;
+  using G = Grain<T, kLast>;
+  MAGSD_SHARED(Norm<A>, norms, [kMostMaps][G::kChannels]);
+  const int64_t split = quotient(blockIdx.x, call.groups);
+  const int64_t group = blockIdx.x - split * call.groups;
+  const Place<T, kLast> place(group, call.channels);
+  for (int i = static_cast<int>(threadIdx.x) / kWarp; i < call.count * G::kChannels; i += kWarps) {
+    const int scale = i / G::kChannels, own = i % G::kChannels;
+    const int64_t m = group * G::kChannels + own;
+    Norm<A> norm{0, 1, 0};
+    if (call.norm && m < call.channels) norm = norm_of(call, scale, m, split == 0);
+    if (threadIdx.x % kWarp == 0) norms[scale][own] = norm;
+  }
+  __syncthreads();
+  if (place.channels == 0) return;
+  const A least = call.norm ? A{0} : -std::numeric_limits<A>::infinity();
+  const auto write = [&](int64_t pixel, const Images& images) {
+    const int64_t y = quotient(pixel, call.width), x = pixel - y * call.width;
+    for (int64_t b = images.first; b < images.stop; b += images.step) {
+      const int count = items_at(place, call.cut, b, images.stop);
+      A sum[G::kItems] = {};
+      for (int i = 0; i < call.count; ++i) {
+        const ForwardScale<T>& scale = call.scales[i];
+        Norm<A> own[G::kOwn];
+#pragma unroll
+        for (int k = 0; k < G::kOwn; ++k) own[k] = norms[i][place.own + k];
+        const T* image = scale.map.values + b * scale.map.step_b + place.channel * scale.map.step_c;
+        const auto normal = [&](A value, int k) {
+          const Norm<A>& norm = own[kLast ? k : 0];
+          const A result = (value - norm.mean) * norm.factor + norm.bias;
+          return result < least ? least : result;  // NaN stays NaN.
+        };
+        const Taps<A, false> rows(scale.rows, y), columns(scale.columns, x);
+        if (kLast && scale.map.wide) {
+          gather<true>(scale.map, image, rows, columns, count, sum, normal);
+        } else {
+          gather<false>(scale.map, image, rows, columns, count, sum, normal);
+        }
+      }
+      T* to = call.result.values + b * call.result.step_b + pixel * call.result.step_p +
+              place.channel * call.result.step_c;
+      store_items(to, call.result.step_item, count, call.result.wide, sum);
+    }
+  };
+  for_pixels(call.cut, static_cast<int>(split), place.lane, write);
+}
+
+// A call less what concerns the norms.
+template <typename T, bool kLast>
+Forward<T> forward_of(const std::vector<FeatureMap>& maps, const Tensor& result, Resampling mode,
+                      bool align_corners) {
+  using G = Grain<T, kLast>;
+  Forward<T> call{};
+  const int64_t batch = result.size(0), height = result.size(2), width = result.size(3);
+  call.channels = result.size(1);
+  call.groups = G::groups(call.channels);
+  call.width = width;
+  call.count = static_cast<int>(maps.size());
+  call.result = view_of<kLast>(mutable_data<T>(result), dense_steps(result, kLast));
+  const int items = kLast ? 1 : images_at_once(G::kItems, result.numel());
+  call.cut = cut_of(height * width, batch, G::kPixelLanes, items,
+                    blocks_for(kApplyBlocks, 1, 1, call.groups));
+  for (size_t i = 0; i < maps.size(); ++i) {
+    const MapSteps& steps = maps[i].steps;
+    call.scales[i].map = view_of<kLast>(data<T>(maps[i].tensor), steps);
+    call.scales[i].rows = {steps.height, height, mode, align_corners};
+    call.scales[i].columns = {steps.width, width, mode, align_corners};
+    call.scales[i].count = batch * steps.pixels();
+  }
+  return call;
+}
+
+template <typename T, bool kLast>
+void apply(const DeviceScope& scope, const Forward<T>& call) {
+  launch(scope, grid_of(call.cut.splits * call.groups), kThreads, 0, apply_kernel<T, kLast>, call);
+}
+
+Tensor resample_attention(const Tensors& maps, const std::vector<int64_t>& size,
+                          const std::string& resampling, bool align_corners) {
+  const DeviceScope scope(first_of(maps, "maps"));
+  check_maps(maps, "maps");
+  check_size(size);
+  const Resampling mode = mode_of(resampling);
+  const bool last = is_channels_last(maps[0]);
+  const ScalarType dtype = maps[0].scalar_type();
+  const Tensor result = empty_map(maps[0].size(0), maps[0].size(1), size[0], size[1], dtype, last);
+  if (result.numel() == 0) return result;
+  const std::vector<FeatureMap> taken = feature_maps(maps, last);
+  visit_layout(dtype, last, [&](auto type, auto layout) {
+    using T = decltype(type);
+    constexpr bool kLast = decltype(layout)::value;
+    apply<T, kLast>(scope, forward_of<T, kLast>(taken, result, mode, align_corners));
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> multiscale_attention(
+    const Tensors& projections, const Tensors& weights, const Tensors& biases,
+    const Tensors& running_means, const Tensors& running_vars, const std::vector<int64_t>& size,
+    bool training, double momentum, double eps, const std::string& resampling, bool align_corners) {
+  const DeviceScope scope(first_of(projections, "projections"));
+  check_multiscale(projections, weights, biases, running_means, running_vars, size);
+  const Resampling mode = mode_of(resampling);
+  const int64_t batch = projections[0].size(0), maps = projections[0].size(1);
+  const bool last = is_channels_last(projections[0]);
+  const ScalarType dtype = projections[0].scalar_type(), wide = accumulation_dtype(dtype);
+  const int64_t scales = static_cast<int64_t>(projections.size());
+  const Tensor result = empty_map(batch, maps, size[0], size[1], dtype, last);
+  const Tensor mean = uninitialized({scales, maps}, wide);
+  const Tensor rstd = uninitialized({scales, maps}, wide);
+  const std::vector<FeatureMap> taken = feature_maps(projections, last);
+  const bool of_batch = training && batch > 0;
+  constexpr int64_t kPartValues = 4;
+  const Tensor parts =
+      uninitialized({of_batch ? scales * maps * kMostSplits * kPartValues : 0}, wide);
+  visit_layout(dtype, last, [&](auto type, auto layout) {
+    using T = decltype(type);
+    using A = accumulate_t<T>;
+    constexpr bool kLast = decltype(layout)::value;
+    static_assert(sizeof(Part<A>) == kPartValues * sizeof(A));
+    Forward<T> call = forward_of<T, kLast>(taken, result, mode, align_corners);
+    call.norm = true;
+    call.training = of_batch;
+    call.momentum = momentum;
+    call.eps = static_cast<A>(eps);
+    call.mean = mutable_data<A>(mean);
+    call.rstd = mutable_data<A>(rstd);
+    for (int64_t i = 0; i < scales; ++i) {
+      ForwardScale<T>& scale = call.scales[i];
+      scale.weight = parameter_of(weights[i]);
+      scale.bias = parameter_of(biases[i]);
+      scale.running_mean = parameter_of(running_means[i], of_batch);
+      scale.running_var = parameter_of(running_vars[i], of_batch);
+    }
+    auto* own_parts = static_cast<Part<A>*>(parts.mutable_data_ptr());
+    call.parts = own_parts;
+    if (of_batch) take_statistics<T, kLast>(scope, taken, own_parts, call.splits);
+    apply<T, kLast>(scope, call);
+  });
+  return {result, mean, rstd};
+}
+
+}  // namespace
+}  // namespace magsd::MAGSD_ISA
+
+MAGSD_OPERATORS(library) {
+  library.impl("resample_attention", TORCH_BOX(&magsd::MAGSD_ISA::resample_attention));
+  library.impl("multiscale_attention", TORCH_BOX(&magsd::MAGSD_ISA::multiscale_attention));
+}

@@ -1,0 +1,345 @@
+// What the kernels of multiscale attention share: how maps are cut among blocks and threads,
+// 16-byte accesses, gathers along a resize, sums over a block, parameters of any dtype.
+//
+// A thread stays at one pixel and walks over images, so that what depends on the pixel alone (the
+// division of its index, the entries that a resize weighs) is found once; no loop over images
+// divides. It takes kItems = 16 / sizeof(T) values at once:
+//   channels last   the channels of a pixel, one 16-byte access where they are aligned; a block
+//                   serves 16 channels, whole 32-byte sectors, and kPixelLanes pixels
+//   contiguous      up to kItems images of one channel, whose pixels lie along the lanes; a block
+//                   serves one channel, and reads the norm of that one only
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "common/multiscale_attention_arguments.h"
+#include "cuda/kernel.h"
+
+namespace magsd::MAGSD_ISA {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kBlocks = 2;       // of a multiprocessor, at least: leaves a thread 128 registers
+constexpr int kMostSplits = 64;  // parts that a block adds up anew to have a channel's sums
+
+template <typename T, bool kLast>
+struct Grain {
+  static constexpr int kItems = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kChannels = kLast ? 16 : 1;       // of a block
+  static constexpr int kOwn = kLast ? kItems : 1;        // of a thread
+  static constexpr int kLanes = kChannels / kOwn;        // threads of a pixel
+  static constexpr int kPixelLanes = kThreads / kLanes;  // pixels of a block, at once
+  static_assert(kWarp % kLanes == 0, "the channels of a pixel lie in one warp");
+
+  static int64_t groups(int64_t maps) { return ceil_div<int64_t>(maps, kChannels); }
+};
+
+// The pixels and the images of a map, shared out to the blocks of a group of channels. A block
+// takes every tile_splits-th tile of pixels, and of those `images` images in a row.
+struct Cut {
+  int64_t pixels, tiles, batch, images;
+  int32_t tile, image_lanes;  // a block takes so many pixels and images at once
+  int32_t items;              // images of a thread at once
+  int32_t width;              // values that count as one pixel
+  int32_t tile_splits, splits;
+
+  // Values of one channel in a block's part.
+  MAGSD_HD int64_t count(int split) const {
+    const int64_t first = split % tile_splits,
+                  taken = ceil_div(tiles - first, int64_t{tile_splits});
+    const bool holds_last = (tiles - 1) % tile_splits == first;
+    const int64_t own = taken * tile - (holds_last ? tiles * tile - pixels : 0);
+    const int64_t before = split / tile_splits * images;
+    return own * width * (before + images < batch ? images : batch - before);
+  }
+};
+
+// At most `most` blocks, and none without work.
+inline Cut cut_of(int64_t pixels, int64_t batch, int pixel_lanes, int items, int64_t most) {
+  Cut cut{};
+  cut.pixels = pixels;
+  cut.batch = batch;
+  cut.tiles = ceil_div<int64_t>(pixels, pixel_lanes);
+  cut.tile = static_cast<int32_t>(ceil_div(pixels, cut.tiles));
+  cut.image_lanes = pixel_lanes / cut.tile;
+  cut.items = items;
+  cut.width = 1;
+  cut.tile_splits = static_cast<int32_t>(std::min(cut.tiles, std::max<int64_t>(most, 1)));
+  const int64_t step = cut.image_lanes * items, steps = std::max<int64_t>(ceil_div(batch, step), 1);
+  const int64_t shares = std::clamp<int64_t>(most / cut.tile_splits, 1, steps);
+  cut.images = ceil_div(steps, shares) * step;
+  cut.splits =
+      static_cast<int32_t>(cut.tile_splits * std::max<int64_t>(ceil_div(batch, cut.images), 1));
+  return cut;
+}
+
+// Images that a thread of a contiguous map takes at once: many, while the device stays full.
+inline int images_at_once(int most, int64_t values) {
+  const int64_t threads = int64_t{2} * kThreads * multiprocessors();
+  while (most > 1 && values < most * threads) most /= 2;
+  return most;
+}
+
+// Blocks of a group of channels, of `part` of the `whole` that `per_processor` blocks for every
+// multiprocessor share.
+inline int64_t blocks_for(int64_t per_processor, int64_t part, int64_t whole, int64_t groups) {
+  return std::max<int64_t>(1, ceil_div(per_processor * multiprocessors() * part, whole * groups));
+}
+
+// A map as threads read or write it, kItems values step_item apart at once.
+template <typename T>
+struct MapView {
+  T* values;
+  int64_t step_b, step_c, step_y, step_p, step_item;
+  bool wide;  // by one 16-byte access
+};
+
+template <bool kLast, typename T>
+MapView<T> view_of(T* values, const MapSteps& steps) {
+  constexpr int64_t kItems = Grain<T, kLast>::kItems;
+  const auto even = [](int64_t step) { return step % kItems == 0; };
+  const bool wide = kLast && steps.step_c == 1 && even(steps.channels) && even(steps.step_p) &&
+                    even(steps.step_b) && reinterpret_cast<uintptr_t>(values) % 16 == 0;
+  return {values,       steps.step_b,
+          steps.step_c, steps.width * steps.step_p,
+          steps.step_p, kLast ? steps.step_c : steps.step_b,
+          wide};
+}
+
+// (M,) values of any floating dtype and stride.
+struct Parameter {
+  void* values;
+  int64_t step;
+  ScalarType dtype;
+};
+
+inline Parameter parameter_of(const Tensor& tensor, bool written = false) {
+  void* values = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+  return {values, tensor.stride(0), tensor.scalar_type()};
+}
+
+// Calls visitor(T{}, std::bool_constant<channels last>{}).
+template <typename Visitor>
+void visit_layout(ScalarType dtype, bool channels_last, const Visitor& visitor) {
+  visit_floating(dtype, [&](auto type) {
+    if (channels_last) return visitor(type, std::true_type{});
+    return visitor(type, std::false_type{});
+  });
+}
+
+// What a block serves: blocks are counted through scale by scale, the groups of channels of a part
+// side by side. starts[i] is the first block of scale i.
+struct Share {
+  int scale, split;
+  int64_t group;
+};
+
+__device__ __forceinline__ Share share_of(const int64_t* starts, int64_t groups) {
+  int scale = 0;
+  while (blockIdx.x >= starts[scale + 1]) ++scale;
+  const int64_t rank = blockIdx.x - starts[scale], split = quotient(rank, groups);
+  return {scale, static_cast<int>(split), rank - split * groups};
+}
+
+// A thread's place in its block: among the pixels, and its channels.
+template <typename T, bool kLast>
+struct Place {
+  using G = Grain<T, kLast>;
+  int lane;         // among kPixelLanes
+  int own;          // its first channel, within the group
+  int64_t channel;  // the same, of all
+  int channels;     // 0 to kOwn
+
+  __device__ Place(int64_t group, int64_t maps)
+      : lane(static_cast<int>(threadIdx.x) / G::kLanes),
+        own(static_cast<int>(threadIdx.x) % G::kLanes * G::kOwn),
+        channel(group * G::kChannels + own),
+        channels(static_cast<int>(maps - channel < G::kOwn ? (maps > channel ? maps - channel : 0)
+                                                           : G::kOwn)) {}
+};
+
+// The images first, first + step, ... before `stop`.
+struct Images {
+  int64_t first, stop, step;
+};
+
+// Calls body(pixel, images) for every pixel of a thread.
+template <typename Body>
+__device__ __forceinline__ void for_pixels(const Cut& cut, int split, int lane, const Body& body) {
+  const int image_lane = lane / cut.tile, at = lane % cut.tile;
+  if (image_lane >= cut.image_lanes) return;
+  const int64_t from = split / cut.tile_splits * cut.images, stop = from + cut.images;
+  const Images images{from + image_lane * cut.items, stop < cut.batch ? stop : cut.batch,
+                      cut.image_lanes * cut.items};
+  for (int64_t tile = split % cut.tile_splits; tile < cut.tiles; tile += cut.tile_splits) {
+    const int64_t pixel = tile * cut.tile + at;
+    if (pixel < cut.pixels) body(pixel, images);
+  }
+}
+
+// Of the kItems values that a thread takes at image b, those that exist.
+template <typename T, bool kLast>
+__device__ __forceinline__ int items_at(const Place<T, kLast>& place, const Cut& cut, int64_t b,
+                                        int64_t stop) {
+  if (kLast) return place.channels;
+  if (cut.width > 1) return cut.width;
+  return stop - b < cut.items ? static_cast<int>(stop - b) : cut.items;
+}
+
+// values[k] of an item past `count` is 0.
+template <bool kWide, typename T, int kItems>
+__device__ __forceinline__ void load_items(const T* at, int64_t step, int count,
+                                           accumulate_t<T> (&values)[kItems]) {
+  if constexpr (kWide) {
+    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(at));
+    T items[kItems];
+    std::memcpy(items, &raw, sizeof(raw));
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) values[k] = widen(items[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      values[k] = k < count ? widen(at[k * step]) : accumulate_t<T>{0};
+    }
+  }
+}
+
+template <typename T, int kItems>
+__device__ __forceinline__ void load_items(const MapView<const T>& map, const T* at, int count,
+                                           accumulate_t<T> (&values)[kItems]) {
+  if (map.wide) return load_items<true>(at, map.step_item, count, values);
+  load_items<false>(at, map.step_item, count, values);
+}
+
+template <typename T, int kItems>
+__device__ __forceinline__ void store_items(T* at, int64_t step, int count, bool wide,
+                                            const accumulate_t<T> (&values)[kItems]) {
+  if (wide) {
+    T items[kItems];
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) items[k] = narrow<T>(values[k]);
+    uint4 raw;
+    std::memcpy(&raw, items, sizeof(raw));
+    *reinterpret_cast<uint4*>(at) = raw;
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    if (k < count) at[k * step] = narrow<T>(values[k]);
+  }
+}
+
+// The inputs of an output, or, as an adjoint, the outputs of an input. Weights past the second are
+// those of area, all alike, or, of an adjoint, found where they are needed.
+template <typename A, bool kAdjoint>
+struct Taps {
+  const ResizeRule& rule;
+  int32_t entry, begin, count;
+  A first, second;
+
+  __device__ __forceinline__ Taps(const ResizeRule& resize, int64_t i)
+      : rule(resize), entry(static_cast<int32_t>(i)) {
+    const Span span = kAdjoint ? outputs_of(rule, i) : inputs_of(rule, i);
+    begin = static_cast<int32_t>(span.first);
+    count = static_cast<int32_t>(span.count);
+    first = computed(0);
+    second = count > 1 ? computed(1) : first;
+  }
+
+  __device__ __forceinline__ A computed(int k) const {
+    return kAdjoint ? resize_weight<A>(rule, begin + k, entry)
+                    : resize_weight<A>(rule, entry, begin + k);
+  }
+  __device__ __forceinline__ A weight(int k) const {
+    if (k == 0) return first;
+    return kAdjoint && k > 1 ? computed(k) : second;
+  }
+};
+
+// sum[k] += weighted sum of transform(value, k) over the entries of rows and columns.
+template <bool kWide, typename T, bool kAdjoint, int kItems, typename Transform>
+__device__ __forceinline__ void gather(const MapView<const T>& map, const T* image,
+                                       const Taps<accumulate_t<T>, kAdjoint>& rows,
+                                       const Taps<accumulate_t<T>, kAdjoint>& columns, int count,
+                                       accumulate_t<T> (&sum)[kItems], const Transform& transform) {
+  using A = accumulate_t<T>;
+  constexpr int kUnroll = kAdjoint ? 1 : 2;  // an adjoint seldom has more than one entry
+  const T* row = image + rows.begin * map.step_y + columns.begin * map.step_p;
+  for (int y = 0; y < rows.count; ++y, row += map.step_y) {
+    const A of_row = rows.weight(y);
+    const T* at = row;
+#pragma unroll kUnroll
+    for (int x = 0; x < columns.count; ++x, at += map.step_p) {
+      const A weight = of_row * columns.weight(x);
+      A values[kItems];
+      load_items<kWide>(at, map.step_item, count, values);
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) sum[k] += weight * transform(values[k], k);
+    }
+  }
+}
+
+// Replaces the values of every thread by their sums over the block's pixel lanes, added in a fixed
+// order. Every thread of the block comes here.
+template <int kLanes, typename A, int kOwn>
+__device__ __forceinline__ void block_sums(A (&values)[kOwn]) {
+  MAGSD_SHARED(A, sums, [kWarps][kLanes * kOwn]);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int own = lane % kLanes * kOwn;
+#pragma unroll
+  for (int k = 0; k < kOwn; ++k) {
+#pragma unroll
+    for (int step = kWarp / 2; step >= kLanes; step /= 2) {
+      values[k] += __shfl_xor_sync(kAllLanes, values[k], step);
+    }
+    if (lane < kLanes) sums[warp][own + k] = values[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kOwn; ++k) values[k] = 0;
+#pragma unroll 2  // all of them would not fit in the registers
+  for (int w = 0; w < kWarps; ++w) {
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) values[k] += sums[w][own + k];
+  }
+  __syncthreads();
+}
+
+template <typename A>
+__device__ __forceinline__ A read_parameter(const Parameter& from, int64_t m) {
+  const int64_t at = m * from.step;
+  switch (from.dtype) {
+    case ScalarType::Float:
+      return static_cast<A>(static_cast<const float*>(from.values)[at]);
+    case ScalarType::Double:
+      return static_cast<A>(static_cast<const double*>(from.values)[at]);
+    case ScalarType::Half:
+      return static_cast<A>(widen(static_cast<const Half*>(from.values)[at]));
+    default:
+      return static_cast<A>(widen(static_cast<const BFloat16*>(from.values)[at]));
+  }
+}
+
+__device__ __forceinline__ void write_parameter(const Parameter& to, int64_t m, double value) {
+  const int64_t at = m * to.step;
+  switch (to.dtype) {
+    case ScalarType::Float:
+      static_cast<float*>(to.values)[at] = static_cast<float>(value);
+      return;
+    case ScalarType::Double:
+      static_cast<double*>(to.values)[at] = value;
+      return;
+    case ScalarType::Half:
+      static_cast<Half*>(to.values)[at] = narrow<Half>(static_cast<float>(value));
+      return;
+    default:
+      static_cast<BFloat16*>(to.values)[at] = narrow<BFloat16>(static_cast<float>(value));
+  }
+}
+
+}  // namespace magsd::MAGSD_ISA

@@ -1,0 +1,311 @@
+// Multiscale attention, backward: the gradients of every projection, weight and bias.
+//
+// With dN = [normal > 0] (the gradient resized back) and hat x = (x - mean) rstd, two launches over
+// all scales read the projections twice and write their gradients once:
+//   sums      a block leaves the sums of dN and dN hat x over its part of a channel
+//   gradient  a block adds up the parts of its channels, always in the same order, then writes
+//             (dN - (sum dN + hat x sum dN hat x) / count) weight rstd. One block of a channel
+//             writes the gradients of weight and bias, which are those sums.
+// An input gathers from the outputs that weigh it, so that nothing is scattered and no resized
+// gradient is stored; it finds dN twice, from a gradient that the caches hold.
+// resample_attention's backward is the second launch without a norm.
+#include <string>
+#include <tuple>
+
+#include "cuda/multiscale_attention.h"
+
+namespace magsd::MAGSD_ISA {
+namespace {
+
+constexpr int64_t kSumsBlocks = 4, kGradientBlocks = 8;  // for every multiprocessor
+
+// Sums of dN and of dN hat x over a part of a channel.
+template <typename A>
+struct Sums {
+  A plain, centred;
+};
+
+template <typename T>
+struct BackwardScale {
+  MapView<const T> map;
+  MapView<T> result;
+  ResizeRule rows, columns;
+  Cut part_cut, cut;
+  Parameter weight, bias, grad_weight, grad_bias;
+};
+
+template <typename T>
+struct Backward {
+  using A = accumulate_t<T>;
+  BackwardScale<T> scales[kMostMaps];
+  int64_t part_starts[kMostMaps + 1], starts[kMostMaps + 1];
+  MapView<const T> grad;
+  int64_t channels, groups;
+  const A *mean, *rstd;
+  Sums<A>* parts;  // (scales, channels, kMostSplits)
+  bool norm, training;
+};
+
+// n = (x - mean) factor + bias, and the gradient of x: dN factor - (offset + (x - mean) slope).
+template <typename A>
+struct Slope {
+  A mean, factor, bias, offset, slope;
+};
+
+template <typename T>
+__device__ __forceinline__ Slope<accumulate_t<T>> slope_of(const Backward<T>& call, int scale,
+                                                           int64_t m) {
+  using A = accumulate_t<T>;
+  const int64_t at = scale * call.channels + m;
+  const A factor = read_parameter<A>(call.scales[scale].weight, m) * call.rstd[at];
+  return {call.mean[at], factor, read_parameter<A>(call.scales[scale].bias, m), A{0}, A{0}};
+}
+
+// Calls body(pixel, b, count, items, gradient) for every pixel and image of a thread, with the
+// values of the projection, if there is one, and the gradient resized back.
+template <typename T, bool kLast, typename Body>
+__device__ __forceinline__ void for_gradients(const Backward<T>& call,
+                                              const BackwardScale<T>& scale, const Cut& cut,
+                                              int split, const Place<T, kLast>& place,
+                                              const Body& body) {
+  using A = accumulate_t<T>;
+  const T* values = scale.map.values + place.channel * scale.map.step_c;
+  const T* grad = call.grad.values + place.channel * call.grad.step_c;
+  for_pixels(cut, split, place.lane, [&](int64_t pixel, const Images& images) {
+    const int64_t y = quotient(pixel, scale.columns.size_in);
+    const Taps<A, true> rows(scale.rows, y);
+    const Taps<A, true> columns(scale.columns, pixel - y * scale.columns.size_in);
+    for (int64_t b = images.first; b < images.stop; b += images.step) {
+      const int count = items_at(place, cut, b, images.stop);
+      A items[Grain<T, kLast>::kItems] = {}, gradient[Grain<T, kLast>::kItems] = {};
+      if (call.norm) {
+        const T* at = values + b * scale.map.step_b + pixel * scale.map.step_p;
+        load_items(scale.map, at, count, items);
+      }
+      const T* image = grad + b * call.grad.step_b;
+      const auto same = [](A value, int) { return value; };
+      if (kLast && call.grad.wide) {
+        gather<true>(call.grad, image, rows, columns, count, gradient, same);
+      } else {
+        gather<false>(call.grad, image, rows, columns, count, gradient, same);
+      }
+      body(pixel, b, count, items, gradient);
+    }
+  });
+}
+
+template <typename T, bool kLast>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    sums_kernel(const __grid_constant__ Backward<T> call) {
+  using A = accumulate_t<T>;
+  using G = Grain<T, kLast>;
+  const Share share = share_of(call.part_starts, call.groups);
+  const BackwardScale<T>& scale = call.scales[share.scale];
+  const Place<T, kLast> place(share.group, call.channels);
+  MAGSD_SHARED(Slope<A>, slopes, [G::kChannels]);
+  const int64_t m = share.group * G::kChannels + threadIdx.x;
+  if (threadIdx.x < G::kChannels && m < call.channels) {
+    slopes[threadIdx.x] = slope_of(call, share.scale, m);
+  }
+  __syncthreads();
+  A plain[G::kOwn] = {}, centred[G::kOwn] = {};
+  const auto add = [&](int64_t, int64_t, int, const A(&items)[G::kItems],
+                       const A(&gradient)[G::kItems]) {
+#pragma unroll
+    for (int k = 0; k < G::kItems; ++k) {
+      const int own = kLast ? k : 0;
+      const Slope<A>& slope = slopes[place.own + own];
+      const A apart = items[k] - slope.mean;
+      const A passed = apart * slope.factor + slope.bias > 0 ? gradient[k] : A{0};
+      plain[own] += passed;
+      centred[own] += passed * apart;
+    }
+  };
+  if (place.channels > 0) for_gradients(call, scale, scale.part_cut, share.split, place, add);
+  block_sums<G::kLanes>(plain);
+  block_sums<G::kLanes>(centred);
+  if (threadIdx.x >= G::kLanes) return;
+#pragma unroll
+  for (int k = 0; k < G::kOwn; ++k) {
+    if (k >= place.channels) break;
+    const int64_t channel = share.scale * call.channels + place.channel + k;
+    call.parts[channel * kMostSplits + share.split] = {plain[k], centred[k] * call.rstd[channel]};
+  }
+}
+
+// By a warp: the slope of channel m with its sums, and, where it is asked to, the gradients of
+// weight and bias.
+template <typename T>
+__device__ Slope<accumulate_t<T>> slope_with_sums(const Backward<T>& call, int i, int64_t m,
+                                                  bool writes) {
+  using A = accumulate_t<T>;
+  const BackwardScale<T>& scale = call.scales[i];
+  const int64_t at = i * call.channels + m;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int splits = scale.cut.batch > 0 ? scale.part_cut.splits : 0;
+  A plain = 0, centred = 0;
+  for (int split = lane; split < splits; split += kWarp) {
+    const Sums<A> part = call.parts[at * kMostSplits + split];
+    plain += part.plain;
+    centred += part.centred;
+  }
+  plain = warp_sum(plain);
+  centred = warp_sum(centred);
+  if (writes && lane == 0) {
+    write_parameter(scale.grad_weight, m, static_cast<double>(centred));
+    write_parameter(scale.grad_bias, m, static_cast<double>(plain));
+  }
+  Slope<A> slope = slope_of(call, i, m);
+  if (call.training && splits > 0) {
+    // Ioffe and Szegedy 2015: the batch's mean and variance depend on every element.
+    const A count = static_cast<A>(scale.cut.batch * scale.cut.pixels);
+    slope.offset = plain / count * slope.factor;
+    slope.slope = centred / count * call.rstd[at] * slope.factor;
+  }
+  return slope;
+}
+
+template <typename T, bool kLast>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    gradient_kernel(const __grid_constant__ Backward<T> call) {
+  using A = accumulate_t<T>;
+  using G = Grain<T, kLast>;
+  MAGSD_SHARED(Slope<A>, slopes, [G::kChannels]);
+  const Share share = share_of(call.starts, call.groups);
+  const BackwardScale<T>& scale = call.scales[share.scale];
+  const Place<T, kLast> place(share.group, call.channels);
+  if (call.norm) {
+    for (int own = static_cast<int>(threadIdx.x) / kWarp; own < G::kChannels; own += kWarps) {
+      const int64_t m = share.group * G::kChannels + own;
+      if (m >= call.channels) continue;
+      const Slope<A> slope = slope_with_sums(call, share.scale, m, share.split == 0);
+      if (threadIdx.x % kWarp == 0) slopes[own] = slope;
+    }
+    __syncthreads();
+  }
+  if (place.channels == 0) return;
+  T* results = scale.result.values + place.channel * scale.result.step_c;
+  const auto write = [&](int64_t pixel, int64_t b, int count, const A(&items)[G::kItems],
+                         A(&gradient)[G::kItems]) {
+    if (call.norm) {
+#pragma unroll
+      for (int k = 0; k < G::kItems; ++k) {
+        const Slope<A>& own = slopes[place.own + (kLast ? k : 0)];
+        const A apart = items[k] - own.mean;
+        const A passed = apart * own.factor + own.bias > 0 ? gradient[k] : A{0};
+        gradient[k] = passed * own.factor - (own.offset + apart * own.slope);
+      }
+    }
+    store_items(results + b * scale.result.step_b + pixel * scale.result.step_p,
+                scale.result.step_item, count, scale.result.wide, gradient);
+  };
+  for_gradients(call, scale, scale.cut, share.split, place, write);
+}
+
+// A call that writes `results`, less what concerns the norms.
+template <typename T, bool kLast>
+Backward<T> backward_of(const FeatureMap& grad, const Tensors& results, Resampling mode,
+                        bool align_corners) {
+  using G = Grain<T, kLast>;
+  Backward<T> call{};
+  call.grad = view_of<kLast>(data<T>(grad.tensor), grad.steps);
+  call.channels = grad.steps.channels;
+  call.groups = G::groups(call.channels);
+  const int64_t batch = grad.steps.batch;
+  int64_t whole = 0;
+  for (const Tensor& result : results) whole += result.size(2) * result.size(3);
+  const int items = kLast ? 1 : images_at_once(G::kItems, batch * whole * call.channels);
+  for (size_t i = 0; i < results.size(); ++i) {
+    BackwardScale<T>& scale = call.scales[i];
+    const MapSteps steps = dense_steps(results[i], is_channels_last(results[i]));
+    const int64_t pixels = steps.pixels();
+    const auto cut = [&](int64_t per_processor, int64_t most) {
+      const int64_t blocks = blocks_for(per_processor, pixels, whole, call.groups);
+      return cut_of(pixels, batch, G::kPixelLanes, items, std::min(blocks, most));
+    };
+    scale.result = view_of<kLast>(mutable_data<T>(results[i]), steps);
+    scale.rows = {steps.height, grad.steps.height, mode, align_corners};
+    scale.columns = {steps.width, grad.steps.width, mode, align_corners};
+    scale.part_cut = cut(kSumsBlocks, kMostSplits);
+    scale.cut = cut(kGradientBlocks, kMostBlocksX);
+    call.part_starts[i + 1] = call.part_starts[i] + scale.part_cut.splits * call.groups;
+    call.starts[i + 1] = call.starts[i] + scale.cut.splits * call.groups;
+  }
+  return call;
+}
+
+template <typename T, bool kLast>
+void write_gradients(const DeviceScope& scope, const Backward<T>& call, size_t scales) {
+  launch(scope, grid_of(call.starts[scales]), kThreads, 0, gradient_kernel<T, kLast>, call);
+}
+
+Tensors resample_attention_backward(const Tensor& grad, const std::vector<int64_t>& heights,
+                                    const std::vector<int64_t>& widths,
+                                    const std::string& resampling, bool align_corners) {
+  const DeviceScope scope(grad);
+  check_resample_backward(grad, heights, widths);
+  const Resampling mode = mode_of(resampling);
+  const FeatureMap taken(grad);
+  const Tensors results = empty_maps(grad, heights, widths);
+  if (grad.numel() == 0) return results;
+  visit_layout(grad.scalar_type(), taken.channels_last, [&](auto type, auto layout) {
+    using T = decltype(type);
+    constexpr bool kLast = decltype(layout)::value;
+    write_gradients<T, kLast>(scope, backward_of<T, kLast>(taken, results, mode, align_corners),
+                              results.size());
+  });
+  return results;
+}
+
+Gradients multiscale_attention_backward(const Tensor& grad, const Tensors& projections,
+                                        const Tensors& weights, const Tensors& biases,
+                                        const Tensor& mean, const Tensor& rstd, bool training,
+                                        const std::string& resampling, bool align_corners) {
+  const DeviceScope scope(grad);
+  check_multiscale_backward(grad, projections, weights, biases, mean, rstd);
+  const Resampling mode = mode_of(resampling);
+  const bool last = is_channels_last(projections[0]);
+  const FeatureMap taken_grad(grad, last);
+  const std::vector<FeatureMap> taken = feature_maps(projections, last);
+  const Tensor dense_mean = dense(mean), dense_rstd = dense(rstd);
+  const ScalarType dtype = grad.scalar_type();
+  const Gradients results = empty_gradients(projections, weights, biases);
+  const int64_t scales = static_cast<int64_t>(projections.size());
+  const Tensor parts =
+      uninitialized({scales * grad.size(1) * kMostSplits * 2}, accumulation_dtype(dtype));
+  visit_layout(dtype, last, [&](auto type, auto layout) {
+    using T = decltype(type);
+    using A = accumulate_t<T>;
+    constexpr bool kLast = decltype(layout)::value;
+    static_assert(sizeof(Sums<A>) == 2 * sizeof(A));
+    Backward<T> call = backward_of<T, kLast>(taken_grad, std::get<0>(results), mode, align_corners);
+    call.norm = true;
+    call.training = training;
+    call.mean = data<A>(dense_mean);
+    call.rstd = data<A>(dense_rstd);
+    call.parts = static_cast<Sums<A>*>(parts.mutable_data_ptr());
+    for (int64_t i = 0; i < scales; ++i) {
+      BackwardScale<T>& scale = call.scales[i];
+      scale.map = view_of<kLast>(data<T>(taken[i].tensor), taken[i].steps);
+      scale.weight = parameter_of(weights[i]);
+      scale.bias = parameter_of(biases[i]);
+      scale.grad_weight = parameter_of(std::get<1>(results)[i], true);
+      scale.grad_bias = parameter_of(std::get<2>(results)[i], true);
+    }
+    if (grad.numel() > 0) {
+      launch(scope, grid_of(call.part_starts[scales]), kThreads, 0, sums_kernel<T, kLast>, call);
+    }
+    write_gradients<T, kLast>(scope, call, projections.size());
+  });
+  return results;
+}
+
+}  // namespace
+}  // namespace magsd::MAGSD_ISA
+
+MAGSD_OPERATORS(library) {
+  library.impl("resample_attention_backward",
+               TORCH_BOX(&magsd::MAGSD_ISA::resample_attention_backward));
+  library.impl("multiscale_attention_backward",
+               TORCH_BOX(&magsd::MAGSD_ISA::multiscale_attention_backward));
+}
