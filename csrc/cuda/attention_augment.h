@@ -140,10 +140,10 @@ struct BoxesPlan {
   AttentionMaps maps;
   int64_t batch;
   double padding;
-  Choice first, second, third;
-  int boxes;  // views that want one
-  int32_t* found;
-  float* thresholds;  // of the third view, or null
+  Choice first{}, second{}, third{};
+  int boxes = 0;  // views that want one
+  int32_t* found = nullptr;
+  float* thresholds = nullptr;  // of the third view
 };
 void find_boxes(const DeviceScope& scope, const BoxesPlan& plan);
 

@@ -267,7 +267,8 @@ __device__ __forceinline__ void gather(const MapView<const T>& map, const T* ima
                                        const Taps<accumulate_t<T>, kAdjoint>& columns, int count,
                                        accumulate_t<T> (&sum)[kItems], const Transform& transform) {
   using A = accumulate_t<T>;
-  constexpr int kUnroll = kAdjoint ? 1 : 2;  // an adjoint seldom has more than one entry
+  // An adjoint seldom has more than one entry.
+  [[maybe_unused]] constexpr int kUnroll = kAdjoint ? 1 : 2;
   const T* row = image + rows.begin * map.step_y + columns.begin * map.step_p;
   for (int y = 0; y < rows.count; ++y, row += map.step_y) {
     const A of_row = rows.weight(y);
