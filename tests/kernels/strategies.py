@@ -291,10 +291,11 @@ def views(
     low = draw(st.tuples(low_sides, low_sides) | st.just(size))
     # An index outside the maps counts as the nearest one inside.
     index = st.integers(0, count - 1) | st.sampled_from([-(2**40), -1, count, 2**40])
-    # A threshold of 0 belongs to maps without a sign: among signed values U crosses it anywhere.
+    # A threshold of 0 leaves no margin to rounding, which decides where U crosses it among values
+    # of both signs: it is for maps without.
     dtype, fill = draw(dtypes), draw(st.sampled_from(attention))
     special = [0.5, 1.0, 1.5, math.nan]
-    if fill not in ("signed", "small", *NOT_FINITE):
+    if fill not in ("steps", "signed", "small", *NOT_FINITE):
         special.append(0.0)
     theta = st.floats(0.125, 1, width=32) | st.sampled_from(special)
     return Views(
