@@ -70,6 +70,8 @@ maps = st.integers(1, 5) | st.sampled_from([31, 33, 40])
 channels = st.integers(1, 5) | st.sampled_from([17, 65, 70])
 SIGNED = ("signed", "steps", "zero", "constant", "negative", "positive", "small")
 RECTIFIED = ("rectified", "steps", "zero", "constant", "positive", "small")
+#: Many products of these are equal, in every arithmetic.
+TIED = ("steps", "zero", "constant")
 fractions = st.floats(0, 1, width=32)
 uniforms = st.floats(0, 1, width=32, exclude_max=True)
 corners = st.booleans()
@@ -185,13 +187,18 @@ class Pool:
 
 
 @st.composite
-def pools(draw: st.DrawFn, fills: Sequence[str] = SIGNED) -> Pool:
+def pools(
+    draw: st.DrawFn,
+    fills: Sequence[str] = SIGNED,
+    attention: Sequence[str] = RECTIFIED,
+    same: bool = False,
+) -> Pool:
+    """`same`: maps and features of one size, as every second time anyhow."""
     batch, size = draw(batches), draw(st.tuples(low_sides, low_sides))
-    same = draw(st.booleans())
-    low = size if same else draw(st.tuples(low_sides, low_sides))
+    low = size if same or draw(st.booleans()) else draw(st.tuples(low_sides, low_sides))
     return Pool(
         features=draw(floats((batch, draw(channels), *size), fills)),
-        attention=draw(floats((batch, draw(maps), *low), RECTIFIED)),
+        attention=draw(floats((batch, draw(maps), *low), attention)),
         dtype=draw(dtypes),
         pool=draw(st.sampled_from(["avg", "max"])),
         signed_sqrt=draw(st.booleans()),
@@ -284,10 +291,11 @@ def views(
     low = draw(st.tuples(low_sides, low_sides) | st.just(size))
     # An index outside the maps counts as the nearest one inside.
     index = st.integers(0, count - 1) | st.sampled_from([-(2**40), -1, count, 2**40])
-    # A threshold of 0 belongs to maps without a sign: among signed values U crosses it anywhere.
+    # A threshold of 0 leaves no margin to rounding, which decides where U crosses it among values
+    # of both signs: it is for maps without.
     dtype, fill = draw(dtypes), draw(st.sampled_from(attention))
     special = [0.5, 1.0, 1.5, math.nan]
-    if fill not in ("signed", "small", *NOT_FINITE):
+    if fill not in ("steps", "signed", "small", *NOT_FINITE):
         special.append(0.0)
     theta = st.floats(0.125, 1, width=32) | st.sampled_from(special)
     return Views(
