@@ -82,7 +82,7 @@ print('libmagsd' in open('/proc/self/maps').read())
 
 @pytest.mark.parametrize(
     ("backend", "name", "emulates"),
-    [("cpu", "cpu", "0"), ("cuda", "cuda", "0"), ("cuda", "cuda_emulated", "1")],
+    [("cpu", "cpu", "0"), ("cuda", "cuda_emulated", "1")],
 )
 def test_states_are_told_apart(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str, name: str, emulates: str

@@ -93,7 +93,7 @@ def test_cuda_is_built_where_torch_is_for_cuda_and_nvcc_is_found(
     if wanted is not None:
         monkeypatch.setenv("MAGSD_BUILD_CUDA", wanted)
     report = build_cuda(toolchain, tmp_path)
-    assert report["compiler"] == "nvcc 13.0"
+    assert report["compiler"] == "nvcc 13.0.88"
     assert report["cuda"] == "13.0"
     assert report["torch"] == "2.14.0+cu130"
     assert report["architectures"] == "8.0, 9.0+PTX"
