@@ -22,7 +22,7 @@ def _inputs(draw: Draw) -> dict[str, Tensor]:
 
 def _reference(features: Tensor, attention: Tensor, pool: str) -> Tensor:
     return reference.bilinear_attention_pool(
-        features, attention, pool, True, True, scale=100.0, eps=1e-12
+        features, attention, pool, True, True, scale=100.0, eps=1e-12, allow_tf32=False
     )[0]
 
 

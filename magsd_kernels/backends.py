@@ -30,7 +30,7 @@ ENVIRONMENT_VARIABLE = "MAGSD_BACKEND"
 
 #: (backend, operation) that has no implementation, and why.
 MISSING: dict[tuple[str, str], str] = {
-    ("triton", operation): "no Triton kernels in this version of magsd_kernels"
+    ("triton", operation): "its kernels are not yet tested in every dtype, nor on a GPU"
     for operation in OPERATIONS
 }
 

@@ -1,0 +1,1 @@
+"""Triton kernels, one module per operation; imported when the backend first runs."""

@@ -1,0 +1,512 @@
+"""Attention-guided views: boxes, crop and mix-up, patch, dim and drop, three views at once.
+
+The images are read once and every view is written once; the attention maps are small. Two launches:
+
+- boxes: one program per image and view walks over the pixels, upsamples the map where it stands and
+  keeps the first and the last row and column that pass;
+- views: one program per plane and tile of rows. A row of an image holds its pixels (NCHW) or its
+  pixels times channels (NHWC, where the neighbour to the right lies C elements on): one kernel for
+  both. The crop and the patch are gathered through the caches.
+
+The backward gathers too, so that it is deterministic: a program owns a row of the gradient, adds up
+the output rows that sample it, and then, for a few columns at a time, the output columns. Boxes
+that came from outside are clamped to the image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from magsd_kernels._layout import empty_like_format, is_channels_last
+from magsd_kernels.triton._common import accumulation, block
+from magsd_kernels.triton._guide import (
+    map_of,
+    padded_extent,
+    paste_start,
+    sample_at,
+    step_of,
+    threshold_of,
+    upsampled,
+)
+
+_BOX_TILE = 2048  # pixels of a box program in flight
+_VIEW_TILE = 1024  # elements of a view program
+_MAP_TILE = 256  # elements of a low-resolution map in flight
+_COLUMNS = 16  # columns that the adjoint of the crop gathers at a time
+_OUTPUTS = 64  # output columns that it reads at a time
+
+
+@triton.jit
+def _boxes_kernel(
+    attention, index, theta, boxes, batch, maps, low_height, low_width, height, width,
+    step_b, step_m, step_y, step_x, step_index, step_index_view, step_theta, step_theta_view,
+    FIRST: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MAP_TILE: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    view = FIRST + STRIDE * tl.program_id(1)
+    if index is not None:
+        index += view * step_index_view
+    image_map = map_of(attention, index, b, maps, step_b, step_m, step_index)
+    share = tl.load(theta + b * step_theta + view * step_theta_view)
+    threshold = threshold_of(image_map, share, low_height, low_width, step_y, step_x, MAP_TILE)
+    scale_y = step_of(low_height, height, ALIGN, tl.float32)
+    scale_x = step_of(low_width, width, ALIGN, tl.float32)
+    top = tl.full([ROWS, COLUMNS], 2147483647, tl.int32)
+    left = tl.full([ROWS, COLUMNS], 2147483647, tl.int32)
+    bottom = tl.full([ROWS, COLUMNS], -1, tl.int32)
+    right = tl.full([ROWS, COLUMNS], -1, tl.int32)
+    for first_y in range(0, height, ROWS):
+        y = first_y + tl.arange(0, ROWS)[:, None]
+        for first_x in range(0, width, COLUMNS):
+            x = first_x + tl.arange(0, COLUMNS)[None, :]
+            value = upsampled(
+                image_map, y, x, low_height, low_width, step_y, step_x, scale_y, scale_x, ALIGN
+            )
+            passed = (value >= threshold) & (y < height) & (x < width)
+            top = tl.where(passed, tl.minimum(top, y), top)
+            bottom = tl.where(passed, tl.maximum(bottom, y), bottom)
+            left = tl.where(passed, tl.minimum(left, x), left)
+            right = tl.where(passed, tl.maximum(right, x), right)
+    start_y, stop_y = padded_extent(_least(top), _most(bottom), height, PADDING)
+    start_x, stop_x = padded_extent(_least(left), _most(right), width, PADDING)
+    box = boxes + (tl.program_id(1) * batch + b) * 4
+    tl.store(box, start_y)
+    tl.store(box + 1, start_x)
+    tl.store(box + 2, stop_y)
+    tl.store(box + 3, stop_x)
+
+
+@triton.jit
+def _least(values):
+    return tl.min(tl.min(values, 1), 0)
+
+
+@triton.jit
+def _most(values):
+    return tl.max(tl.max(values, 1), 0)
+
+
+@triton.jit
+def _box(boxes, b, height, width):
+    """Rows and columns of a box, clamped to the image and holding at least one pixel."""
+    top = tl.minimum(tl.maximum(tl.load(boxes + b * 4), 0), height - 1)
+    left = tl.minimum(tl.maximum(tl.load(boxes + b * 4 + 1), 0), width - 1)
+    bottom = tl.minimum(tl.maximum(tl.load(boxes + b * 4 + 2), top + 1), height)
+    right = tl.minimum(tl.maximum(tl.load(boxes + b * 4 + 3), left + 1), width)
+    return top, left, bottom - top, right - left
+
+
+@triton.jit
+def _factor(
+    attention, index, theta, b, y, x, maps, low_height, low_width, height, width,
+    step_b, step_m, step_y, step_x, step_index, step_theta,
+    FLOOR: tl.constexpr, ALIGN: tl.constexpr, MAP_TILE: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """[U < t] + floor at rows y (N, 1) and columns x (1, N)."""
+    image_map = map_of(attention, index, b, maps, step_b, step_m, step_index)
+    share = tl.load(theta + b * step_theta)
+    threshold = threshold_of(image_map, share, low_height, low_width, step_y, step_x, MAP_TILE)
+    value = upsampled(
+        image_map, y, x, low_height, low_width, step_y, step_x,
+        step_of(low_height, height, ALIGN, tl.float32),
+        step_of(low_width, width, ALIGN, tl.float32), ALIGN,
+    )  # fmt: skip
+    floor = tl.full([], FLOOR, REAL)
+    return (value < threshold).to(REAL) + floor
+
+
+@triton.jit
+def _views_kernel(
+    images, mixed, dimmed, patched, mix_boxes, patch_boxes, offsets, attention, index, theta,
+    planes, height, width, row, image_b, image_plane, image_y, offset_b, offset_axis,
+    maps, low_height, low_width, step_b, step_m, step_y, step_x, step_index, step_theta,
+    INNER: tl.constexpr, WEIGHT: tl.constexpr, FLOOR: tl.constexpr, ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MAP_TILE: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    plane = tl.program_id(0).to(tl.int64)
+    b = plane // planes
+    y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    e = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    x, c = e // INNER, e % INNER
+    inside = (y < height) & (e < row)
+    image = images + b * image_b + plane % planes * image_plane
+    at = plane * height * row + y * row + e
+    kind = images.dtype.element_ty
+    value = tl.load(image + y * image_y + e, mask=inside, other=0.0)
+    wide = value.to(REAL)
+    if mixed is not None:
+        top, left, box_height, box_width = _box(mix_boxes, b, height, width)
+        upper, lower, down = sample_at(
+            y, box_height, step_of(box_height, height, ALIGN, REAL), ALIGN
+        )
+        near, far, across = sample_at(x, box_width, step_of(box_width, width, ALIGN, REAL), ALIGN)
+        corner = image + top * image_y + left * INNER + c
+        first = tl.load(corner + upper * image_y + near * INNER, mask=inside, other=0.0).to(REAL)
+        second = tl.load(corner + upper * image_y + far * INNER, mask=inside, other=0.0).to(REAL)
+        third = tl.load(corner + lower * image_y + near * INNER, mask=inside, other=0.0).to(REAL)
+        fourth = tl.load(corner + lower * image_y + far * INNER, mask=inside, other=0.0).to(REAL)
+        crop = first * (1.0 - down) + third * down
+        crop = crop * (1.0 - across) + (second * (1.0 - down) + fourth * down) * across
+        if WEIGHT != 1:
+            crop = wide * tl.full([], 1 - WEIGHT, REAL) + crop * tl.full([], WEIGHT, REAL)
+        tl.store(mixed + at, crop.to(kind), mask=inside)
+    if dimmed is not None:
+        factor = _factor(
+            attention, index, theta, b, y, x, maps, low_height, low_width, height, width,
+            step_b, step_m, step_y, step_x, step_index, step_theta, FLOOR, ALIGN, MAP_TILE, REAL,
+        )  # fmt: skip
+        tl.store(dimmed + at, (wide * factor).to(kind), mask=inside)
+    if patched is not None:
+        top, left, box_height, box_width = _box(patch_boxes, b, height, width)
+        to_y = paste_start(tl.load(offsets + b * offset_b), box_height, height)
+        to_x = paste_start(tl.load(offsets + b * offset_b + offset_axis), box_width, width)
+        covered = (y >= to_y) & (y < to_y + box_height) & (x >= to_x) & (x < to_x + box_width)
+        source = image + (y - to_y + top) * image_y + e + (left - to_x) * INNER
+        pasted = tl.load(source, mask=inside & covered, other=0.0)
+        tl.store(patched + at, tl.where(covered, pasted, value), mask=inside)
+
+
+@triton.jit
+def _outputs_of(first, last, length, size, step, ALIGN: tl.constexpr):
+    """A range of outputs that holds all which sample inputs first..last of `length`."""
+    safe = tl.maximum(step, 1e-30)
+    shift = 0.0
+    if not ALIGN:
+        shift = 0.5
+    # One more on either side than rounding could ask for; the edges take what is clamped to them.
+    low = tl.floor((tl.cast(first - 1, step.dtype) + shift) / safe - shift) - 1
+    high = tl.floor((tl.cast(last + 1, step.dtype) + shift) / safe - shift) + 2
+    low = tl.minimum(tl.maximum(low, 0.0), tl.cast(size, step.dtype)).to(tl.int32)
+    high = tl.minimum(tl.maximum(high, 0.0), tl.cast(size, step.dtype)).to(tl.int32)
+    return tl.where(first <= 0, 0, low), tl.where(last >= length - 1, size, high)
+
+
+@triton.jit
+def _share(o, i, length, step, ALIGN: tl.constexpr):
+    """With what weight outputs o sample inputs i."""
+    lower, upper, weight = sample_at(o, length, step, ALIGN)
+    return tl.where(lower == i, 1.0 - weight, 0.0) + tl.where(upper == i, weight, 0.0)
+
+
+@triton.jit
+def _backward_kernel(
+    mixed, dimmed, patched, result, mix_boxes, patch_boxes, offsets, attention, index, theta,
+    planes, height, width, row, mixed_b, mixed_plane, mixed_y, dimmed_b, dimmed_plane, dimmed_y,
+    patched_b, patched_plane, patched_y, offset_b, offset_axis,
+    maps, low_height, low_width, step_b, step_m, step_y, step_x, step_index, step_theta,
+    INNER: tl.constexpr, WEIGHT: tl.constexpr, FLOOR: tl.constexpr, ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr, MAP_TILE: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    plane = tl.program_id(0).to(tl.int64)
+    b = plane // planes
+    y = tl.program_id(1)
+    for start in range(0, row, COLUMNS):
+        e = start + tl.arange(0, COLUMNS)
+        x, c = e // INNER, e % INNER
+        inside = e < row
+        total = tl.zeros([COLUMNS], REAL)
+        if mixed is not None:
+            grad = mixed + b * mixed_b + plane % planes * mixed_plane
+            if WEIGHT != 1:
+                own = tl.load(grad + y * mixed_y + e, mask=inside, other=0.0).to(REAL)
+                total += own * tl.full([], 1 - WEIGHT, REAL)
+            top, left, box_height, box_width = _box(mix_boxes, b, height, width)
+            scale_y = step_of(box_height, height, ALIGN, REAL)
+            scale_x = step_of(box_width, width, ALIGN, REAL)
+            first_x = tl.maximum(start // INNER - left, 0)
+            last_x = tl.minimum((start + COLUMNS - 1) // INNER - left, box_width - 1)
+            i = y - top
+            if (i >= 0) & (i < box_height) & (first_x <= last_x):
+                from_y, past_y = _outputs_of(i, i, box_height, height, scale_y, ALIGN)
+                from_x, past_x = _outputs_of(first_x, last_x, box_width, width, scale_x, ALIGN)
+                gathered = tl.zeros([COLUMNS], REAL)
+                for begin in range(from_x * INNER, past_x * INNER, OUTPUTS):
+                    o = begin + tl.arange(0, OUTPUTS)
+                    rows = tl.zeros([OUTPUTS], REAL)
+                    for o_y in range(from_y, past_y):
+                        line = tl.load(grad + o_y * mixed_y + o, mask=o < row, other=0.0).to(REAL)
+                        rows += line * _share(o_y, i, box_height, scale_y, ALIGN)
+                    across = _share(
+                        (o // INNER)[:, None], (x - left)[None, :], box_width, scale_x, ALIGN
+                    )
+                    same = (o % INNER)[:, None] == c[None, :]
+                    gathered += tl.sum(tl.where(same, across * rows[:, None], 0.0), 0)
+                boxed = (x >= left) & (x < left + box_width)
+                total += tl.where(boxed, gathered * tl.full([], WEIGHT, REAL), 0.0)
+        if dimmed is not None:
+            grad = dimmed + b * dimmed_b + plane % planes * dimmed_plane
+            factor = _factor(
+                attention, index, theta, b, y, x, maps, low_height, low_width, height, width,
+                step_b, step_m, step_y, step_x, step_index, step_theta,
+                FLOOR, ALIGN, MAP_TILE, REAL,
+            )  # fmt: skip
+            total += tl.load(grad + y * dimmed_y + e, mask=inside, other=0.0).to(REAL) * factor
+        if patched is not None:
+            grad = patched + b * patched_b + plane % planes * patched_plane
+            top, left, box_height, box_width = _box(patch_boxes, b, height, width)
+            to_y = paste_start(tl.load(offsets + b * offset_b), box_height, height)
+            to_x = paste_start(tl.load(offsets + b * offset_b + offset_axis), box_width, width)
+            covered = (y >= to_y) & (y < to_y + box_height) & (x >= to_x) & (x < to_x + box_width)
+            own = tl.load(grad + y * patched_y + e, mask=inside & (covered == 0), other=0.0)
+            copied = (y >= top) & (y < top + box_height) & (x >= left) & (x < left + box_width)
+            source = grad + (y - top + to_y) * patched_y + e + (to_x - left) * INNER
+            total += own.to(REAL) + tl.load(source, mask=inside & copied, other=0.0).to(REAL)
+        to = result + (plane * height + y) * row + e
+        tl.store(to, total.to(result.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Images as planes of rows: NCHW has C planes of W elements, NHWC one of W C elements."""
+
+    tensor: torch.Tensor
+    batch: int
+    planes: int
+    height: int
+    width: int
+    inner: int
+    steps: tuple[int, int, int]  # from image to image, plane to plane, row to row
+
+    @property
+    def row(self) -> int:
+        return self.width * self.inner
+
+
+def _rows_of(images: torch.Tensor) -> _Images:
+    """Read in place where rows are dense, else a dense copy in the same memory format."""
+    batch, channels, height, width = images.shape
+    if is_channels_last(images):
+        if width > 1 and images.stride(3) != channels:
+            images = images.contiguous(memory_format=torch.channels_last)
+        steps = (images.stride(0), 0, images.stride(2))
+        return _Images(images, batch, 1, height, width, channels, steps)
+    if width > 1 and images.stride(3) != 1:
+        images = images.contiguous()
+    return _Images(images, batch, channels, height, width, 1, images.stride()[:3])
+
+
+def _guide(
+    attention: torch.Tensor, index: torch.Tensor | None, theta: torch.Tensor, view: int
+) -> tuple[tuple[torch.Tensor | None, ...], tuple[int, ...]]:
+    """One view's tensors, and the sizes and steps by which a kernel reads them."""
+    if theta.dim() == 2:
+        theta = theta[:, view]
+        index = None if index is None else index[:, view]
+    step_index = 0 if index is None else index.stride(0)
+    sizes = (*attention.shape[1:], *attention.stride(), step_index, theta.stride(0))
+    return (attention, index, theta), sizes
+
+
+def _find_boxes(
+    attention: torch.Tensor,
+    index: torch.Tensor | None,
+    theta: torch.Tensor,
+    size: tuple[int, int],
+    padding: float,
+    align_corners: bool,
+    views: range = range(1),
+) -> torch.Tensor:
+    """Boxes (views, B, 4) int32 of some columns of theta (B, 3), or of theta (B,)."""
+    batch, maps, low_height, low_width = attention.shape
+    height, width = size
+    boxes = theta.new_empty((len(views), batch, 4), dtype=torch.int32)
+    if batch == 0:
+        return boxes
+    columns = block(width, _BOX_TILE)
+    of_index = (0, 0) if index is None else (*index.stride(), 0)[:2]
+    _boxes_kernel[(batch, len(views))](
+        attention, index, theta, boxes, batch, maps, low_height, low_width, height, width,
+        *attention.stride(), *of_index, *(*theta.stride(), 0)[:2],
+        FIRST=views.start, STRIDE=views.step, PADDING=padding, ALIGN=align_corners,
+        ROWS=block(height, _BOX_TILE // columns), COLUMNS=columns,
+        MAP_TILE=block(low_height * low_width, _MAP_TILE), enable_fp_fusion=False,
+    )  # fmt: skip
+    return boxes
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a call makes, and from what: the arguments that all views share."""
+
+    mix_boxes: torch.Tensor | None = None
+    patch_boxes: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
+    guide: tuple[torch.Tensor | None, ...] = (None,) * 3
+    guide_sizes: tuple[int, ...] = (0,) * 9
+    weight: float = 1.0
+    floor: float = 0.0
+    align_corners: bool = False
+
+    def tensors(self) -> tuple[object, ...]:
+        return (self.mix_boxes, self.patch_boxes, self.offsets, *self.guide)
+
+    def offset_steps(self) -> tuple[int, ...]:
+        return (0, 0) if self.offsets is None else tuple(self.offsets.stride())
+
+    def settings(self, images: _Images) -> dict[str, object]:
+        return {
+            "INNER": images.inner, "WEIGHT": self.weight, "FLOOR": self.floor,
+            "ALIGN": self.align_corners, "REAL": accumulation(images.tensor.dtype),
+            "MAP_TILE": block(self.guide_sizes[1] * self.guide_sizes[2], _MAP_TILE),
+            "enable_fp_fusion": False,
+        }  # fmt: skip
+
+
+def _make(images: torch.Tensor, plan: _Plan, views: tuple[torch.Tensor | None, ...]) -> None:
+    """Write the views that are not None: mixed, dimmed, patched."""
+    given = _rows_of(images)
+    if given.batch == 0:
+        return
+    columns = block(given.row, _VIEW_TILE)
+    rows = block(given.height, _VIEW_TILE // columns)
+    grid = (
+        given.batch * given.planes,
+        triton.cdiv(given.height, rows),
+        triton.cdiv(given.row, columns),
+    )
+    _views_kernel[grid](
+        given.tensor, *views, *plan.tensors(),
+        given.planes, given.height, given.width, given.row, *given.steps, *plan.offset_steps(),
+        *plan.guide_sizes, ROWS=rows, COLUMNS=columns, **plan.settings(given),
+    )  # fmt: skip
+
+
+def _make_gradient(grads: tuple[torch.Tensor | None, ...], plan: _Plan) -> torch.Tensor:
+    """Gradient of the images from those of the views that are not None."""
+    # Every view is read in the memory format of the first.
+    layouts = [None if grad is None else _rows_of(grad) for grad in grads]
+    main = next(layout for layout in layouts if layout is not None)
+    like = next(grad for grad in grads if grad is not None)
+    result = empty_like_format(like)
+    if main.batch == 0:
+        return result
+    _backward_kernel[(main.batch * main.planes, main.height)](
+        *(None if layout is None else layout.tensor for layout in layouts), result,
+        *plan.tensors(), main.planes, main.height, main.width, main.row,
+        *(step for layout in layouts for step in (layout.steps if layout else (0, 0, 0))),
+        *plan.offset_steps(), *plan.guide_sizes,
+        COLUMNS=block(main.row, _COLUMNS), OUTPUTS=block(main.row, _OUTPUTS),
+        **plan.settings(main),
+    )  # fmt: skip
+    return result
+
+
+def attention_boxes(
+    attention: torch.Tensor,
+    index: torch.Tensor | None,
+    theta: torch.Tensor,
+    size: list[int],
+    padding: float,
+    align_corners: bool,
+) -> torch.Tensor:
+    """Boxes (B, 4) int32, rows (top, left, bottom, right), around the pixels with U >= t."""
+    return _find_boxes(attention, index, theta, (size[0], size[1]), padding, align_corners)[0]
+
+
+def attention_mixup(
+    images: torch.Tensor,
+    attention: torch.Tensor,
+    index: torch.Tensor | None,
+    theta: torch.Tensor,
+    padding: float,
+    weight: float,
+    align_corners: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(1 - weight) images + weight crop, and the boxes; weight 1 is the crop alone."""
+    boxes = attention_boxes(attention, index, theta, list(images.shape[2:]), padding, align_corners)
+    mixed = empty_like_format(images)
+    plan = _Plan(mix_boxes=boxes, weight=weight, align_corners=align_corners)
+    _make(images, plan, (mixed, None, None))
+    return mixed, boxes
+
+
+def attention_mixup_backward(
+    grad: torch.Tensor, boxes: torch.Tensor, weight: float, align_corners: bool
+) -> torch.Tensor:
+    """Gradient of the images."""
+    plan = _Plan(mix_boxes=boxes.contiguous(), weight=weight, align_corners=align_corners)
+    return _make_gradient((grad, None, None), plan)
+
+
+def attention_patch(
+    images: torch.Tensor,
+    attention: torch.Tensor,
+    index: torch.Tensor | None,
+    theta: torch.Tensor,
+    offsets: torch.Tensor,
+    padding: float,
+    align_corners: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images with the content of their box pasted elsewhere, unscaled, and the boxes."""
+    boxes = attention_boxes(attention, index, theta, list(images.shape[2:]), padding, align_corners)
+    patched = empty_like_format(images)
+    _make(images, _Plan(patch_boxes=boxes, offsets=offsets), (None, None, patched))
+    return patched, boxes
+
+
+def attention_patch_backward(
+    grad: torch.Tensor, boxes: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    """Gradient of the images."""
+    plan = _Plan(patch_boxes=boxes.contiguous(), offsets=offsets)
+    return _make_gradient((None, None, grad), plan)
+
+
+def attention_dim(
+    images: torch.Tensor,
+    attention: torch.Tensor,
+    index: torch.Tensor | None,
+    theta: torch.Tensor,
+    floor: float,
+    align_corners: bool,
+) -> torch.Tensor:
+    """Images * ([U < t] + floor). Its own adjoint: the backward calls it on the gradient."""
+    dimmed = empty_like_format(images)
+    guide, sizes = _guide(attention, index, theta, 0)
+    plan = _Plan(guide=guide, guide_sizes=sizes, floor=floor, align_corners=align_corners)
+    _make(images, plan, (None, dimmed, None))
+    return dimmed
+
+
+def attention_views(
+    images: torch.Tensor,
+    attention: torch.Tensor,
+    index: torch.Tensor,
+    theta: torch.Tensor,
+    offsets: torch.Tensor,
+    padding: float,
+    weight: float,
+    floor: float,
+    align_corners: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views (3, B, C, H, W): mix-up, dim, patch; and boxes (2, B, 4) of mix-up and patch."""
+    size = (images.shape[2], images.shape[3])
+    boxes = _find_boxes(attention, index, theta, size, padding, align_corners, views=range(0, 4, 2))
+    views = empty_like_format(images, 3)
+    guide, sizes = _guide(attention, index, theta, 1)
+    plan = _Plan(boxes[0], boxes[1], offsets, guide, sizes, weight, floor, align_corners)
+    _make(images, plan, tuple(views.unbind()))
+    return views, boxes
+
+
+def attention_views_backward(
+    grad: torch.Tensor,
+    attention: torch.Tensor,
+    index: torch.Tensor,
+    theta: torch.Tensor,
+    offsets: torch.Tensor,
+    boxes: torch.Tensor,
+    weight: float,
+    floor: float,
+    align_corners: bool,
+) -> torch.Tensor:
+    """Gradient (B, C, H, W) of the images, from that of the three views (3, B, C, H, W)."""
+    guide, sizes = _guide(attention, index, theta, 1)
+    boxes = boxes.contiguous()
+    plan = _Plan(boxes[0], boxes[1], offsets, guide, sizes, weight, floor, align_corners)
+    return _make_gradient(tuple(grad.unbind()), plan)

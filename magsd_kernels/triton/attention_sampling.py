@@ -1,0 +1,63 @@
+"""Draws attention maps with probability proportional to the root of their sum.
+
+Reads every map once and writes B K indices: one launch, one program per image. Sums run in float64,
+so that the order of adding does not decide a draw. The weights of all maps stay in registers, and
+the inclusive cumulative sum is a scan over them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from magsd_kernels.triton._common import block
+
+_TILE = 4096  # elements of the maps in flight
+
+
+@triton.jit
+def _sample_kernel(
+    attention, uniforms, drawn, maps, pixels, width, draws,
+    step_b, step_m, step_y, step_x, step_row, step_draw,
+    EPS: tl.constexpr, MAPS: tl.constexpr, PIXELS: tl.constexpr, DRAWS: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    m = tl.arange(0, MAPS)
+    sums = tl.zeros([MAPS], tl.float64)
+    for start in range(0, pixels, PIXELS):
+        p = start + tl.arange(0, PIXELS)
+        within = p // width * step_y + p % width * step_x
+        values = tl.load(
+            attention + b * step_b + m[:, None] * step_m + within[None, :],
+            mask=(m[:, None] < maps) & (p[None, :] < pixels),
+            other=0.0,
+        )
+        sums += tl.sum(values.to(tl.float64), 1)
+    # A comparison with NaN is false, so that NaN counts as 0, as a negative sum does.
+    weights = tl.where(m < maps, tl.sqrt(tl.where(sums > 0, sums, 0.0) + EPS), 0.0)
+    cumulative = tl.cumsum(weights, 0)
+    total = tl.sum(tl.where(m == maps - 1, cumulative, 0.0), 0)
+    share = cumulative / total
+    for start in range(0, draws, DRAWS):
+        k = start + tl.arange(0, DRAWS)
+        u = tl.load(uniforms + b * step_row + k * step_draw, mask=k < draws, other=0.0)
+        passed = (share[None, :] <= u.to(tl.float64)[:, None]) & (m[None, :] < maps)
+        below = tl.minimum(tl.sum(passed.to(tl.int32), 1), maps - 1)
+        tl.store(drawn + b * draws + k, below.to(tl.int64), mask=k < draws)
+
+
+def sample_attention(attention: torch.Tensor, uniforms: torch.Tensor, eps: float) -> torch.Tensor:
+    """(B, K) int64 draws from maps (B, M, h, w) by uniforms (B, K)."""
+    batch, maps, height, width = attention.shape
+    drawn = uniforms.new_empty(uniforms.shape, dtype=torch.int64)
+    if drawn.numel() == 0:
+        return drawn
+    wide = triton.next_power_of_2(maps)
+    _sample_kernel[(batch,)](
+        attention, uniforms, drawn, maps, height * width, width, uniforms.shape[1],
+        *attention.stride(), *uniforms.stride(),
+        EPS=eps, MAPS=wide, PIXELS=block(height * width, max(_TILE // wide, 1)),
+        DRAWS=block(uniforms.shape[1], max(_TILE // wide, 1)),
+    )  # fmt: skip
+    return drawn
