@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from magsd_kernels._layout import accumulation_dtype, empty_like_format, is_channels_last
-from magsd_kernels.triton._common import accumulation, block
+from magsd_kernels._layout import accumulation_dtype, empty_like_format
+from magsd_kernels.triton._common import accumulation, block, pixel_steps, with_rows
 from magsd_kernels.triton._guide import sample_at, step_of
 from magsd_kernels.triton._resampling import first_output, most_outputs, share
 
@@ -387,7 +387,7 @@ class _Call:
         allow_tf32: bool,
     ) -> None:
         _, channels, height, width = features.shape
-        self.features = _with_rows(features)
+        self.features = with_rows(features)
         self.attention = attention
         self.maps = attention.shape[1]
         self.channels = channels
@@ -399,7 +399,7 @@ class _Call:
         self.tiles = (triton.cdiv(channels, _CHANNELS), triton.cdiv(self.maps, self.map_tile))
         self.sizes = (
             self.maps, channels, height * width, width, height, *attention.shape[2:],
-            *_steps(self.features), *attention.stride(),
+            *pixel_steps(self.features), *attention.stride(),
         )  # fmt: skip
         acc = accumulation(features.dtype)
         self.kernel = {
@@ -418,20 +418,6 @@ class _Call:
     @property
     def parts(self) -> int:
         return self.tiles[0] * self.tiles[1]
-
-
-def _steps(maps: torch.Tensor) -> tuple[int, int, int]:
-    """Steps from image to image, channel to channel, pixel to pixel (counted row by row)."""
-    return (maps.stride(0), maps.stride(1), maps.stride(3 if maps.shape[3] > 1 else 2))
-
-
-def _with_rows(maps: torch.Tensor) -> torch.Tensor:
-    """The map itself where its pixels lie evenly, else a dense copy in its memory format."""
-    _, _, height, width = maps.shape
-    if height == 1 or width == 1 or maps.stride(2) == width * maps.stride(3):
-        return maps
-    last = is_channels_last(maps)
-    return maps.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def bilinear_attention_pool(
@@ -503,7 +489,7 @@ def bilinear_attention_pool_backward(
     to = grad_features if one_tile or call.maximum or not needs[0] else grad_features.to(dtype)
     common = {"NORMALIZE": normalize, "PARTS": triton.next_power_of_2(call.parts)}
     targets = (to if needs[0] else None, shares if needs[1] else None)
-    steps = (*(_steps(to) if needs[0] else (0, 0, 0)), call.parts)
+    steps = (*(pixel_steps(to) if needs[0] else (0, 0, 0)), call.parts)
     if call.maximum:
         _maximum_backward_kernel[(batch, count)](
             call.features, attention, grad, norm, parts, argmax.contiguous(), *targets,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from magsd_kernels._layout import accumulation_dtype, empty_like_format, is_channels_last
-from magsd_kernels.triton._common import accumulation, block
+from magsd_kernels.triton._common import accumulation, block, pixel_steps, with_rows
 from magsd_kernels.triton._resampling import (
     first_input,
     first_output,
@@ -308,20 +308,6 @@ def _gradient_kernel(
             tl.store(grads[scale] + to, back.to(kind), mask=inside)
 
 
-def _pixel_steps(maps: torch.Tensor) -> tuple[int, int, int]:
-    """Steps from image to image, map to map, pixel to pixel (counted row by row)."""
-    return (maps.stride(0), maps.stride(1), maps.stride(3 if maps.shape[3] > 1 else 2))
-
-
-def _with_rows(maps: torch.Tensor) -> torch.Tensor:
-    """The map itself where its pixels lie evenly, else a dense copy in its memory format."""
-    _, _, height, width = maps.shape
-    if height == 1 or width == 1 or maps.stride(2) == width * maps.stride(3):
-        return maps
-    last = is_channels_last(maps)
-    return maps.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
 def _tile(maps: int) -> tuple[int, int]:
     """Pixels and maps of a tile."""
     wide = block(maps, _MOST_MAPS)
@@ -362,8 +348,8 @@ def _apply(
     grid = (triton.cdiv(max(batch, 1) * size[0] * size[1], pixels), triton.cdiv(channels, wide))
     _apply_kernel[grid](
         tuple(maps), out, *norms, *statistics, batch, channels, *size,
-        *_pixel_steps(out), tuple(m.shape[2] for m in maps), tuple(m.shape[3] for m in maps),
-        tuple(_pixel_steps(m) for m in maps), parameter_steps, MODE=mode, ALIGN=align_corners,
+        *pixel_steps(out), tuple(m.shape[2] for m in maps), tuple(m.shape[3] for m in maps),
+        tuple(pixel_steps(m) for m in maps), parameter_steps, MODE=mode, ALIGN=align_corners,
         TAPS=tuple(
             tuple(most_inputs(m.shape[2 + d], size[d], mode) for d in range(2)) for m in maps
         ),
@@ -386,14 +372,14 @@ def _gradients(
 ) -> None:
     """Write `grads`, and with norms the parameters' gradients `results`."""
     batch, channels, height, width = grad.shape
-    grad = _with_rows(grad)
+    grad = with_rows(grad)
     pixels, wide = _tile(channels)
     parts = _parts(batch, grads, pixels)
     sums = grad.new_empty(0)
     common = (
-        batch, channels, height, width, *_pixel_steps(grad),
+        batch, channels, height, width, *pixel_steps(grad),
         tuple(g.shape[2] for g in grads), tuple(g.shape[3] for g in grads),
-        tuple(_pixel_steps(m) for m in maps),
+        tuple(pixel_steps(m) for m in maps),
     )  # fmt: skip
     settings = {
         "MODE": mode, "ALIGN": align_corners, "PARTS": parts, "PIXELS": pixels, "MAPS": wide,
@@ -418,7 +404,7 @@ def _gradients(
     largest = max(g.shape[2] * g.shape[3] for g in grads)
     _gradient_kernel[(triton.cdiv(max(batch * largest, 1), pixels), len(grads), chunks)](
         grad, tuple(maps), *norms, *statistics, sums, tuple(grads), *results, *common,
-        tuple(_pixel_steps(g) for g in grads), parameter_steps,
+        tuple(pixel_steps(g) for g in grads), parameter_steps,
         NORM=norm, TRAINING=training, **settings,
     )  # fmt: skip
 
@@ -433,7 +419,7 @@ def resample_attention(
     if maps[0].shape[0] == 0:
         return _empty_like_first(maps[0], size)
     return _apply(
-        [_with_rows(m) for m in maps], _NO_NORMS, (None,) * 3, size, mode, align_corners,
+        [with_rows(m) for m in maps], _NO_NORMS, (None,) * 3, size, mode, align_corners,
         NORM=False, TRAINING=False, MOMENTUM=0.0, EPS=0.0, PARTS=1,
     )  # fmt: skip
 
@@ -468,7 +454,7 @@ def multiscale_attention(
 
     In training the running statistics are updated in place, as torch's batch norm does.
     """
-    maps = [_with_rows(x) for x in projections]
+    maps = [with_rows(x) for x in projections]
     batch, channels = maps[0].shape[:2]
     dtype = accumulation_dtype(maps[0].dtype)
     mean, rstd = (maps[0].new_empty((len(maps), channels), dtype=dtype) for _ in range(2))
@@ -479,7 +465,7 @@ def multiscale_attention(
     if training:
         _statistics_kernel[(count, len(maps), triton.cdiv(channels, wide))](
             tuple(maps), parts, batch, channels, tuple(m.shape[2] * m.shape[3] for m in maps),
-            tuple(_pixel_steps(m) for m in maps),
+            tuple(pixel_steps(m) for m in maps),
             PARTS=count, PIXELS=pixels, MAPS=wide, ACC=accumulation(maps[0].dtype),
         )  # fmt: skip
     norms = tuple(map(tuple, (weights, biases, running_means, running_vars)))
@@ -508,7 +494,7 @@ def multiscale_attention_backward(
     if grad.shape[0] > 0:
         steps = tuple((w.stride(0), b.stride(0)) for w, b in zip(weights, biases, strict=True))
         _gradients(
-            grad, grads, [_with_rows(x) for x in projections], (tuple(weights), tuple(biases)),
+            grad, grads, [with_rows(x) for x in projections], (tuple(weights), tuple(biases)),
             (mean.contiguous(), rstd.contiguous()), (tuple(grad_weights), tuple(grad_biases)),
             steps, mode, align_corners, training,
         )  # fmt: skip
