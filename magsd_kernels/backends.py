@@ -29,10 +29,7 @@ NAMES = (*BACKENDS, "auto")
 ENVIRONMENT_VARIABLE = "MAGSD_BACKEND"
 
 #: (backend, operation) that has no implementation, and why.
-MISSING: dict[tuple[str, str], str] = {
-    ("triton", operation): "its kernels are not yet tested in every dtype, nor on a GPU"
-    for operation in OPERATIONS
-}
+MISSING: dict[tuple[str, str], str] = {}
 
 #: What "auto" tries, in order, for tensors on a device type; other devices run the reference.
 PREFERENCE: dict[str, tuple[str, ...]] = {
@@ -40,11 +37,14 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "reference"),
 }
 
+#: Triton's own variable: its kernels run in Triton's interpreter, on the CPU.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 #: Device types whose tensors a backend takes; the reference takes any.
 _DEVICES = {
     "cpu": ("cpu",),
     "cuda": ("cpu",) if native.emulates_cuda() else ("cuda",),
-    "triton": ("cuda", "xpu"),
+    "triton": ("cpu",) if _INTERPRETED else ("cuda", "xpu"),
 }
 
 
@@ -163,6 +163,6 @@ def _column(backend: str) -> str | None:
 def _triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not torch.cuda.is_available():
+    if not _INTERPRETED and not torch.cuda.is_available():
         return "torch sees no GPU"
     return None
