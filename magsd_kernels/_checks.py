@@ -10,6 +10,11 @@ import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+#: In a shape: any size but 0.
+FILLED = "filled"
+
+IMAGES = (None, FILLED, FILLED, FILLED)
+
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -19,37 +24,58 @@ def tensor(
     op: str,
     name: str,
     value: Any,
-    dims: int,
+    shape: Sequence[Any],
     dtypes: Sequence[torch.dtype] = FLOATS,
     like: torch.Tensor | None = None,
 ) -> None:
-    """Require a tensor of `dims` dimensions and one of `dtypes`, on the device of `like`."""
+    """Require a tensor of a shape and one of `dtypes`, on the device of `like`.
+
+    None in the shape stands for any size, and FILLED for any size but 0.
+    """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
         raise TypeError(f"{op}: {name} must be {_names(dtypes)}, got {_names([value.dtype])}")
-    if value.dim() != dims:
+    sizes = value.shape
+    if len(sizes) != len(shape):
         raise ValueError(
-            f"{op}: {name} must have {dims} dimensions, got shape {tuple(value.shape)}"
+            f"{op}: {name} must have {len(shape)} dimensions, got shape {tuple(sizes)}"
         )
     if like is not None and value.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
+    for have, want in zip(sizes, shape, strict=True):
+        if want is FILLED:
+            if have == 0:
+                raise ValueError(
+                    f"{op}: {name} must have no empty dimension but the batch, got {tuple(sizes)}"
+                )
+        elif want is not None and have != want:
+            wanted = ", ".join("any" if w in (None, FILLED) else str(w) for w in shape)
+            raise ValueError(f"{op}: {name} must have shape ({wanted}), got {tuple(sizes)}")
 
 
-def shape(op: str, name: str, value: torch.Tensor, expected: Sequence[Any]) -> None:
-    """Require a shape; None stands for any size."""
-    for have, want in zip(value.shape, expected, strict=True):
-        if want is not None and have != want:
-            wanted = ", ".join("any" if want is None else str(want) for want in expected)
-            raise ValueError(f"{op}: {name} must have shape ({wanted}), got {tuple(value.shape)}")
-
-
-def not_empty(op: str, name: str, value: torch.Tensor) -> None:
-    """Require at least one element in every dimension but the batch."""
-    if 0 in value.shape[1:]:
-        raise ValueError(
-            f"{op}: {name} must have no empty dimension but the batch, got {tuple(value.shape)}"
-        )
+def tensors(
+    op: str,
+    name: str,
+    values: Sequence[Any],
+    shape: Sequence[Any],
+    dtypes: Sequence[torch.dtype],
+    like: torch.Tensor,
+    first: int = 0,
+) -> None:
+    """Require tensors of one shape and of `dtypes`, on the device of `like`; they are counted
+    from `first`.
+    """
+    device = like.device
+    for i, value in enumerate(values, first):
+        # What is right passes at one look; `tensor` has the words for what is not.
+        if not (
+            isinstance(value, torch.Tensor)
+            and value.dtype in dtypes
+            and value.shape == shape
+            and value.device == device
+        ):
+            tensor(op, f"{name}[{i}]", value, shape, dtypes, like)
 
 
 def sequence(op: str, name: str, value: Any, length: int | None = None) -> None:

@@ -52,7 +52,7 @@ def attention_boxes(
         (B, 4) int32, rows (top, left, bottom, right), bottom and right exclusive.
     """
     op = "attention_boxes"
-    check.tensor(op, "attention", attention, 4)
+    check.tensor(op, "attention", attention, check.IMAGES)
     _check_guide(op, attention, theta, index)
     height, width = check.size(op, size)
     _check_box(op, padding, align_corners)
@@ -123,9 +123,9 @@ def attention_patch(
     Returns: (B, C, H, W), dtype and memory format of images.
     """
     op = "attention_patch"
-    _check_images(op, images, attention, theta, index)
-    check.tensor(op, "offsets", offsets, 2, (torch.float32,), images)
-    check.shape(op, "offsets", offsets, (images.shape[0], 2))
+    _check_images(op, images, attention)
+    _check_guide(op, attention, theta, index)
+    check.tensor(op, "offsets", offsets, (images.shape[0], 2), (torch.float32,), images)
     _check_box(op, padding, align_corners)
     backend = select(_OPERATION, backend, images)
     patched: torch.Tensor = _patch(
@@ -186,18 +186,10 @@ def attention_views(
     Returns: (3, B, C, H, W); each view has the dtype and memory format of images.
     """
     op = "attention_views"
-    check.tensor(op, "images", images, 4)
-    check.not_empty(op, "images", images)
-    check.tensor(op, "attention", attention, 4, like=images)
-    check.not_empty(op, "attention", attention)
-    batch = images.shape[0]
-    check.shape(op, "attention", attention, (batch, None, None, None))
-    check.tensor(op, "index", index, 2, (torch.int64,), images)
-    check.shape(op, "index", index, (batch, _VIEWS))
-    check.tensor(op, "theta", theta, 2, (torch.float32,), images)
-    check.shape(op, "theta", theta, (batch, _VIEWS))
-    check.tensor(op, "offsets", offsets, 2, (torch.float32,), images)
-    check.shape(op, "offsets", offsets, (batch, 2))
+    batch = _check_images(op, images, attention)
+    check.tensor(op, "index", index, (batch, _VIEWS), (torch.int64,), images)
+    check.tensor(op, "theta", theta, (batch, _VIEWS), (torch.float32,), images)
+    check.tensor(op, "offsets", offsets, (batch, 2), (torch.float32,), images)
     _check_box(op, padding, align_corners)
     check.number(op, "weight", weight, 0, 1)
     check.number(op, "floor", floor, 0)
@@ -214,7 +206,8 @@ def _mixed(
     index: torch.Tensor | None, padding: float, weight: float, align_corners: bool,
     backend: str | None,
 ) -> torch.Tensor:  # fmt: skip
-    _check_images(op, images, attention, theta, index)
+    _check_images(op, images, attention)
+    _check_guide(op, attention, theta, index)
     _check_box(op, padding, align_corners)
     check.number(op, "weight", weight, 0, 1)
     backend = select(_OPERATION, backend, images)
@@ -228,7 +221,8 @@ def _dimmed(
     op: str, images: torch.Tensor, attention: torch.Tensor, theta: torch.Tensor,
     index: torch.Tensor | None, floor: float, align_corners: bool, backend: str | None,
 ) -> torch.Tensor:  # fmt: skip
-    _check_images(op, images, attention, theta, index)
+    _check_images(op, images, attention)
+    _check_guide(op, attention, theta, index)
     check.number(op, "floor", floor, 0)
     check.flag(op, "align_corners", align_corners)
     backend = select(_OPERATION, backend, images)
@@ -238,30 +232,22 @@ def _dimmed(
     return dimmed
 
 
-def _check_images(
-    op: str,
-    images: torch.Tensor,
-    attention: torch.Tensor,
-    theta: torch.Tensor,
-    index: torch.Tensor | None,
-) -> None:
-    check.tensor(op, "images", images, 4)
-    check.not_empty(op, "images", images)
-    check.tensor(op, "attention", attention, 4, like=images)
-    check.shape(op, "attention", attention, (images.shape[0], None, None, None))
-    _check_guide(op, attention, theta, index)
+def _check_images(op: str, images: torch.Tensor, attention: torch.Tensor) -> int:
+    """Returns the batch."""
+    check.tensor(op, "images", images, check.IMAGES)
+    batch = images.shape[0]
+    check.tensor(op, "attention", attention, (batch, *check.IMAGES[1:]), like=images)
+    return batch
 
 
 def _check_guide(
     op: str, attention: torch.Tensor, theta: torch.Tensor, index: torch.Tensor | None
 ) -> None:
-    check.not_empty(op, "attention", attention)
-    check.tensor(op, "theta", theta, 1, (torch.float32,), attention)
-    check.shape(op, "theta", theta, attention.shape[:1])
+    batch, maps = attention.shape[:2]
+    check.tensor(op, "theta", theta, (batch,), (torch.float32,), attention)
     if index is not None:
-        check.tensor(op, "index", index, 1, (torch.int64,), attention)
-        check.shape(op, "index", index, attention.shape[:1])
-    elif attention.shape[1] != 1:
+        check.tensor(op, "index", index, (batch,), (torch.int64,), attention)
+    elif maps != 1:
         raise ValueError(
             f"{op}: index must name a map per image unless attention has one map, "
             f"got attention of shape {tuple(attention.shape)} and no index"

@@ -38,10 +38,8 @@ def sample_attention(
         (B, K) int64 in 0..M-1, without gradient.
     """
     op = "sample_attention"
-    check.tensor(op, "attention", attention, 4)
-    check.not_empty(op, "attention", attention)
-    check.tensor(op, "uniforms", uniforms, 2, (torch.float32,), attention)
-    check.shape(op, "uniforms", uniforms, (attention.shape[0], None))
+    check.tensor(op, "attention", attention, check.IMAGES)
+    check.tensor(op, "uniforms", uniforms, (attention.shape[0], None), (torch.float32,), attention)
     check.number(op, "eps", eps, 0)
     backend = select(_OPERATION, backend, attention)
     index: torch.Tensor = _sample(attention.detach(), uniforms, eps, backend)

@@ -96,11 +96,20 @@ def select(operation: str, backend: str | None, tensor: torch.Tensor) -> str:
         name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     if _known(name) == "reference":
         return name
-    resolved: str = _resolve(operation, name, tensor.device.type, tensor.dtype)
-    return resolved
+    return _resolve(operation, name, tensor.device.type, tensor.dtype)
 
 
-def _resolve(operation: str, name: str, device: str, dtype: torch.dtype) -> str:
+_resolved: dict[tuple[object, ...], str] = {}
+
+
+def _resolve(*question: Any) -> str:
+    answer = _resolved.get(question)
+    if answer is None:
+        answer = _resolved[question] = _choose(*question)
+    return answer
+
+
+def _choose(operation: str, name: str, device: str, dtype: torch.dtype) -> str:
     if name != "auto":
         why = why_not(name, operation, device, dtype)
         if why is not None:

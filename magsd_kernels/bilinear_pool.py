@@ -53,11 +53,9 @@ def bilinear_attention_pool(
         (B, M*C), entry m*C + c; dtype of features. Gradients go to both inputs.
     """
     op = "bilinear_attention_pool"
-    check.tensor(op, "features", features, 4)
-    check.not_empty(op, "features", features)
-    check.tensor(op, "attention", attention, 4, (features.dtype,), features)
-    check.shape(op, "attention", attention, (features.shape[0], None, None, None))
-    check.not_empty(op, "attention", attention)
+    check.tensor(op, "features", features, check.IMAGES)
+    maps = (features.shape[0], *check.IMAGES[1:])
+    check.tensor(op, "attention", attention, maps, (features.dtype,), features)
     check.choice(op, "pool", pool, _POOLS)
     check.flag(op, "signed_sqrt", signed_sqrt)
     check.flag(op, "normalize", normalize)

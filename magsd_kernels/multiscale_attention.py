@@ -96,12 +96,10 @@ def multiscale_attention(
         "running_means": running_means,
         "running_vars": running_vars,
     }
+    shape, dtypes = (main.shape[1],), (main.dtype, torch.float32)
     for name, values in lists.items():
         check.sequence(op, name, values, len(projections))
-        for i, value in enumerate(values):
-            entry = f"{name}[{i}]"
-            check.tensor(op, entry, value, 1, (main.dtype, torch.float32), main)
-            check.shape(op, entry, value, (main.shape[1],))
+        check.tensors(op, name, values, shape, dtypes, main)
     height, width = _output_size(op, size, projections)
     _check_mode(op, mode, align_corners)
     check.flag(op, "training", training)
@@ -215,12 +213,11 @@ def _check_maps(op: str, name: str, maps: Any) -> None:
     check.sequence(op, name, maps)
     if not 1 <= len(maps) <= _MOST_MAPS:
         raise ValueError(f"{op}: {name} must have 1 to {_MOST_MAPS} entries, got {len(maps)}")
-    check.tensor(op, f"{name}[0]", maps[0], 4)
     main = maps[0]
-    for i, value in enumerate(maps):
-        check.tensor(op, f"{name}[{i}]", value, 4, (main.dtype,), main)
-        check.shape(op, f"{name}[{i}]", value, (main.shape[0], main.shape[1], None, None))
-        check.not_empty(op, f"{name}[{i}]", value)
+    check.tensor(op, f"{name}[0]", main, check.IMAGES)
+    batch, channels = main.shape[:2]
+    shape = (batch, channels, *check.IMAGES[2:])
+    check.tensors(op, name, maps[1:], shape, (main.dtype,), main, first=1)
 
 
 def _check_mode(op: str, mode: Any, align_corners: Any) -> None:

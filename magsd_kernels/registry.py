@@ -4,11 +4,16 @@ Every schema ends in `str backend`; the kernel below autograd hands the other ar
 function of the same name of that backend. The compiled libraries implement `magsd_cpu::<name>` and
 `magsd_cuda::<name>`, whose schemas are the same less the backend. `Library.define` with one
 implementation per dispatch key costs about half the call overhead of `torch.library.custom_op`.
+
+The dispatcher is called where somebody beside autograd can ask for the call: a compiler, a tracer,
+a mode, a transform or a subclass of Tensor. Where nobody does, each of its two passages from Python
+to Python would cost microseconds, and an operator runs what they would lead to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
@@ -17,6 +22,7 @@ from magsd_kernels.backends import implementation
 
 _library = torch.library.Library("magsd", "DEF")
 _natives = [torch.library.Library(f"magsd_{backend}", "DEF") for backend in ("cpu", "cuda")]
+_below: dict[Any, tuple[Callable[..., Any], Any]] = {}
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
@@ -29,7 +35,7 @@ def define(
     check: Callable[..., None] | None = None,
     written: Callable[..., list[torch.Tensor]] | None = None,
 ) -> Any:
-    """Register one operator and return its overload.
+    """Register one operator and return it: a function of the schema's arguments.
 
     Args:
         operation: row of the table of backends that implements it.
@@ -67,10 +73,17 @@ def define(
             if name.endswith("_backward"):
                 forward = name.removesuffix("_backward")
                 raise RuntimeError(f"{forward}: second derivatives are not implemented")
-        return below_autograd(overload, *arguments)
+        return below_autograd(operator, *arguments)
+
+    def operator(*arguments: Any) -> Any:
+        # Under torch.compile the first question is answered while it traces.
+        if torch.compiler.is_compiling() or _watched(arguments):
+            return overload(*arguments)
+        return differentiable(*arguments)
 
     _library.impl(name, differentiable, "Autograd")
-    return overload
+    _below[operator] = (kernel, overload)
+    return operator
 
 
 def _native_schema(schema: str) -> str:
@@ -86,7 +99,30 @@ def _any_requires_grad(*arguments: Any) -> bool:
     return False
 
 
-def below_autograd(overload: Any, *arguments: Any) -> Any:
+def below_autograd(operator: Any, *arguments: Any) -> Any:
     """Call an operator's kernel from inside its own autograd formula."""
+    kernel, overload = _below[operator]
     with torch._C._AutoDispatchBelowAutograd():
-        return overload(*arguments)
+        return (overload if _watched(arguments) else kernel)(*arguments)
+
+
+# The types of arguments that a compiled library takes as they are.
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, NoneType, bool, int, float, str))
+
+
+def _watched(arguments: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher has more to do than to pass a call on to a compiled library."""
+    if (
+        arguments[-1] not in ("cpu", "cuda")
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    ):
+        return True
+    for argument in arguments:
+        if type(argument) not in _PLAIN and not (
+            isinstance(argument, (list, tuple)) and _PLAIN.issuperset(map(type, argument))
+        ):
+            return True
+    return False

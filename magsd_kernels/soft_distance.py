@@ -56,27 +56,24 @@ def soft_distance_loss(
         Scalars, float32 (float64 for float64). Over an empty batch they are NaN, as torch's mean.
     """
     op = "soft_distance_loss"
-    check.tensor(op, "logits", logits, 2)
-    check.not_empty(op, "logits", logits)
-    views, dims = view_logits, 2
+    check.tensor(op, "logits", logits, (None, check.FILLED))
+    batch, classes = logits.shape
+    views = view_logits
     if isinstance(views, torch.Tensor):
-        views, dims = [views], 3
-    check.sequence(op, "view_logits", views)
-    if len(views) == 0:
+        check.tensor(op, "view_logits", views, (None, batch, classes), (logits.dtype,), logits)
+        views, count = [views], views.shape[0]
+    else:
+        check.sequence(op, "view_logits", views)
+        check.tensors(op, "view_logits", views, (batch, classes), (logits.dtype,), logits)
+        count = len(views)
+    if count == 0:
         raise ValueError(f"{op}: view_logits must have at least one view, got none")
-    for i, view in enumerate(views):
-        name = "view_logits" if dims == 3 else f"view_logits[{i}]"
-        check.tensor(op, name, view, dims, (logits.dtype,), logits)
-        check.shape(op, name, view, (None, *logits.shape)[3 - dims :])
-        if dims == 3 and view.shape[0] == 0:
-            raise ValueError(f"{op}: view_logits must have at least one view, got none")
-    check.tensor(op, "targets", targets, 1, (torch.int64,), logits)
-    check.shape(op, "targets", targets, logits.shape[:1])
+    check.tensor(op, "targets", targets, (batch,), (torch.int64,), logits)
     check.number(op, "confidence", confidence, 0, 1)
     check.number(op, "smoothing", smoothing, 0, 1)
     if class_weights is not None:
-        check.tensor(op, "class_weights", class_weights, 1, (logits.dtype, torch.float32), logits)
-        check.shape(op, "class_weights", class_weights, logits.shape[1:])
+        dtypes = (logits.dtype, torch.float32)
+        check.tensor(op, "class_weights", class_weights, (classes,), dtypes, logits)
     backend = select(_OPERATION, backend, logits)
     return SoftDistance(
         *_loss(logits, list(views), targets, class_weights, confidence, smoothing, backend)
