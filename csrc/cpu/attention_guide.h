@@ -2,7 +2,9 @@
 //
 // U is never stored: a guide keeps the h rows of the map interpolated along x (h W floats), and a
 // row of U is an interpolation of two of them. Bands of rows whose two neighbours stay clearly
-// below the threshold are skipped: interpolation exceeds the map by no more than rounding.
+// below the threshold are skipped: interpolation exceeds the map by no more than rounding. A box
+// takes the rows up to the first and down to the last that passes, and for its columns the two ends
+// of every stretch between two rows of the map.
 #pragma once
 
 #include <algorithm>
@@ -101,13 +103,15 @@ class Guide {
   // Takes a map of image b; t = theta * (maximum of the low-resolution map), NaN if one is in it.
   void set(int64_t b, const Choice& choice) {
     maps_.read(b, choice.map(b, maps_.maps()), low_.data());
-    float peak = low_[0];
+    float peak = low_[0], largest = 0;
     finite_ = true;
     for (const float value : low_) {
       peak = larger(peak, value);
+      largest = std::max(largest, std::fabs(value));
       finite_ &= std::isfinite(value);
     }
     threshold_ = choice.theta[b] * peak;
+    slack_ = 1e-6f * largest;
     const int64_t low_width = maps_.low_width();
     for (int64_t i = 0; i < maps_.low_height(); ++i) {
       const float* row = low_.data() + i * low_width;
@@ -123,18 +127,15 @@ class Guide {
     return !clearly_below(std::max(peaks_[at.lower], peaks_[at.upper]), threshold_);
   }
 
-  // Whether any pixel of row y passes; highest[x] = max(highest[x], U).
-  bool mark(int64_t y, float* MAGSD_RESTRICT highest) const {
+  // Whether any pixel of row y passes.
+  bool passes(int64_t y) const {
     const Sample<float>& at = maps_.row(y);
     const float* MAGSD_RESTRICT lower = wide_.data() + at.lower * maps_.width();
     const float* MAGSD_RESTRICT upper = wide_.data() + at.upper * maps_.width();
     const float weight = at.weight, threshold = threshold_;
     int32_t any = 0;
     for (int64_t x = 0; x < maps_.width(); ++x) {
-      const float value = interpolate(lower[x], upper[x], weight);
-      // NaN never exceeds, as it never passes.
-      highest[x] = highest[x] < value ? value : highest[x];
-      any |= value >= threshold ? 1 : 0;
+      any |= interpolate(lower[x], upper[x], weight) >= threshold ? 1 : 0;
     }
     return any != 0;
   }
@@ -164,29 +165,63 @@ class Guide {
   // The padded box around the pixels with U >= t.
   Box box(double padding) {
     const int64_t height = maps_.height(), width = maps_.width();
-    std::fill(highest_.begin(), highest_.end(), -std::numeric_limits<float>::infinity());
-    int64_t top = height, bottom = -1, left = width, right = -1;
-    if (!std::isnan(threshold_)) {
-      for (int64_t y = 0; y < height; ++y) {
-        if (can_pass(y) && mark(y, highest_.data())) {
-          top = std::min(top, y);
-          bottom = y;
-        }
-      }
-      for (int64_t x = 0; x < width; ++x) {
-        if (highest_[x] >= threshold_ && bottom >= 0) {
-          left = std::min(left, x);
-          right = x;
-        }
+    int64_t top = 0, bottom = height - 1, left = width, right = -1;
+    const auto fails = [&](int64_t y) { return !(can_pass(y) && passes(y)); };
+    while (top < height && fails(top)) ++top;
+    if (top < height) {
+      while (fails(bottom)) --bottom;
+      // Between two rows of the map U is linear along y: what is largest lies at an end. Rounding
+      // can lift a row between them over its ends by less than `slack`.
+      mark_columns(top, bottom, true);
+      columns_that_reach(threshold_, left, right);
+      int64_t least = left, most = right;
+      columns_that_reach(threshold_ - slack_, least, most);
+      if (!finite_ || least < left || most > right) {
+        mark_columns(top, bottom, false);
+        columns_that_reach(threshold_, left, right);
       }
     }
     return {padded_extent(top, bottom, height, padding), padded_extent(left, right, width, padding)};
   }
 
  private:
+  // highest[x] becomes the maximum of U over rows first..last, or over the ends of each stretch
+  // that lies between the same two rows of the map.
+  void mark_columns(int64_t first, int64_t last, bool ends_only) {
+    std::fill(highest_.begin(), highest_.end(), -std::numeric_limits<float>::infinity());
+    for (int64_t y = first; y <= last; ++y) {
+      const Sample<float>& at = maps_.row(y);
+      const auto between_the_same = [&](int64_t other) {
+        return other >= first && other <= last && maps_.row(other).lower == at.lower &&
+               maps_.row(other).upper == at.upper;
+      };
+      if (ends_only && between_the_same(y - 1) && between_the_same(y + 1)) continue;
+      if (!can_pass(y)) continue;
+      const float* MAGSD_RESTRICT lower = wide_.data() + at.lower * maps_.width();
+      const float* MAGSD_RESTRICT upper = wide_.data() + at.upper * maps_.width();
+      float* MAGSD_RESTRICT highest = highest_.data();
+      const float weight = at.weight;
+      for (int64_t x = 0; x < maps_.width(); ++x) {
+        const float value = interpolate(lower[x], upper[x], weight);
+        // NaN never exceeds, as it never passes.
+        highest[x] = highest[x] < value ? value : highest[x];
+      }
+    }
+  }
+
+  // The first and the last column whose `highest` reaches a value.
+  void columns_that_reach(float value, int64_t& first, int64_t& last) const {
+    const int64_t width = maps_.width();
+    first = 0;
+    last = width - 1;
+    while (first < width && !(highest_[first] >= value)) ++first;
+    while (last >= 0 && !(highest_[last] >= value)) --last;
+  }
+
   const AttentionMaps& maps_;
   std::vector<float> low_, wide_, peaks_, highest_;
   float threshold_ = 0;
+  float slack_ = 0;
   bool finite_ = true;
 };
 
