@@ -64,8 +64,7 @@ class AttentionMaps {
       const T* first = static_cast<const T*>(data_) + b * step_[0] + m * step_[1];
       for (int64_t y = 0; y < low_height_; ++y) {
         for (int64_t x = 0; x < low_width_; ++x) {
-          map[y * low_width_ + x] =
-              static_cast<float>(widen(first[y * step_[2] + x * step_[3]]));
+          map[y * low_width_ + x] = static_cast<float>(widen(first[y * step_[2] + x * step_[3]]));
         }
       }
     });
@@ -76,7 +75,8 @@ class AttentionMaps {
     const int32_t* MAGSD_RESTRICT left = left_.data();
     const int32_t* MAGSD_RESTRICT right = right_.data();
     const float* MAGSD_RESTRICT share = share_.data();
-    for (int64_t x = 0; x < width_; ++x) wide[x] = interpolate(low[left[x]], low[right[x]], share[x]);
+    for (int64_t x = 0; x < width_; ++x)
+      wide[x] = interpolate(low[left[x]], low[right[x]], share[x]);
   }
 
  private:
@@ -181,7 +181,8 @@ class Guide {
         columns_that_reach(threshold_, left, right);
       }
     }
-    return {padded_extent(top, bottom, height, padding), padded_extent(left, right, width, padding)};
+    return {padded_extent(top, bottom, height, padding),
+            padded_extent(left, right, width, padding)};
   }
 
  private:

@@ -1,7 +1,7 @@
 // Bilinear attention pooling, forward: P = A F^T over the pixels, its signed square root and norm.
 //
 // Moves the features once in and P (B M C) once out. P[m, c] is the sum over p of A[m, p] F[p, c],
-// with a panel of F; see bilinear_pool.h for the cut.
+// with panels of F or of A; see bilinear_pool.h for the cut.
 #include "cpu/bilinear_pool.h"
 
 #include <cmath>
@@ -28,7 +28,7 @@ void forward(const FeatureMap& features, const FeatureMap& maps, const PoolShape
   constexpr bool kWide = std::is_same_v<T, A>;
   const PoolAttention<T> attention(maps, features.steps.height, features.steps.width);
   const int64_t entries = shape.entries();
-  const T* from = data<T>(features.tensor);
+  const Pooling<T> pooling(features, attention, shape, settings);
   T* out = mutable_data<T>(results.output);
   int32_t* first = settings.maximum ? mutable_data<int32_t>(results.argmax) : nullptr;
   A* norms = settings.normalize ? mutable_data<A>(results.norm) : nullptr;
@@ -43,9 +43,7 @@ void forward(const FeatureMap& features, const FeatureMap& maps, const PoolShape
     } else {
       to = wide.get() + b * entries;
     }
-    squares[b * blocks_of(shape) + i] =
-        pool_block(from + b * features.steps.step_b, features.steps, attention.matrix(b), shape,
-                   settings, i, to, image_first);
+    squares[b * blocks_of(shape) + i] = pooling.block(b, i, to, image_first);
   };
   const auto finish = [&](int64_t b) {
     double factor = settings.scale;
@@ -63,7 +61,7 @@ void forward(const FeatureMap& features, const FeatureMap& maps, const PoolShape
       for (int64_t i = 0; i < entries; ++i) row[i] = static_cast<T>(roots[i] * multiplier);
     }
   };
-  for_images(shape, block, finish);
+  for_images(shape, [&](int64_t b) { pooling.start(b); }, block, finish);
 }
 
 std::tuple<Tensor, Tensor, Tensor> bilinear_attention_pool(

@@ -1,8 +1,12 @@
 // What both directions of bilinear pooling share on the CPU: the cut of the work, the attention and
 // the features as matrices, the pooled matrix of a block of channels.
 //
-// The features of kPanel channels are laid out as a panel (pixels x channels), which makes both
-// memory formats, all dtypes and both poolings one case. The work of an image is cut into blocks of
+// Channels last, the features of kPanel channels are laid out as a panel (pixels x channels). Where
+// the pixels of a channel lie side by side that would be a transpose of the largest operand, which
+// costs as much as the product: there the maps are the panels (pixels x maps), the features are
+// read where they lie, one element at a time, and only the smaller result is transposed. Pooling by
+// maximum, and maps that would fill less than three quarters of their panels, take the first way in
+// both memory formats. The work of an image is cut into blocks of
 // kBlock channels, whose sums are added in order: results do not depend on the number of threads.
 // With images enough for every thread a task is an image, so that its output is still in the cache
 // when its norm is known; else a block. The attention of an image (M HW) stays in the first-level
@@ -23,6 +27,11 @@ namespace magsd::MAGSD_ISA {
 
 constexpr int64_t kBlock = 256;
 
+template <typename A>
+int64_t panels_of(int64_t columns) {
+  return (columns + kPanel<A> - 1) / kPanel<A>;
+}
+
 inline int64_t blocks_of(const PoolShape& shape) { return (shape.channels + kBlock - 1) / kBlock; }
 
 inline int64_t block_end(const PoolShape& shape, int64_t block) {
@@ -32,14 +41,16 @@ inline int64_t block_end(const PoolShape& shape, int64_t block) {
 // NaN stays NaN.
 inline double length_of(double norm) { return norm < kSmallestNorm ? kSmallestNorm : norm; }
 
-// Runs once for every (image, block) pair, then `finish` once for every image.
-template <typename Block, typename Finish>
-void for_images(const PoolShape& shape, const Block& block, const Finish& finish) {
+// Runs `start` for every image, `block` for every (image, block) pair, `finish` for every image.
+template <typename Start, typename Block, typename Finish>
+void for_images(const PoolShape& shape, const Start& start, const Block& block,
+                const Finish& finish) {
   const int64_t blocks = blocks_of(shape);
   if (shape.batch >= 2 * static_cast<int64_t>(torch::stable::get_num_threads())) {
     const int64_t work = shape.channels * shape.maps * shape.pixels;
     parallel_for(shape.batch, 1 + (1 << 15) / work, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
+        start(b);
         for (int64_t i = 0; i < blocks; ++i) block(b, i);
         finish(b);
       }
@@ -48,6 +59,9 @@ void for_images(const PoolShape& shape, const Block& block, const Finish& finish
   }
   const int64_t work = std::min(kBlock, shape.channels) * shape.maps * shape.pixels;
   const int64_t grain = 1 + (1 << 15) / work;
+  parallel_for(shape.batch, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) start(b);
+  });
   parallel_for(shape.batch * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) block(i / blocks, i % blocks);
   });
@@ -64,7 +78,9 @@ class PoolAttention {
 
  public:
   PoolAttention(const FeatureMap& maps, int64_t height, int64_t width)
-      : count_(maps.steps.channels * height * width),
+      : maps_(maps.steps.channels),
+        pixels_(height * width),
+        count_(maps_ * pixels_),
         copy_(needs_copy(maps, height, width) ? maps.steps.batch * count_ : 0),
         matrices_(copy_.get()) {
     if constexpr (std::is_same_v<T, A>) {
@@ -73,6 +89,24 @@ class PoolAttention {
         return;
       }
     }
+    fill_copy(maps, height, width);
+  }
+
+  const A* matrix(int64_t image) const { return matrices_ + image * count_; }
+
+  // The matrix of an image as panels of maps (HW, kPanel), columns past the last map 0.
+  void map_panels(int64_t image, A* to) const {
+    constexpr int64_t kColumns = kPanel<A>;
+    const A* from = matrix(image);
+    for (int64_t m = 0; m < maps_; m += kColumns, to += pixels_ * kColumns) {
+      const int64_t taken = std::min(kColumns, maps_ - m);
+      if (taken < kColumns) std::fill(to, to + pixels_ * kColumns, A{0});
+      transpose(from + m * pixels_, pixels_, taken, pixels_, to, kColumns);
+    }
+  }
+
+ private:
+  void fill_copy(const FeatureMap& maps, int64_t height, int64_t width) {
     const MapSteps& steps = maps.steps;
     const T* source = data<T>(maps.tensor);
     const bool resized = steps.height != height || steps.width != width;
@@ -95,15 +129,12 @@ class PoolAttention {
     });
   }
 
-  const A* matrix(int64_t image) const { return matrices_ + image * count_; }
-
- private:
   static bool needs_copy(const FeatureMap& maps, int64_t height, int64_t width) {
     return !std::is_same_v<T, A> || maps.steps.step_p != 1 || maps.steps.height != height ||
            maps.steps.width != width;
   }
 
-  int64_t count_;
+  int64_t maps_, pixels_, count_;
   Scratch<A> copy_;
   const A* matrices_;
 };
@@ -171,6 +202,59 @@ void root_row(A* MAGSD_RESTRICT row, A factor, bool signed_sqrt, A eps, A* MAGSD
   for (int j = 0; j < kColumns; ++j) squares[j] += row[j] * row[j];
 }
 
+// Whether the maps are the panels and the features are read where they lie.
+template <typename A>
+bool reads_in_place(const MapSteps& steps, const PoolShape& shape, const PoolSettings& settings) {
+  const int64_t padded = panels_of<A>(shape.maps) * kPanel<A>;
+  return steps.step_p == 1 && !settings.maximum && 3 * padded <= 4 * shape.maps;
+}
+
+// The pooled matrix of a block, its rows in `to` (M, C), from the panels of an image's maps;
+// returns its sum of squares.
+template <typename T, typename Out>
+double pool_in_place(const T* features, const MapSteps& steps, const accumulate_t<T>* map_panels,
+                     const PoolShape& shape, const PoolSettings& settings, int64_t block, Out* to) {
+  using A = accumulate_t<T>;
+  constexpr int64_t kColumns = kPanel<A>;
+  constexpr int64_t kChannels = 2 * kColumns;
+  const int64_t pixels = shape.pixels;
+  Scratch<A> wide(std::is_same_v<T, A> ? 0 : pixels * kChannels);
+  alignas(64) A tiles[kChannels * kColumns], turned[kColumns * kChannels];
+  const A factor = A{1} / static_cast<A>(pixels);
+  double total = 0;
+  for (int64_t c = block * kBlock; c < block_end(shape, block); c += kChannels) {
+    const int64_t count = std::min(kChannels, block_end(shape, block) - c);
+    const A* rows;
+    Ahead ahead;
+    if constexpr (std::is_same_v<T, A>) {
+      rows = features + c * steps.step_c;
+      ahead = Ahead::of(rows + count * pixels,
+                        std::min(kChannels, shape.channels - c - count) * pixels);
+    } else {
+      convert(features + c * steps.step_c, count * pixels, wide.get());
+      rows = wide.get();
+    }
+    for (int64_t m = 0; m < shape.maps; m += kColumns) {
+      const int64_t taken = std::min(kColumns, shape.maps - m);
+      panel_product(count, rows, pixels, int64_t{1}, map_panels + m * pixels, pixels, tiles,
+                    kColumns, false, m == 0 ? ahead : Ahead{});
+      A squares[kColumns] = {};
+      for (int64_t j = 0; j < count; ++j) {
+        root_row(tiles + j * kColumns, factor, settings.signed_sqrt, static_cast<A>(settings.eps),
+                 squares);
+      }
+      for (int64_t i = 0; i < taken; ++i) total += static_cast<double>(squares[i]);
+      // By way of a dense block: rows of the result lie a power of two apart, on the same few
+      // lines of the cache.
+      transpose(tiles, kColumns, count, taken, turned, kChannels);
+      for (int64_t i = 0; i < taken; ++i) {
+        convert(turned + i * kChannels, count, to + (m + i) * shape.channels + c);
+      }
+    }
+  }
+  return total;
+}
+
 // Where the pooled matrix of a block goes: `to` (M, C) of the output's or of the accumulation
 // type, and the argmax (M, C) where pooling by maximum asks for it.
 template <typename T, typename Out>
@@ -213,5 +297,47 @@ double pool_block(const T* features, const MapSteps& steps, const accumulate_t<T
   }
   return total;
 }
+
+// The pooled matrices of a batch, in the way that suits them, block by block.
+template <typename T>
+class Pooling {
+  using A = accumulate_t<T>;
+
+ public:
+  Pooling(const FeatureMap& features, const PoolAttention<T>& attention, const PoolShape& shape,
+          const PoolSettings& settings)
+      : features_(data<T>(features.tensor)),
+        steps_(features.steps),
+        attention_(attention),
+        shape_(shape),
+        settings_(settings),
+        in_place_(reads_in_place<A>(steps_, shape, settings)),
+        panel_size_(panels_of<A>(shape.maps) * kPanel<A> * shape.pixels),
+        panels_(in_place_ ? shape.batch * panel_size_ : 0) {}
+
+  // Before the blocks of an image.
+  void start(int64_t b) const {
+    if (in_place_) attention_.map_panels(b, panels_.get() + b * panel_size_);
+  }
+
+  template <typename Out>
+  double block(int64_t b, int64_t i, Out* to, int32_t* argmax) const {
+    const T* from = features_ + b * steps_.step_b;
+    if (in_place_) {
+      return pool_in_place(from, steps_, panels_.get() + b * panel_size_, shape_, settings_, i, to);
+    }
+    return pool_block(from, steps_, attention_.matrix(b), shape_, settings_, i, to, argmax);
+  }
+
+ private:
+  const T* features_;
+  const MapSteps& steps_;
+  const PoolAttention<T>& attention_;
+  const PoolShape& shape_;
+  const PoolSettings& settings_;
+  bool in_place_;
+  int64_t panel_size_;
+  Scratch<A> panels_;
+};
 
 }  // namespace magsd::MAGSD_ISA

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "cpu/bilinear_pool.h"
+#include "cpu/stream.h"
 
 namespace magsd::MAGSD_ISA {
 namespace {
@@ -53,18 +54,21 @@ struct PooledGradient {
   A to_unit, scale, along, length, inverse_length, factor;
   bool signed_sqrt;
 
-  // panel[m kPanel + j] = W[m, c + j]; columns past `count` are 0.
-  void rows(const PoolShape& shape, int64_t c, int64_t count, A* MAGSD_RESTRICT panel) const {
+  // Panels of W (M x kPanel) of channels c to `end`, columns past the last one 0. Row by row: those
+  // of the gradient lie far apart, and short pieces of them would be fetched one by one.
+  void panels(const PoolShape& shape, int64_t c, int64_t end, A* MAGSD_RESTRICT to) const {
     constexpr int64_t kColumns = kPanel<A>;
     for (int64_t m = 0; m < shape.maps; ++m) {
-      const T* g = grad + m * shape.channels + c;
-      const U* u = units + m * shape.channels + c;
-      A* to = panel + m * kColumns;
-      if (count == kColumns) {
-        row(g, u, kColumns, to);
-      } else {
-        std::fill(to, to + kColumns, A{0});
-        row(g, u, count, to);
+      A* piece = to + m * kColumns;
+      for (int64_t at = c; at < end; at += kColumns, piece += shape.maps * kColumns) {
+        const T* g = grad + m * shape.channels + at;
+        const U* u = units + m * shape.channels + at;
+        if (end - at >= kColumns) {
+          row(g, u, kColumns, piece);
+        } else {
+          std::fill(piece, piece + kColumns, A{0});
+          row(g, u, end - at, piece);
+        }
       }
     }
   }
@@ -156,20 +160,32 @@ void backward_block(const T* features, const MapSteps& steps, const accumulate_t
   using A = accumulate_t<T>;
   constexpr int64_t kColumns = kPanel<A>;
   const int64_t pixels = shape.pixels;
-  const int64_t panels = (shape.maps + kColumns - 1) / kColumns, padded = panels * kColumns;
-  Scratch<A> weights(shape.maps * kColumns), turned(padded * kColumns);
+  const int64_t panels = panels_of<A>(shape.maps), padded = panels * kColumns;
+  const int64_t first = block * kBlock, end = block_end(shape, block);
+  const bool streamed =
+      shape.batch * shape.channels * pixels * int64_t{sizeof(T)} >= kStreamedBytes;
+  Scratch<A> block_weights(shape.maps * kBlock), turned(padded * kColumns);
   Scratch<A> panel(pixels * kColumns), rows(std::is_same_v<T, A> ? 0 : pixels * kColumns);
+  const bool in_planes = grad_features != nullptr && grad_steps.step_p == 1;
+  MapSteps dense_planes = grad_steps;
+  Scratch<T> planes(in_planes ? pixels * kColumns : 0);
+  pooled.panels(shape, first, end, block_weights.get());
   if (grad_maps != nullptr) std::fill(grad_maps, grad_maps + pixels * padded, A{0});
-  for (int64_t c = block * kBlock; c < block_end(shape, block); c += kColumns) {
-    const int64_t count = std::min(kColumns, block_end(shape, block) - c);
-    pooled.rows(shape, c, count, weights.get());
+  for (int64_t c = first; c < end; c += kColumns) {
+    const int64_t count = std::min(kColumns, end - c);
+    const A* weights = block_weights.get() + (c - first) * shape.maps;
     const A* x = nullptr;
+    Ahead ahead;
     int64_t step_p = kColumns, step_c = 1;
     if (grad_maps != nullptr) {
       if constexpr (std::is_same_v<T, A>) {
         x = features + c * steps.step_c;
         step_p = steps.step_p;
         step_c = steps.step_c;
+        if (step_p == 1) {
+          const int64_t next = std::min(kColumns, shape.channels - c - count);
+          ahead = Ahead::of(x + count * pixels, next * pixels);
+        }
       }
       if (x == nullptr || settings.maximum) {
         pack(features, steps, c, count, panel.get(), rows.get());
@@ -179,7 +195,7 @@ void backward_block(const T* features, const MapSteps& steps, const accumulate_t
     if (settings.maximum) {
       Scratch<A> grad_panel(grad_features == nullptr ? 0 : pixels * kColumns);
       A* scattered = grad_features == nullptr ? nullptr : grad_panel.get();
-      maximum_backward(weights.get(), argmax, attention, panel.get(), shape, c, count, scattered,
+      maximum_backward(weights, argmax, attention, panel.get(), shape, c, count, scattered,
                        grad_maps, padded);
       if (scattered != nullptr) {
         unpack(scattered, grad_steps, c, count, grad_features, rows.get());
@@ -187,18 +203,24 @@ void backward_block(const T* features, const MapSteps& steps, const accumulate_t
       continue;
     }
     if (grad_maps != nullptr) {
-      transpose_panels(weights.get(), shape.maps, count, turned.get());
+      transpose_panels(weights, shape.maps, count, turned.get());
       for (int64_t i = 0; i < panels; ++i) {
         panel_product(pixels, x, step_p, step_c, turned.get() + i * kColumns * kColumns, count,
-                      grad_maps + i * kColumns, padded, true);
+                      grad_maps + i * kColumns, padded, true, i == 0 ? ahead : Ahead{});
       }
     }
     if (grad_features != nullptr) {
-      panel_product(pixels, attention, int64_t{1}, pixels, weights.get(), shape.maps, panel.get(),
+      panel_product(pixels, attention, int64_t{1}, pixels, weights, shape.maps, panel.get(),
                     kColumns, false);
-      unpack(panel.get(), grad_steps, c, count, grad_features, rows.get());
+      if (in_planes) {
+        unpack(panel.get(), dense_planes, 0, count, planes.get(), rows.get());
+        write_row(planes.get(), count * pixels, grad_features + c * pixels, streamed);
+      } else {
+        unpack(panel.get(), grad_steps, c, count, grad_features, rows.get());
+      }
     }
   }
+  if (in_planes) finish_rows(streamed);
 }
 
 // Adds up the blocks' shares (HW, padded) in order and resizes the sum back.
@@ -261,33 +283,31 @@ void backward_from(const FeatureMap& features, const PoolShape& shape, const Poo
   using A = accumulate_t<T>;
   constexpr int64_t kColumns = kPanel<A>;
   const int64_t entries = shape.entries(), blocks = blocks_of(shape);
-  const int64_t padded = (shape.maps + kColumns - 1) / kColumns * kColumns;
+  const int64_t padded = panels_of<A>(shape.maps) * kColumns;
   const int64_t share = shape.pixels * padded;
   std::vector<PooledGradient<T, U>> pooled(shape.batch);
-  parallel_for(shape.batch, 1 + 32768 / entries, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const double length = settings.normalize ? length_of(norms[b]) : 1.0;
-      const double to_unit = are_roots ? 1 / length : 1 / settings.scale;
-      double along = 0;
-      // Under the smallest norm the divisor is constant, and no gradient flows through it.
-      if (settings.normalize && norms[b] >= kSmallestNorm) {
-        along = settings.scale * to_unit * dot(grad + b * entries, units + b * entries, entries);
-      }
-      pooled[b] = {
-          grad + b * entries,         units + b * entries,
-          static_cast<A>(to_unit),    static_cast<A>(settings.scale),
-          static_cast<A>(along),      static_cast<A>(length),
-          static_cast<A>(1 / length), settings.maximum ? A{1} : A{1} / static_cast<A>(shape.pixels),
-          settings.signed_sqrt};
+  const auto start = [&](int64_t b) {
+    const double length = settings.normalize ? length_of(norms[b]) : 1.0;
+    const double to_unit = are_roots ? 1 / length : 1 / settings.scale;
+    double along = 0;
+    // Under the smallest norm the divisor is constant, and no gradient flows through it.
+    if (settings.normalize && norms[b] >= kSmallestNorm) {
+      along = settings.scale * to_unit * dot(grad + b * entries, units + b * entries, entries);
     }
-  });
+    pooled[b] = {
+        grad + b * entries,         units + b * entries,
+        static_cast<A>(to_unit),    static_cast<A>(settings.scale),
+        static_cast<A>(along),      static_cast<A>(length),
+        static_cast<A>(1 / length), settings.maximum ? A{1} : A{1} / static_cast<A>(shape.pixels),
+        settings.signed_sqrt};
+  };
   const bool wants_attention = gradients.attention != nullptr;
   Scratch<A> shares(wants_attention ? shape.batch * blocks * share : 0);
   const AttentionGradient<T> attention_gradient(shape, features.steps.height, features.steps.width,
                                                 gradients.attention_steps);
   const T* from = data<T>(features.tensor);
   for_images(
-      shape,
+      shape, start,
       [&](int64_t b, int64_t i) {
         T* grad_features = gradients.features;
         if (grad_features != nullptr) grad_features += b * gradients.feature_steps.step_b;
@@ -318,12 +338,11 @@ void backward(const FeatureMap& features, const FeatureMap& maps, const PoolShap
     return;
   }
   Scratch<A> roots(shape.batch * entries);
-  const T* from = data<T>(features.tensor);
+  const Pooling<T> pooling(features, attention, shape, settings);
   for_images(
-      shape,
+      shape, [&](int64_t b) { pooling.start(b); },
       [&](int64_t b, int64_t i) {
-        pool_block(from + b * features.steps.step_b, features.steps, attention.matrix(b), shape,
-                   settings, i, roots.get() + b * entries, static_cast<int32_t*>(nullptr));
+        pooling.block(b, i, roots.get() + b * entries, static_cast<int32_t*>(nullptr));
       },
       [](int64_t) {});
   backward_from<T, A>(features, shape, settings, data<T>(grad), roots.get(), true, attention, norms,

@@ -99,15 +99,32 @@ void tile_of(int rows, const A* x, int64_t step_r, int64_t step_k, const A* y, i
   }
 }
 
+// Memory that is read soon, to be brought into the second-level cache.
+struct Ahead {
+  const char* from = nullptr;
+  int64_t bytes = 0;
+
+  template <typename A>
+  static Ahead of(const A* from, int64_t count) {
+    return {reinterpret_cast<const char*>(from), count * static_cast<int64_t>(sizeof(A))};
+  }
+  // The part that falls to step `t` of `steps`.
+  void fetch(int64_t t, int64_t steps) const {
+    const int64_t end = bytes * (t + 1) / steps;
+    for (int64_t at = bytes * t / steps; at < end; at += 64) __builtin_prefetch(from + at, 0, 2);
+  }
+};
+
 // out (rows x kPanel, rows `step_out` apart) (+)= X (rows x depth) Y (depth x kPanel). The rows
 // are shared out evenly, because a tile of few rows waits for its own additions.
 template <typename A>
 void panel_product(int64_t rows, const A* x, int64_t step_r, int64_t step_k, const A* y,
-                   int64_t depth, A* out, int64_t step_out, bool accumulate) {
+                   int64_t depth, A* out, int64_t step_out, bool accumulate, Ahead ahead = {}) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   int64_t begin = 0;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t end = rows * (t + 1) / tiles;
+    ahead.fetch(t, tiles);
     tile_of<A>(static_cast<int>(end - begin), x + begin * step_r, step_r, step_k, y, depth,
                out + begin * step_out, step_out, accumulate);
     begin = end;
