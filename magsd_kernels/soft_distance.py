@@ -58,14 +58,14 @@ def soft_distance_loss(
     op = "soft_distance_loss"
     check.tensor(op, "logits", logits, (None, check.FILLED))
     batch, classes = logits.shape
-    views = view_logits
-    if isinstance(views, torch.Tensor):
-        check.tensor(op, "view_logits", views, (None, batch, classes), (logits.dtype,), logits)
-        views, count = [views], views.shape[0]
+    if isinstance(view_logits, torch.Tensor):
+        stacked = (None, batch, classes)
+        check.tensor(op, "view_logits", view_logits, stacked, (logits.dtype,), logits)
+        views, count = [view_logits], view_logits.shape[0]
     else:
-        check.sequence(op, "view_logits", views)
-        check.tensors(op, "view_logits", views, (batch, classes), (logits.dtype,), logits)
-        count = len(views)
+        check.sequence(op, "view_logits", view_logits)
+        check.tensors(op, "view_logits", view_logits, (batch, classes), (logits.dtype,), logits)
+        views, count = list(view_logits), len(view_logits)
     if count == 0:
         raise ValueError(f"{op}: view_logits must have at least one view, got none")
     check.tensor(op, "targets", targets, (batch,), (torch.int64,), logits)
@@ -76,7 +76,7 @@ def soft_distance_loss(
         check.tensor(op, "class_weights", class_weights, (classes,), dtypes, logits)
     backend = select(_OPERATION, backend, logits)
     return SoftDistance(
-        *_loss(logits, list(views), targets, class_weights, confidence, smoothing, backend)
+        *_loss(logits, views, targets, class_weights, confidence, smoothing, backend)
     )
 
 
