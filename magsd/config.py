@@ -82,7 +82,17 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    """Length, precision, device, and what is written how often (steps; 0: at epochs' ends only)."""
+    """Length, precision, device, and what is written how often (steps; 0: at epochs' ends only).
+
+    views: "separate" passes the three views through the network one by one, each with its own
+        batch statistics, as published; "merged" passes them as one batch of three times the size,
+        with common statistics.
+    precision: of the forward passes; "tf32" is float32 whose products may run in TF32 on a GPU.
+    recompute: the backbone's activations are computed again in the backward instead of being kept.
+    compile: torch.compile for the backbone.
+    cuda_graph: on a GPU, record the step in a CUDA graph.
+    images_on_device: keep all images on the GPU; "auto" does where they take less than half of it.
+    """
 
     epochs: int = 150
     batch_size: int = 16
@@ -90,8 +100,13 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     kernels: str = "auto"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    views: Literal["separate", "merged"] = "separate"
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     channels_last: bool = False
+    recompute: bool = False
+    compile: bool = False
+    cuda_graph: bool = True
+    images_on_device: Literal["auto", "on", "off"] = "auto"
     deterministic: bool = False
     monitor: Literal["accuracy", "balanced_accuracy", "loss"] = "accuracy"
     log_interval: int = 20

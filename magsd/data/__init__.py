@@ -5,7 +5,7 @@ from __future__ import annotations
 from magsd.data.augment import AugmentConfig, augment_images, z_score
 from magsd.data.cache import ImageCache, load_cache
 from magsd.data.loader import Batch, BatchLoader
-from magsd.data.random import step_generator
+from magsd.data.random import step_generator, step_seed
 from magsd.data.record import Record
 from magsd.data.sources import Source, open_source
 from magsd.data.splits import Split, read_split, split_by_patient, write_split
@@ -24,6 +24,7 @@ __all__ = [
     "read_split",
     "split_by_patient",
     "step_generator",
+    "step_seed",
     "write_split",
     "z_score",
 ]

@@ -11,12 +11,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from filelock import FileLock
 
 from magsd.data.images import to_grey
@@ -35,7 +36,7 @@ class ImageCache:
 
     images: (N, S, S) or (N, S, S, 3) RGB uint8. masks: (N, S, S) uint8 of 0 and 1, or None
     where no image has one. has_mask: (N,) bool. records: in the same order. bad: key and reason
-    of the images that were left out.
+    of the images that were left out. copies: the images on other devices, for loaders to share.
     """
 
     images: np.ndarray
@@ -44,6 +45,9 @@ class ImageCache:
     records: tuple[Record, ...]
     bad: list[tuple[str, str]]
     path: Path | None = None
+    copies: dict[torch.device, torch.Tensor] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def __len__(self) -> int:
         return len(self.records)

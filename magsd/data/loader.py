@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +29,9 @@ class BatchLoader:
 
     indices: positions in the cache. classes: label names in the order of the model's outputs.
     augment: None leaves the images as they are. channels: 3 repeats a grey image; None takes
-    the cache's. Order and every random number depend on seed, epoch and step alone.
+    the cache's. on_device: "on" keeps all images of the cache on a GPU, as uint8, "auto" does where
+    they take less than half of its free memory, "off" brings each batch from pinned memory, one
+    batch ahead. Order and every random number depend on seed, epoch and step alone.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class BatchLoader:
         device: torch.device | str,
         drop_last: bool = False,
         channels: int | None = None,
+        on_device: Literal["auto", "on", "off"] = "auto",
     ) -> None:
         if batch_size < 1:
             raise DataError(f"batch_size must be at least 1, not {batch_size}")
@@ -59,6 +63,7 @@ class BatchLoader:
         self.device = torch.device(device)
         self.drop_last = drop_last
         self.channels = channels or cache.channels
+        self.on_device = on_device
         self.labels = self._number_labels()
 
     def _number_labels(self) -> list[int]:
@@ -85,9 +90,11 @@ class BatchLoader:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from `start_step` on."""
         order = self._order(epoch)
-        for step in range(start_step, len(self)):
-            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield self._batch(chosen, epoch, step)
+        steps = range(start_step, len(self))
+        chosen = [order[step * self.batch_size : (step + 1) * self.batch_size] for step in steps]
+        for step, places, (pixels, labels) in zip(steps, chosen, self._fetch(chosen), strict=True):
+            indices = [self.indices[place] for place in places]
+            yield Batch(self._prepare(pixels, epoch, step), labels, indices)
 
     def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:
@@ -95,10 +102,49 @@ class BatchLoader:
         random = np.random.default_rng(step_seed(self.seed, epoch, 0, "order"))
         return random.permutation(len(self.indices)).tolist()
 
-    def _batch(self, chosen: list[int], epoch: int, step: int) -> Batch:
-        indices = [self.indices[place] for place in chosen]
-        pixels = self._to_device(torch.from_numpy(self.cache.images[indices]))
-        labels = self._to_device(torch.tensor([self.labels[place] for place in chosen]))
+    def _fetch(self, chosen: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 pixels and labels of each batch, on the device."""
+        labels = torch.tensor(self.labels, dtype=torch.int64)
+        numbers = torch.tensor(self.indices, dtype=torch.int64)
+        if self.device.type != "cuda":
+            for places in chosen:
+                pixels = torch.from_numpy(self.cache.images[numbers[places].numpy()])
+                yield pixels.to(self.device), labels[places].to(self.device)
+            return
+        images = self._images_on_device()
+        if images is not None:
+            labels, numbers = labels.to(self.device), numbers.to(self.device)
+            for places in chosen:
+                # Only a copy from pinned memory leaves the host free to go on.
+                here = torch.tensor(places).pin_memory().to(self.device, non_blocking=True)
+                yield images[numbers[here]], labels[here]
+            return
+
+        def gather(places: list[int]) -> tuple[Tensor, Tensor]:
+            pixels = torch.from_numpy(self.cache.images[numbers[places].numpy()])
+            return pixels.pin_memory(), labels[places].pin_memory()
+
+        with ThreadPoolExecutor(1) as pool:
+            ahead = [pool.submit(gather, places) for places in chosen[:1]]
+            for place in range(len(chosen)):
+                ahead += [pool.submit(gather, places) for places in chosen[place + 1 : place + 2]]
+                pinned = ahead.pop(0).result()
+                yield tuple(part.to(self.device, non_blocking=True) for part in pinned)
+
+    def _images_on_device(self) -> Tensor | None:
+        """All images of the cache on the GPU, copied at the first call, or None."""
+        if self.on_device == "off":
+            return None
+        copies = self.cache.copies
+        if self.device not in copies:
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if self.on_device == "auto" and 2 * self.cache.images.nbytes > free:
+                return None
+            copies[self.device] = torch.from_numpy(np.array(self.cache.images)).to(self.device)
+        return copies[self.device]
+
+    def _prepare(self, pixels: Tensor, epoch: int, step: int) -> Tensor:
+        """Augmented and z-scored images (B, C, S, S) of uint8 pixels."""
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
         images = pixels.to(torch.float32).div_(255).contiguous()
         if self.augment is not None:
@@ -107,10 +153,4 @@ class BatchLoader:
         images = z_score(images)
         if images.shape[1] != self.channels:
             images = images.expand(-1, self.channels, -1, -1).contiguous()
-        return Batch(images, labels, indices)
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return tensor.to(self.device)
-        # Only a copy from pinned memory leaves the host free to go on.
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return images

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from magsd.errors import ConfigError, MagsdError
 
 
 class Backbone(nn.Module):
     """The last `scales` feature maps of a timm model, fine to coarse.
+
+    In training with `recompute` set, activations are not kept for the backward but computed again
+    there, one pass at a time.
 
     name: a timm model that supports `features_only`. pretrained: False, True (timm's weights, which
     may be downloaded), or the path of a safetensors file with timm's parameter names; the stem is
@@ -47,14 +55,47 @@ class Backbone(nn.Module):
             self.net = _create_pretrained(name, arguments)
         elif pretrained:
             load_backbone_weights(self.net, pretrained, name=name, in_channels=in_channels)
+        self.recompute = False
         self.in_channels = in_channels
         self.channels: list[int] = list(self.net.feature_info.channels())
         self._channels_last = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps (B, channels[i], h_i, w_i) of images (B, in_channels, H, W)."""
-        maps = self.net(images)
+        if self.recompute and self.training and torch.is_grad_enabled():
+            maps = checkpoint(
+                self.net,
+                images,
+                use_reentrant=False,
+                context_fn=self._recomputation,
+                preserve_rng_state=_draws(self.net),
+            )
+        else:
+            maps = self.net(images)
         return [m.permute(0, 3, 1, 2) for m in maps] if self._channels_last else list(maps)
+
+    def _recomputation(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return contextlib.nullcontext(), _statistics_kept(self.net)
+
+
+@contextlib.contextmanager
+def _statistics_kept(net: nn.Module) -> Iterator[None]:
+    """Within the context batch norms normalise as in training, and their statistics stay."""
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def _draws(net: nn.Module) -> bool:
+    """Whether a pass draws random numbers; their state is costly to keep, and waits for a GPU."""
+    rates = (getattr(module, name, 0) for module in net.modules() for name in ("p", "drop_prob"))
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def _create(name: str, scales: int, arguments: dict[str, Any]) -> nn.Module:

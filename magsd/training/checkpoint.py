@@ -16,7 +16,7 @@ from torch import nn
 
 from magsd.errors import RunError
 
-FORMAT = 1
+FORMAT = 2
 _TEMPORARY = ".part"
 
 

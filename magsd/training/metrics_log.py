@@ -37,13 +37,18 @@ class StepSums:
     `first_bad` is the first step whose loss was NaN or infinite, -1 while there is none.
     """
 
-    _LOSS, _CE, _DISTANCE, _CORRECT, _COUNT, _FIRST_BAD = range(6)
+    _LOSS, _CE, _DISTANCE, _CORRECT, _COUNT, _STEPS, _FIRST_BAD = range(7)
 
     def __init__(self, device: torch.device) -> None:
-        self.values = torch.zeros(6, dtype=torch.float64, device=device)
-        self.values[self._FIRST_BAD] = -1
+        self.values = torch.zeros(7, dtype=torch.float64, device=device)
+        self.reset()
 
-    def add(self, result: StepResult, batch: int, step: int) -> None:
+    def reset(self) -> None:
+        """Start an epoch, in the same memory."""
+        self.values.zero_()
+        self.values[self._FIRST_BAD].fill_(-1)
+
+    def add(self, result: StepResult, batch: int) -> None:
         """Take in one step of `batch` images."""
         values = self.values
         losses = torch.stack(
@@ -54,11 +59,12 @@ class StepSums:
         values[self._COUNT] += batch
         first = values[self._FIRST_BAD]
         is_first = ~torch.isfinite(losses[0]) & (first < 0)
-        values[self._FIRST_BAD] = torch.where(is_first, torch.full_like(first, step), first)
+        values[self._FIRST_BAD] = torch.where(is_first, values[self._STEPS], first)
+        values[self._STEPS] += 1
 
     def read(self) -> dict[str, float]:
         """Means per image and the first bad step; waits for the device."""
-        loss, ce, distance, correct, count, bad = self.values.tolist()
+        loss, ce, distance, correct, count, _, bad = self.values.tolist()
         count = max(count, 1.0)
         return {
             "train_loss": loss / count,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,10 +11,14 @@ from torch import nn
 from magsd.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, *, capturable: bool = False
+) -> torch.optim.Optimizer:
     """SGD as published, or AdamW, over every parameter that takes a gradient.
 
-    With `decay_norms=False` vectors (biases, batch norms) are spared weight decay.
+    With `decay_norms=False` vectors (biases, batch norms) are spared weight decay. With
+    `capturable` a CUDA graph can hold a step: one kernel over all parameters, and its state and
+    learning rate are read from the device.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     spared = [] if config.decay_norms else [p for p in parameters if p.ndim <= 1]
@@ -26,14 +31,45 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     ]
     if spared:
         groups.append({"params": spared, "weight_decay": 0.0})
+    fused = True if capturable else None
+    optimizer: torch.optim.Optimizer
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
-    return torch.optim.SGD(
-        groups,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov and config.momentum > 0,
-    )
+        optimizer = torch.optim.AdamW(
+            groups, lr=config.lr, betas=config.betas, fused=fused, capturable=capturable
+        )
+    else:
+        optimizer = torch.optim.SGD(
+            groups,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov and config.momentum > 0,
+            fused=fused,
+        )
+    if capturable:
+        place_learning_rate(optimizer)
+    return optimizer
+
+
+def place_learning_rate(optimizer: torch.optim.Optimizer) -> None:
+    """Let every group's rate be a tensor beside its parameters."""
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take over a stored state; how a step runs (fused, captured) stays as it was built."""
+    kept = [
+        {key: group[key] for key in ("fused", "capturable", "foreach") if key in group}
+        for group in optimizer.param_groups
+    ]
+    placed = [isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, kept, strict=True):
+        group.update(settings)
+        group["lr"] = float(group["lr"])
+    if all(placed):
+        place_learning_rate(optimizer)
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
@@ -60,4 +96,7 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Give every group the same rate."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value

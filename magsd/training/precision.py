@@ -57,6 +57,23 @@ class Precision:
 
 
 @contextlib.contextmanager
+def tf32_products(enabled: bool) -> Iterator[None]:
+    """Within the context float32 products and convolutions may run in TF32 on a GPU."""
+    if not enabled:
+        yield
+        return
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
+@contextlib.contextmanager
 def deterministic_algorithms(enabled: bool) -> Iterator[None]:
     """Within the context torch refuses operations whose result may vary; restored afterwards."""
     if not enabled:

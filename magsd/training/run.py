@@ -28,7 +28,12 @@ from magsd.errors import ConfigError, RunError
 from magsd.models import Classifier, Preprocessing, build_model
 from magsd.training.checkpoint import disk_full_as_error, load_checkpoint, load_weights
 from magsd.training.metrics_log import MetricsLog
-from magsd.training.precision import Precision, choose_device, deterministic_algorithms
+from magsd.training.precision import (
+    Precision,
+    choose_device,
+    deterministic_algorithms,
+    tf32_products,
+)
 from magsd.training.progress import TrainingProgress
 from magsd.training.run_folder import RunFolder
 from magsd.training.signals import StopRequest
@@ -166,6 +171,7 @@ def plain_loader(
         seed=config.train.seed,
         augment=None,
         device=choose_device(config.train.device),
+        on_device=config.train.images_on_device,
     )
 
 
@@ -183,6 +189,7 @@ def training_loader(
         seed=config.train.seed,
         augment=config.data.augment,
         device=choose_device(config.train.device),
+        on_device=config.train.images_on_device,
         # Batch statistics of a single image are no statistics.
         drop_last=len(indices) > size and len(indices) % size == 1,
     )
@@ -218,12 +225,13 @@ def train_run(
             disk_full_as_error(folder.root, advice),
             kernels(config),
             deterministic_algorithms(config.train.deterministic),
+            tf32_products(config.train.precision == "tf32"),
         ):
             payload = _stored_state(folder) if resume else None
             # Images or weights that cannot be used are told before the folder is touched: a run
             # that is to be overwritten still stands then.
             data = _prepare_data(config, folder.split if resume else None, payload, console)
-            trainer = _build_trainer(config, data, folder, precision, payload)
+            trainer = _build_trainer(config, data, folder, precision, payload, console)
             if resume:
                 folder.write_config(config)
             else:
@@ -253,6 +261,7 @@ def _build_trainer(
     folder: RunFolder,
     precision: Precision,
     payload: dict[str, Any] | None,
+    console: Console,
 ) -> Trainer:
     """The trainer of a new model, or in the stored state; nothing is written yet."""
     torch.manual_seed(config.train.seed)
@@ -270,6 +279,7 @@ def _build_trainer(
         plain_loader(config, data.cache, data.split.validation, data.classes),
         folder,
         precision,
+        console.print,
     )
     if payload is not None:
         trainer.restore(payload)

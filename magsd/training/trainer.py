@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from magsd.config import Config
-from magsd.data import BatchLoader, step_generator
+from magsd.data import BatchLoader, step_seed
 from magsd.errors import ConfigError, TrainingDiverged
+from magsd.training.captured import CapturedStep
 from magsd.training.checkpoint import (
     all_finite,
     load_weights,
@@ -25,7 +27,12 @@ from magsd.training.checkpoint import (
     set_random_state,
 )
 from magsd.training.metrics_log import MetricsLog, StepSums
-from magsd.training.optim import build_optimizer, learning_rate, set_learning_rate
+from magsd.training.optim import (
+    build_optimizer,
+    learning_rate,
+    load_optimizer,
+    set_learning_rate,
+)
 from magsd.training.precision import Precision
 from magsd.training.progress import TrainingProgress
 from magsd.training.run_folder import RunFolder
@@ -63,6 +70,7 @@ class Trainer:
         validation: BatchLoader,
         folder: RunFolder,
         precision: Precision,
+        say: Callable[[str], None] = print,
     ) -> None:
         self.config = config
         self.model = precision.model(model)
@@ -70,9 +78,21 @@ class Trainer:
         self.validation_loader = validation
         self.folder = folder
         self.precision = precision
-        self.optimizer = build_optimizer(self.model, config.optim)
+        if config.train.recompute:
+            self.model.backbone.recompute = True
+        if config.train.compile:
+            self.model.backbone.compile()
+        captured = config.train.cuda_graph and precision.device.type == "cuda"
+        self.optimizer = build_optimizer(self.model, config.optim, capturable=captured)
         weights = class_weights(config.loss.class_weights, train)
-        self.step_function = make_step(config.model.name, config.views, config.loss, weights)
+        self.step_function = make_step(
+            config.model.name,
+            config.views,
+            config.loss,
+            weights,
+            merged=config.train.views == "merged",
+        )
+        self._captured = CapturedStep(self._update, precision.device, say) if captured else None
         self.sums = StepSums(precision.device)
         self.epoch = 0
         self.step = 0
@@ -127,19 +147,27 @@ class Trainer:
                 self.save_last()
 
     def _one_step(self, images: Tensor, labels: Tensor) -> None:
-        config, device = self.config, self.precision.device
         set_learning_rate(self.optimizer, self.current_lr())
-        generator = step_generator(config.train.seed, self.epoch, self.step, "views", device)
+        seed = step_seed(self.config.train.seed, self.epoch, self.step, "views")
+        if self._captured is not None:
+            self._captured(images, labels, seed)
+        else:
+            generator = torch.Generator(self.precision.device).manual_seed(seed)
+            self._update(images, labels, generator)
+        self.step += 1
+
+    def _update(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+        """All that a step computes; it reads nothing back, so that a CUDA graph can hold it."""
         with self.precision.autocast():
             images = self.precision.images(images)
             result = self.step_function(self.model, images, labels, generator)
         self.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
-        if config.optim.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm)
+        clip_norm = self.config.optim.clip_norm
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
         self.optimizer.step()
-        self.sums.add(result, len(labels), self.step)
-        self.step += 1
+        self.sums.add(result, len(labels))
 
     def current_lr(self) -> float:
         """Learning rate of the next step."""
@@ -183,7 +211,7 @@ class Trainer:
                 raise _Stop
 
         values = self._report(log, progress)
-        last_lr = self.optimizer.param_groups[0]["lr"]
+        last_lr = float(self.optimizer.param_groups[0]["lr"])
         measured = validate(self.model, self.validation_loader, self.precision, each_batch=leave)
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
@@ -200,7 +228,7 @@ class Trainer:
         self.train_seconds += self.epoch_seconds
         self.images_seen += self._images_in_epoch()
         self.epoch, self.step, self.epoch_seconds = self.epoch + 1, 0, 0.0
-        self.sums = StepSums(self.precision.device)
+        self.sums.reset()
         score = self._score(measured)
         if score > self.best:
             self.best, self.best_epoch = score, self.epoch
@@ -271,7 +299,7 @@ class Trainer:
     def restore(self, payload: dict[str, Any]) -> None:
         """Take over the state that `save_last` wrote."""
         load_weights(self.model, payload["model"], self.folder.last)
-        self.optimizer.load_state_dict(payload["optimizer"])
+        load_optimizer(self.optimizer, payload["optimizer"])
         self.epoch, self.step = payload["epoch"], payload["step"]
         self.best, self.best_epoch = payload["best"], payload["best_epoch"]
         self.sums.load(payload["sums"])

@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from magsd.config import OptimConfig
-from magsd.training.optim import build_optimizer, learning_rate, set_learning_rate
+from magsd.training.optim import (
+    build_optimizer,
+    learning_rate,
+    load_optimizer,
+    set_learning_rate,
+)
 
 
 def net() -> nn.Module:
@@ -77,3 +82,19 @@ def test_every_group_gets_the_rate() -> None:
     optimizer = build_optimizer(net(), OptimConfig(name="adamw", decay_norms=False))
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+def test_a_learning_rate_on_the_device_survives_a_resume() -> None:
+    """What a stored state says of rates as numbers, fused or not, does not undo the capture."""
+    plain = build_optimizer(net(), OptimConfig(lr=0.5))
+    captured = build_optimizer(net(), OptimConfig(lr=0.1), capturable=True)
+    load_optimizer(captured, plain.state_dict())
+    (group,) = captured.param_groups
+    assert isinstance(group["lr"], torch.Tensor)
+    assert float(group["lr"]) == 0.5
+    assert group["fused"]
+    set_learning_rate(captured, 0.25)
+    assert float(group["lr"]) == 0.25
+    load_optimizer(plain, captured.state_dict())
+    assert plain.param_groups[0]["lr"] == 0.25
+    assert not plain.param_groups[0]["fused"]

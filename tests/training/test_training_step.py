@@ -144,13 +144,13 @@ def test_whole_step_reads_nothing_back(name: str, autocast: bool) -> None:
         images, labels = torch.randn(6, 1, 48, 48), torch.zeros(6, dtype=torch.int64)
         step = make_step(name, ViewsConfig(), LossConfig(), torch.ones(CLASSES))
         sums = StepSums(torch.device("cpu"))
-        for number in range(2):
+        for _ in range(2):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 result = step(model, images, labels, None)
             optimizer.zero_grad()
             result.loss.backward()
             optimizer.step()
-            sums.add(result, 6, number)
+            sums.add(result, 6)
         with pytest.raises(DataDependentOutputException):
             result.loss.item()
 
@@ -163,13 +163,59 @@ def test_sums_are_means_and_remember_the_first_bad_step() -> None:
 
         return StepResult(*(torch.tensor(v) for v in (loss, loss / 2, loss / 4, correct)))
 
-    sums.add(result(1.0, 3), 4, 0)
-    sums.add(result(4.0, 1), 2, 1)
+    sums.add(result(1.0, 3), 4)
+    sums.add(result(4.0, 1), 2)
     values = sums.read()
     assert values["train_loss"] == pytest.approx((1 * 4 + 4 * 2) / 6)
     assert values["train_cross_entropy"] == pytest.approx((1 * 4 + 4 * 2) / 12)
     assert values["train_accuracy"] == pytest.approx(4 / 6)
     assert values["first_bad"] == -1
-    sums.add(result(float("inf"), 0), 4, 2)
-    sums.add(result(float("nan"), 0), 4, 3)
+    sums.add(result(float("inf"), 0), 4)
+    sums.add(result(float("nan"), 0), 4)
     assert sums.read()["first_bad"] == 2
+
+
+def test_merged_views_are_one_batch_of_three_times_the_size() -> None:
+    torch.manual_seed(0)
+    model, twin = make_model(), make_model()
+    twin.load_state_dict(model.state_dict())
+    images, labels, generator = make_batch()
+    seed = generator.initial_seed()
+    step = make_step("magsd", ViewsConfig(), LossConfig(), None, merged=True)
+    result = step(model, images, labels, torch.Generator().manual_seed(seed))
+
+    raw = twin(images)
+    draws = torch.Generator().manual_seed(seed)
+    views = magsd_kernels.AttentionViews()(images, raw.attention, generator=draws)
+    logits = twin(torch.cat(list(views))).logits.chunk(3)
+    expected = magsd_kernels.soft_distance_loss(raw.logits, logits, labels)
+    torch.testing.assert_close(result.loss, expected.loss)
+    counts = {int(m.num_batches_tracked) for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+    assert counts == {2}
+
+
+def test_recomputed_activations_change_nothing() -> None:
+    """Loss, gradients and running statistics; every pass keeps less."""
+    torch.manual_seed(0)
+    model, twin = make_model(), make_model()
+    twin.load_state_dict(model.state_dict())
+    twin.backbone.recompute = True
+    kept = []
+    for network in (model, twin):
+        held: dict[int, int] = {}
+
+        def pack(x: Tensor, held: dict[int, int] = held) -> Tensor:
+            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            result = run_attention_step(network)
+        kept.append(sum(held.values()))
+        result.loss.backward()
+    assert kept[1] < kept[0] / 2
+    for (name, mine), other in zip(
+        model.state_dict().items(), twin.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(mine, other, msg=name)
+    for (name, mine), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, msg=name)
