@@ -142,7 +142,7 @@ def test_ambiguous_short_key_lists_both() -> None:
         ("lr=fast", "expected float"),
         ("lr=nan", "more than 0"),
         ("lr=-1", "more than 0"),
-        ("precision=fp8", "float32 or bfloat16"),
+        ("precision=fp8", "float32 or tf32 or bfloat16"),
         ("optim.name=adam", "sgd or adamw"),
         ("model.name=other", "magsd or plain"),
         ("mixup_theta=[0.6,0.4]", "low <= high"),
