@@ -81,6 +81,25 @@ def upsampled(
 
 
 @triton.jit
+def factor_of(
+    attention, index, theta, b, y, x, maps, low_height, low_width, height, width,
+    step_b, step_m, step_y, step_x, step_index, step_theta,
+    FLOOR: tl.constexpr, ALIGN: tl.constexpr, MAP_TILE: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """[U < t] + floor at rows y (N, 1) and columns x (1, N)."""
+    image_map = map_of(attention, index, b, maps, step_b, step_m, step_index)
+    share = tl.load(theta + b * step_theta)
+    threshold = threshold_of(image_map, share, low_height, low_width, step_y, step_x, MAP_TILE)
+    value = upsampled(
+        image_map, y, x, low_height, low_width, step_y, step_x,
+        step_of(low_height, height, ALIGN, tl.float32),
+        step_of(low_width, width, ALIGN, tl.float32), ALIGN,
+    )  # fmt: skip
+    floor = tl.full([], FLOOR, REAL)
+    return (value < threshold).to(REAL) + floor
+
+
+@triton.jit
 def padded_extent(first, last, length, padding):
     """Interval from the first to the last entry that passes, padded; none passes: the whole."""
     wide = tl.cast(length, tl.float64)
@@ -99,3 +118,13 @@ def paste_start(u, extent, length):
     # The comparison is false for NaN, which counts as 0.
     inside = tl.where(corner > 0, tl.minimum(corner, tl.cast(room, tl.float64)), 0.0)
     return inside.to(tl.int32)
+
+
+@triton.jit
+def box_of(boxes, b, height, width):
+    """Rows and columns of a box, clamped to the image and holding at least one pixel."""
+    top = tl.minimum(tl.maximum(tl.load(boxes + b * 4), 0), height - 1)
+    left = tl.minimum(tl.maximum(tl.load(boxes + b * 4 + 1), 0), width - 1)
+    bottom = tl.minimum(tl.maximum(tl.load(boxes + b * 4 + 2), top + 1), height)
+    right = tl.minimum(tl.maximum(tl.load(boxes + b * 4 + 3), left + 1), width)
+    return top, left, bottom - top, right - left
