@@ -19,9 +19,8 @@ def step_of(length, size, ALIGN: tl.constexpr, REAL: tl.constexpr):
     else:
         over = tl.cast(length, REAL)
         under = tl.cast(size, REAL)
-    if tl.float64 == REAL:
-        return over / under
-    return tl.div_rn(over, under)
+    # Chosen by the compiler: div_rn is for float32 alone.
+    return over / under if over.dtype.is_fp64() else tl.div_rn(over, under)
 
 
 @triton.jit
@@ -71,13 +70,18 @@ def upsampled(
     """U at rows y (N, 1) and columns x (1, N) of the image, float32."""
     top, bottom, down = sample_at(y, height, scale_y, ALIGN)
     left, right, across = sample_at(x, width, scale_x, ALIGN)
-    a = tl.load(image_map + top * step_y + left * step_x).to(tl.float32)
-    b = tl.load(image_map + top * step_y + right * step_x).to(tl.float32)
-    c = tl.load(image_map + bottom * step_y + left * step_x).to(tl.float32)
-    d = tl.load(image_map + bottom * step_y + right * step_x).to(tl.float32)
-    upper = a * (1.0 - across) + b * across
-    lower = c * (1.0 - across) + d * across
-    return upper * (1.0 - down) + lower * down
+    upper, lower = image_map + top * step_y, image_map + bottom * step_y
+    return blended(upper, lower, left * step_x, right * step_x, down, across)
+
+
+@triton.jit
+def blended(upper, lower, left, right, down, across):
+    """U between two rows of a map, pointers (N, 1), and two columns, offsets (1, N), float32."""
+    a, b = tl.load(upper + left).to(tl.float32), tl.load(upper + right).to(tl.float32)
+    c, d = tl.load(lower + left).to(tl.float32), tl.load(lower + right).to(tl.float32)
+    top = a * (1.0 - across) + b * across
+    bottom = c * (1.0 - across) + d * across
+    return top * (1.0 - down) + bottom * down
 
 
 @triton.jit

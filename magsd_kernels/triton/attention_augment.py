@@ -25,6 +25,7 @@ from magsd_kernels._layout import empty_like_format, is_channels_last
 from magsd_kernels.triton._augment_backward import backward_kernel
 from magsd_kernels.triton._common import accumulation, block, tile
 from magsd_kernels.triton._guide import (
+    blended,
     box_of,
     factor_of,
     map_of,
@@ -33,13 +34,14 @@ from magsd_kernels.triton._guide import (
     sample_at,
     step_of,
     threshold_of,
-    upsampled,
 )
 
-_BOX_TILE = 2048  # pixels of a box program in flight
+_BOX_TILE = tile(2048)  # pixels of a box program in flight
 _VIEW_TILE = tile(1024)  # elements of a view program
-_MAP_TILE = 256  # elements of a low-resolution map in flight
+_MAP_TILE = tile(256)  # elements of a low-resolution map in flight
 _COLUMNS = tile(256)  # elements of a row that it takes at the most
+_WARPS = 8  # of boxes, few programs, and of the adjoint, which would spill its columns by four
+_FAR: tl.constexpr = tl.constexpr(2147483647)  # the first row or column where none is found
 
 
 @triton.jit
@@ -58,39 +60,34 @@ def _boxes_kernel(
     threshold = threshold_of(image_map, share, low_height, low_width, step_y, step_x, MAP_TILE)
     scale_y = step_of(low_height, height, ALIGN, tl.float32)
     scale_x = step_of(low_width, width, ALIGN, tl.float32)
-    top = tl.full([ROWS, COLUMNS], 2147483647, tl.int32)
-    left = tl.full([ROWS, COLUMNS], 2147483647, tl.int32)
-    bottom = tl.full([ROWS, COLUMNS], -1, tl.int32)
-    right = tl.full([ROWS, COLUMNS], -1, tl.int32)
-    for first_y in range(0, height, ROWS):
-        y = first_y + tl.arange(0, ROWS)[:, None]
-        for first_x in range(0, width, COLUMNS):
-            x = first_x + tl.arange(0, COLUMNS)[None, :]
-            value = upsampled(
-                image_map, y, x, low_height, low_width, step_y, step_x, scale_y, scale_x, ALIGN
-            )
-            passed = (value >= threshold) & (y < height) & (x < width)
-            top = tl.where(passed, tl.minimum(top, y), top)
-            bottom = tl.where(passed, tl.maximum(bottom, y), bottom)
-            left = tl.where(passed, tl.minimum(left, x), left)
-            right = tl.where(passed, tl.maximum(right, x), right)
-    start_y, stop_y = padded_extent(_least(top), _most(bottom), height, PADDING)
-    start_x, stop_x = padded_extent(_least(left), _most(right), width, PADDING)
+    top, left = tl.full([], _FAR, tl.int32), tl.full([], _FAR, tl.int32)
+    bottom, right = tl.full([], -1, tl.int32), tl.full([], -1, tl.int32)
+    for first_x in range(0, width, COLUMNS):
+        x = first_x + tl.arange(0, COLUMNS)[None, :]
+        near, far, across = sample_at(x, low_width, scale_x, ALIGN)
+        near, far = near * step_x, far * step_x
+        first = tl.full([ROWS, COLUMNS], _FAR, tl.int32)
+        last = tl.full([ROWS, COLUMNS], -1, tl.int32)
+        for first_y in range(0, height, ROWS):
+            y = first_y + tl.arange(0, ROWS)[:, None]
+            upper, lower, down = sample_at(y, low_height, scale_y, ALIGN)
+            upper, lower = image_map + upper * step_y, image_map + lower * step_y
+            value = blended(upper, lower, near, far, down, across)
+            passed = (value >= threshold) & (y < height)
+            first = tl.where(passed, tl.minimum(first, y), first)
+            last = tl.where(passed, y, last)
+        found = (last >= 0) & (x < width)
+        top = tl.minimum(top, tl.min(tl.where(found, first, _FAR)))
+        bottom = tl.maximum(bottom, tl.max(tl.where(found, last, -1)))
+        left = tl.minimum(left, tl.min(tl.where(found, x, _FAR)))
+        right = tl.maximum(right, tl.max(tl.where(found, x, -1)))
+    start_y, stop_y = padded_extent(top, bottom, height, PADDING)
+    start_x, stop_x = padded_extent(left, right, width, PADDING)
     box = boxes + (tl.program_id(1) * batch + b) * 4
     tl.store(box, start_y)
     tl.store(box + 1, start_x)
     tl.store(box + 2, stop_y)
     tl.store(box + 3, stop_x)
-
-
-@triton.jit
-def _least(values):
-    return tl.min(tl.min(values, 1), 0)
-
-
-@triton.jit
-def _most(values):
-    return tl.max(tl.max(values, 1), 0)
 
 
 @triton.jit
@@ -213,6 +210,7 @@ def _find_boxes(
         FIRST=views.start, STRIDE=views.step, PADDING=padding, ALIGN=align_corners,
         ROWS=block(height, _BOX_TILE // columns), COLUMNS=columns,
         MAP_TILE=block(low_height * low_width, _MAP_TILE), enable_fp_fusion=False,
+        num_warps=_WARPS,
     )  # fmt: skip
     return boxes
 
@@ -283,6 +281,7 @@ def _make_gradient(grads: tuple[torch.Tensor | None, ...], plan: _Plan) -> torch
         *(step for layout in layouts for step in (layout.steps if layout else (0, 0, 0))),
         *plan.offset_steps(), *plan.guide_sizes,
         OUTPUTS=tiles["COLUMNS"], **tiles, **plan.settings(main),
+        num_warps=_WARPS,
     )  # fmt: skip
     return result
 
