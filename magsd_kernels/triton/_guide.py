@@ -9,6 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from magsd_kernels.triton._common import tile
+
+MAP_TILE = tile(256)  # elements of a low-resolution map in flight, at the most
+
 
 @triton.jit
 def step_of(length, size, ALIGN: tl.constexpr, REAL: tl.constexpr):

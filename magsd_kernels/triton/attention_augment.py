@@ -2,8 +2,7 @@
 
 The images are read once and every view is written once; the attention maps are small. Two launches:
 
-- boxes: one program per image and view walks over the pixels, upsamples the map where it stands and
-  keeps the first and the last row and column that pass;
+- boxes, in `_augment_boxes.py`;
 - views: one program per tile of rows and columns of an image, the rows of all its planes counted in
   one. A row holds the pixels of an NCHW plane or the pixels times channels of an NHWC image, where
   the neighbour to the right lies C elements on: one kernel for both. The crop and the patch are
@@ -23,71 +22,13 @@ import triton.language as tl
 
 from magsd_kernels._layout import empty_like_format, is_channels_last
 from magsd_kernels.triton._augment_backward import backward_kernel
+from magsd_kernels.triton._augment_boxes import find_boxes
 from magsd_kernels.triton._common import accumulation, block, tile
-from magsd_kernels.triton._guide import (
-    blended,
-    box_of,
-    factor_of,
-    map_of,
-    padded_extent,
-    paste_start,
-    sample_at,
-    step_of,
-    threshold_of,
-)
+from magsd_kernels.triton._guide import MAP_TILE, box_of, factor_of, paste_start, sample_at, step_of
 
-_BOX_TILE = tile(2048)  # pixels of a box program in flight
-_VIEW_TILE = tile(1024)  # elements of a view program
-_MAP_TILE = tile(256)  # elements of a low-resolution map in flight
+_TILE = tile(1024)  # elements of a program
 _COLUMNS = tile(256)  # elements of a row that it takes at the most
-_WARPS = 8  # of boxes, few programs, and of the adjoint, which would spill its columns by four
-_FAR: tl.constexpr = tl.constexpr(2147483647)  # the first row or column where none is found
-
-
-@triton.jit
-def _boxes_kernel(
-    attention, index, theta, boxes, batch, maps, low_height, low_width, height, width,
-    step_b, step_m, step_y, step_x, step_index, step_index_view, step_theta, step_theta_view,
-    FIRST: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, ALIGN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MAP_TILE: tl.constexpr,
-):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    view = FIRST + STRIDE * tl.program_id(1)
-    if index is not None:
-        index += view * step_index_view
-    image_map = map_of(attention, index, b, maps, step_b, step_m, step_index)
-    share = tl.load(theta + b * step_theta + view * step_theta_view)
-    threshold = threshold_of(image_map, share, low_height, low_width, step_y, step_x, MAP_TILE)
-    scale_y = step_of(low_height, height, ALIGN, tl.float32)
-    scale_x = step_of(low_width, width, ALIGN, tl.float32)
-    top, left = tl.full([], _FAR, tl.int32), tl.full([], _FAR, tl.int32)
-    bottom, right = tl.full([], -1, tl.int32), tl.full([], -1, tl.int32)
-    for first_x in range(0, width, COLUMNS):
-        x = first_x + tl.arange(0, COLUMNS)[None, :]
-        near, far, across = sample_at(x, low_width, scale_x, ALIGN)
-        near, far = near * step_x, far * step_x
-        first = tl.full([ROWS, COLUMNS], _FAR, tl.int32)
-        last = tl.full([ROWS, COLUMNS], -1, tl.int32)
-        for first_y in range(0, height, ROWS):
-            y = first_y + tl.arange(0, ROWS)[:, None]
-            upper, lower, down = sample_at(y, low_height, scale_y, ALIGN)
-            upper, lower = image_map + upper * step_y, image_map + lower * step_y
-            value = blended(upper, lower, near, far, down, across)
-            passed = (value >= threshold) & (y < height)
-            first = tl.where(passed, tl.minimum(first, y), first)
-            last = tl.where(passed, y, last)
-        found = (last >= 0) & (x < width)
-        top = tl.minimum(top, tl.min(tl.where(found, first, _FAR)))
-        bottom = tl.maximum(bottom, tl.max(tl.where(found, last, -1)))
-        left = tl.minimum(left, tl.min(tl.where(found, x, _FAR)))
-        right = tl.maximum(right, tl.max(tl.where(found, x, -1)))
-    start_y, stop_y = padded_extent(top, bottom, height, PADDING)
-    start_x, stop_x = padded_extent(left, right, width, PADDING)
-    box = boxes + (tl.program_id(1) * batch + b) * 4
-    tl.store(box, start_y)
-    tl.store(box + 1, start_x)
-    tl.store(box + 2, stop_y)
-    tl.store(box + 3, stop_x)
+_BACKWARD_WARPS = 8  # by four warps, what the adjoint keeps of every column would spill
 
 
 @triton.jit
@@ -187,34 +128,6 @@ def _guide(
     return (attention, index, theta), sizes
 
 
-def _find_boxes(
-    attention: torch.Tensor,
-    index: torch.Tensor | None,
-    theta: torch.Tensor,
-    size: tuple[int, int],
-    padding: float,
-    align_corners: bool,
-    views: range = range(1),
-) -> torch.Tensor:
-    """Boxes (views, B, 4) int32 of some columns of theta (B, 3), or of theta (B,)."""
-    batch, maps, low_height, low_width = attention.shape
-    height, width = size
-    boxes = theta.new_empty((len(views), batch, 4), dtype=torch.int32)
-    if batch == 0:
-        return boxes
-    columns = block(width, _BOX_TILE)
-    of_index = (0, 0) if index is None else (*index.stride(), 0)[:2]
-    _boxes_kernel[(batch, len(views))](
-        attention, index, theta, boxes, batch, maps, low_height, low_width, height, width,
-        *attention.stride(), *of_index, *(*theta.stride(), 0)[:2],
-        FIRST=views.start, STRIDE=views.step, PADDING=padding, ALIGN=align_corners,
-        ROWS=block(height, _BOX_TILE // columns), COLUMNS=columns,
-        MAP_TILE=block(low_height * low_width, _MAP_TILE), enable_fp_fusion=False,
-        num_warps=_WARPS,
-    )  # fmt: skip
-    return boxes
-
-
 @dataclass(frozen=True)
 class _Plan:
     """What a call makes, and from what: the arguments that all views share."""
@@ -238,7 +151,7 @@ class _Plan:
         return {
             "INNER": images.inner, "WEIGHT": self.weight, "FLOOR": self.floor,
             "ALIGN": self.align_corners, "REAL": accumulation(images.tensor.dtype),
-            "MAP_TILE": block(self.guide_sizes[1] * self.guide_sizes[2], _MAP_TILE),
+            "MAP_TILE": block(self.guide_sizes[1] * self.guide_sizes[2], MAP_TILE),
             "enable_fp_fusion": False,
         }  # fmt: skip
 
@@ -247,7 +160,7 @@ def _cut(images: _Images) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and tile of a kernel that has a program for a tile of rows and columns of an image."""
     rows = images.planes * images.height
     columns = block(images.row, _COLUMNS)
-    together = block(rows, _VIEW_TILE // columns)
+    together = block(rows, _TILE // columns)
     grid = (images.batch * triton.cdiv(rows, together), triton.cdiv(images.row, columns))
     return grid, {"ROWS": together, "COLUMNS": columns}
 
@@ -281,7 +194,7 @@ def _make_gradient(grads: tuple[torch.Tensor | None, ...], plan: _Plan) -> torch
         *(step for layout in layouts for step in (layout.steps if layout else (0, 0, 0))),
         *plan.offset_steps(), *plan.guide_sizes,
         OUTPUTS=tiles["COLUMNS"], **tiles, **plan.settings(main),
-        num_warps=_WARPS,
+        num_warps=_BACKWARD_WARPS,
     )  # fmt: skip
     return result
 
@@ -295,7 +208,7 @@ def attention_boxes(
     align_corners: bool,
 ) -> torch.Tensor:
     """Boxes (B, 4) int32, rows (top, left, bottom, right), around the pixels with U >= t."""
-    return _find_boxes(attention, index, theta, (size[0], size[1]), padding, align_corners)[0]
+    return find_boxes(attention, index, theta, (size[0], size[1]), padding, align_corners)[0]
 
 
 def attention_mixup(
@@ -376,7 +289,7 @@ def attention_views(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Views (3, B, C, H, W): mix-up, dim, patch; and boxes (2, B, 4) of mix-up and patch."""
     size = (images.shape[2], images.shape[3])
-    boxes = _find_boxes(attention, index, theta, size, padding, align_corners, views=range(0, 4, 2))
+    boxes = find_boxes(attention, index, theta, size, padding, align_corners, views=range(0, 4, 2))
     views = empty_like_format(images, 3)
     guide, sizes = _guide(attention, index, theta, 1)
     plan = _Plan(boxes[0], boxes[1], offsets, guide, sizes, weight, floor, align_corners)
