@@ -53,6 +53,10 @@ class Target:
     def __str__(self) -> str:
         return f"{self.backend}-{self.device}"
 
+    @property
+    def interpreted(self) -> bool:
+        return self.backend == "triton" and INTERPRETED
+
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a public function on this backend; skip where a backend has no such cell."""
         try:
@@ -88,8 +92,7 @@ def examples(count: int) -> settings:
 
 def gradcheck(target: Target, function: Callable[..., Any], inputs: Any) -> bool:
     """Whether gradients are those of finite differences; interpreted, in a random direction."""
-    fast = target.backend == "triton" and INTERPRETED
-    return torch.autograd.gradcheck(function, inputs, fast_mode=fast)
+    return torch.autograd.gradcheck(function, inputs, fast_mode=target.interpreted)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
