@@ -21,7 +21,7 @@ from magsd_kernels.triton._guide import box_of, factor_of, paste_start, step_of
 @triton.jit
 def _outputs_of(i, length, size, step, ALIGN: tl.constexpr):
     """From which to which output those lie that sample inputs i; none where i is not an input."""
-    safe = tl.maximum(step, 1e-30)
+    rate = 1.0 / tl.maximum(step, 1e-30)
     shift = 0.0
     if not ALIGN:
         shift = 0.5
@@ -29,8 +29,8 @@ def _outputs_of(i, length, size, step, ALIGN: tl.constexpr):
     most = tl.cast(size, step.dtype)
     # An output samples i if its position lies less than 1 from i; rounding may move a bound by less
     # than an output. The first and the last input also take what is clamped to them.
-    low = tl.floor((at - 1.0) / safe - shift)
-    high = tl.floor((at + 1.0) / safe - shift) + 2.0
+    low = tl.floor((at - 1.0) * rate - shift)
+    high = tl.floor((at + 1.0) * rate - shift) + 2.0
     low = tl.where(i <= 0, 0, tl.minimum(tl.maximum(low, 0.0), most).to(tl.int32))
     high = tl.where(i >= length - 1, size, tl.minimum(tl.maximum(high, 0.0), most).to(tl.int32))
     return low, tl.where((i >= 0) & (i < length), high, low)
@@ -41,7 +41,6 @@ def _share(o, i, length, step, ALIGN: tl.constexpr):
     """With what weight outputs o sample inputs i: the rule of `sample_at` as a tent around i."""
     position = tl.cast(o, step.dtype) * step
     if not ALIGN:
-        # A Python constant would be float32 in a float64 product.
         position = tl.maximum((tl.cast(o, step.dtype) + 0.5) * step - 0.5, 0.0)
     position = tl.minimum(position, tl.cast(length - 1, step.dtype))
     return tl.maximum(1.0 - tl.abs(position - tl.cast(i, step.dtype)), 0.0)
