@@ -14,6 +14,11 @@ def accumulation(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def tile(elements: int) -> int:
+    """Elements of a tile on a GPU; more in Triton's interpreter, whose costs are by operation."""
+    return 4 * elements if triton.knobs.runtime.interpret else elements
+
+
 def block(size: int, most: int) -> int:
     """The smallest power of two that holds `size`, at most `most`."""
     return min(triton.next_power_of_2(max(size, 1)), most)

@@ -9,6 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from magsd_kernels.triton._common import tile
+
+MAP_TILE = tile(256)  # elements of a low-resolution map in flight, at the most
+
 
 @triton.jit
 def step_of(length, size, ALIGN: tl.constexpr, REAL: tl.constexpr):
@@ -19,9 +23,8 @@ def step_of(length, size, ALIGN: tl.constexpr, REAL: tl.constexpr):
     else:
         over = tl.cast(length, REAL)
         under = tl.cast(size, REAL)
-    if tl.float64 == REAL:
-        return over / under
-    return tl.div_rn(over, under)
+    # Chosen by the compiler: div_rn is for float32 alone.
+    return over / under if over.dtype.is_fp64() else tl.div_rn(over, under)
 
 
 @triton.jit
@@ -71,13 +74,37 @@ def upsampled(
     """U at rows y (N, 1) and columns x (1, N) of the image, float32."""
     top, bottom, down = sample_at(y, height, scale_y, ALIGN)
     left, right, across = sample_at(x, width, scale_x, ALIGN)
-    a = tl.load(image_map + top * step_y + left * step_x).to(tl.float32)
-    b = tl.load(image_map + top * step_y + right * step_x).to(tl.float32)
-    c = tl.load(image_map + bottom * step_y + left * step_x).to(tl.float32)
-    d = tl.load(image_map + bottom * step_y + right * step_x).to(tl.float32)
-    upper = a * (1.0 - across) + b * across
-    lower = c * (1.0 - across) + d * across
-    return upper * (1.0 - down) + lower * down
+    upper, lower = image_map + top * step_y, image_map + bottom * step_y
+    return blended(upper, lower, left * step_x, right * step_x, down, across)
+
+
+@triton.jit
+def blended(upper, lower, left, right, down, across):
+    """U between two rows of a map, pointers (N, 1), and two columns, offsets (1, N), float32."""
+    a, b = tl.load(upper + left).to(tl.float32), tl.load(upper + right).to(tl.float32)
+    c, d = tl.load(lower + left).to(tl.float32), tl.load(lower + right).to(tl.float32)
+    top = a * (1.0 - across) + b * across
+    bottom = c * (1.0 - across) + d * across
+    return top * (1.0 - down) + bottom * down
+
+
+@triton.jit
+def factor_of(
+    attention, index, theta, b, y, x, maps, low_height, low_width, height, width,
+    step_b, step_m, step_y, step_x, step_index, step_theta,
+    FLOOR: tl.constexpr, ALIGN: tl.constexpr, MAP_TILE: tl.constexpr, REAL: tl.constexpr,
+):  # fmt: skip
+    """[U < t] + floor at rows y (N, 1) and columns x (1, N)."""
+    image_map = map_of(attention, index, b, maps, step_b, step_m, step_index)
+    share = tl.load(theta + b * step_theta)
+    threshold = threshold_of(image_map, share, low_height, low_width, step_y, step_x, MAP_TILE)
+    value = upsampled(
+        image_map, y, x, low_height, low_width, step_y, step_x,
+        step_of(low_height, height, ALIGN, tl.float32),
+        step_of(low_width, width, ALIGN, tl.float32), ALIGN,
+    )  # fmt: skip
+    floor = tl.full([], FLOOR, REAL)
+    return (value < threshold).to(REAL) + floor
 
 
 @triton.jit
@@ -99,3 +126,13 @@ def paste_start(u, extent, length):
     # The comparison is false for NaN, which counts as 0.
     inside = tl.where(corner > 0, tl.minimum(corner, tl.cast(room, tl.float64)), 0.0)
     return inside.to(tl.int32)
+
+
+@triton.jit
+def box_of(boxes, b, height, width):
+    """Rows and columns of a box, clamped to the image and holding at least one pixel."""
+    top = tl.minimum(tl.maximum(tl.load(boxes + b * 4), 0), height - 1)
+    left = tl.minimum(tl.maximum(tl.load(boxes + b * 4 + 1), 0), width - 1)
+    bottom = tl.minimum(tl.maximum(tl.load(boxes + b * 4 + 2), top + 1), height)
+    right = tl.minimum(tl.maximum(tl.load(boxes + b * 4 + 3), left + 1), width)
+    return top, left, bottom - top, right - left

@@ -2,15 +2,14 @@
 
 The images are read once and every view is written once; the attention maps are small. Two launches:
 
-- boxes: one program per image and view walks over the pixels, upsamples the map where it stands and
-  keeps the first and the last row and column that pass;
-- views: one program per plane and tile of rows. A row of an image holds its pixels (NCHW) or its
-  pixels times channels (NHWC, where the neighbour to the right lies C elements on): one kernel for
-  both. The crop and the patch are gathered through the caches.
+- boxes, in `_augment_boxes.py`;
+- views: one program per tile of rows and columns of an image, the rows of all its planes counted in
+  one. A row holds the pixels of an NCHW plane or the pixels times channels of an NHWC image, where
+  the neighbour to the right lies C elements on: one kernel for both. The crop and the patch are
+  gathered through the caches.
 
-The backward gathers too, so that it is deterministic: a program owns a row of the gradient, adds up
-the output rows that sample it, and then, for a few columns at a time, the output columns. Boxes
-that came from outside are clamped to the image.
+Rows are 64-bit pointers, what lies along a row is a 32-bit offset. The backward is in
+`_augment_backward.py`. Boxes that came from outside are clamped to the image.
 """
 
 from __future__ import annotations
@@ -22,102 +21,14 @@ import triton
 import triton.language as tl
 
 from magsd_kernels._layout import empty_like_format, is_channels_last
-from magsd_kernels.triton._common import accumulation, block
-from magsd_kernels.triton._guide import (
-    map_of,
-    padded_extent,
-    paste_start,
-    sample_at,
-    step_of,
-    threshold_of,
-    upsampled,
-)
+from magsd_kernels.triton._augment_backward import backward_kernel
+from magsd_kernels.triton._augment_boxes import find_boxes
+from magsd_kernels.triton._common import accumulation, block, tile
+from magsd_kernels.triton._guide import MAP_TILE, box_of, factor_of, paste_start, sample_at, step_of
 
-_BOX_TILE = 2048  # pixels of a box program in flight
-_VIEW_TILE = 1024  # elements of a view program
-_MAP_TILE = 256  # elements of a low-resolution map in flight
-_COLUMNS = 16  # columns that the adjoint of the crop gathers at a time
-_OUTPUTS = 64  # output columns that it reads at a time
-
-
-@triton.jit
-def _boxes_kernel(
-    attention, index, theta, boxes, batch, maps, low_height, low_width, height, width,
-    step_b, step_m, step_y, step_x, step_index, step_index_view, step_theta, step_theta_view,
-    FIRST: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, ALIGN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MAP_TILE: tl.constexpr,
-):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    view = FIRST + STRIDE * tl.program_id(1)
-    if index is not None:
-        index += view * step_index_view
-    image_map = map_of(attention, index, b, maps, step_b, step_m, step_index)
-    share = tl.load(theta + b * step_theta + view * step_theta_view)
-    threshold = threshold_of(image_map, share, low_height, low_width, step_y, step_x, MAP_TILE)
-    scale_y = step_of(low_height, height, ALIGN, tl.float32)
-    scale_x = step_of(low_width, width, ALIGN, tl.float32)
-    top = tl.full([ROWS, COLUMNS], 2147483647, tl.int32)
-    left = tl.full([ROWS, COLUMNS], 2147483647, tl.int32)
-    bottom = tl.full([ROWS, COLUMNS], -1, tl.int32)
-    right = tl.full([ROWS, COLUMNS], -1, tl.int32)
-    for first_y in range(0, height, ROWS):
-        y = first_y + tl.arange(0, ROWS)[:, None]
-        for first_x in range(0, width, COLUMNS):
-            x = first_x + tl.arange(0, COLUMNS)[None, :]
-            value = upsampled(
-                image_map, y, x, low_height, low_width, step_y, step_x, scale_y, scale_x, ALIGN
-            )
-            passed = (value >= threshold) & (y < height) & (x < width)
-            top = tl.where(passed, tl.minimum(top, y), top)
-            bottom = tl.where(passed, tl.maximum(bottom, y), bottom)
-            left = tl.where(passed, tl.minimum(left, x), left)
-            right = tl.where(passed, tl.maximum(right, x), right)
-    start_y, stop_y = padded_extent(_least(top), _most(bottom), height, PADDING)
-    start_x, stop_x = padded_extent(_least(left), _most(right), width, PADDING)
-    box = boxes + (tl.program_id(1) * batch + b) * 4
-    tl.store(box, start_y)
-    tl.store(box + 1, start_x)
-    tl.store(box + 2, stop_y)
-    tl.store(box + 3, stop_x)
-
-
-@triton.jit
-def _least(values):
-    return tl.min(tl.min(values, 1), 0)
-
-
-@triton.jit
-def _most(values):
-    return tl.max(tl.max(values, 1), 0)
-
-
-@triton.jit
-def _box(boxes, b, height, width):
-    """Rows and columns of a box, clamped to the image and holding at least one pixel."""
-    top = tl.minimum(tl.maximum(tl.load(boxes + b * 4), 0), height - 1)
-    left = tl.minimum(tl.maximum(tl.load(boxes + b * 4 + 1), 0), width - 1)
-    bottom = tl.minimum(tl.maximum(tl.load(boxes + b * 4 + 2), top + 1), height)
-    right = tl.minimum(tl.maximum(tl.load(boxes + b * 4 + 3), left + 1), width)
-    return top, left, bottom - top, right - left
-
-
-@triton.jit
-def _factor(
-    attention, index, theta, b, y, x, maps, low_height, low_width, height, width,
-    step_b, step_m, step_y, step_x, step_index, step_theta,
-    FLOOR: tl.constexpr, ALIGN: tl.constexpr, MAP_TILE: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
-    """[U < t] + floor at rows y (N, 1) and columns x (1, N)."""
-    image_map = map_of(attention, index, b, maps, step_b, step_m, step_index)
-    share = tl.load(theta + b * step_theta)
-    threshold = threshold_of(image_map, share, low_height, low_width, step_y, step_x, MAP_TILE)
-    value = upsampled(
-        image_map, y, x, low_height, low_width, step_y, step_x,
-        step_of(low_height, height, ALIGN, tl.float32),
-        step_of(low_width, width, ALIGN, tl.float32), ALIGN,
-    )  # fmt: skip
-    floor = tl.full([], FLOOR, REAL)
-    return (value < threshold).to(REAL) + floor
+_TILE = tile(1024)  # elements of a program
+_COLUMNS = tile(256)  # elements of a row that it takes at the most
+_BACKWARD_WARPS = 8  # by four warps, what the adjoint keeps of every column would spill
 
 
 @triton.jit
@@ -128,136 +39,51 @@ def _views_kernel(
     INNER: tl.constexpr, WEIGHT: tl.constexpr, FLOOR: tl.constexpr, ALIGN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, MAP_TILE: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
-    plane = tl.program_id(0).to(tl.int64)
-    b = plane // planes
-    y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    e = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    """One program per image, tile of its rows (those of all planes), and tile of columns."""
+    tiles = tl.cdiv(planes * height, ROWS)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    r = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)[:, None]
+    e = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    y = r % height
     x, c = e // INNER, e % INNER
-    inside = (y < height) & (e < row)
-    image = images + b * image_b + plane % planes * image_plane
-    at = plane * height * row + y * row + e
+    inside = (r < planes * height) & (e < row)
+    image = images + b * image_b + (r // height).to(tl.int64) * image_plane
+    at = (b * planes * height + r) * row + e
     kind = images.dtype.element_ty
-    value = tl.load(image + y * image_y + e, mask=inside, other=0.0)
+    value = tl.load(image + y.to(tl.int64) * image_y + e, mask=inside, other=0.0)
     wide = value.to(REAL)
     if mixed is not None:
-        top, left, box_height, box_width = _box(mix_boxes, b, height, width)
+        top, left, box_height, box_width = box_of(mix_boxes, b, height, width)
         upper, lower, down = sample_at(
             y, box_height, step_of(box_height, height, ALIGN, REAL), ALIGN
         )
         near, far, across = sample_at(x, box_width, step_of(box_width, width, ALIGN, REAL), ALIGN)
-        corner = image + top * image_y + left * INNER + c
-        first = tl.load(corner + upper * image_y + near * INNER, mask=inside, other=0.0).to(REAL)
-        second = tl.load(corner + upper * image_y + far * INNER, mask=inside, other=0.0).to(REAL)
-        third = tl.load(corner + lower * image_y + near * INNER, mask=inside, other=0.0).to(REAL)
-        fourth = tl.load(corner + lower * image_y + far * INNER, mask=inside, other=0.0).to(REAL)
+        upper = image + (top + upper).to(tl.int64) * image_y
+        lower = image + (top + lower).to(tl.int64) * image_y
+        near, far = (left + near) * INNER + c, (left + far) * INNER + c
+        first = tl.load(upper + near, mask=inside, other=0.0).to(REAL)
+        second = tl.load(upper + far, mask=inside, other=0.0).to(REAL)
+        third = tl.load(lower + near, mask=inside, other=0.0).to(REAL)
+        fourth = tl.load(lower + far, mask=inside, other=0.0).to(REAL)
         crop = first * (1.0 - down) + third * down
         crop = crop * (1.0 - across) + (second * (1.0 - down) + fourth * down) * across
         if WEIGHT != 1:
             crop = wide * tl.full([], 1 - WEIGHT, REAL) + crop * tl.full([], WEIGHT, REAL)
         tl.store(mixed + at, crop.to(kind), mask=inside)
     if dimmed is not None:
-        factor = _factor(
+        factor = factor_of(
             attention, index, theta, b, y, x, maps, low_height, low_width, height, width,
             step_b, step_m, step_y, step_x, step_index, step_theta, FLOOR, ALIGN, MAP_TILE, REAL,
         )  # fmt: skip
         tl.store(dimmed + at, (wide * factor).to(kind), mask=inside)
     if patched is not None:
-        top, left, box_height, box_width = _box(patch_boxes, b, height, width)
+        top, left, box_height, box_width = box_of(patch_boxes, b, height, width)
         to_y = paste_start(tl.load(offsets + b * offset_b), box_height, height)
         to_x = paste_start(tl.load(offsets + b * offset_b + offset_axis), box_width, width)
         covered = (y >= to_y) & (y < to_y + box_height) & (x >= to_x) & (x < to_x + box_width)
-        source = image + (y - to_y + top) * image_y + e + (left - to_x) * INNER
+        source = image + (y - to_y + top).to(tl.int64) * image_y + e + (left - to_x) * INNER
         pasted = tl.load(source, mask=inside & covered, other=0.0)
         tl.store(patched + at, tl.where(covered, pasted, value), mask=inside)
-
-
-@triton.jit
-def _outputs_of(first, last, length, size, step, ALIGN: tl.constexpr):
-    """A range of outputs that holds all which sample inputs first..last of `length`."""
-    safe = tl.maximum(step, 1e-30)
-    shift = 0.0
-    if not ALIGN:
-        shift = 0.5
-    # One more on either side than rounding could ask for; the edges take what is clamped to them.
-    low = tl.floor((tl.cast(first - 1, step.dtype) + shift) / safe - shift) - 1
-    high = tl.floor((tl.cast(last + 1, step.dtype) + shift) / safe - shift) + 2
-    low = tl.minimum(tl.maximum(low, 0.0), tl.cast(size, step.dtype)).to(tl.int32)
-    high = tl.minimum(tl.maximum(high, 0.0), tl.cast(size, step.dtype)).to(tl.int32)
-    return tl.where(first <= 0, 0, low), tl.where(last >= length - 1, size, high)
-
-
-@triton.jit
-def _share(o, i, length, step, ALIGN: tl.constexpr):
-    """With what weight outputs o sample inputs i."""
-    lower, upper, weight = sample_at(o, length, step, ALIGN)
-    return tl.where(lower == i, 1.0 - weight, 0.0) + tl.where(upper == i, weight, 0.0)
-
-
-@triton.jit
-def _backward_kernel(
-    mixed, dimmed, patched, result, mix_boxes, patch_boxes, offsets, attention, index, theta,
-    planes, height, width, row, mixed_b, mixed_plane, mixed_y, dimmed_b, dimmed_plane, dimmed_y,
-    patched_b, patched_plane, patched_y, offset_b, offset_axis,
-    maps, low_height, low_width, step_b, step_m, step_y, step_x, step_index, step_theta,
-    INNER: tl.constexpr, WEIGHT: tl.constexpr, FLOOR: tl.constexpr, ALIGN: tl.constexpr,
-    COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr, MAP_TILE: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
-    plane = tl.program_id(0).to(tl.int64)
-    b = plane // planes
-    y = tl.program_id(1)
-    for start in range(0, row, COLUMNS):
-        e = start + tl.arange(0, COLUMNS)
-        x, c = e // INNER, e % INNER
-        inside = e < row
-        total = tl.zeros([COLUMNS], REAL)
-        if mixed is not None:
-            grad = mixed + b * mixed_b + plane % planes * mixed_plane
-            if WEIGHT != 1:
-                own = tl.load(grad + y * mixed_y + e, mask=inside, other=0.0).to(REAL)
-                total += own * tl.full([], 1 - WEIGHT, REAL)
-            top, left, box_height, box_width = _box(mix_boxes, b, height, width)
-            scale_y = step_of(box_height, height, ALIGN, REAL)
-            scale_x = step_of(box_width, width, ALIGN, REAL)
-            first_x = tl.maximum(start // INNER - left, 0)
-            last_x = tl.minimum((start + COLUMNS - 1) // INNER - left, box_width - 1)
-            i = y - top
-            if (i >= 0) & (i < box_height) & (first_x <= last_x):
-                from_y, past_y = _outputs_of(i, i, box_height, height, scale_y, ALIGN)
-                from_x, past_x = _outputs_of(first_x, last_x, box_width, width, scale_x, ALIGN)
-                gathered = tl.zeros([COLUMNS], REAL)
-                for begin in range(from_x * INNER, past_x * INNER, OUTPUTS):
-                    o = begin + tl.arange(0, OUTPUTS)
-                    rows = tl.zeros([OUTPUTS], REAL)
-                    for o_y in range(from_y, past_y):
-                        line = tl.load(grad + o_y * mixed_y + o, mask=o < row, other=0.0).to(REAL)
-                        rows += line * _share(o_y, i, box_height, scale_y, ALIGN)
-                    across = _share(
-                        (o // INNER)[:, None], (x - left)[None, :], box_width, scale_x, ALIGN
-                    )
-                    same = (o % INNER)[:, None] == c[None, :]
-                    gathered += tl.sum(tl.where(same, across * rows[:, None], 0.0), 0)
-                boxed = (x >= left) & (x < left + box_width)
-                total += tl.where(boxed, gathered * tl.full([], WEIGHT, REAL), 0.0)
-        if dimmed is not None:
-            grad = dimmed + b * dimmed_b + plane % planes * dimmed_plane
-            factor = _factor(
-                attention, index, theta, b, y, x, maps, low_height, low_width, height, width,
-                step_b, step_m, step_y, step_x, step_index, step_theta,
-                FLOOR, ALIGN, MAP_TILE, REAL,
-            )  # fmt: skip
-            total += tl.load(grad + y * dimmed_y + e, mask=inside, other=0.0).to(REAL) * factor
-        if patched is not None:
-            grad = patched + b * patched_b + plane % planes * patched_plane
-            top, left, box_height, box_width = _box(patch_boxes, b, height, width)
-            to_y = paste_start(tl.load(offsets + b * offset_b), box_height, height)
-            to_x = paste_start(tl.load(offsets + b * offset_b + offset_axis), box_width, width)
-            covered = (y >= to_y) & (y < to_y + box_height) & (x >= to_x) & (x < to_x + box_width)
-            own = tl.load(grad + y * patched_y + e, mask=inside & (covered == 0), other=0.0)
-            copied = (y >= top) & (y < top + box_height) & (x >= left) & (x < left + box_width)
-            source = grad + (y - top + to_y) * patched_y + e + (to_x - left) * INNER
-            total += own.to(REAL) + tl.load(source, mask=inside & copied, other=0.0).to(REAL)
-        to = result + (plane * height + y) * row + e
-        tl.store(to, total.to(result.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -302,33 +128,6 @@ def _guide(
     return (attention, index, theta), sizes
 
 
-def _find_boxes(
-    attention: torch.Tensor,
-    index: torch.Tensor | None,
-    theta: torch.Tensor,
-    size: tuple[int, int],
-    padding: float,
-    align_corners: bool,
-    views: range = range(1),
-) -> torch.Tensor:
-    """Boxes (views, B, 4) int32 of some columns of theta (B, 3), or of theta (B,)."""
-    batch, maps, low_height, low_width = attention.shape
-    height, width = size
-    boxes = theta.new_empty((len(views), batch, 4), dtype=torch.int32)
-    if batch == 0:
-        return boxes
-    columns = block(width, _BOX_TILE)
-    of_index = (0, 0) if index is None else (*index.stride(), 0)[:2]
-    _boxes_kernel[(batch, len(views))](
-        attention, index, theta, boxes, batch, maps, low_height, low_width, height, width,
-        *attention.stride(), *of_index, *(*theta.stride(), 0)[:2],
-        FIRST=views.start, STRIDE=views.step, PADDING=padding, ALIGN=align_corners,
-        ROWS=block(height, _BOX_TILE // columns), COLUMNS=columns,
-        MAP_TILE=block(low_height * low_width, _MAP_TILE), enable_fp_fusion=False,
-    )  # fmt: skip
-    return boxes
-
-
 @dataclass(frozen=True)
 class _Plan:
     """What a call makes, and from what: the arguments that all views share."""
@@ -352,9 +151,19 @@ class _Plan:
         return {
             "INNER": images.inner, "WEIGHT": self.weight, "FLOOR": self.floor,
             "ALIGN": self.align_corners, "REAL": accumulation(images.tensor.dtype),
-            "MAP_TILE": block(self.guide_sizes[1] * self.guide_sizes[2], _MAP_TILE),
+            "MAP_TILE": block(self.guide_sizes[1] * self.guide_sizes[2], MAP_TILE),
             "enable_fp_fusion": False,
         }  # fmt: skip
+
+
+def _cut(images: _Images) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and tile of a kernel that has a program for a tile of rows and columns of an image."""
+    rows = images.planes * images.height
+    # In float64, what a kernel keeps of every column takes twice the registers.
+    columns = block(images.row, _COLUMNS // (2 if images.tensor.dtype == torch.float64 else 1))
+    together = block(rows, _TILE // columns)
+    grid = (images.batch * triton.cdiv(rows, together), triton.cdiv(images.row, columns))
+    return grid, {"ROWS": together, "COLUMNS": columns}
 
 
 def _make(images: torch.Tensor, plan: _Plan, views: tuple[torch.Tensor | None, ...]) -> None:
@@ -362,17 +171,11 @@ def _make(images: torch.Tensor, plan: _Plan, views: tuple[torch.Tensor | None, .
     given = _rows_of(images)
     if given.batch == 0:
         return
-    columns = block(given.row, _VIEW_TILE)
-    rows = block(given.height, _VIEW_TILE // columns)
-    grid = (
-        given.batch * given.planes,
-        triton.cdiv(given.height, rows),
-        triton.cdiv(given.row, columns),
-    )
+    grid, tiles = _cut(given)
     _views_kernel[grid](
         given.tensor, *views, *plan.tensors(),
         given.planes, given.height, given.width, given.row, *given.steps, *plan.offset_steps(),
-        *plan.guide_sizes, ROWS=rows, COLUMNS=columns, **plan.settings(given),
+        *plan.guide_sizes, **tiles, **plan.settings(given),
     )  # fmt: skip
 
 
@@ -385,13 +188,14 @@ def _make_gradient(grads: tuple[torch.Tensor | None, ...], plan: _Plan) -> torch
     result = empty_like_format(like)
     if main.batch == 0:
         return result
-    _backward_kernel[(main.batch * main.planes, main.height)](
+    grid, tiles = _cut(main)
+    backward_kernel[grid](
         *(None if layout is None else layout.tensor for layout in layouts), result,
         *plan.tensors(), main.planes, main.height, main.width, main.row,
         *(step for layout in layouts for step in (layout.steps if layout else (0, 0, 0))),
         *plan.offset_steps(), *plan.guide_sizes,
-        COLUMNS=block(main.row, _COLUMNS), OUTPUTS=block(main.row, _OUTPUTS),
-        **plan.settings(main),
+        OUTPUTS=tiles["COLUMNS"], **tiles, **plan.settings(main),
+        num_warps=_BACKWARD_WARPS,
     )  # fmt: skip
     return result
 
@@ -405,7 +209,7 @@ def attention_boxes(
     align_corners: bool,
 ) -> torch.Tensor:
     """Boxes (B, 4) int32, rows (top, left, bottom, right), around the pixels with U >= t."""
-    return _find_boxes(attention, index, theta, (size[0], size[1]), padding, align_corners)[0]
+    return find_boxes(attention, index, theta, (size[0], size[1]), padding, align_corners)[0]
 
 
 def attention_mixup(
@@ -486,7 +290,7 @@ def attention_views(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Views (3, B, C, H, W): mix-up, dim, patch; and boxes (2, B, 4) of mix-up and patch."""
     size = (images.shape[2], images.shape[3])
-    boxes = _find_boxes(attention, index, theta, size, padding, align_corners, views=range(0, 4, 2))
+    boxes = find_boxes(attention, index, theta, size, padding, align_corners, views=range(0, 4, 2))
     views = empty_like_format(images, 3)
     guide, sizes = _guide(attention, index, theta, 1)
     plan = _Plan(boxes[0], boxes[1], offsets, guide, sizes, weight, floor, align_corners)

@@ -11,15 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from magsd_kernels.triton._common import block
+from magsd_kernels.triton._common import block, pixel_steps, with_rows
 
 _TILE = 4096  # elements of the maps in flight
 
 
 @triton.jit
 def _sample_kernel(
-    attention, uniforms, drawn, maps, pixels, width, draws,
-    step_b, step_m, step_y, step_x, step_row, step_draw,
+    attention, uniforms, drawn, maps, pixels, draws,
+    step_b, step_m, step_p, step_row, step_draw,
     EPS: tl.constexpr, MAPS: tl.constexpr, PIXELS: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
@@ -27,9 +27,8 @@ def _sample_kernel(
     sums = tl.zeros([MAPS], tl.float64)
     for start in range(0, pixels, PIXELS):
         p = start + tl.arange(0, PIXELS)
-        within = p // width * step_y + p % width * step_x
         values = tl.load(
-            attention + b * step_b + m[:, None] * step_m + within[None, :],
+            attention + b * step_b + m[:, None] * step_m + p[None, :] * step_p,
             mask=(m[:, None] < maps) & (p[None, :] < pixels),
             other=0.0,
         )
@@ -54,9 +53,10 @@ def sample_attention(attention: torch.Tensor, uniforms: torch.Tensor, eps: float
     if drawn.numel() == 0:
         return drawn
     wide = triton.next_power_of_2(maps)
+    attention = with_rows(attention)
     _sample_kernel[(batch,)](
-        attention, uniforms, drawn, maps, height * width, width, uniforms.shape[1],
-        *attention.stride(), *uniforms.stride(),
+        attention, uniforms, drawn, maps, height * width, uniforms.shape[1],
+        *pixel_steps(attention), *uniforms.stride(),
         EPS=eps, MAPS=wide, PIXELS=block(height * width, max(_TILE // wide, 1)),
         DRAWS=block(uniforms.shape[1], max(_TILE // wide, 1)),
     )  # fmt: skip

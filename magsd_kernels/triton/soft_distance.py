@@ -36,7 +36,10 @@ def _softmax(logits, rows, columns, classes, step_b, step_k, ACC: tl.constexpr):
 def _soften(probabilities, columns, target, CONFIDENCE: tl.constexpr, OFF: tl.constexpr,
             ON: tl.constexpr):  # fmt: skip
     """The prediction where it is right and confident, else the smoothed target."""
-    top, predicted = tl.max(probabilities, 1, return_indices=True)
+    top = tl.max(probabilities, 1)
+    # The first class that has the maximum; none has it in a row of NaN, which is not kept.
+    highest = probabilities == top[:, None]
+    predicted = tl.min(tl.where(highest, columns[None, :], probabilities.shape[1]), 1)
     keep = (predicted == target) & (top >= CONFIDENCE)
     # A bare constant would be float32.
     on = tl.full(probabilities.shape, ON, probabilities.dtype)

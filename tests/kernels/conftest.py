@@ -7,7 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from .support import Target, available_targets
+from .interpreter import replace_language_once
+from .support import INTERPRETED, Target, available_targets
+
+if INTERPRETED:
+    replace_language_once()
 
 
 @pytest.fixture(scope="session", params=available_targets(), ids=str)

@@ -17,13 +17,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .support import LAYOUTS, make_strided, random
+from .support import LAYOUTS, examples, make_strided, random
 
 #: The same examples in every run, few enough for every push.
 SWEEP = settings(
-    max_examples=25,
+    examples(25),
     derandomize=True,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -22,6 +23,10 @@ from magsd_kernels import native
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted")
+
+#: Triton's interpreter takes tens of microseconds for every operation of every program, a thousand
+#: times what the other targets take: under it, what repeats a test with other numbers repeats less.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def dtype_id(value: object) -> str | None:
@@ -48,6 +53,10 @@ class Target:
     def __str__(self) -> str:
         return f"{self.backend}-{self.device}"
 
+    @property
+    def interpreted(self) -> bool:
+        return self.backend == "triton" and INTERPRETED
+
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a public function on this backend; skip where a backend has no such cell."""
         try:
@@ -61,12 +70,11 @@ class Target:
 def available_targets() -> list[Target]:
     """Every backend that is available, on every device here whose tensors it takes."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     takes = {
         "reference": devices,
         "cpu": ["cpu"],
         "cuda": ["cpu"] if native.emulates_cuda() else ["cuda"],
-        "triton": ["cpu"] if interpreted else ["cuda"],
+        "triton": ["cpu"] if INTERPRETED else ["cuda"],
     }
     available = [name for name, state in magsd_kernels.backends().items() if state == "available"]
     return [
@@ -75,6 +83,16 @@ def available_targets() -> list[Target]:
         for device in takes.get(name, devices)
         if device in devices
     ]
+
+
+def examples(count: int) -> settings:
+    """Settings of a property test: how many examples it tries."""
+    return settings(max_examples=min(count, 4) if INTERPRETED else count, deadline=None)
+
+
+def gradcheck(target: Target, function: Callable[..., Any], inputs: Any) -> bool:
+    """Whether gradients are those of finite differences; interpreted, in a random direction."""
+    return torch.autograd.gradcheck(function, inputs, fast_mode=target.interpreted)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,6 +26,8 @@ from .support import (
     both_corners,
     boxes,
     dtype_id,
+    examples,
+    gradcheck,
     guide,
     make_strided,
     on,
@@ -350,8 +352,8 @@ def test_view_gradcheck(target, view, align_corners):
     function, _, extra = VIEWS[view]
     options = on(target.device, guide(seed=3, low=(3, 3)) | extra)
     images = random(4, 2, 6, 5).to(target.device).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x: target.call(function, x, **options, align_corners=align_corners), images
+    assert gradcheck(
+        target, lambda x: target.call(function, x, **options, align_corners=align_corners), images
     )
 
 
@@ -387,7 +389,7 @@ def test_view_does_not_read_uninitialised_memory(target, view):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-@settings(max_examples=8, deadline=None)
+@examples(8)
 @given(st.integers(0, 10**6), st.floats(-3, 3), st.sampled_from(sorted(VIEWS)))
 def test_views_are_linear_in_images(target, seed, factor, view):
     function, _, extra = VIEWS[view]
@@ -399,7 +401,7 @@ def test_views_are_linear_in_images(target, seed, factor, view):
     torch.testing.assert_close(together, apart, rtol=1e-11, atol=1e-11)
 
 
-@settings(max_examples=8, deadline=None)
+@examples(8)
 @given(st.permutations(range(4)), st.sampled_from(sorted(VIEWS)))
 def test_images_do_not_see_each_other(target, order, view):
     function, _, extra = VIEWS[view]

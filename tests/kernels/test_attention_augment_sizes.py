@@ -31,11 +31,13 @@ def test_maps_larger_than_the_image(target, dtype, align_corners, low):
 @both_corners
 def test_wide_crop_of_one_pixel(target, align_corners):
     """A box of one pixel receives the gradient of a whole long row."""
-    grad = random(1, 1, 2, 9001, seed=1).to(target.device)
-    boxes = torch.tensor([[1, 7000, 2, 7001]], dtype=torch.int32, device=target.device)
+    # Several tiles of every kernel; the interpreter takes a millisecond for each of the outputs.
+    width, column = (2001, 1500) if target.interpreted else (9001, 7000)
+    grad = random(1, 1, 2, width, seed=1).to(target.device)
+    boxes = torch.tensor([[1, column, 2, column + 1]], dtype=torch.int32, device=target.device)
     found = mixup_backward(target, grad, boxes, 0.25, align_corners)
     wanted = 0.75 * grad
-    wanted[0, 0, 1, 7000] += 0.25 * grad.sum()
+    wanted[0, 0, 1, column] += 0.25 * grad.sum()
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-9)
 
 
@@ -47,7 +49,7 @@ def test_wide_crop_of_one_pixel(target, align_corners):
 )
 def test_boxes_from_outside(target, dtype, box):
     """Called past the contract, a compiled backward raises or stays inside the image."""
-    if target.backend not in ("cpu", "cuda"):
+    if target.backend == "reference":
         pytest.skip("is not compiled")
     grad = random(1, 2, 9, 8, dtype=dtype).to(target.device)
     boxes = torch.tensor([box], dtype=torch.int32, device=target.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from .support import (
     attention_maps,
     both_corners,
     boxes,
+    examples,
     guide,
     make_strided,
 )
@@ -163,7 +164,7 @@ def test_boxes_empty_batch_and_single_pixel(target):
     assert boxes(target, torch.ones(1, 1, 1, 1), 0.5, (1, 1)) == [[0, 0, 1, 1]]
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.data())
 def test_box_of_a_box(target, data):
     """A map that is 1 inside a box and 0 outside gives that box back.
@@ -182,7 +183,7 @@ def test_box_of_a_box(target, data):
     assert found == [[top, left, max(bottom - 1, top + 1), max(right - 1, left + 1)]]
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.integers(0, 10**6), st.floats(0.1, 0.9), st.floats(0.0, 0.5), st.floats(0.0, 0.5))
 def test_boxes_grow_with_padding_and_shrink_with_theta(target, seed, theta, less, more):
     """At full resolution the maximum always passes, so that a box is never the fallback.
@@ -202,7 +203,7 @@ def test_boxes_grow_with_padding_and_shrink_with_theta(target, seed, theta, less
             assert larger[3] >= a[3] - (a[3] - a[1] == 1)
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(st.integers(0, 10**6), st.integers(-8, 8))
 def test_boxes_ignore_the_brightness_of_a_map(target, seed, exponent):
     """Scaling by a power of two is exact, so no pixel may change sides."""

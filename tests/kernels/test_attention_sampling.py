@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import magsd_kernels as mk
@@ -17,6 +17,7 @@ from .support import (
     all_dtypes,
     all_layouts,
     attention_maps,
+    examples,
     launches,
     make_strided,
     poisoned_memory,
@@ -165,7 +166,7 @@ def test_does_not_read_uninitialised_memory(target):
     assert found == oracles.sample_attention(attention, uniforms)
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(
     st.lists(st.floats(0, 1000, width=32), min_size=1, max_size=9),
     st.lists(st.floats(0, 1, exclude_max=True, width=32), min_size=1, max_size=5),
@@ -177,7 +178,7 @@ def test_index_grows_with_the_uniform(target, sums, uniforms):
     assert 0 <= found[0] <= found[-1] < len(sums)
 
 
-@settings(max_examples=8, deadline=None)
+@examples(8)
 @given(st.permutations(range(5)))
 def test_images_do_not_see_each_other(target, order):
     attention, uniforms = attention_maps(5, 4, 3, 3, seed=8), uniform(5, 3, seed=9)

@@ -19,6 +19,7 @@ from .support import (
     assert_matches_oracle,
     attention_maps,
     both_corners,
+    gradcheck,
     make_strided,
     on,
     poisoned_memory,
@@ -104,7 +105,7 @@ def test_views_equal_the_single_operations(target, dtype, align_corners):
 def test_views_gradcheck(target):
     g = on(target.device, views_guide(batch=2, low=(3, 3)))
     images = random(2, 2, 6, 5).to(target.device).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: target.call(mk.attention_views, x, **g), images)
+    assert gradcheck(target, lambda x: target.call(mk.attention_views, x, **g), images)
 
 
 def test_views_no_gradient_for_attention_and_theta(target):

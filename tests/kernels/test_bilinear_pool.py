@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import magsd_kernels as mk
@@ -19,6 +19,8 @@ from .support import (
     assert_agrees,
     assert_matches_oracle,
     attention_maps,
+    examples,
+    gradcheck,
     identical,
     make_strided,
     poisoned_memory,
@@ -260,7 +262,8 @@ def test_max_of_negative_products(target):
 def test_gradcheck(target, pool, normalize):
     f, a = inputs_of((2, 3, 3, 4), (2, 2, 2, 3))
     leaves = [(x + 0.3).to(target.device).requires_grad_() for x in (f.abs(), a)]
-    assert torch.autograd.gradcheck(
+    assert gradcheck(
+        target,
         lambda f, a: target.call(
             mk.bilinear_attention_pool, f, a, pool=pool, normalize=normalize, scale=3.0
         ),
@@ -307,7 +310,7 @@ def test_does_not_read_uninitialised_memory(target, pool):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(
     st.integers(1, 3),
     st.integers(1, 4),
@@ -331,7 +334,7 @@ def test_any_shapes(target, batch, channels, maps, size, attention_size, pool):
     )
 
 
-@settings(max_examples=8, deadline=None)
+@examples(8)
 @given(st.permutations(range(4)), st.sampled_from(["avg", "max"]))
 def test_images_do_not_see_each_other(target, order, pool):
     f = random(4, 3, 5, 5, dtype=torch.float32).to(target.device)
@@ -341,7 +344,7 @@ def test_images_do_not_see_each_other(target, order, pool):
     torch.testing.assert_close(shuffled, out[order], rtol=1e-6, atol=1e-7)
 
 
-@settings(max_examples=8, deadline=None)
+@examples(8)
 @given(st.floats(0.125, 8.0))
 def test_normalised_pooling_ignores_brightness(target, factor):
     f, a = (x.to(target.device) for x in inputs_of())

@@ -76,12 +76,14 @@ def test_every_registered_operator_is_called_by_a_public_function():
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck(name):
+def test_opcheck(target, name):
     overload = getattr(torch.ops.magsd, name.partition("::")[2]).default
     calls = recorded()[name]
     assert calls
-    for arguments in calls:
-        torch.library.opcheck(overload, arguments)
+    for *arguments, backend in calls:
+        assert backend == "reference"
+        there = pytree.tree_map_only(Tensor, lambda x: x.to(target.device), arguments)
+        torch.library.opcheck(overload, (*there, target.backend))
 
 
 @differentiable_cases
@@ -234,12 +236,14 @@ COMPILERS = [
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
-def test_compile_the_whole_step(compiler):
-    step, twin = Step(), Step()
-    wanted = twin(*step_inputs())
-    wanted.backward()
-    found = torch.compile(step, fullgraph=True, backend=compiler)(*step_inputs())
-    found.backward()
+def test_compile_the_whole_step(target, compiler):
+    step, twin = Step().to(target.device), Step().to(target.device)
+    inputs = [x.to(target.device) for x in step_inputs()]
+    with mk.use_backend(target.backend):
+        wanted = twin(*inputs)
+        wanted.backward()
+        found = torch.compile(step, fullgraph=True, backend=compiler)(*inputs)
+        found.backward()
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     for (name, a), (_, b) in zip(step.named_parameters(), twin.named_parameters(), strict=True):
         scale = float(b.grad.abs().max())

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,6 +19,8 @@ from .support import (
     all_layouts,
     assert_agrees,
     assert_matches_oracle,
+    examples,
+    gradcheck,
     random,
 )
 
@@ -132,12 +134,12 @@ def test_resample_one_rounding_for_the_sum_of_maps(target):
 @pytest.mark.parametrize("mode", ["area", "bilinear", "nearest"])
 def test_resample_gradcheck(target, mode):
     maps = [x.to(target.device).requires_grad_() for x in maps_of((5, 4), (3, 2), channels=2)]
-    assert torch.autograd.gradcheck(
-        lambda *maps: target.call(mk.resample_attention, maps, mode=mode), maps
+    assert gradcheck(
+        target, lambda *maps: target.call(mk.resample_attention, maps, mode=mode), maps
     )
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(
     st.sampled_from(MODES),
     st.lists(st.tuples(st.integers(1, 13), st.integers(1, 13)), min_size=1, max_size=3),
@@ -156,7 +158,7 @@ def test_resample_any_sizes(target, mode, sizes, size):
     assert_agrees(found, oracles.resample_attention(maps, size, name, align_corners))
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(st.floats(-4, 4, width=32), st.sampled_from(MODES))
 def test_resample_keeps_constants(target, value, mode):
     """The weights of every output pixel sum to one."""

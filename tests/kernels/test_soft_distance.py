@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import magsd_kernels as mk
@@ -18,6 +18,8 @@ from .support import (
     all_dtypes,
     all_layouts,
     assert_agrees,
+    examples,
+    gradcheck,
     identical,
     launches,
     make_strided,
@@ -239,14 +241,16 @@ def test_gradcheck(target, weighted):
     logits, views, targets = (x.to(target.device) for x in inputs_of(5, 3, 2))
     weights = weights_of(3).to(target.device) if weighted else None
     views.requires_grad_()
-    assert torch.autograd.gradcheck(
+    assert gradcheck(
+        target,
         lambda v: (
             target.call(mk.soft_distance_loss, logits, v, targets, class_weights=weights).loss
         ),
         views,
     )
     logits.requires_grad_()
-    assert torch.autograd.gradcheck(
+    assert gradcheck(
+        target,
         lambda x: (
             target.call(
                 mk.soft_distance_loss, x, views.detach(), targets, class_weights=weights
@@ -329,7 +333,7 @@ def test_does_not_read_uninitialised_memory(target):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(st.permutations(range(7)), st.permutations(range(3)))
 def test_order_of_images_and_views_does_not_matter(target, images, views):
     logits, view_logits, targets = (x.to(target.device) for x in inputs_of())
@@ -341,7 +345,7 @@ def test_order_of_images_and_views_does_not_matter(target, images, views):
         torch.testing.assert_close(a, b)
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(st.integers(0, 10**6), st.floats(-50, 50))
 def test_a_constant_added_to_logits_changes_nothing(target, seed, shift):
     logits, views, targets = (x.to(target.device) for x in inputs_of(seed=seed))
