@@ -31,10 +31,13 @@ ENVIRONMENT_VARIABLE = "MAGSD_BACKEND"
 #: (backend, operation) that has no implementation, and why.
 MISSING: dict[tuple[str, str], str] = {}
 
-#: What "auto" tries, in order, for tensors on a device type; other devices run the reference.
-PREFERENCE: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpu", "reference"),
-    "cuda": ("cuda", "triton", "reference"),
+#: What "auto" tries on an NVIDIA GPU, in order, and the measurement that decided it.
+ON_NVIDIA: dict[str, tuple[tuple[str, ...], str]] = {
+    "multiscale_attention": (("cuda", "triton"), "not measured"),
+    "bilinear_pool": (("cuda", "triton"), "not measured"),
+    "attention_sampling": (("cuda", "triton"), "not measured"),
+    "attention_augment": (("cuda", "triton"), "not measured"),
+    "soft_distance": (("cuda", "triton"), "not measured"),
 }
 
 #: Triton's own variable: its kernels run in Triton's interpreter, on the CPU.
@@ -115,7 +118,7 @@ def _choose(operation: str, name: str, device: str, dtype: torch.dtype) -> str:
         if why is not None:
             raise BackendUnavailable(f"{operation}: backend {name!r} cannot run here: {why}")
         return name
-    for candidate in PREFERENCE.get(device, ()):
+    for candidate in preference(operation, device):
         if why_not(candidate, operation, device, dtype) is None:
             return candidate
     return "reference"
@@ -124,6 +127,13 @@ def _choose(operation: str, name: str, device: str, dtype: torch.dtype) -> str:
 # Its arguments decide its answer for the life of the process: torch.compile need not look inside.
 # This is what torch.compiler.assume_constant_result does, less its import of the whole compiler.
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def preference(operation: str, device: str) -> tuple[str, ...]:
+    """What "auto" tries, in order, for tensors on a device type, before the reference."""
+    if device == "cuda" and torch.version.hip is None:
+        return ON_NVIDIA[operation][0]
+    return {"cpu": ("cpu",), "cuda": ("triton",), "xpu": ("triton",)}.get(device, ())
 
 
 def why_not(backend: str, operation: str, device: str, dtype: torch.dtype) -> str | None:
@@ -172,6 +182,6 @@ def _column(backend: str) -> str | None:
 def _triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not _INTERPRETED and not torch.cuda.is_available():
+    if not (_INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available()):
         return "torch sees no GPU"
     return None

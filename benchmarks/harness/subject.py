@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from benchmarks.harness.sizes import PRECISIONS, Draw, Network, Precision, photograph
-from magsd_kernels.backends import PREFERENCE, why_not
+from magsd_kernels.backends import preference, why_not
 
 Arguments = dict[str, Any]
 Function = Callable[..., Any]
@@ -127,7 +127,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def competitor_names(row: Row) -> tuple[str, ...]:
     """Who competes on a row, ours last."""
-    ours = tuple(name for name in PREFERENCE[row.device] if name != "reference")
+    ours = preference(row.subject.operation, row.device)
     tuned = row.device == "cuda" and row.subject.central and row.batch == row.network.batches[-1]
     return (PUBLISHED, EAGER, COMPILED, *((AUTOTUNED,) if tuned else ()), *ours)
 

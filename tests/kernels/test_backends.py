@@ -15,6 +15,7 @@ import torch
 
 import magsd_kernels as mk
 from magsd_kernels import native
+from magsd_kernels.backends import OPERATIONS, preference
 
 from .cases import CASES, all_cases, differentiable_cases
 from .support import fresh_python, tensors_of
@@ -357,3 +358,13 @@ def test_info_prints_what_a_bug_report_needs():
         assert any(name in line and state in line for line in out.splitlines()), name
     assert "device" in out.lower()
     assert "build" in out.lower()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_auto_prefers_triton_where_there_is_no_cuda(operation, monkeypatch):
+    assert set(preference(operation, "cuda")) == {"cuda", "triton"}
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert preference(operation, "cuda") == ("triton",)
+    assert preference(operation, "xpu") == ("triton",)
+    assert preference(operation, "cpu") == ("cpu",)
+    assert preference(operation, "mps") == ()
