@@ -28,12 +28,12 @@ from magsd_kernels.triton._bilinear_pool_tile import (
     root_of,
     sum_of_parts,
 )
-from magsd_kernels.triton._common import accumulation, block, pixel_steps, tunable
+from magsd_kernels.triton._common import accumulation, block, pixel_steps, tunable, with_warps
 from magsd_kernels.triton._resampling import first_output, most_outputs, share
 
 _ENOUGH_PROGRAMS = 1024  # to fill a GPU several times over
-_CONFIGS = [triton.Config({}, num_warps=warps) for warps in (4, 8, 2)]
-_WIDE_CONFIGS = [triton.Config({}, num_warps=warps) for warps in (8, 16)]
+_CONFIGS = with_warps(4, 8, 2)
+_WIDE_CONFIGS = with_warps(8, 16)
 _KEY = ["maps", "channels", "pixels", "KIND", "PRECISION"]
 
 
@@ -333,7 +333,7 @@ def _attention_gradient_kernel(
             part *= share(o_x, x, low_width, width, "bilinear", 2, True, ACC)
             read = read & (part != 0)
         for tile in tl.range(tiles, loop_unroll_factor=4):
-            at = shares + (tile.to(tl.int64) * maps * height * width) + (o_y * width + o_x)
+            at = shares + (tl.cast(tile, tl.int64) * maps * height * width) + (o_y * width + o_x)
             total += part * tl.load(at, mask=read, other=0.0)
     at = m.to(INDEX) * to_m + y.to(INDEX) * to_y + x.to(INDEX) * to_x
     tl.store(grad_attention + b * to_b + at, total.to(grad_attention.dtype.element_ty), mask=inside)

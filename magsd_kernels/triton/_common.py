@@ -56,15 +56,22 @@ def with_rows(maps: torch.Tensor) -> torch.Tensor:
     return maps.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-class _Fixed:
-    """A kernel with the configuration that serves without tuning."""
+def with_warps(*counts: int, **constants: object) -> list[triton.Config]:
+    """A configuration per number of warps, with the same constants; pipelined as by default."""
+    return [triton.Config(constants, num_warps=count, num_stages=None) for count in counts]
 
-    def __init__(self, kernel: Any, config: triton.Config) -> None:
+
+class Tunable:
+    """A kernel that runs with the first of its configurations."""
+
+    def __init__(self, kernel: Any, configs: list[triton.Config]) -> None:
         self.kernel = kernel
-        self.config = config
+        self.configs = configs
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        launch, settings = self.kernel[grid], self.config.all_kwargs()
+        launch, settings = self.kernel[grid], self.configs[0].all_kwargs()
+        if torch.version.hip:
+            settings["num_warps"] = min(settings["num_warps"], 4)  # They have 64 threads each.
         return lambda *arguments, **options: launch(*arguments, **settings, **options)
 
 
@@ -73,13 +80,13 @@ def tunable(
 ) -> Callable[[Any], Any]:
     """A kernel that runs with the first of a few configurations, or, tuned, with the fastest.
 
-    Tuning is asked for by the environment variable; it times every configuration at the first call
-    for each value of the arguments in `key`, which therefore cannot be captured in a CUDA graph.
+    Tuning is asked for by the environment variable. It times every configuration at the first call
+    for each value of the arguments in `key`; that call cannot be captured in a CUDA graph.
     """
 
     def wrap(kernel: Any) -> Any:
         if autotune and not triton.knobs.runtime.interpret:
             return triton.autotune(configs=configs, key=key)(kernel)
-        return _Fixed(kernel, configs[0])
+        return Tunable(kernel, configs)
 
     return wrap

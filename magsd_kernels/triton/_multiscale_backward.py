@@ -12,7 +12,14 @@ import triton
 import triton.language as tl
 
 from magsd_kernels._layout import accumulation_dtype, empty_like_format
-from magsd_kernels.triton._common import accumulation, offset_type, pixel_steps, tunable, with_rows
+from magsd_kernels.triton._common import (
+    accumulation,
+    offset_type,
+    pixel_steps,
+    tunable,
+    with_rows,
+    with_warps,
+)
 from magsd_kernels.triton._resampling import first_output, share
 from magsd_kernels.triton._scales import (
     Tensors,
@@ -25,8 +32,8 @@ from magsd_kernels.triton._scales import (
 
 _SUMS_TILE = 2048  # elements in flight
 _GRADIENT_TILE = 4096
-_CONFIGS = [triton.Config({}, num_warps=warps) for warps in (4, 8, 2)]
-_GRADIENT_CONFIGS = [triton.Config({}, num_warps=warps) for warps in (8, 4)]
+_CONFIGS = with_warps(4, 8, 2)
+_GRADIENT_CONFIGS = with_warps(8, 4)
 _KEY = ["maps", "height", "width", "heights", "widths", "PARTS"]
 
 

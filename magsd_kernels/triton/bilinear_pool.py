@@ -21,11 +21,11 @@ import triton.language as tl
 from magsd_kernels._layout import accumulation_dtype
 from magsd_kernels.triton._bilinear_pool_backward import bilinear_attention_pool_backward
 from magsd_kernels.triton._bilinear_pool_tile import Call, pooled_tile, root_of, sum_of_parts
-from magsd_kernels.triton._common import tunable
+from magsd_kernels.triton._common import tunable, with_warps
 
 __all__ = ["bilinear_attention_pool", "bilinear_attention_pool_backward"]
 
-_CONFIGS = [triton.Config({}, num_warps=warps) for warps in (4, 8, 2)]
+_CONFIGS = with_warps(4, 8, 2)
 _KEY = ["maps", "channels", "pixels", "STAGE", "MAXIMUM", "KIND", "PRECISION"]
 
 

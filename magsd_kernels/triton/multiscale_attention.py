@@ -20,7 +20,14 @@ import triton
 import triton.language as tl
 
 from magsd_kernels._layout import accumulation_dtype
-from magsd_kernels.triton._common import accumulation, offset_type, pixel_steps, tunable, with_rows
+from magsd_kernels.triton._common import (
+    accumulation,
+    offset_type,
+    pixel_steps,
+    tunable,
+    with_rows,
+    with_warps,
+)
 from magsd_kernels.triton._multiscale_backward import (
     multiscale_attention_backward,
     resample_attention_backward,
@@ -45,10 +52,7 @@ __all__ = [
 
 _STATISTICS_TILE = 4096  # elements in flight
 _APPLY_TILE = 2048
-_CONFIGS = [
-    triton.Config({"STAGES": stages}, num_warps=warps)
-    for stages, warps in ((3, 4), (3, 8), (4, 8), (1, 4))
-]
+_CONFIGS = [*with_warps(4, 8, STAGES=3), *with_warps(4, STAGES=1)]
 
 
 @triton.jit
