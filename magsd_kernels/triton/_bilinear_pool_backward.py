@@ -32,8 +32,8 @@ from magsd_kernels.triton._common import accumulation, block, pixel_steps, tunab
 from magsd_kernels.triton._resampling import first_output, most_outputs, share
 
 _ENOUGH_PROGRAMS = 1024  # to fill a GPU several times over
-_CONFIGS = with_warps(4, 8, 2)
-_WIDE_CONFIGS = with_warps(8, 16)
+_CONFIGS = with_warps(8, 4)
+_IMAGE_CONFIGS = with_warps(8, 16)
 _KEY = ["maps", "channels", "pixels", "KIND", "PRECISION"]
 
 
@@ -143,7 +143,7 @@ def _w_times(
     return total
 
 
-@tunable(_WIDE_CONFIGS, _KEY)
+@tunable(_IMAGE_CONFIGS, _KEY)
 @triton.jit
 def _image_backward_kernel(
     features, attention, grad, norm, parts, grad_features, shares,
@@ -191,7 +191,7 @@ def _image_backward_kernel(
         tl.store(to + (m[:, None] * pixels + p[None, :]), of_attention, mask=written)
 
 
-@tunable(_WIDE_CONFIGS, _KEY)
+@tunable(with_warps(8), _KEY)
 @triton.jit
 def _average_backward_kernel(
     features, attention, grad, norm, parts, grad_features, shares,

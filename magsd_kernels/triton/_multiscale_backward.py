@@ -32,8 +32,7 @@ from magsd_kernels.triton._scales import (
 
 _SUMS_TILE = 2048  # elements in flight
 _GRADIENT_TILE = 4096
-_CONFIGS = with_warps(4, 8, 2)
-_GRADIENT_CONFIGS = with_warps(8, 4)
+_CONFIGS = with_warps(8, 16)
 _KEY = ["maps", "height", "width", "heights", "widths", "PARTS"]
 
 
@@ -131,7 +130,7 @@ def _added(sums, scale, m, maps, PARTS: tl.constexpr):
     return of_bias[None, :], of_weight[None, :]
 
 
-@tunable(_GRADIENT_CONFIGS, _KEY)
+@tunable(_CONFIGS, _KEY)
 @triton.jit
 def _gradient_kernel(
     grad, xs, weights, biases, mean, rstd, sums, grads, grad_weights, grad_biases,

@@ -249,6 +249,7 @@ def _apply(
         tuple(maps), out, *norms, *statistics, batch, channels, *size, *pixel_steps(out),
         *sizes_of(maps), parts.lengths, parameter_steps, PARTS=parts.count, PIXELS=tile.pixels,
         MAPS=tile.maps, INDEX=offset_type(*maps, out), ACC=accumulation(first.dtype),
+        num_warps=4 if torch.version.hip else 8,
         **resampling(maps, size, mode, align_corners), **settings,
     )  # fmt: skip
     return out

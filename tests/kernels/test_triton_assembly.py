@@ -146,13 +146,13 @@ def kernels_of(gpu: str, case: str, dtype: torch.dtype, layout: str) -> list[Ker
     return compiled(gpu, lambda: CASES[case](dtype, layout), every_config=every)
 
 
-#: A spill of 8 bytes that the compiler makes to keep more blocks on a multiprocessor.
-SPILLS_YET = {("sm_90", "views", torch.bfloat16), ("sm_90", "views", torch.float16)}
-
-
 def marked(gpu, case, dtype, layout):
-    names = f"{gpu}-{case}-{str(dtype)[6:]}-{layout}"
-    return pytest.param(gpu, case, dtype, layout, id=names.replace(" ", "_"))
+    names = f"{gpu}-{case}-{str(dtype)[6:]}-{layout}".replace(" ", "_")
+    marks = []
+    if (gpu, case, dtype) == ("sm_90", "views", torch.bfloat16):
+        reason = "the backward of the views spills 8 bytes"
+        marks = [pytest.mark.xfail(strict=True, reason=reason, raises=AssertionError)]
+    return pytest.param(gpu, case, dtype, layout, id=names, marks=marks)
 
 
 in_every_way = pytest.mark.parametrize(
