@@ -19,14 +19,16 @@ import triton
 import triton.language as tl
 
 from magsd_kernels._layout import accumulation_dtype, empty_like_format
+from magsd_kernels.triton._bilinear_pool_maximum import maximum_backward_kernel
 from magsd_kernels.triton._bilinear_pool_tile import (
     Call,
     attention_tile,
     average,
     feature_tile,
+    length_and_along,
     pooled_tile,
     root_of,
-    sum_of_parts,
+    weights_of,
 )
 from magsd_kernels.triton._common import accumulation, block, pixel_steps, tunable, with_warps
 from magsd_kernels.triton._resampling import first_output, most_outputs, share
@@ -35,41 +37,6 @@ _ENOUGH_PROGRAMS = 1024  # to fill a GPU several times over
 _CONFIGS = with_warps(8, 4)
 _IMAGE_CONFIGS = with_warps(8, 16)
 _KEY = ["maps", "channels", "pixels", "KIND", "PRECISION"]
-
-
-@triton.jit
-def _length_and_along(
-    norm, parts, b, tiles,
-    NORMALIZE: tl.constexpr, SMALLEST: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """An image's divisor, and the gradient along its unit vector; 1 and 0 without a norm."""
-    length = tl.full([], 1.0, ACC)
-    along = tl.full([], 0.0, ACC)
-    if NORMALIZE:
-        length = tl.load(norm + b)
-        smallest = tl.full([], SMALLEST, ACC)
-        along = sum_of_parts(parts + b * tiles, tiles, PARTS)
-        # Under the smallest norm the divisor is constant, and no gradient flows through it.
-        along = tl.where(length < smallest, 0.0, along)
-        length = tl.where(length < smallest, smallest, length)
-    return length, along
-
-
-@triton.jit
-def _weights(
-    grad, pooled, m, c, channels, inside, length, along,
-    NORMALIZE: tl.constexpr, SIGNED_SQRT: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """W (M, C), the gradient of P, of one image."""
-    at = m[:, None] * channels + c[None, :]
-    wide = tl.load(grad + at, mask=inside, other=0.0).to(ACC) * tl.full([], SCALE, ACC)
-    root = root_of(pooled, SIGNED_SQRT, EPS, ACC)
-    if NORMALIZE:
-        wide = (wide - root / length * along) / length
-    if SIGNED_SQRT:
-        wide = tl.where(pooled == 0, 0.0, wide / (2.0 * tl.abs(root)))
-    return tl.where(inside, wide, 0.0)
 
 
 @tunable(_CONFIGS, [*_KEY, "MAXIMUM"])
@@ -160,7 +127,7 @@ def _image_backward_kernel(
     features += b * feature_b
     grad += b * maps * channels
     count = tl.cast(pixels, ACC)
-    length, along = _length_and_along(norm, parts, b, tiles, NORMALIZE, SMALLEST, PARTS, ACC)
+    length, along = length_and_along(norm, parts, b, tiles, NORMALIZE, SMALLEST, PARTS, ACC)
     a = attention_tile(
         attention + b * attention_b, m[:, None], p[None, :], maps, pixels, width, height,
         low_height, low_width, step_m, step_y, step_x, RESIZE, KIND, ACC,
@@ -173,7 +140,7 @@ def _image_backward_kernel(
         pooled = tl.zeros([MAPS, CHANNELS], ACC)
         pooled = tl.dot(a, f, pooled, input_precision=PRECISION, out_dtype=ACC) / count
         inside = (m < maps)[:, None] & (c < channels)[None, :]
-        w = _weights(
+        w = weights_of(
             grad, pooled, m, c, channels, inside, length, along,
             NORMALIZE, SIGNED_SQRT, SCALE, EPS, ACC,
         ) / count  # fmt: skip
@@ -209,7 +176,7 @@ def _average_backward_kernel(
     attention += b * attention_b
     grad += b * maps * channels
     count = tl.cast(pixels, ACC)
-    length, along = _length_and_along(norm, parts, b, tiles, NORMALIZE, SMALLEST, PARTS, ACC)
+    length, along = length_and_along(norm, parts, b, tiles, NORMALIZE, SMALLEST, PARTS, ACC)
     for m_start in range(0, maps, MAPS):
         m = (m_start + tl.arange(0, MAPS)).to(INDEX)
         inside = (m < maps)[:, None] & (c < channels)[None, :]
@@ -218,7 +185,7 @@ def _average_backward_kernel(
             low_width, step_c, step_p, step_m, step_y, step_x,
             RESIZE, KIND, PRECISION, MAPS, CHANNELS, PIXELS, INDEX, ACC,
         )  # fmt: skip
-        w = _weights(
+        w = weights_of(
             grad, pooled, m, c, channels, inside, length, along,
             NORMALIZE, SIGNED_SQRT, SCALE, EPS, ACC,
         ) / count  # fmt: skip
@@ -248,60 +215,6 @@ def _average_backward_kernel(
                 tl.store(to + (m[:, None] * pixels + p[None, :]), part, mask=written)
         if not ONE_TILE:
             tl.debug_barrier()  # What other threads of the program have stored is read next.
-
-
-@triton.jit
-def _maximum_backward_kernel(
-    features, attention, grad, norm, parts, argmax, grad_features, shares,
-    maps, channels, pixels, width, height, low_height, low_width,
-    feature_b, step_c, step_p, attention_b, step_m, step_y, step_x, to_b, to_c, to_p, tiles,
-    NORMALIZE: tl.constexpr, SIGNED_SQRT: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
-    SMALLEST: tl.constexpr, RESIZE: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
-    PARTS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """The same for the maximum: each entry's gradient belongs to its first maximal pixel."""
-    b = tl.program_id(0).to(tl.int64)
-    c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)).to(INDEX)
-    features += b * feature_b
-    attention += b * attention_b
-    grad += b * maps * channels
-    argmax += b * maps * channels
-    length, along = _length_and_along(norm, parts, b, tiles, NORMALIZE, SMALLEST, PARTS, ACC)
-    for start in range(0, pixels, PIXELS):
-        p = (start + tl.arange(0, PIXELS)).to(INDEX)
-        total = tl.zeros([PIXELS, CHANNELS], ACC)
-        f = feature_tile(features, p[:, None], c[None, :], pixels, channels, step_c, step_p, ACC)
-        for map_index in range(0, maps):
-            m = (map_index + tl.arange(0, 1)).to(INDEX)
-            inside = (m < maps)[:, None] & (c < channels)[None, :]
-            first = tl.load(argmax + m[:, None] * channels + c[None, :], mask=inside, other=0)
-            # An index from outside is not followed.
-            first = tl.minimum(tl.maximum(first, 0), pixels - 1).to(INDEX)
-            pooled = attention_tile(
-                attention, m[:, None], first, maps, pixels, width, height, low_height, low_width,
-                step_m, step_y, step_x, RESIZE, ACC, ACC,
-            ) * feature_tile(
-                features, first, c[None, :], pixels, channels, step_c, step_p, ACC
-            )  # fmt: skip
-            w = _weights(
-                grad, pooled, m, c, channels, inside, length, along,
-                NORMALIZE, SIGNED_SQRT, SCALE, EPS, ACC,
-            )  # fmt: skip
-            mine = tl.where(first == p[:, None], w, 0.0)
-            if grad_features is not None:
-                a = attention_tile(
-                    attention, m[None, :], p[:, None], maps, pixels, width, height, low_height,
-                    low_width, step_m, step_y, step_x, RESIZE, ACC, ACC,
-                )  # fmt: skip
-                total += tl.where(mine != 0, mine * a, 0.0)
-            if shares is not None:
-                part = tl.sum(tl.where(mine != 0, mine * f, 0.0), 1)
-                to = shares + (b * tl.num_programs(1) + tl.program_id(1)) * maps * pixels
-                tl.store(to + (map_index * pixels + p), part, mask=p < pixels)
-        if grad_features is not None:
-            to = grad_features + b * to_b + (p[:, None] * to_p + c[None, :] * to_c)
-            written = (p < pixels)[:, None] & (c < channels)[None, :]
-            tl.store(to, total.to(grad_features.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -403,7 +316,7 @@ def bilinear_attention_pool_backward(
     if call.maximum:
         for name in ("KIND", "PRECISION", "MAPS"):
             del settings[name]
-        _maximum_backward_kernel[(batch, count)](*inputs, argmax, *targets, *sizes, **settings)
+        maximum_backward_kernel[(batch, count)](*inputs, argmax, *targets, *sizes, **settings)
     elif whole:
         _image_backward_kernel[(batch, count)](
             *inputs, *targets, *sizes, span, SPLIT=call.split, **settings

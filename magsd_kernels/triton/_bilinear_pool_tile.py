@@ -136,6 +136,41 @@ def sum_of_parts(parts, count, PARTS: tl.constexpr):
     return tl.sum(tl.load(parts + i, mask=i < count, other=0.0), 0)
 
 
+@triton.jit
+def length_and_along(
+    norm, parts, b, tiles,
+    NORMALIZE: tl.constexpr, SMALLEST: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """An image's divisor, and the gradient along its unit vector; 1 and 0 without a norm."""
+    length = tl.full([], 1.0, ACC)
+    along = tl.full([], 0.0, ACC)
+    if NORMALIZE:
+        length = tl.load(norm + b)
+        smallest = tl.full([], SMALLEST, ACC)
+        along = sum_of_parts(parts + b * tiles, tiles, PARTS)
+        # Under the smallest norm the divisor is constant, and no gradient flows through it.
+        along = tl.where(length < smallest, 0.0, along)
+        length = tl.where(length < smallest, smallest, length)
+    return length, along
+
+
+@triton.jit
+def weights_of(
+    grad, pooled, m, c, channels, inside, length, along,
+    NORMALIZE: tl.constexpr, SIGNED_SQRT: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """W (M, C), the gradient of P, of one image."""
+    at = m[:, None] * channels + c[None, :]
+    wide = tl.load(grad + at, mask=inside, other=0.0).to(ACC) * tl.full([], SCALE, ACC)
+    root = root_of(pooled, SIGNED_SQRT, EPS, ACC)
+    if NORMALIZE:
+        wide = (wide - root / length * along) / length
+    if SIGNED_SQRT:
+        wide = tl.where(pooled == 0, 0.0, wide / (2.0 * tl.abs(root)))
+    return tl.where(inside, wide, 0.0)
+
+
 class Call:
     """Sizes, steps and settings that the kernels of one call share."""
 

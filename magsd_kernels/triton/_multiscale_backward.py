@@ -130,7 +130,7 @@ def _added(sums, scale, m, maps, PARTS: tl.constexpr):
     return of_bias[None, :], of_weight[None, :]
 
 
-@tunable(_CONFIGS, _KEY)
+@tunable(with_warps(16), _KEY)
 @triton.jit
 def _gradient_kernel(
     grad, xs, weights, biases, mean, rstd, sums, grads, grad_weights, grad_biases,

@@ -131,6 +131,11 @@ def _resource_usage(binary: Any) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def name_of(kernel: Any) -> str:
+    """Module and name of a kernel's function."""
+    return f"{kernel.module.rpartition('.')[2]}.{kernel.__name__}"
+
+
 def compiled(gpu: str, launch: Callable[[], Any], every_config: bool = False) -> list[Kernel]:
     """The kernels that `launch` launches, in order, compiled for the GPU.
 
@@ -140,9 +145,8 @@ def compiled(gpu: str, launch: Callable[[], Any], every_config: bool = False) ->
     run, one = JITFunction.run, Tunable.__getitem__
 
     def keep(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        name = f"{self.module.rpartition('.')[2]}.{self.__name__}"
         binary = run(self, *args, grid=grid, warmup=True, **kwargs)
-        kernels.append(Kernel(name, gpu, binary))
+        kernels.append(Kernel(name_of(self), gpu, binary))
 
     def each(self: Tunable, grid: Any) -> Callable[..., None]:
         def call(*args: Any, **kwargs: Any) -> None:

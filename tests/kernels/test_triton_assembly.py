@@ -31,7 +31,7 @@ from magsd_kernels.triton import (  # noqa: E402
 )
 from magsd_kernels.triton._common import Tunable, tunable, with_warps  # noqa: E402
 
-from .assembly import SHARED, TARGETS, Kernel, compiled  # noqa: E402
+from .assembly import SHARED, TARGETS, Kernel, compiled, name_of  # noqa: E402
 from .support import fresh_python  # noqa: E402
 
 Launch = Callable[[torch.dtype, str], None]
@@ -178,7 +178,7 @@ def test_nothing_spills_and_shared_memory_suffices(gpu, case, dtype, layout):
 SCALARS_IN_VECTORS = {
     "_bilinear_pool_backward._image_backward_kernel",
     "_bilinear_pool_backward._average_backward_kernel",
-    "_bilinear_pool_backward._maximum_backward_kernel",
+    "_bilinear_pool_maximum.maximum_backward_kernel",
     "_multiscale_backward._gradient_kernel",
     "multiscale_attention._statistics_kernel",
 }
@@ -242,7 +242,7 @@ def all_kernels() -> set[str]:
         for name, value in vars(inside).items():
             kernel = value.kernel if isinstance(value, Tunable) else value
             if name.endswith("_kernel") and isinstance(kernel, JITFunction):
-                names.add(f"{module.name}.{name}")
+                names.add(name_of(kernel))
     return names
 
 
