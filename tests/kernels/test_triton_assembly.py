@@ -180,6 +180,7 @@ SCALARS_IN_VECTORS = {
     "_bilinear_pool_backward._average_backward_kernel",
     "_bilinear_pool_maximum.maximum_backward_kernel",
     "_multiscale_backward._gradient_kernel",
+    "_multiscale_backward._sums_kernel",
     "multiscale_attention._statistics_kernel",
 }
 
@@ -276,12 +277,13 @@ def _dense_kernel(given, to, SIZE: tl.constexpr):
 
 @pytest.mark.parametrize("gpu", TARGETS)
 def test_what_is_looked_for_is_found(gpu):
-    def one(kernel, dtype, size):
+    def one(kernel, dtype, size, warps=1):
         given = empty(size, dtype=dtype)
-        launch = functools.partial(kernel[(1,)], given, given, SIZE=size, num_warps=1)
+        launch = functools.partial(kernel[(1,)], given, given, SIZE=size, num_warps=warps)
         return compiled(gpu, launch)[0]
 
-    assert spilled(one(_spilling_kernel, torch.float32, 65536)) > 0
+    # As many numbers a thread as it can have registers, or twice that.
+    assert spilled(one(_spilling_kernel, torch.float32, 64 * 8 * 256, warps=8)) > 0
     scalar, dense = (one(k, torch.bfloat16, 1024) for k in (_scalar_kernel, _dense_kernel))
     assert (scalar.wide, dense.half_words, dense.matrix) == (0, 0, 0)
     assert scalar.half_words > 0
