@@ -191,6 +191,8 @@ class Call:
         self.maximum = pool == "max"
         resize = attention.shape[2:] != features.shape[2:]
         half = features.dtype in (torch.float16, torch.bfloat16)
+        interpreted = triton.knobs.runtime.interpret
+        allow_tf32 = allow_tf32 and not interpreted  # The interpreter has no TF32.
         #: Whether products run on tensor cores.
         self.matrix = half or allow_tf32
         #: Whether a float32 factor is split into two of bfloat16, the type of the other factor.
@@ -198,7 +200,7 @@ class Call:
         acc = accumulation(features.dtype)
         kinds = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
         kind = acc if resize or not half else kinds[features.dtype]
-        if triton.knobs.runtime.interpret and kind == tl.bfloat16:
+        if interpreted and kind == tl.bfloat16:
             kind = acc  # The interpreter's dot reads the bits of bfloat16 as integers.
         exact = "ieee" if torch.version.hip else "tf32x3"
         self.precision = "tf32" if allow_tf32 else (exact if half else "ieee")
