@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from magsd_kernels._layout import is_channels_last
+
+AUTOTUNE_VARIABLE = "MAGSD_TRITON_AUTOTUNE"
+_AUTOTUNE = os.environ.get(AUTOTUNE_VARIABLE) == "1"
+
+_MOST_SIDE = 46340  # the largest number whose square 32 bits hold
 
 
 def accumulation(dtype: torch.dtype) -> tl.dtype:
@@ -24,6 +33,20 @@ def block(size: int, most: int) -> int:
     return min(triton.next_power_of_2(max(size, 1)), most)
 
 
+def offset_type(*maps: torch.Tensor, first: int = 0) -> tl.dtype:
+    """int32 where it holds every offset along the axes from `first` on, else int64.
+
+    It also holds the product of two sides, by which outputs find their inputs.
+    """
+    for tensor in maps:
+        sizes, steps = tensor.shape[first:], tensor.stride()[first:]
+        span = sum((size - 1) * step for size, step in zip(sizes, steps, strict=True))
+        # A tile may reach past the end by its own size; what lies there is masked, not wrapped.
+        if span >= 2**31 - 2**20 or max(tensor.shape[2:]) > _MOST_SIDE:
+            return tl.int64
+    return tl.int32
+
+
 def pixel_steps(maps: torch.Tensor) -> tuple[int, int, int]:
     """Steps from image to image, map to map, pixel to pixel (counted row by row)."""
     return (maps.stride(0), maps.stride(1), maps.stride(3 if maps.shape[3] > 1 else 2))
@@ -36,3 +59,39 @@ def with_rows(maps: torch.Tensor) -> torch.Tensor:
         return maps
     last = is_channels_last(maps)
     return maps.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def with_warps(*counts: int, **constants: object) -> list[triton.Config]:
+    """A configuration per number of warps, with the same constants; pipelined as by default."""
+    return [triton.Config(constants, num_warps=count, num_stages=None) for count in counts]
+
+
+class Tunable:
+    """A kernel that runs with the first of its configurations."""
+
+    def __init__(self, kernel: Any, configs: list[triton.Config]) -> None:
+        self.kernel = kernel
+        self.configs = configs
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        launch, settings = self.kernel[grid], self.configs[0].all_kwargs()
+        if torch.version.hip:
+            settings["num_warps"] = min(settings["num_warps"], 4)  # They have 64 threads each.
+        return lambda *arguments, **options: launch(*arguments, **settings, **options)
+
+
+def tunable(
+    configs: list[triton.Config], key: list[str], autotune: bool = _AUTOTUNE
+) -> Callable[[Any], Any]:
+    """A kernel that runs with the first of a few configurations, or, tuned, with the fastest.
+
+    Tuning is asked for by the environment variable. It times every configuration at the first call
+    for each value of the arguments in `key`; that call cannot be captured in a CUDA graph.
+    """
+
+    def wrap(kernel: Any) -> Any:
+        if autotune and not triton.knobs.runtime.interpret:
+            return triton.autotune(configs=configs, key=key)(kernel)
+        return Tunable(kernel, configs)
+
+    return wrap

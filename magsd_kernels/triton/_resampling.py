@@ -2,7 +2,9 @@
 
 An output o reads the inputs first_input(o) + k, k < a number known to the host, and weighs each by
 share(o, i), which is 0 where o does not read i; the adjoint walks from an input over the outputs
-first_output(i) + k with the same shares. Source: torch's adaptive_avg_pool2d and interpolate.
+first_output(i) + k with the same shares. TAPS is that number; "blocks" is area where every output
+reads its own TAPS inputs, so that no weight is computed. The type of o or i must hold the product
+of two sides. Source: torch's adaptive_avg_pool2d and interpolate.
 """
 
 from __future__ import annotations
@@ -23,23 +25,34 @@ def _nearest_index(o, size_in, size_out):
 
 
 @triton.jit
-def first_input(o, size_in, size_out, MODE: tl.constexpr, ALIGN: tl.constexpr, REAL: tl.constexpr):
+def first_input(
+    o, size_in, size_out, MODE: tl.constexpr, TAPS: tl.constexpr, ALIGN: tl.constexpr,
+    REAL: tl.constexpr,
+):  # fmt: skip
     """The first input that output o reads."""
-    if MODE == "area":
-        return (tl.cast(o, tl.int64) * size_in // size_out).to(tl.int32)
-    if MODE == "nearest":
-        return _nearest_index(o, size_in, size_out)
-    lower, _, _ = sample_at(o, size_in, step_of(size_in, size_out, ALIGN, REAL), ALIGN)
-    return lower
+    if MODE == "blocks":
+        first = o * TAPS
+    elif MODE == "area":
+        first = o * size_in // size_out
+    elif MODE == "nearest":
+        first = _nearest_index(o, size_in, size_out)
+    else:
+        first, _, _ = sample_at(o, size_in, step_of(size_in, size_out, ALIGN, REAL), ALIGN)
+    return first
 
 
 @triton.jit
-def first_output(i, size_in, size_out, MODE: tl.constexpr, ALIGN: tl.constexpr):
+def first_output(
+    i, size_in, size_out, MODE: tl.constexpr, TAPS: tl.constexpr, ALIGN: tl.constexpr
+):  # fmt: skip
     """An output at or before the first that reads input i."""
-    low = (tl.cast(i, tl.int64) * size_out // size_in).to(tl.int32)
-    if MODE == "nearest":
-        low = low - 1
-    if MODE == "bilinear":
+    if MODE == "blocks":
+        first = i // TAPS
+    elif MODE == "area":
+        first = i * size_out // size_in
+    elif MODE == "nearest":
+        first = tl.maximum(i * size_out // size_in - 1, 0)
+    else:
         step = step_of(size_in, size_out, ALIGN, tl.float32)
         shift = 0.0
         if not ALIGN:
@@ -47,21 +60,35 @@ def first_output(i, size_in, size_out, MODE: tl.constexpr, ALIGN: tl.constexpr):
         # One earlier than rounding could ask for.
         place = (tl.cast(i, tl.float32) - 1.0 + shift) / tl.maximum(step, 1e-30) - shift
         low = tl.minimum(tl.floor(place) - 1.0, tl.cast(size_out, tl.float32)).to(tl.int32)
-    return tl.where(i <= 0, 0, tl.maximum(low, 0))
+        first = tl.where(i <= 0, 0, tl.maximum(low, 0))
+    return first
 
 
 @triton.jit
-def share(o, i, size_in, size_out, MODE: tl.constexpr, ALIGN: tl.constexpr, REAL: tl.constexpr):
+def share(
+    o, i, size_in, size_out, MODE: tl.constexpr, TAPS: tl.constexpr, ALIGN: tl.constexpr,
+    REAL: tl.constexpr,
+):  # fmt: skip
     """With what weight output o reads input i."""
-    if MODE == "area":
-        begin = (tl.cast(o, tl.int64) * size_in // size_out).to(tl.int32)
-        end = ((tl.cast(o + 1, tl.int64) * size_in + size_out - 1) // size_out).to(tl.int32)
+    if MODE == "blocks":
+        part = tl.full([], 1.0 / TAPS, REAL)
+    elif MODE == "area":
+        begin = o * size_in // size_out
+        end = ((o + 1) * size_in + size_out - 1) // size_out
         read = (i >= begin) & (i < end)
-        return tl.where(read, 1.0 / tl.cast(end - begin, REAL), 0.0)
-    if MODE == "nearest":
-        return (_nearest_index(o, size_in, size_out) == i).to(REAL)
-    lower, upper, weight = sample_at(o, size_in, step_of(size_in, size_out, ALIGN, REAL), ALIGN)
-    return tl.where(lower == i, 1.0 - weight, 0.0) + tl.where(upper == i, weight, 0.0)
+        part = tl.where(read, 1.0 / tl.cast(end - begin, REAL), 0.0)
+    elif MODE == "nearest":
+        part = (_nearest_index(o, size_in, size_out) == i).to(REAL)
+    else:
+        lower, upper, weight = sample_at(o, size_in, step_of(size_in, size_out, ALIGN, REAL), ALIGN)
+        part = tl.where(lower == i, 1.0 - weight, 0.0) + tl.where(upper == i, weight, 0.0)
+    return part
+
+
+def kernel_mode(size_in: tuple[int, int], size_out: tuple[int, int], mode: str) -> str:
+    """The mode by its name in a kernel: "blocks" is area with whole ratios, without a division."""
+    whole = all(a % b == 0 for a, b in zip(size_in, size_out, strict=True))
+    return "blocks" if mode == "area" and whole else mode
 
 
 def most_inputs(size_in: int, size_out: int, mode: str) -> int:

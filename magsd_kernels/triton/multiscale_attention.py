@@ -2,14 +2,15 @@
 
 Training reads every projection twice forward and twice backward, in two launches each:
 
-- statistics: a program adds up a part of the pixels of one scale, shifted by the channel's first
-  value, and writes mean and sum of squares of its part (Chan et al. 1983);
-- apply: a program owns a tile of output pixels by maps. It first combines the parts of its maps,
-  always in the same order, and then gathers, normalises and sums what every output reads.
+- statistics: a program adds up a part of the pixels of one scale, shifted by the mean of its first
+  tile so that no digits are lost to a far mean or to one far value, and writes mean and sum of
+  squares of its part;
+- apply: a program owns a tile of output pixels by maps. It first combines the parts of its maps
+  (Chan et al. 1983), all at once and always in the same order, and then gathers, normalises and
+  sums what every output reads.
 
-Backward alike: sums of the batch norm's gradient by parts, then the gradient itself. No normalised
-or resampled map is stored. Evaluation and resample_attention need the second launch only. Maps of
-either memory format are read by strides.
+Backward alike (`_multiscale_backward.py`). No normalised or resampled map is stored. Evaluation and
+resample_attention need the second launch only. Maps of either memory format are read by strides.
 """
 
 from __future__ import annotations
@@ -18,47 +19,73 @@ import torch
 import triton
 import triton.language as tl
 
-from magsd_kernels._layout import accumulation_dtype, empty_like_format, is_channels_last
-from magsd_kernels.triton._common import accumulation, block, pixel_steps, with_rows
-from magsd_kernels.triton._resampling import (
-    first_input,
-    first_output,
-    most_inputs,
-    most_outputs,
-    share,
+from magsd_kernels._layout import accumulation_dtype
+from magsd_kernels.triton._common import (
+    accumulation,
+    offset_type,
+    pixel_steps,
+    tunable,
+    with_rows,
+    with_warps,
+)
+from magsd_kernels.triton._multiscale_backward import (
+    multiscale_attention_backward,
+    resample_attention_backward,
+)
+from magsd_kernels.triton._resampling import first_input, share
+from magsd_kernels.triton._scales import (
+    Parts,
+    Tensors,
+    empty_like_first,
+    parts_of,
+    resampling,
+    sizes_of,
+    tile_of,
 )
 
-_TILE = 2048  # elements in flight
-_MOST_PARTS = 32
-_MOST_MAPS = 64  # maps of a tile
+__all__ = [
+    "multiscale_attention",
+    "multiscale_attention_backward",
+    "resample_attention",
+    "resample_attention_backward",
+]
 
-Tensors = list[torch.Tensor]
+_STATISTICS_TILE = 4096  # elements in flight
+_APPLY_TILE = 2048
+_CONFIGS = [*with_warps(4, 8, STAGES=3), *with_warps(4, STAGES=1)]
 
 
 @triton.jit
 def _statistics_part(
-    x, parts, scale, batch, maps, pixels, step_b, step_c, step_p,
-    PARTS: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr, ACC: tl.constexpr,
+    x, parts, scale, batch, maps, pixels, length, step_b, step_c, step_p,
+    PARTS: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr, STAGES: tl.constexpr,
+    INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squares of one part of one scale -> parts (scales, PARTS, 2, M)."""
     part = tl.program_id(0)
     m = tl.program_id(2) * MAPS + tl.arange(0, MAPS)[None, :]
     present = m < maps
-    shift = tl.load(x + m * step_c, mask=present, other=0.0).to(ACC)
-    total = batch * pixels
-    length = tl.cdiv(total, PARTS)
-    begin = part * length
+    total = tl.cast(batch, INDEX) * pixels
+    begin = tl.minimum(tl.cast(part, INDEX) * length, total)
     end = tl.minimum(begin + length, total)
+    place = x + m.to(INDEX) * step_c
+    n = begin + tl.arange(0, PIXELS)[:, None]
+    at = n // pixels * step_b + n % pixels * step_p
+    few = tl.load(place + at, mask=(n < end) & present, other=0.0).to(ACC)
+    shift = tl.sum(few, 0)[None, :] / tl.minimum(tl.maximum(end - begin, 1), PIXELS).to(ACC)
+    shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
     plain = tl.zeros([PIXELS, MAPS], ACC)
     squares = tl.zeros([PIXELS, MAPS], ACC)
-    for start in range(begin, end, PIXELS):
+    for start in tl.range(begin, end, PIXELS, num_stages=STAGES):
         n = start + tl.arange(0, PIXELS)[:, None]
-        at = x + (n // pixels).to(tl.int64) * step_b + n % pixels * step_p + m * step_c
         inside = (n < end) & present
-        value = tl.where(inside, tl.load(at, mask=inside, other=0.0).to(ACC) - shift, 0.0)
+        value = tl.load(
+            place + (n // pixels * step_b + n % pixels * step_p), mask=inside, other=0.0
+        )
+        value = tl.where(inside, value.to(ACC) - shift, 0.0)
         plain += value
         squares += value * value
-    count = tl.cast(tl.maximum(end - begin, 1), ACC)
+    count = tl.maximum(end - begin, 1).to(ACC)
     mean = tl.sum(plain, 0)[None, :] / count
     deviation = tl.maximum(tl.sum(squares, 0)[None, :] - mean * mean * count, 0.0)
     to = parts + ((scale * PARTS + part) * 2) * maps + m
@@ -66,40 +93,37 @@ def _statistics_part(
     tl.store(to + maps, deviation, mask=present)
 
 
+@tunable(_CONFIGS, ["maps", "pixels", "PARTS", "PIXELS"])
 @triton.jit
 def _statistics_kernel(
-    xs, parts, batch, maps, pixels, steps,
-    PARTS: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr, ACC: tl.constexpr,
+    xs, parts, batch, maps, pixels, lengths, steps,
+    PARTS: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr, STAGES: tl.constexpr,
+    INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     for scale in tl.static_range(len(xs)):
         if tl.program_id(1) == scale:
             _statistics_part(
-                xs[scale], parts, scale, batch, maps, pixels[scale],
-                steps[scale][0], steps[scale][1], steps[scale][2], PARTS, PIXELS, MAPS, ACC,
+                xs[scale], parts, scale, batch, maps, pixels[scale], lengths[scale],
+                steps[scale][0], steps[scale][1], steps[scale][2],
+                PARTS, PIXELS, MAPS, STAGES, INDEX, ACC,
             )  # fmt: skip
 
 
 @triton.jit
-def _combined(parts, scale, m, maps, total, PARTS: tl.constexpr, MAPS: tl.constexpr,
-              ACC: tl.constexpr):  # fmt: skip
-    """Mean and biased variance of every map, from its parts in their order."""
-    length = tl.cdiv(total, PARTS)
-    mean = tl.zeros([1, MAPS], ACC)
-    squares = tl.zeros([1, MAPS], ACC)
-    count = 0
-    for part in range(PARTS):
-        size = tl.minimum(length, tl.maximum(total - part * length, 0))
-        at = parts + ((scale * PARTS + part) * 2) * maps + m
-        other = tl.load(at, mask=m < maps, other=0.0)
-        deviation = tl.load(at + maps, mask=m < maps, other=0.0)
-        both = tl.cast(tl.maximum(count + size, 1), ACC)
-        ratio = tl.cast(size, ACC) / both
-        apart = other - mean
-        mean += apart * ratio
-        here = tl.cast(tl.minimum(size, 1), ACC)
-        squares += here * deviation + apart * apart * (tl.cast(count, ACC) * ratio)
-        count += size
-    return mean, squares / tl.cast(total, ACC)
+def _combined(
+    parts, scale, m, maps, total, length,
+    PARTS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Mean and biased variance of every map, from its parts."""
+    part = tl.arange(0, PARTS)[:, None]
+    size = tl.minimum(tl.maximum(total - part.to(INDEX) * length, 0), length).to(ACC)
+    at = parts + ((scale * PARTS + part) * 2) * maps + m
+    mean_of_part = tl.load(at, mask=m < maps, other=0.0)
+    deviation = tl.load(at + maps, mask=m < maps, other=0.0)
+    count = tl.cast(total, ACC)
+    mean = tl.sum(mean_of_part * size, 0)[None, :] / count
+    apart = mean_of_part - mean
+    return mean, tl.sum(deviation + apart * apart * size, 0)[None, :] / count
 
 
 @triton.jit
@@ -112,226 +136,101 @@ def _update(running, at, present, momentum: tl.constexpr, value):
 
 
 @triton.jit
-def _apply_kernel(
-    xs, out, weights, biases, running_means, running_vars, parts, mean_out, rstd_out,
-    batch, maps, height, width, out_b, out_c, out_p, heights, widths, steps, parameter_steps,
-    NORM: tl.constexpr, TRAINING: tl.constexpr, MOMENTUM: tl.constexpr, EPS: tl.constexpr,
-    MODE: tl.constexpr, ALIGN: tl.constexpr, TAPS: tl.constexpr,
-    PARTS: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr, ACC: tl.constexpr,
+def _norm_of(
+    weight, bias, running_mean, running_var, parts, mean_out, rstd_out, scale, m, maps, total,
+    length, parameter_steps, TRAINING: tl.constexpr, MOMENTUM: tl.constexpr, EPS: tl.constexpr,
+    PARTS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(1) * MAPS + tl.arange(0, MAPS)[None, :]
+    """One scale's mean, factor and bias; the first program keeps the statistics."""
     present = m < maps
-    n = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)[:, None]
-    pixels = height * width
-    inside = n < batch * pixels
-    b = (n // pixels).to(tl.int64)
-    p = n % pixels
-    y, x = p // width, p % width
-    total = tl.zeros([PIXELS, MAPS], ACC)
-    for scale in tl.static_range(len(xs)):
-        low_height, low_width = heights[scale], widths[scale]
-        if NORM:
-            if TRAINING:
-                count = batch * low_height * low_width
-                mean, variance = _combined(parts, scale, m, maps, count, PARTS, MAPS, ACC)
-            else:
-                at = m * parameter_steps[scale][2]
-                mean = tl.load(running_means[scale] + at, mask=present, other=0.0).to(ACC)
-                at = m * parameter_steps[scale][3]
-                variance = tl.load(running_vars[scale] + at, mask=present, other=0.0).to(ACC)
-            rstd = 1.0 / tl.sqrt(variance + tl.full([], EPS, ACC))
-            if tl.program_id(0) == 0:
-                tl.store(mean_out + scale * maps + m, mean, mask=present)
-                tl.store(rstd_out + scale * maps + m, rstd, mask=present)
-                if TRAINING:
-                    unbiased = variance * (tl.cast(count, ACC) / tl.cast(count - 1, ACC))
-                    _update(running_means[scale], m * parameter_steps[scale][2], present,
-                            MOMENTUM, mean)  # fmt: skip
-                    _update(running_vars[scale], m * parameter_steps[scale][3], present,
-                            MOMENTUM, unbiased)  # fmt: skip
-            at = m * parameter_steps[scale][0]
-            factor = rstd * tl.load(weights[scale] + at, mask=present, other=0.0).to(ACC)
-            at = m * parameter_steps[scale][1]
-            bias = tl.load(biases[scale] + at, mask=present, other=0.0).to(ACC)
-        first_y = first_input(y, low_height, height, MODE, ALIGN, ACC)
-        first_x = first_input(x, low_width, width, MODE, ALIGN, ACC)
-        for k in range(TAPS[scale][0] * TAPS[scale][1]):
-            i = first_y + k // TAPS[scale][1]
-            j = first_x + k % TAPS[scale][1]
-            part = share(y, i, low_height, height, MODE, ALIGN, ACC)
-            part *= share(x, j, low_width, width, MODE, ALIGN, ACC)
-            read = inside & (i < low_height) & (j < low_width)
-            if MODE == "area":  # Windows of fewer inputs than the largest.
-                read = read & (part != 0)
-            at = b * steps[scale][0] + (i * low_width + j) * steps[scale][2] + m * steps[scale][1]
-            value = tl.load(xs[scale] + at, mask=read & present, other=0.0).to(ACC)
-            if NORM:
-                value = (value - mean) * factor + bias
-                value = tl.where(value < 0, 0.0, value)  # NaN stays NaN.
-            total += tl.where(read, value * part, 0.0)
-    to = out + b * out_b + p * out_p + m * out_c
-    tl.store(to, total.to(out.dtype.element_ty), mask=inside & present)
+    at_mean, at_var = m * parameter_steps[2], m * parameter_steps[3]
+    if TRAINING:
+        mean, variance = _combined(parts, scale, m, maps, total, length, PARTS, INDEX, ACC)
+    else:
+        mean = tl.load(running_mean + at_mean, mask=present, other=0.0).to(ACC)
+        variance = tl.load(running_var + at_var, mask=present, other=0.0).to(ACC)
+    rstd = 1.0 / tl.sqrt(variance + tl.full([], EPS, ACC))
+    if tl.program_id(0) == 0:
+        tl.store(mean_out + scale * maps + m, mean, mask=present)
+        tl.store(rstd_out + scale * maps + m, rstd, mask=present)
+        if TRAINING:
+            unbiased = variance * (tl.cast(total, ACC) / tl.cast(total - 1, ACC))
+            _update(running_mean, at_mean, present, MOMENTUM, mean)
+            _update(running_var, at_var, present, MOMENTUM, unbiased)
+    gain = tl.load(weight + m * parameter_steps[0], mask=present, other=0.0).to(ACC)
+    offset = tl.load(bias + m * parameter_steps[1], mask=present, other=0.0).to(ACC)
+    return mean, rstd * gain, offset
 
 
 @triton.jit
-def _resized_back(
-    grad, b, m, y, x, inside, low_height, low_width, height, width, grad_b, grad_c, grad_p,
-    MODE: tl.constexpr, ALIGN: tl.constexpr, OUTPUTS_Y: tl.constexpr, OUTPUTS_X: tl.constexpr,
-    ACC: tl.constexpr,
+def _gathered(
+    x, b, y, x_out, m, inside, low_height, low_width, height, width, steps, mean, factor, bias,
+    NORM: tl.constexpr, MODE: tl.constexpr, ALIGN: tl.constexpr, TAPS_Y: tl.constexpr,
+    TAPS_X: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one scale's input pixels: what the outputs that read them give back."""
-    first_y = first_output(y, low_height, height, MODE, ALIGN)
-    first_x = first_output(x, low_width, width, MODE, ALIGN)
-    total = tl.cast(inside, ACC) * 0.0
-    for k in range(OUTPUTS_Y * OUTPUTS_X):
-        o_y = first_y + k // OUTPUTS_X
-        o_x = first_x + k % OUTPUTS_X
-        part = share(o_y, y, low_height, height, MODE, ALIGN, ACC)
-        part *= share(o_x, x, low_width, width, MODE, ALIGN, ACC)
-        read = inside & (o_y < height) & (o_x < width) & (part != 0)
-        at = grad + b * grad_b + (o_y * width + o_x) * grad_p + m * grad_c
-        value = tl.load(at, mask=read, other=0.0).to(ACC)
+    """One scale's maps, normalised and rectified where there is a norm, at outputs (y, x_out)."""
+    first_y = first_input(y, low_height, height, MODE, TAPS_Y, ALIGN, ACC).to(INDEX)
+    first_x = first_input(x_out, low_width, width, MODE, TAPS_X, ALIGN, ACC).to(INDEX)
+    place = x + (b * steps[0] + m * steps[1])
+    total = tl.zeros(inside.shape, ACC)
+    for k in tl.range(TAPS_Y * TAPS_X, loop_unroll_factor=4):
+        i = first_y + k // TAPS_X
+        j = first_x + k % TAPS_X
+        part = share(y, i, low_height, height, MODE, TAPS_Y, ALIGN, ACC)
+        part *= share(x_out, j, low_width, width, MODE, TAPS_X, ALIGN, ACC)
+        read = inside
+        if MODE != "blocks":
+            read = read & (i < low_height) & (j < low_width)
+        if MODE == "area":  # Windows of fewer inputs than the largest.
+            read = read & (part != 0)
+        value = tl.load(place + (i * low_width + j) * steps[2], mask=read, other=0.0).to(ACC)
+        if NORM:
+            value = (value - mean) * factor + bias
+            value = tl.where(value < 0, 0.0, value)  # NaN stays NaN.
         total += tl.where(read, value * part, 0.0)
     return total
 
 
 @triton.jit
-def _normal(x, at, inside, mean, rstd, weight, bias, ACC: tl.constexpr):
-    """(x - mean) rstd, and whether the norm of x passes the ReLU."""
-    offset = tl.load(x + at, mask=inside, other=0.0).to(ACC) - mean
-    return offset * rstd, offset * (weight * rstd) + bias > 0
-
-
-@triton.jit
-def _parameters(weight, bias, mean, rstd, scale, m, maps, step_weight, step_bias,
-                ACC: tl.constexpr):  # fmt: skip
-    present = m < maps
-    return (
-        tl.load(mean + scale * maps + m, mask=present, other=0.0),
-        tl.load(rstd + scale * maps + m, mask=present, other=0.0),
-        tl.load(weight + m * step_weight, mask=present, other=0.0).to(ACC),
-        tl.load(bias + m * step_bias, mask=present, other=0.0).to(ACC),
-    )
-
-
-@triton.jit
-def _sums_kernel(
-    grad, xs, weights, biases, mean, rstd, sums, batch, maps, height, width,
-    grad_b, grad_c, grad_p, heights, widths, steps, parameter_steps,
-    MODE: tl.constexpr, ALIGN: tl.constexpr, OUTPUTS: tl.constexpr,
-    PARTS: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr, ACC: tl.constexpr,
+def _apply_kernel(
+    xs, out, weights, biases, running_means, running_vars, parts, mean_out, rstd_out,
+    batch, maps, height, width, out_b, out_c, out_p, heights, widths, steps, lengths,
+    parameter_steps, NORM: tl.constexpr, TRAINING: tl.constexpr, MOMENTUM: tl.constexpr,
+    EPS: tl.constexpr, MODES: tl.constexpr, ALIGN: tl.constexpr, TAPS: tl.constexpr,
+    OUTPUTS: tl.constexpr, PARTS: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr,
+    INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the norm's gradient, and of that times (x - mean) rstd, by parts."""
-    part = tl.program_id(0)
-    m = tl.program_id(2) * MAPS + tl.arange(0, MAPS)[None, :]
+    m = tl.program_id(1) * MAPS + tl.arange(0, MAPS)[None, :]
+    n = tl.cast(tl.program_id(0), INDEX) * PIXELS + tl.arange(0, PIXELS)[:, None]
+    pixels = tl.cast(height, INDEX) * width
+    inside = (n < batch * pixels) & (m < maps)
+    b, p = n // pixels, n % pixels
+    y, x = p // width, p % width
+    total = tl.zeros([PIXELS, MAPS], ACC)
     for scale in tl.static_range(len(xs)):
-        if tl.program_id(1) == scale:
-            low_height, low_width = heights[scale], widths[scale]
-            pixels = low_height * low_width
-            total = batch * pixels
-            length = tl.cdiv(total, PARTS)
-            end = tl.minimum(part * length + length, total)
-            at_mean, at_rstd, weight, bias = _parameters(
-                weights[scale], biases[scale], mean, rstd, scale, m, maps,
-                parameter_steps[scale][0], parameter_steps[scale][1], ACC,
+        mean, factor, bias = 0.0, 0.0, 0.0
+        if NORM:
+            count = tl.cast(batch, INDEX) * heights[scale] * widths[scale]
+            mean, factor, bias = _norm_of(
+                weights[scale], biases[scale], running_means[scale], running_vars[scale], parts,
+                mean_out, rstd_out, scale, m, maps, count, lengths[scale], parameter_steps[scale],
+                TRAINING, MOMENTUM, EPS, PARTS, INDEX, ACC,
             )  # fmt: skip
-            plain = tl.zeros([PIXELS, MAPS], ACC)
-            centred = tl.zeros([PIXELS, MAPS], ACC)
-            for start in range(part * length, end, PIXELS):
-                n = start + tl.arange(0, PIXELS)[:, None]
-                b, p = (n // pixels).to(tl.int64), n % pixels
-                inside = (n < end) & (m < maps)
-                back = _resized_back(
-                    grad, b, m, p // low_width, p % low_width, inside, low_height, low_width,
-                    height, width, grad_b, grad_c, grad_p,
-                    MODE, ALIGN, OUTPUTS[scale][0], OUTPUTS[scale][1], ACC,
-                )  # fmt: skip
-                at = b * steps[scale][0] + p * steps[scale][2] + m * steps[scale][1]
-                normal, passes = _normal(xs[scale], at, inside, at_mean, at_rstd, weight, bias, ACC)
-                back = tl.where(passes & inside, back, 0.0)
-                plain += back
-                centred += tl.where(back != 0, back * normal, 0.0)
-            to = sums + ((scale * PARTS + part) * 2) * maps + m
-            tl.store(to, tl.sum(plain, 0)[None, :], mask=m < maps)
-            tl.store(to + maps, tl.sum(centred, 0)[None, :], mask=m < maps)
-
-
-@triton.jit
-def _gradient_kernel(
-    grad, xs, weights, biases, mean, rstd, sums, grads, grad_weights, grad_biases,
-    batch, maps, height, width, grad_b, grad_c, grad_p, heights, widths, steps, to_steps,
-    parameter_steps, NORM: tl.constexpr, TRAINING: tl.constexpr,
-    MODE: tl.constexpr, ALIGN: tl.constexpr, OUTPUTS: tl.constexpr,
-    PARTS: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    m = tl.program_id(2) * MAPS + tl.arange(0, MAPS)[None, :]
-    present = m < maps
-    for scale in tl.static_range(len(grads)):
-        low_height, low_width = heights[scale], widths[scale]
-        pixels = low_height * low_width
-        total = batch * pixels
-        first = tl.program_id(0) * PIXELS
-        if (tl.program_id(1) == scale) & (first < total):
-            n = first + tl.arange(0, PIXELS)[:, None]
-            b, p = (n // pixels).to(tl.int64), n % pixels
-            inside = (n < total) & present
-            back = _resized_back(
-                grad, b, m, p // low_width, p % low_width, inside, low_height, low_width,
-                height, width, grad_b, grad_c, grad_p,
-                MODE, ALIGN, OUTPUTS[scale][0], OUTPUTS[scale][1], ACC,
-            )  # fmt: skip
-            if NORM:
-                at_mean, at_rstd, weight, bias = _parameters(
-                    weights[scale], biases[scale], mean, rstd, scale, m, maps,
-                    parameter_steps[scale][0], parameter_steps[scale][1], ACC,
-                )  # fmt: skip
-                of_bias = tl.zeros([1, MAPS], ACC)
-                of_weight = tl.zeros([1, MAPS], ACC)
-                for part in range(PARTS):
-                    at_part = sums + ((scale * PARTS + part) * 2) * maps + m
-                    of_bias += tl.load(at_part, mask=present, other=0.0)
-                    of_weight += tl.load(at_part + maps, mask=present, other=0.0)
-                if first == 0:
-                    to = grad_weights[scale] + m
-                    tl.store(to, of_weight.to(grad_weights[scale].dtype.element_ty), mask=present)
-                    to = grad_biases[scale] + m
-                    tl.store(to, of_bias.to(grad_biases[scale].dtype.element_ty), mask=present)
-                at = b * steps[scale][0] + p * steps[scale][2] + m * steps[scale][1]
-                normal, passes = _normal(xs[scale], at, inside, at_mean, at_rstd, weight, bias, ACC)
-                back = tl.where(passes, back, 0.0)
-                if TRAINING:
-                    # Ioffe and Szegedy 2015: the batch's mean and variance depend on every element.
-                    back -= (of_bias + normal * of_weight) / tl.cast(total, ACC)
-                back *= weight * at_rstd
-            to = b * to_steps[scale][0] + p * to_steps[scale][2] + m * to_steps[scale][1]
-            kind = grads[scale].dtype.element_ty
-            tl.store(grads[scale] + to, back.to(kind), mask=inside)
-
-
-def _tile(maps: int) -> tuple[int, int]:
-    """Pixels and maps of a tile."""
-    wide = block(maps, _MOST_MAPS)
-    return max(_TILE // wide, 1), wide
-
-
-def _parts(batch: int, maps: Tensors, pixels: int) -> int:
-    """Into how many parts the pixels of a scale are cut."""
-    largest = max(m.shape[2] * m.shape[3] for m in maps)
-    return block(triton.cdiv(batch * largest, pixels), _MOST_PARTS)
-
-
-def _empty_like_first(first: torch.Tensor, size: list[int]) -> torch.Tensor:
-    batch, channels = first.shape[:2]
-    if is_channels_last(first):
-        return first.new_empty((batch, *size, channels)).movedim(-1, -3)
-    return first.new_empty((batch, channels, *size))
+        total += _gathered(
+            xs[scale], b, y, x, m.to(INDEX), inside, heights[scale], widths[scale], height, width,
+            steps[scale], mean, factor, bias, NORM, MODES[scale], ALIGN,
+            TAPS[scale][0], TAPS[scale][1], INDEX, ACC,
+        )  # fmt: skip
+    to = out + (b * out_b + p * out_p + m.to(INDEX) * out_c)
+    tl.store(to, total.to(out.dtype.element_ty), mask=inside)
 
 
 def _apply(
     maps: Tensors,
     norms: tuple[tuple[torch.Tensor, ...] | None, ...],
     statistics: tuple[torch.Tensor | None, ...],
-    size: list[int],
+    parts: Parts,
+    size: tuple[int, int],
     mode: str,
     align_corners: bool,
     **settings: object,
@@ -339,102 +238,34 @@ def _apply(
     """Sum of the maps, normalised if there are norms, resampled to `size`."""
     first = maps[0]
     batch, channels = first.shape[:2]
-    out = _empty_like_first(first, size)
-    pixels, wide = _tile(channels)
+    out = empty_like_first(first, size)
+    tile = tile_of(channels, _APPLY_TILE)
     parameter_steps = tuple(
         (0, 0, 0, 0) if norms[0] is None else tuple(values[i].stride(0) for values in norms)
         for i in range(len(maps))
     )  # fmt: skip
-    grid = (triton.cdiv(max(batch, 1) * size[0] * size[1], pixels), triton.cdiv(channels, wide))
+    grid = (triton.cdiv(max(batch, 1) * size[0] * size[1], tile.pixels), tile.chunks)
     _apply_kernel[grid](
-        tuple(maps), out, *norms, *statistics, batch, channels, *size,
-        *pixel_steps(out), tuple(m.shape[2] for m in maps), tuple(m.shape[3] for m in maps),
-        tuple(pixel_steps(m) for m in maps), parameter_steps, MODE=mode, ALIGN=align_corners,
-        TAPS=tuple(
-            tuple(most_inputs(m.shape[2 + d], size[d], mode) for d in range(2)) for m in maps
-        ),
-        PIXELS=pixels, MAPS=wide, ACC=accumulation(first.dtype), **settings,
+        tuple(maps), out, *norms, *statistics, batch, channels, *size, *pixel_steps(out),
+        *sizes_of(maps), parts.lengths, parameter_steps, PARTS=parts.count, PIXELS=tile.pixels,
+        MAPS=tile.maps, INDEX=offset_type(*maps, out), ACC=accumulation(first.dtype),
+        num_warps=4 if torch.version.hip else 8,
+        **resampling(maps, size, mode, align_corners), **settings,
     )  # fmt: skip
     return out
-
-
-def _gradients(
-    grad: torch.Tensor,
-    grads: Tensors,
-    maps: Tensors,
-    norms: tuple[object, ...],
-    statistics: tuple[torch.Tensor | None, ...],
-    results: tuple[object, ...],
-    parameter_steps: tuple[tuple[int, int], ...],
-    mode: str,
-    align_corners: bool,
-    training: bool,
-) -> None:
-    """Write `grads`, and with norms the parameters' gradients `results`."""
-    batch, channels, height, width = grad.shape
-    grad = with_rows(grad)
-    pixels, wide = _tile(channels)
-    parts = _parts(batch, grads, pixels)
-    sums = grad.new_empty(0)
-    common = (
-        batch, channels, height, width, *pixel_steps(grad),
-        tuple(g.shape[2] for g in grads), tuple(g.shape[3] for g in grads),
-        tuple(pixel_steps(m) for m in maps),
-    )  # fmt: skip
-    settings = {
-        "MODE": mode, "ALIGN": align_corners, "PARTS": parts, "PIXELS": pixels, "MAPS": wide,
-        "ACC": accumulation(grad.dtype),
-        "OUTPUTS": tuple(
-            (
-                most_outputs(g.shape[2], height, mode, align_corners),
-                most_outputs(g.shape[3], width, mode, align_corners),
-            )
-            for g in grads
-        ),
-    }  # fmt: skip
-    chunks = triton.cdiv(channels, wide)
-    norm = norms[0] is not None
-    if norm:
-        sums = grad.new_empty(
-            (len(grads), parts, 2, channels), dtype=accumulation_dtype(grad.dtype)
-        )
-        _sums_kernel[(parts, len(grads), chunks)](
-            grad, tuple(maps), *norms, *statistics, sums, *common, parameter_steps, **settings
-        )
-    largest = max(g.shape[2] * g.shape[3] for g in grads)
-    _gradient_kernel[(triton.cdiv(max(batch * largest, 1), pixels), len(grads), chunks)](
-        grad, tuple(maps), *norms, *statistics, sums, tuple(grads), *results, *common,
-        tuple(pixel_steps(g) for g in grads), parameter_steps,
-        NORM=norm, TRAINING=training, **settings,
-    )  # fmt: skip
-
-
-_NO_NORMS = (None,) * 4
 
 
 def resample_attention(
     maps: Tensors, size: list[int], mode: str, align_corners: bool
 ) -> torch.Tensor:
     """Sum of maps[i] (B, M, h_i, w_i) resampled to size -> (B, M, H, W)."""
+    height, width = size
     if maps[0].shape[0] == 0:
-        return _empty_like_first(maps[0], size)
+        return empty_like_first(maps[0], (height, width))
     return _apply(
-        [with_rows(m) for m in maps], _NO_NORMS, (None,) * 3, size, mode, align_corners,
-        NORM=False, TRAINING=False, MOMENTUM=0.0, EPS=0.0, PARTS=1,
+        [with_rows(m) for m in maps], (None,) * 4, (None,) * 3, Parts(1, (0,) * len(maps)),
+        (height, width), mode, align_corners, NORM=False, TRAINING=False, MOMENTUM=0.0, EPS=0.0,
     )  # fmt: skip
-
-
-def resample_attention_backward(
-    grad: torch.Tensor, heights: list[int], widths: list[int], mode: str, align_corners: bool
-) -> Tensors:
-    """Gradients (B, M, heights[i], widths[i]) of the maps."""
-    grads = [_empty_like_first(grad, [h, w]) for h, w in zip(heights, widths, strict=True)]
-    if grad.shape[0] > 0:
-        _gradients(
-            grad, grads, grads, (None, None), (None, None), (None, None),
-            ((0, 0),) * len(grads), mode, align_corners, False,
-        )  # fmt: skip
-    return grads
 
 
 def multiscale_attention(
@@ -459,43 +290,20 @@ def multiscale_attention(
     dtype = accumulation_dtype(maps[0].dtype)
     mean, rstd = (maps[0].new_empty((len(maps), channels), dtype=dtype) for _ in range(2))
     training = training and batch > 0
-    pixels, wide = _tile(channels)
-    count = _parts(batch, maps, pixels)
-    parts = maps[0].new_empty((len(maps), count, 2, channels) if training else (0,), dtype=dtype)
+    tile = tile_of(channels, _STATISTICS_TILE)
+    parts = parts_of(maps, tile.pixels)
+    shape = (len(maps), parts.count, 2, channels) if training else (0,)
+    sums = maps[0].new_empty(shape, dtype=dtype)
     if training:
-        _statistics_kernel[(count, len(maps), triton.cdiv(channels, wide))](
-            tuple(maps), parts, batch, channels, tuple(m.shape[2] * m.shape[3] for m in maps),
-            tuple(pixel_steps(m) for m in maps),
-            PARTS=count, PIXELS=pixels, MAPS=wide, ACC=accumulation(maps[0].dtype),
+        _statistics_kernel[(parts.count, len(maps), tile.chunks)](
+            tuple(maps), sums, batch, channels, tuple(m.shape[2] * m.shape[3] for m in maps),
+            parts.lengths, tuple(pixel_steps(m) for m in maps),
+            PARTS=parts.count, PIXELS=tile.pixels, MAPS=tile.maps,
+            INDEX=offset_type(*maps), ACC=accumulation(maps[0].dtype),
         )  # fmt: skip
     norms = tuple(map(tuple, (weights, biases, running_means, running_vars)))
     attention = _apply(
-        maps, norms, (parts, mean, rstd), size, mode, align_corners,
-        NORM=True, TRAINING=training, MOMENTUM=momentum, EPS=eps, PARTS=count,
+        maps, norms, (sums, mean, rstd), parts, (size[0], size[1]), mode, align_corners,
+        NORM=True, TRAINING=training, MOMENTUM=momentum, EPS=eps,
     )  # fmt: skip
     return attention, mean, rstd
-
-
-def multiscale_attention_backward(
-    grad: torch.Tensor,
-    projections: Tensors,
-    weights: Tensors,
-    biases: Tensors,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    training: bool,
-    mode: str,
-    align_corners: bool,
-) -> tuple[Tensors, Tensors, Tensors]:
-    """Gradients of projections, weights and biases."""
-    grads = [empty_like_format(x) for x in projections]
-    empty = torch.zeros_like if grad.shape[0] == 0 else torch.empty_like
-    grad_weights, grad_biases = ([empty(v) for v in values] for values in (weights, biases))
-    if grad.shape[0] > 0:
-        steps = tuple((w.stride(0), b.stride(0)) for w, b in zip(weights, biases, strict=True))
-        _gradients(
-            grad, grads, [with_rows(x) for x in projections], (tuple(weights), tuple(biases)),
-            (mean.contiguous(), rstd.contiguous()), (tuple(grad_weights), tuple(grad_biases)),
-            steps, mode, align_corners, training,
-        )  # fmt: skip
-    return grads, grad_weights, grad_biases

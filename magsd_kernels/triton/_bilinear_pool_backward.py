@@ -1,0 +1,348 @@
+"""Bilinear attention pooling, backward. With W the gradient of P: dF = A^T W, dA = W F^T.
+
+Must read the features and the gradient and write dF. Three launches:
+
+- sums along the unit vector P / ||P||, by tiles, for which P is made again;
+- W and from it dF and a share of dA. Where tensor cores take all maps and pixels of an image in one
+  tile, a program walks over channels, reads them once and keeps its share of dA in registers. Else
+  a program owns a tile of channels and walks over the pixels twice;
+- the shares, added in a fixed order and resized back.
+
+W is float32. Where it meets bfloat16 it is split into two bfloat16 numbers that hold 16 of its 24
+bits, more than the result keeps; else products of half precision take three TF32 products.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from magsd_kernels._layout import accumulation_dtype, empty_like_format
+from magsd_kernels.triton._bilinear_pool_maximum import maximum_backward_kernel
+from magsd_kernels.triton._bilinear_pool_tile import (
+    Call,
+    attention_tile,
+    average,
+    feature_tile,
+    length_and_along,
+    pooled_tile,
+    root_of,
+    weights_of,
+)
+from magsd_kernels.triton._common import accumulation, block, pixel_steps, tunable, with_warps
+from magsd_kernels.triton._resampling import first_output, most_outputs, share
+
+_ENOUGH_PROGRAMS = 1024  # to fill a GPU several times over
+_CONFIGS = with_warps(8, 4)
+_IMAGE_CONFIGS = with_warps(8, 16)
+_KEY = ["maps", "channels", "pixels", "KIND", "PRECISION"]
+
+
+@tunable(_CONFIGS, [*_KEY, "MAXIMUM"])
+@triton.jit
+def _along_kernel(
+    features, attention, grad, norm, parts,
+    maps, channels, pixels, width, height, low_height, low_width,
+    feature_b, step_c, step_p, attention_b, step_m, step_y, step_x,
+    MAXIMUM: tl.constexpr, SIGNED_SQRT: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
+    SMALLEST: tl.constexpr, RESIZE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    MAPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """A tile's share of the sum of (scale grad) * (P / ||P||)."""
+    b = tl.program_id(0).to(tl.int64)
+    m = (tl.program_id(2) * MAPS + tl.arange(0, MAPS)).to(INDEX)
+    c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)).to(INDEX)
+    pooled, _ = pooled_tile(
+        features + b * feature_b, attention + b * attention_b, m, c, maps, channels, pixels,
+        width, height, low_height, low_width, step_c, step_p, step_m, step_y, step_x,
+        MAXIMUM, RESIZE, KIND, PRECISION, MAPS, CHANNELS, PIXELS, INDEX, ACC,
+    )  # fmt: skip
+    inside = (m < maps)[:, None] & (c < channels)[None, :]
+    root = tl.where(inside, root_of(pooled, SIGNED_SQRT, EPS, ACC), 0.0)
+    at = m[:, None] * channels + c[None, :]
+    wide = tl.load(grad + b * maps * channels + at, mask=inside, other=0.0).to(ACC)
+    wide *= tl.full([], SCALE, ACC)
+    length = tl.load(norm + b)
+    smallest = tl.full([], SMALLEST, ACC)
+    unit = root / tl.where(length < smallest, smallest, length)
+    tile = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    tiles = tl.num_programs(1) * tl.num_programs(2)
+    tl.store(parts + b * tiles + tile, tl.sum(tl.sum(wide * unit, 1), 0))
+
+
+@triton.jit
+def _halves(wide, KIND: tl.constexpr):
+    """Two bfloat16 numbers, of type KIND, whose sum is nearly `wide`."""
+    high = wide.to(tl.bfloat16)
+    low = (wide - high.to(wide.dtype)).to(tl.bfloat16)
+    return high.to(KIND), low.to(KIND)
+
+
+@triton.jit
+def _times_w(
+    exact, w, total, SPLIT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Adds exact w to the total; `exact` is of type KIND."""
+    if SPLIT:
+        high, low = _halves(w, KIND)
+        total = tl.dot(exact, low, total, out_dtype=ACC)
+        total = tl.dot(exact, high, total, out_dtype=ACC)
+    else:
+        total = tl.dot(exact.to(ACC), w, total, input_precision=PRECISION, out_dtype=ACC)
+    return total
+
+
+@triton.jit
+def _w_times(
+    w, exact, total, SPLIT: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Adds w exact to the total; `exact` is of type KIND."""
+    if SPLIT:
+        high, low = _halves(w, KIND)
+        total = tl.dot(low, exact, total, out_dtype=ACC)
+        total = tl.dot(high, exact, total, out_dtype=ACC)
+    else:
+        total = tl.dot(w, exact.to(ACC), total, input_precision=PRECISION, out_dtype=ACC)
+    return total
+
+
+@tunable(_IMAGE_CONFIGS, _KEY)
+@triton.jit
+def _image_backward_kernel(
+    features, attention, grad, norm, parts, grad_features, shares,
+    maps, channels, pixels, width, height, low_height, low_width,
+    feature_b, step_c, step_p, attention_b, step_m, step_y, step_x, to_b, to_c, to_p, tiles, span,
+    NORMALIZE: tl.constexpr, SIGNED_SQRT: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
+    SMALLEST: tl.constexpr, RESIZE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, MAPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    PARTS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """All maps and pixels of an image in one tile, and `span` channels."""
+    b = tl.program_id(0).to(tl.int64)
+    m, p = tl.arange(0, MAPS).to(INDEX), tl.arange(0, PIXELS).to(INDEX)
+    features += b * feature_b
+    grad += b * maps * channels
+    count = tl.cast(pixels, ACC)
+    length, along = length_and_along(norm, parts, b, tiles, NORMALIZE, SMALLEST, PARTS, ACC)
+    a = attention_tile(
+        attention + b * attention_b, m[:, None], p[None, :], maps, pixels, width, height,
+        low_height, low_width, step_m, step_y, step_x, RESIZE, KIND, ACC,
+    )  # fmt: skip
+    of_attention = tl.zeros([MAPS, PIXELS], ACC)
+    first = tl.program_id(1) * span
+    for start in range(first, tl.minimum(first + span, channels), CHANNELS):
+        c = (start + tl.arange(0, CHANNELS)).to(INDEX)
+        f = feature_tile(features, p[:, None], c[None, :], pixels, channels, step_c, step_p, KIND)
+        pooled = tl.zeros([MAPS, CHANNELS], ACC)
+        pooled = tl.dot(a, f, pooled, input_precision=PRECISION, out_dtype=ACC) / count
+        inside = (m < maps)[:, None] & (c < channels)[None, :]
+        w = weights_of(
+            grad, pooled, m, c, channels, inside, length, along,
+            NORMALIZE, SIGNED_SQRT, SCALE, EPS, ACC,
+        ) / count  # fmt: skip
+        if grad_features is not None:
+            part = tl.zeros([PIXELS, CHANNELS], ACC)
+            part = _times_w(tl.trans(a), w, part, SPLIT, KIND, PRECISION, ACC)
+            to = grad_features + b * to_b + (p[:, None] * to_p + c[None, :] * to_c)
+            written = (p < pixels)[:, None] & (c < channels)[None, :]
+            tl.store(to, part.to(grad_features.dtype.element_ty), mask=written)
+        if shares is not None:
+            of_attention = _w_times(w, tl.trans(f), of_attention, SPLIT, KIND, PRECISION, ACC)
+    if shares is not None:
+        to = shares + (b * tl.num_programs(1) + tl.program_id(1)) * maps * pixels
+        written = (m < maps)[:, None] & (p < pixels)[None, :]
+        tl.store(to + (m[:, None] * pixels + p[None, :]), of_attention, mask=written)
+
+
+@tunable(with_warps(8), _KEY)
+@triton.jit
+def _average_backward_kernel(
+    features, attention, grad, norm, parts, grad_features, shares,
+    maps, channels, pixels, width, height, low_height, low_width,
+    feature_b, step_c, step_p, attention_b, step_m, step_y, step_x, to_b, to_c, to_p, tiles,
+    NORMALIZE: tl.constexpr, SIGNED_SQRT: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
+    SMALLEST: tl.constexpr, RESIZE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, ONE_TILE: tl.constexpr, MAPS: tl.constexpr, CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr, PARTS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the features of a tile of channels, and its share of the attention's."""
+    b = tl.program_id(0).to(tl.int64)
+    c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)).to(INDEX)
+    features += b * feature_b
+    attention += b * attention_b
+    grad += b * maps * channels
+    count = tl.cast(pixels, ACC)
+    length, along = length_and_along(norm, parts, b, tiles, NORMALIZE, SMALLEST, PARTS, ACC)
+    for m_start in range(0, maps, MAPS):
+        m = (m_start + tl.arange(0, MAPS)).to(INDEX)
+        inside = (m < maps)[:, None] & (c < channels)[None, :]
+        pooled = average(
+            features, attention, m, c, maps, channels, pixels, width, height, low_height,
+            low_width, step_c, step_p, step_m, step_y, step_x,
+            RESIZE, KIND, PRECISION, MAPS, CHANNELS, PIXELS, INDEX, ACC,
+        )  # fmt: skip
+        w = weights_of(
+            grad, pooled, m, c, channels, inside, length, along,
+            NORMALIZE, SIGNED_SQRT, SCALE, EPS, ACC,
+        ) / count  # fmt: skip
+        for start in range(0, pixels, PIXELS):
+            p = (start + tl.arange(0, PIXELS)).to(INDEX)
+            if grad_features is not None:
+                a = attention_tile(
+                    attention, m[None, :], p[:, None], maps, pixels, width, height, low_height,
+                    low_width, step_m, step_y, step_x, RESIZE, KIND, ACC,
+                )  # fmt: skip
+                part = tl.zeros([PIXELS, CHANNELS], ACC)
+                part = _times_w(a, w, part, SPLIT, KIND, PRECISION, ACC)
+                to = grad_features + b * to_b + (p[:, None] * to_p + c[None, :] * to_c)
+                written = (p < pixels)[:, None] & (c < channels)[None, :]
+                if not ONE_TILE:
+                    # More maps than a tile holds: the sum grows in float32 scratch.
+                    part += tl.load(to, mask=written & (m_start > 0), other=0.0).to(ACC)
+                tl.store(to, part.to(grad_features.dtype.element_ty), mask=written)
+            if shares is not None:
+                f = feature_tile(
+                    features, p[:, None], c[None, :], pixels, channels, step_c, step_p, KIND
+                )
+                part = tl.zeros([MAPS, PIXELS], ACC)
+                part = _w_times(w, tl.trans(f), part, SPLIT, KIND, PRECISION, ACC)
+                to = shares + (b * tl.num_programs(1) + tl.program_id(1)) * maps * pixels
+                written = (m < maps)[:, None] & (p < pixels)[None, :]
+                tl.store(to + (m[:, None] * pixels + p[None, :]), part, mask=written)
+        if not ONE_TILE:
+            tl.debug_barrier()  # What other threads of the program have stored is read next.
+
+
+@triton.jit
+def _attention_gradient_kernel(
+    shares, grad_attention, maps, tiles, height, width, low_height, low_width,
+    to_b, to_m, to_y, to_x, OUTPUTS_Y: tl.constexpr, OUTPUTS_X: tl.constexpr,
+    RESIZE: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Adds up the shares of the tiles in their order, resized back."""
+    b = tl.program_id(0).to(tl.int64)
+    m = tl.program_id(1)
+    q = tl.program_id(2) * PIXELS + tl.arange(0, PIXELS)
+    inside = q < low_height * low_width
+    y, x = q // low_width, q % low_width
+    shares += (b * tiles * maps + m) * height * width
+    total = tl.zeros([PIXELS], ACC)
+    if RESIZE:
+        first_y = first_output(y, low_height, height, "bilinear", 2, True)
+        first_x = first_output(x, low_width, width, "bilinear", 2, True)
+    else:
+        first_y, first_x = y, x
+    for k in range(OUTPUTS_Y * OUTPUTS_X):
+        o_y = first_y + k // OUTPUTS_X
+        o_x = first_x + k % OUTPUTS_X
+        read = inside & (o_y < height) & (o_x < width)
+        part = tl.full([PIXELS], 1.0, ACC)
+        if RESIZE:
+            part = share(o_y, y, low_height, height, "bilinear", 2, True, ACC)
+            part *= share(o_x, x, low_width, width, "bilinear", 2, True, ACC)
+            read = read & (part != 0)
+        for tile in tl.range(tiles, loop_unroll_factor=4):
+            at = shares + (tl.cast(tile, tl.int64) * maps * height * width) + (o_y * width + o_x)
+            total += part * tl.load(at, mask=read, other=0.0)
+    at = m.to(INDEX) * to_m + y.to(INDEX) * to_y + x.to(INDEX) * to_x
+    tl.store(grad_attention + b * to_b + at, total.to(grad_attention.dtype.element_ty), mask=inside)
+
+
+def _along(call: Call, grad: torch.Tensor, norm: torch.Tensor, normalize: bool) -> torch.Tensor:
+    """Sums along the unit vector (B, tiles), or without a norm nothing."""
+    batch, dtype = grad.shape[0], accumulation_dtype(grad.dtype)
+    tile = call.product_tile()
+    tiles = call.tiles(tile["CHANNELS"])
+    shape = (batch, tiles[0] * tiles[1] if normalize else 0)
+    parts = grad.new_empty(shape, dtype=dtype)
+    if normalize:
+        _along_kernel[(batch, *tiles)](
+            call.features, call.attention, grad, norm, parts, *call.sizes,
+            MAXIMUM=call.maximum, **call.settings, **tile,
+        )  # fmt: skip
+    return parts
+
+
+def _spans(call: Call, batch: int, tile: int) -> int:
+    """Channels of a program that walks over them: few programs an image where images are many."""
+    tiles = triton.cdiv(call.channels, tile)
+    return tile * min(max(batch * tiles // _ENOUGH_PROGRAMS, 1), tiles)
+
+
+def bilinear_attention_pool_backward(
+    grad: torch.Tensor,
+    features: torch.Tensor,
+    attention: torch.Tensor,
+    output: torch.Tensor,
+    norm: torch.Tensor,
+    argmax: torch.Tensor,
+    pool: str,
+    signed_sqrt: bool,
+    normalize: bool,
+    scale: float,
+    eps: float,
+    allow_tf32: bool,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of features and attention; an empty tensor for one that is not needed."""
+    call = Call(features, attention, pool, signed_sqrt, scale, eps, allow_tf32)
+    grad_features = empty_like_format(features) if needs[0] else features.new_empty(0)
+    grad_attention = empty_like_format(attention) if needs[1] else attention.new_empty(0)
+    batch = features.shape[0]
+    if batch == 0 or not any(needs):
+        return grad_features, grad_attention
+    grad, argmax = grad.contiguous(), argmax.contiguous()
+    parts = _along(call, grad, norm, normalize)
+    one_tile = call.map_tiles == 1
+    # With more maps than one tile holds, the gradient of the features grows in the wide dtype.
+    dtype = accumulation_dtype(features.dtype)
+    to = grad_features if one_tile or call.maximum or not needs[0] else grad_features.to(dtype)
+    tile = call.backward_tile()
+    whole = call.whole_image()
+    span = _spans(call, batch, tile["CHANNELS"]) if whole else tile["CHANNELS"]
+    count = triton.cdiv(call.channels, span)
+    shares = features.new_empty((batch, count, call.maps, call.pixels), dtype=dtype)
+    inputs = (call.features, attention, grad, norm, parts)
+    targets = (to if needs[0] else None, shares if needs[1] else None)
+    sizes = (*call.sizes, *(pixel_steps(to) if needs[0] else (0, 0, 0)), parts.shape[1])
+    settings = {
+        "NORMALIZE": normalize, "PARTS": triton.next_power_of_2(max(parts.shape[1], 1)),
+        **call.settings, **tile,
+    }  # fmt: skip
+    if call.maximum:
+        for name in ("KIND", "PRECISION", "MAPS"):
+            del settings[name]
+        maximum_backward_kernel[(batch, count)](*inputs, argmax, *targets, *sizes, **settings)
+    elif whole:
+        _image_backward_kernel[(batch, count)](
+            *inputs, *targets, *sizes, span, SPLIT=call.split, **settings
+        )
+    else:
+        _average_backward_kernel[(batch, count)](
+            *inputs, *targets, *sizes, SPLIT=call.split, ONE_TILE=one_tile, **settings
+        )
+    if to is not grad_features:
+        grad_features.copy_(to)
+    if needs[1]:
+        _attention_gradient(shares, grad_attention, call)
+    return grad_features, grad_attention
+
+
+def _attention_gradient(shares: torch.Tensor, grad_attention: torch.Tensor, call: Call) -> None:
+    batch, maps, low_height, low_width = grad_attention.shape
+    height, width = call.features.shape[2:]
+    resize = (low_height, low_width) != (height, width)
+    pixels = block(low_height * low_width, 256)
+    outputs = [
+        most_outputs(low, size, "bilinear", True) if resize else 1
+        for low, size in ((low_height, height), (low_width, width))
+    ]
+    _attention_gradient_kernel[(batch, maps, triton.cdiv(low_height * low_width, pixels))](
+        shares, grad_attention, maps, shares.shape[1], height, width, low_height, low_width,
+        *grad_attention.stride(), OUTPUTS_Y=outputs[0], OUTPUTS_X=outputs[1], RESIZE=resize,
+        PIXELS=pixels, INDEX=call.settings["INDEX"], ACC=accumulation(call.features.dtype),
+    )  # fmt: skip

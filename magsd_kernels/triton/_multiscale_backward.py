@@ -1,0 +1,258 @@
+"""Multiscale attention, backward: sums of the batch norm's gradient by parts, then the gradient.
+
+Must move every projection twice in and its gradient once out; the incoming gradient, which is
+small, is gathered. Two launches; without norms the second alone. The gradient of a resampled map is
+computed where it is needed, in both, instead of stored.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from magsd_kernels._layout import accumulation_dtype, empty_like_format
+from magsd_kernels.triton._common import (
+    accumulation,
+    offset_type,
+    pixel_steps,
+    tunable,
+    with_rows,
+    with_warps,
+)
+from magsd_kernels.triton._resampling import first_output, share
+from magsd_kernels.triton._scales import (
+    Tensors,
+    empty_like_first,
+    parts_of,
+    resampling,
+    sizes_of,
+    tile_of,
+)
+
+_SUMS_TILE = 2048  # elements in flight
+_GRADIENT_TILE = 4096
+_CONFIGS = with_warps(8, 16)
+_KEY = ["maps", "height", "width", "heights", "widths", "PARTS"]
+
+
+@triton.jit
+def _resized_back(
+    grad, b, m, y, x, inside, low_height, low_width, height, width, grad_b, grad_c, grad_p,
+    MODE: tl.constexpr, ALIGN: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.constexpr,
+    INDEX: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one scale's input pixels: what the outputs that read them give back."""
+    first_y = first_output(y, low_height, height, MODE, TAPS[0], ALIGN).to(INDEX)
+    first_x = first_output(x, low_width, width, MODE, TAPS[1], ALIGN).to(INDEX)
+    place = grad + (b * grad_b + m * grad_c)
+    total = tl.zeros(inside.shape, ACC)
+    for k in range(OUTPUTS[0] * OUTPUTS[1]):
+        o_y = first_y + k // OUTPUTS[1]
+        o_x = first_x + k % OUTPUTS[1]
+        part = share(o_y, y, low_height, height, MODE, TAPS[0], ALIGN, ACC)
+        part *= share(o_x, x, low_width, width, MODE, TAPS[1], ALIGN, ACC)
+        read = inside
+        if MODE != "blocks":
+            read = read & (o_y < height) & (o_x < width) & (part != 0)
+        value = tl.load(place + (o_y * width + o_x) * grad_p, mask=read, other=0.0).to(ACC)
+        total += tl.where(read, value * part, 0.0)
+    return total
+
+
+@triton.jit
+def _normal(x, at, inside, mean, rstd, weight, bias, ACC: tl.constexpr):
+    """(x - mean) rstd, and whether the norm of x passes the ReLU."""
+    offset = tl.load(x + at, mask=inside, other=0.0).to(ACC) - mean
+    return offset * rstd, offset * (weight * rstd) + bias > 0
+
+
+@triton.jit
+def _parameters(weight, bias, mean, rstd, scale, m, maps, steps, ACC: tl.constexpr):
+    present = m < maps
+    return (
+        tl.load(mean + scale * maps + m, mask=present, other=0.0),
+        tl.load(rstd + scale * maps + m, mask=present, other=0.0),
+        tl.load(weight + m * steps[0], mask=present, other=0.0).to(ACC),
+        tl.load(bias + m * steps[1], mask=present, other=0.0).to(ACC),
+    )
+
+
+@tunable(_CONFIGS, _KEY)
+@triton.jit
+def _sums_kernel(
+    grad, xs, weights, biases, mean, rstd, sums, batch, maps, height, width,
+    grad_b, grad_c, grad_p, heights, widths, steps, lengths, parameter_steps,
+    MODES: tl.constexpr, ALIGN: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.constexpr,
+    PARTS: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr, INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Sums of the norm's gradient, and of that times (x - mean) rstd, by parts."""
+    part = tl.program_id(0)
+    m = tl.program_id(2) * MAPS + tl.arange(0, MAPS)[None, :]
+    for scale in tl.static_range(len(xs)):
+        if tl.program_id(1) == scale:
+            low_height, low_width = heights[scale], widths[scale]
+            pixels = tl.cast(low_height, INDEX) * low_width
+            begin = tl.cast(part, INDEX) * lengths[scale]
+            end = tl.minimum(begin + lengths[scale], batch * pixels)
+            at_mean, at_rstd, weight, bias = _parameters(
+                weights[scale], biases[scale], mean, rstd, scale, m, maps,
+                parameter_steps[scale], ACC,
+            )  # fmt: skip
+            plain = tl.zeros([PIXELS, MAPS], ACC)
+            centred = tl.zeros([PIXELS, MAPS], ACC)
+            for start in range(begin, end, PIXELS):
+                n = start + tl.arange(0, PIXELS)[:, None]
+                b, p = n // pixels, n % pixels
+                inside = (n < end) & (m < maps)
+                back = _resized_back(
+                    grad, b, m.to(INDEX), p // low_width, p % low_width, inside,
+                    low_height, low_width, height, width, grad_b, grad_c, grad_p,
+                    MODES[scale], ALIGN, TAPS[scale], OUTPUTS[scale], INDEX, ACC,
+                )  # fmt: skip
+                at = b * steps[scale][0] + p * steps[scale][2] + m.to(INDEX) * steps[scale][1]
+                normal, passes = _normal(xs[scale], at, inside, at_mean, at_rstd, weight, bias, ACC)
+                back = tl.where(passes & inside, back, 0.0)
+                plain += back
+                centred += tl.where(back != 0, back * normal, 0.0)
+            to = sums + ((scale * PARTS + part) * 2) * maps + m
+            tl.store(to, tl.sum(plain, 0)[None, :], mask=m < maps)
+            tl.store(to + maps, tl.sum(centred, 0)[None, :], mask=m < maps)
+
+
+@triton.jit
+def _added(sums, scale, m, maps, PARTS: tl.constexpr):
+    """The sums of a scale's parts, in a fixed order."""
+    at = sums + ((scale * PARTS + tl.arange(0, PARTS)[:, None]) * 2) * maps + m
+    of_bias = tl.sum(tl.load(at, mask=m < maps, other=0.0), 0)
+    of_weight = tl.sum(tl.load(at + maps, mask=m < maps, other=0.0), 0)
+    return of_bias[None, :], of_weight[None, :]
+
+
+@tunable(with_warps(16), _KEY)
+@triton.jit
+def _gradient_kernel(
+    grad, xs, weights, biases, mean, rstd, sums, grads, grad_weights, grad_biases,
+    batch, maps, height, width, grad_b, grad_c, grad_p, heights, widths, steps, to_steps,
+    parameter_steps, NORM: tl.constexpr, TRAINING: tl.constexpr,
+    MODES: tl.constexpr, ALIGN: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.constexpr,
+    PARTS: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr, INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(2) * MAPS + tl.arange(0, MAPS)[None, :]
+    for scale in tl.static_range(len(grads)):
+        low_height, low_width = heights[scale], widths[scale]
+        pixels = tl.cast(low_height, INDEX) * low_width
+        total = batch * pixels
+        first = tl.cast(tl.program_id(0), INDEX) * PIXELS
+        if (tl.program_id(1) == scale) & (first < total):
+            n = first + tl.arange(0, PIXELS)[:, None]
+            b, p = n // pixels, n % pixels
+            inside = (n < total) & (m < maps)
+            back = _resized_back(
+                grad, b, m.to(INDEX), p // low_width, p % low_width, inside,
+                low_height, low_width, height, width, grad_b, grad_c, grad_p,
+                MODES[scale], ALIGN, TAPS[scale], OUTPUTS[scale], INDEX, ACC,
+            )  # fmt: skip
+            if NORM:
+                at_mean, at_rstd, weight, bias = _parameters(
+                    weights[scale], biases[scale], mean, rstd, scale, m, maps,
+                    parameter_steps[scale], ACC,
+                )  # fmt: skip
+                of_bias, of_weight = _added(sums, scale, m, maps, PARTS)
+                if first == 0:
+                    to = grad_weights[scale] + m
+                    tl.store(to, of_weight.to(grad_weights[scale].dtype.element_ty), mask=m < maps)
+                    to = grad_biases[scale] + m
+                    tl.store(to, of_bias.to(grad_biases[scale].dtype.element_ty), mask=m < maps)
+                at = b * steps[scale][0] + p * steps[scale][2] + m.to(INDEX) * steps[scale][1]
+                normal, passes = _normal(xs[scale], at, inside, at_mean, at_rstd, weight, bias, ACC)
+                back = tl.where(passes, back, 0.0)
+                if TRAINING:
+                    # Ioffe and Szegedy 2015: the batch's mean and variance depend on every element.
+                    count = tl.cast(total, ACC)
+                    back -= of_bias / count + normal * (of_weight / count)
+                back *= weight * at_rstd
+            to = b * to_steps[scale][0] + p * to_steps[scale][2] + m.to(INDEX) * to_steps[scale][1]
+            kind = grads[scale].dtype.element_ty
+            tl.store(grads[scale] + to, back.to(kind), mask=inside)
+
+
+def _gradients(
+    grad: torch.Tensor,
+    grads: Tensors,
+    maps: Tensors,
+    norms: tuple[object, ...],
+    statistics: tuple[torch.Tensor | None, ...],
+    results: tuple[object, ...],
+    parameter_steps: tuple[tuple[int, int], ...],
+    mode: str,
+    align_corners: bool,
+    training: bool,
+) -> None:
+    """Write `grads`, and with norms the parameters' gradients `results`."""
+    batch, channels, height, width = grad.shape
+    grad = with_rows(grad)
+    tile = tile_of(channels, _SUMS_TILE)
+    parts = parts_of(grads, tile.pixels)
+    sums = grad.new_empty(0)
+    sizes = (batch, channels, height, width, *pixel_steps(grad), *sizes_of(maps))
+    settings = {
+        "PARTS": parts.count, "MAPS": tile.maps, "INDEX": offset_type(grad, *maps, *grads),
+        "ACC": accumulation(grad.dtype),
+        **resampling(grads, (height, width), mode, align_corners),
+    }  # fmt: skip
+    norm = norms[0] is not None
+    if norm:
+        shape = (len(grads), parts.count, 2, channels)
+        sums = grad.new_empty(shape, dtype=accumulation_dtype(grad.dtype))
+        _sums_kernel[(parts.count, len(grads), tile.chunks)](
+            grad, tuple(maps), *norms, *statistics, sums, *sizes, parts.lengths, parameter_steps,
+            PIXELS=tile.pixels, **settings,
+        )  # fmt: skip
+    tile = tile_of(channels, _GRADIENT_TILE)
+    largest = max(g.shape[2] * g.shape[3] for g in grads)
+    _gradient_kernel[(triton.cdiv(max(batch * largest, 1), tile.pixels), len(grads), tile.chunks)](
+        grad, tuple(maps), *norms, *statistics, sums, tuple(grads), *results, *sizes,
+        tuple(pixel_steps(g) for g in grads), parameter_steps,
+        NORM=norm, TRAINING=training, PIXELS=tile.pixels, **settings,
+    )  # fmt: skip
+
+
+def resample_attention_backward(
+    grad: torch.Tensor, heights: list[int], widths: list[int], mode: str, align_corners: bool
+) -> Tensors:
+    """Gradients (B, M, heights[i], widths[i]) of the maps."""
+    grads = [empty_like_first(grad, size) for size in zip(heights, widths, strict=True)]
+    if grad.shape[0] > 0:
+        _gradients(
+            grad, grads, grads, (None, None), (None, None), (None, None),
+            ((0, 0),) * len(grads), mode, align_corners, False,
+        )  # fmt: skip
+    return grads
+
+
+def multiscale_attention_backward(
+    grad: torch.Tensor,
+    projections: Tensors,
+    weights: Tensors,
+    biases: Tensors,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    training: bool,
+    mode: str,
+    align_corners: bool,
+) -> tuple[Tensors, Tensors, Tensors]:
+    """Gradients of projections, weights and biases."""
+    grads = [empty_like_format(x) for x in projections]
+    empty = torch.zeros_like if grad.shape[0] == 0 else torch.empty_like
+    grad_weights, grad_biases = ([empty(v) for v in values] for values in (weights, biases))
+    if grad.shape[0] > 0:
+        steps = tuple((w.stride(0), b.stride(0)) for w, b in zip(weights, biases, strict=True))
+        _gradients(
+            grad, grads, [with_rows(x) for x in projections], (tuple(weights), tuple(biases)),
+            (mean.contiguous(), rstd.contiguous()), (tuple(grad_weights), tuple(grad_biases)),
+            steps, mode, align_corners, training,
+        )  # fmt: skip
+    return grads, grad_weights, grad_biases

@@ -1,0 +1,310 @@
+"""Every Triton kernel, compiled ahead of time at the sizes that the package is measured at.
+
+Nothing spills, dense layouts are read and written 16 bytes at a time, products run on tensor cores
+where their precision allows it. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("Triton interprets its kernels here", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+import magsd_kernels.triton  # noqa: E402
+from magsd_kernels.triton import (  # noqa: E402
+    attention_augment,
+    attention_sampling,
+    bilinear_pool,
+    multiscale_attention,
+    soft_distance,
+)
+from magsd_kernels.triton._common import Tunable, tunable, with_warps  # noqa: E402
+
+from .assembly import SHARED, TARGETS, Kernel, compiled, name_of  # noqa: E402
+from .support import fresh_python  # noqa: E402
+
+Launch = Callable[[torch.dtype, str], None]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALF = DTYPES[1:]
+LAYOUTS = ("contiguous", "channels_last")
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous"):
+    made = torch.empty(shape, dtype=dtype, device="meta")
+    return made.contiguous(
+        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    )
+
+
+def pool(batch, channels, size, dtype, layout, *, low=None, kind="avg", tf32=False):
+    features = empty(batch, channels, size, size, dtype=dtype, layout=layout)
+    attention = empty(batch, 32, low or size, low or size, dtype=dtype, layout=layout)
+    settings = (kind, True, True, 100.0, 1e-12, tf32)
+    result = bilinear_pool.bilinear_attention_pool(features, attention, *settings)
+    bilinear_pool.bilinear_attention_pool_backward(
+        result[0], features, attention, *result, *settings, [True, True]
+    )
+
+
+def multiscale(batch, dtype, layout, *, size=7, mode="area", training=True):
+    maps = [empty(batch, 32, side, side, dtype=dtype, layout=layout) for side in (28, 14, 7)]
+    weights, biases, means, variances = ([empty(32) for _ in maps] for _ in range(4))
+    attention, mean, rstd = multiscale_attention.multiscale_attention(
+        maps, weights, biases, means, variances, [size] * 2, training, 0.1, 1e-3, mode, False
+    )
+    multiscale_attention.multiscale_attention_backward(
+        attention, maps, weights, biases, mean, rstd, training, mode, False
+    )
+
+
+def resample(dtype, layout):
+    maps = [empty(64, 32, side, side, dtype=dtype, layout=layout) for side in (28, 14, 7)]
+    out = multiscale_attention.resample_attention(maps, [7, 7], "area", False)
+    multiscale_attention.resample_attention_backward(out, [28, 14, 7], [28, 14, 7], "area", False)
+
+
+def guide(batch, low, dtype, views=()):
+    return (
+        empty(batch, 32, low, low, dtype=dtype),
+        empty(batch, *views, dtype=torch.int64),
+        empty(batch, *views),
+    )
+
+
+def views(dtype, layout):
+    images = empty(64, 1, 224, 224, dtype=dtype, layout=layout)
+    given = (*guide(64, 7, dtype, (3,)), empty(64, 2))
+    made, boxes = attention_augment.attention_views(images, *given, 0.1, 0.4, 0.001, False)
+    attention_augment.attention_views_backward(made, *given, boxes, 0.4, 0.001, False)
+
+
+def single_views(dtype, layout):
+    images, given = empty(16, 3, 448, 448, dtype=dtype, layout=layout), guide(16, 14, dtype)
+    offsets = empty(16, 2)
+    attention_augment.attention_boxes(*given, [448, 448], 0.1, False)
+    made, boxes = attention_augment.attention_mixup(images, *given, 0.1, 1.0, False)
+    attention_augment.attention_mixup_backward(made, boxes, 1.0, False)
+    made, boxes = attention_augment.attention_patch(images, *given, offsets, 0.1, False)
+    attention_augment.attention_patch_backward(made, boxes, offsets)
+    attention_augment.attention_dim(images, *given, 0.0, False)
+
+
+def sampling(dtype, layout):
+    maps = empty(64, 32, 7, 7, dtype=dtype, layout=layout)
+    attention_sampling.sample_attention(maps, empty(64, 3), 1e-12)
+
+
+def distance(dtype, layout):
+    logits, targets = empty(64, 4, dtype=dtype), empty(64, dtype=torch.int64)
+    settings = ([logits] * 3, targets, None, 0.7, 0.01)
+    loss = soft_distance.soft_distance_loss(logits, *settings)
+    soft_distance.soft_distance_loss_backward(*loss, logits, *settings)
+
+
+CASES: dict[str, Launch] = {
+    "pool 7x7": functools.partial(pool, 256, 2048, 7),
+    "pool 14x14": functools.partial(pool, 64, 2048, 14),
+    "pool 28x28": functools.partial(pool, 64, 512, 28),
+    "pool resized": functools.partial(pool, 64, 2048, 14, low=7),
+    "pool max": functools.partial(pool, 64, 2048, 7, kind="max"),
+    "multiscale": functools.partial(multiscale, 256),
+    "multiscale evaluation": functools.partial(multiscale, 64, training=False),
+    "multiscale 14x14 bilinear": functools.partial(multiscale, 64, size=14, mode="bilinear"),
+    "resample": resample,
+    "views": views,
+    "single views": single_views,
+    "sampling": sampling,
+    "distance": distance,
+}
+PRODUCTS = ("pool 7x7", "pool 14x14", "pool 28x28", "pool resized")
+#: Each distinct kernel for each GPU; every dtype and layout for sm_90 alone.
+SPANNING = [(torch.bfloat16, "channels_last"), (torch.float32, "contiguous")]
+MATRIX = [
+    (gpu, case, dtype, layout)
+    for gpu in TARGETS
+    for case in CASES
+    for dtype in DTYPES
+    for layout in LAYOUTS
+    if gpu == "sm_90" or (dtype, layout) in SPANNING
+]
+
+
+@functools.cache
+def kernels_of(gpu: str, case: str, dtype: torch.dtype, layout: str) -> list[Kernel]:
+    every = gpu == "sm_90" and (dtype, layout) == SPANNING[0]
+    return compiled(gpu, lambda: CASES[case](dtype, layout), every_config=every)
+
+
+def marked(gpu, case, dtype, layout):
+    names = f"{gpu}-{case}-{str(dtype)[6:]}-{layout}".replace(" ", "_")
+    marks = []
+    if (gpu, case, dtype) == ("sm_90", "views", torch.bfloat16):
+        reason = "the backward of the views spills 8 bytes"
+        marks = [pytest.mark.xfail(strict=True, reason=reason, raises=AssertionError)]
+    return pytest.param(gpu, case, dtype, layout, id=names, marks=marks)
+
+
+in_every_way = pytest.mark.parametrize(
+    ("gpu", "case", "dtype", "layout"), [marked(*entry) for entry in MATRIX]
+)
+
+
+def spilled(kernel: Kernel) -> int:
+    """Registers and bytes of a thread that lie in memory."""
+    found = kernel.resources()
+    names = ("vgpr_spill_count", "private_segment_fixed_size", "STACK", "LOCAL")
+    return sum(found.get(name, 0) for name in names)
+
+
+@in_every_way
+def test_nothing_spills_and_shared_memory_suffices(gpu, case, dtype, layout):
+    for kernel in kernels_of(gpu, case, dtype, layout):
+        assert spilled(kernel) == 0, (kernel.name, kernel.resources())
+        assert kernel.shared <= SHARED[gpu], kernel.name
+
+
+#: Kernels whose lanes' masks do not all fit scalar registers; those lie in a vector register.
+SCALARS_IN_VECTORS = {
+    "_bilinear_pool_backward._image_backward_kernel",
+    "_bilinear_pool_backward._average_backward_kernel",
+    "_bilinear_pool_maximum.maximum_backward_kernel",
+    "_multiscale_backward._gradient_kernel",
+    "_multiscale_backward._sums_kernel",
+    "multiscale_attention._statistics_kernel",
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scalar_registers_suffice_on_amd(case):
+    for dtype, layout in SPANNING:
+        for kernel in kernels_of("gfx942", case, dtype, layout):
+            if kernel.name not in SCALARS_IN_VECTORS:
+                assert kernel.resources()["sgpr_spill_count"] == 0, kernel.name
+
+
+@pytest.mark.parametrize("gpu", TARGETS)
+@pytest.mark.parametrize("case", [*PRODUCTS, "multiscale", "multiscale evaluation", "resample"])
+def test_dense_channels_move_sixteen_bytes_at_a_time(gpu, case):
+    """All kernels that pass over features or maps, which excludes the sums of small shares."""
+    for kernel in kernels_of(gpu, case, torch.bfloat16, "channels_last"):
+        if not kernel.name.endswith("_attention_gradient_kernel"):
+            assert kernel.wide > 0, kernel.name
+            if case != "pool resized":  # Its maps are gathered.
+                assert kernel.half_words == 0, kernel.name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["views", "single views"])
+def test_views_are_written_sixteen_bytes_at_a_time(case, dtype, layout):
+    kernels = kernels_of("sm_90", case, dtype, layout)
+    found = [k for k in kernels if k.name.endswith("_views_kernel")]
+    assert found
+    assert all(k.wide > 0 for k in found)
+
+
+@pytest.mark.parametrize("gpu", TARGETS)
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_half_precision_products_run_on_tensor_cores(gpu, case):
+    found = kernels_of(gpu, case, torch.bfloat16, "channels_last")
+    products = [k for k in found if not k.name.endswith("_attention_gradient_kernel")]
+    assert len(products) >= 4
+    assert all(k.matrix > 0 for k in products)
+
+
+@pytest.mark.parametrize("gpu", [gpu for gpu in TARGETS if gpu.startswith("sm")])
+@pytest.mark.parametrize("case", ["pool 7x7", "pool 14x14"])
+def test_float32_products_are_rounded_to_tf32_where_that_is_allowed_only(gpu, case):
+    exact = kernels_of(gpu, case, torch.float32, "contiguous")
+    assert all(k.matrix == 0 for k in exact)
+    assert sum(k.count(r"fma\.rn", "") > 0 for k in exact) >= 4
+    allowed = compiled(gpu, lambda: CASES[case](torch.float32, "channels_last", tf32=True))
+    for kernel in allowed:
+        assert spilled(kernel) == 0, (kernel.name, kernel.resources())
+    assert sum(k.matrix > 0 and "tf32" in k.code for k in allowed) == 4
+
+
+def all_kernels() -> set[str]:
+    """Every function of the package's Triton modules that is launched."""
+    names = set()
+    for module in pkgutil.iter_modules(magsd_kernels.triton.__path__):
+        inside = importlib.import_module(f"magsd_kernels.triton.{module.name}")
+        for name, value in vars(inside).items():
+            kernel = value.kernel if isinstance(value, Tunable) else value
+            if name.endswith("_kernel") and isinstance(kernel, JITFunction):
+                names.add(name_of(kernel))
+    return names
+
+
+def test_no_kernel_is_left_out():
+    seen = {
+        kernel.name
+        for case in CASES
+        for dtype, layout in SPANNING
+        for kernel in kernels_of("sm_90", case, dtype, layout)
+    }
+    assert len(all_kernels()) >= 14
+    assert seen == all_kernels()
+
+
+@triton.jit
+def _spilling_kernel(given, to, SIZE: tl.constexpr):
+    x = tl.load(given + tl.arange(0, SIZE))
+    tl.debug_barrier()
+    tl.store(to + tl.arange(0, SIZE), x + tl.sum(tl.exp(x), 0))
+
+
+@triton.jit
+def _scalar_kernel(given, to, SIZE: tl.constexpr):
+    tl.store(to + tl.arange(0, SIZE) * 3, tl.load(given + tl.arange(0, SIZE) * 3))
+
+
+@triton.jit
+def _dense_kernel(given, to, SIZE: tl.constexpr):
+    tl.store(to + tl.arange(0, SIZE), tl.load(given + tl.arange(0, SIZE)))
+
+
+@pytest.mark.parametrize("gpu", TARGETS)
+def test_what_is_looked_for_is_found(gpu):
+    def one(kernel, dtype, size, warps=1):
+        given = empty(size, dtype=dtype)
+        launch = functools.partial(kernel[(1,)], given, given, SIZE=size, num_warps=warps)
+        return compiled(gpu, launch)[0]
+
+    # As many numbers a thread as it can have registers, or twice that.
+    assert spilled(one(_spilling_kernel, torch.float32, 64 * 8 * 256, warps=8)) > 0
+    scalar, dense = (one(k, torch.bfloat16, 1024) for k in (_scalar_kernel, _dense_kernel))
+    assert (scalar.wide, dense.half_words, dense.matrix) == (0, 0, 0)
+    assert scalar.half_words > 0
+    assert dense.wide > 0
+    assert spilled(scalar) == spilled(dense) == 0
+
+
+def test_tuning_is_asked_for():
+    configs = with_warps(4, 8)
+    plain, tuned = (tunable(configs, ["SIZE"], choice)(_dense_kernel) for choice in (False, True))
+    assert plain.configs == tuned.configs == configs
+    assert isinstance(tuned, triton.runtime.Autotuner)
+    default = compiled("sm_90", lambda: plain[(1,)](empty(64), empty(64), SIZE=64))
+    assert [k.binary.metadata.num_warps for k in default] == [4]
+
+
+@pytest.mark.parametrize(("value", "kind"), [("0", "Tunable"), ("1", "Autotuner")])
+def test_the_environment_asks_for_tuning(value, kind):
+    code = """
+from magsd_kernels.triton import bilinear_pool
+print(type(bilinear_pool._forward_kernel).__name__)
+"""
+    result = fresh_python(code, MAGSD_TRITON_AUTOTUNE=value)
+    assert result.stdout.strip() == kind, result.stderr
