@@ -2,9 +2,8 @@
 
 Training reads every projection twice forward and twice backward, in two launches each:
 
-- statistics: a program adds up a part of the pixels of one scale, shifted by the mean of its first
-  tile so that no digits are lost to a far mean or to one far value, and writes mean and sum of
-  squares of its part;
+- statistics: a program takes a part of the pixels of one scale and writes its mean and its sum of
+  squared deviations, by Welford's recurrence, so that no digits are lost to a far mean or value;
 - apply: a program owns a tile of output pixels by maps. It first combines the parts of its maps
   (Chan et al. 1983), all at once and always in the same order, and then gathers, normalises and
   sums what every output reads.
@@ -61,7 +60,7 @@ def _statistics_part(
     PARTS: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr, STAGES: tl.constexpr,
     INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squares of one part of one scale -> parts (scales, PARTS, 2, M)."""
+    """Mean and sum of squared deviations of one part of one scale -> parts (scales, PARTS, 2, M)."""
     part = tl.program_id(0)
     m = tl.program_id(2) * MAPS + tl.arange(0, MAPS)[None, :]
     present = m < maps
@@ -69,27 +68,28 @@ def _statistics_part(
     begin = tl.minimum(tl.cast(part, INDEX) * length, total)
     end = tl.minimum(begin + length, total)
     place = x + m.to(INDEX) * step_c
-    n = begin + tl.arange(0, PIXELS)[:, None]
-    at = n // pixels * step_b + n % pixels * step_p
-    few = tl.load(place + at, mask=(n < end) & present, other=0.0).to(ACC)
-    shift = tl.sum(few, 0)[None, :] / tl.minimum(tl.maximum(end - begin, 1), PIXELS).to(ACC)
-    shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
-    plain = tl.zeros([PIXELS, MAPS], ACC)
+    # Every lane follows Welford, so that no value costs the others their digits; then the lanes are
+    # combined.
+    lane = tl.arange(0, PIXELS)[:, None]
+    mean = tl.zeros([PIXELS, MAPS], ACC)
     squares = tl.zeros([PIXELS, MAPS], ACC)
+    seen = tl.full([], 0.0, ACC)
     for start in tl.range(begin, end, PIXELS, num_stages=STAGES):
-        n = start + tl.arange(0, PIXELS)[:, None]
+        n = start + lane
         inside = (n < end) & present
         value = tl.load(
             place + (n // pixels * step_b + n % pixels * step_p), mask=inside, other=0.0
-        )
-        value = tl.where(inside, value.to(ACC) - shift, 0.0)
-        plain += value
-        squares += value * value
-    count = tl.maximum(end - begin, 1).to(ACC)
-    mean = tl.sum(plain, 0)[None, :] / count
-    deviation = tl.maximum(tl.sum(squares, 0)[None, :] - mean * mean * count, 0.0)
+        ).to(ACC)
+        seen += 1.0
+        apart = tl.where(inside, value - mean, 0.0)
+        mean += apart * (1.0 / seen)
+        squares += apart * tl.where(inside, value - mean, 0.0)
+    size = ((tl.maximum(end - begin - lane, 0) + PIXELS - 1) // PIXELS).to(ACC)
+    all_mean = tl.sum(mean * size, 0)[None, :] / tl.maximum(end - begin, 1).to(ACC)
+    apart = mean - all_mean
+    deviation = tl.sum(squares + apart * apart * size, 0)[None, :]
     to = parts + ((scale * PARTS + part) * 2) * maps + m
-    tl.store(to, mean + shift, mask=present)
+    tl.store(to, all_mean, mask=present)
     tl.store(to + maps, deviation, mask=present)
 
 
