@@ -60,7 +60,7 @@ def _statistics_part(
     PARTS: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr, STAGES: tl.constexpr,
     INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of one part of one scale -> parts (scales, PARTS, 2, M)."""
+    """Mean and squared deviations of one part of one scale -> parts (scales, PARTS, 2, M)."""
     part = tl.program_id(0)
     m = tl.program_id(2) * MAPS + tl.arange(0, MAPS)[None, :]
     present = m < maps
