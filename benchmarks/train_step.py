@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from cpuinfo import get_cpu_info
 from pytest_benchmark.utils import get_commit_info
-from torch import nn
 
 from benchmarks.harness.check import WrongResult
 from benchmarks.harness.device import Device, HostReads
@@ -43,7 +42,7 @@ from benchmarks.harness.steps import (
     published_network,
 )
 from benchmarks.harness.timing import Samples, interleave, quartiles
-from benchmarks.published_step import HostDraws, published_step
+from benchmarks.published_step import HostDraws, PublishedNetwork, published_step
 from benchmarks.reporting.train_step import render
 from magsd.config import LossConfig, ViewsConfig
 from magsd.models import MAGSD as Network
@@ -65,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get(ENVIRONMENT_VARIABLE):
         raise SystemExit(f"{ENVIRONMENT_VARIABLE} is set: what is measured is the automatic choice")
     device = Device(options.device)
-    steps = []
-    for batch in options.batch:
-        steps.append(measure(device, batch, options))
+    steps = [measure(device, batch, options) for batch in options.batch]
     commit = get_commit_info()
     saved = {
         "machine_info": describe(device, get_cpu_info().get("brand_raw", "unknown")),
@@ -147,7 +144,8 @@ def check(model: Network, backbone: str, batch: Batch) -> float:
     Raises WrongResult where rounding does not explain it.
     """
     with arithmetic(FLOAT32), torch.no_grad():
-        theirs, ours = both_losses(model, backbone, batch)
+        networks = published_network(model, backbone), copy.deepcopy(model)
+        theirs, ours = both_losses(*networks, batch)
     difference = float(abs(ours - theirs) / abs(theirs))
     if not difference <= _TOLERANCE:  # NaN is wrong too
         raise WrongResult(f"our loss is {ours}, the published one {theirs}")
@@ -155,23 +153,18 @@ def check(model: Network, backbone: str, batch: Batch) -> float:
 
 
 def both_losses(
-    model: Network, backbone: str, batch: Batch, trained: tuple[nn.Module, nn.Module] | None = None
+    theirs: PublishedNetwork, ours: Network, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The published loss and ours from the same weights and the same draws.
-
-    trained: the published model and ours that pass the images; None makes both, from `model`.
-    """
-    if trained is None:
-        trained = (published_network(model, backbone), copy.deepcopy(model))
+    """The published loss and ours, from the same draws; the networks have the same weights."""
     device = batch.images.device
     with torch.no_grad():
-        attention = copy.deepcopy(model)(batch.images).attention
+        attention = copy.deepcopy(ours)(batch.images).attention
     assert attention is not None
     drawn = AttentionViews(**asdict(ViewsConfig())).draw(attention, _generator(device))
     replayed = HostDraws(drawn.index, drawn.theta.tolist(), drawn.offsets.tolist())
-    theirs = published_step(trained[0], *batch, lambda _: replayed)
+    published = published_step(theirs, *batch, lambda _: replayed)
     step = make_step("magsd", ViewsConfig(), LossConfig(), None)
-    return theirs, step(trained[1], *batch, _generator(device)).loss
+    return published, step(ours, *batch, _generator(device)).loss
 
 
 def _generator(device: torch.device) -> torch.Generator:
