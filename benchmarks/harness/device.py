@@ -102,6 +102,17 @@ class Device:
             call()
         return count_activity(event.name for event in profiler.events())
 
+    def why_it_waits(self, call: Call) -> str | None:
+        """The first reason that torch finds for the host to wait for a GPU in a call, or None."""
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        except RuntimeError as error:
+            return str(error).partition("\n")[0]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return None
+
 
 class HostReads(TorchDispatchMode):
     """Counts what would make the host wait for a GPU, on whatever device: numbers read, shapes too.

@@ -66,8 +66,7 @@ def _times(entries: Sequence[Entry], on_gpu: bool) -> str:
     head = ("", "step", "images/s", "published over it", "it over its floor", "memory", *activity)
     rows = []
     for entry in entries:
-        counts = [entry["launches"]] if on_gpu else []
-        counts.append(entry["waits"])
+        counts = (entry["launches"], entry["waits"]) if on_gpu else (entry["host_reads"],)
         name = f"**{entry['name']}**" if entry["who"] == OURS else entry["name"]
         rows.append(
             (
@@ -141,8 +140,10 @@ def _memory(arithmetic: str, at_most: float) -> StepTarget:
 
 def _no_waits() -> StepTarget:
     def judge(entries: Sequence[Entry]) -> Verdict | None:
-        most = max(e["waits"] for e in entries if e["who"] == OURS)
-        return Verdict(str(most), most == 0)
+        ours = [e for e in entries if e["who"] == OURS]
+        reasons = [e["refused"] for e in ours if e["refused"] is not None]
+        most = max(e["waits"] for e in ours)
+        return Verdict("; ".join([str(most), *dict.fromkeys(reasons)]), not (most or reasons))
 
     return StepTarget("host synchronisations of our step", "0", judge)
 

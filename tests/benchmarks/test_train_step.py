@@ -158,7 +158,7 @@ def test_a_run_writes_its_report(tmp_path, monkeypatch):
         assert entry["seconds"][0] <= entry["seconds"][1] <= entry["seconds"][2]
         assert entry["memory"] > 1 << 20
         assert ("over_floor" in entry) == (entry["who"] != FLOOR)
-        reads = entry["waits"] / step["batch"]
+        reads = entry["host_reads"] / step["batch"]
         assert reads > 10 if entry["who"] == PUBLISHED else reads == 0
     assert entries[str(BASELINE)]["speedup"] == [1, 1, 1]
     report = out.with_name("train_step.md").read_text()
@@ -181,7 +181,7 @@ def entry(member: Member, speedup: float, over_floor: float = 1.0, **facts: Any)
         "images_per_second": 16 * speedup,
         "speedup": [0.9 * speedup, speedup, 1.1 * speedup],
         "over_floor": [over_floor] * 3,
-        "waits": 0,
+        "host_reads": 0,
         **facts,
     }
 
@@ -202,7 +202,7 @@ def verdicts(entries: list[dict[str, Any]], **machine: str) -> list[str]:
 
 def test_targets_of_a_cpu():
     entries = [
-        entry(BASELINE, 1, waits=200, memory=4 << 30),
+        entry(BASELINE, 1, host_reads=200, memory=4 << 30),
         entry(Member(OURS, FLOAT32), 1.1, memory=4 << 30),
         entry(Member(OURS, FLOAT32, channels_last=True), 1.3, memory=4 << 30),
         entry(Member(OURS, BFLOAT16, channels_last=True), 2.4, memory=4 << 30),
@@ -216,11 +216,12 @@ def test_targets_of_a_cpu():
 
 
 def test_targets_of_a_gpu():
+    quiet: dict[str, Any] = {"launches": 3000, "waits": 0, "refused": None}
     captured = Member(OURS, BFLOAT16, channels_last=True, captured=True)
     entries = [
         entry(BASELINE, 1, waits=200, launches=9000, memory=10 << 30),
-        entry(Member(OURS, FLOAT32, channels_last=True), 2.5, launches=3000, memory=9 << 30),
-        entry(captured, 5, 1.125, launches=1),
+        entry(Member(OURS, FLOAT32, channels_last=True), 2.5, memory=9 << 30, **quiet),
+        entry(captured, 5, 1.125, **quiet),
     ]
     found = [line.split(" | ")[2:] for line in verdicts(entries, gpu="a GPU")]
     assert found == [
@@ -231,7 +232,10 @@ def test_targets_of_a_gpu():
         ["", "not measured |"],
         ["0", "met |"],
     ]
-    entries[1]["waits"] = 1
+    entries[1]["refused"] = "called a synchronizing operation"
+    last = verdicts(entries, gpu="a GPU")[-1]
+    assert last.endswith("| 0; called a synchronizing operation | **not met** |")
+    entries[1] |= {"waits": 1, "refused": None}
     assert verdicts(entries, gpu="a GPU")[-1].endswith("| 1 | **not met** |")
 
 
