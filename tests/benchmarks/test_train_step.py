@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+import types
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ pytest.importorskip("timm", reason="needs the train extra")
 pytest.importorskip("pytest_benchmark", reason="needs the bench extra")
 
 from benchmarks import published, train_step
+from benchmarks.harness import steps
 from benchmarks.harness.check import WrongResult
 from benchmarks.harness.device import Device, HostReads
 from benchmarks.harness.steps import (
@@ -31,7 +35,7 @@ from benchmarks.harness.steps import (
     published_network,
 )
 from benchmarks.harness.timing import interleave
-from benchmarks.published_step import PublishedNetwork
+from benchmarks.published_step import PublishedNetwork, draw
 from benchmarks.reporting.train_step import render
 from magsd_kernels import use_backend
 
@@ -131,14 +135,68 @@ def test_every_member_trains_a_model_of_its_own(member):
     assert held > (2 if member.who == FLOOR else 3) * parameters
 
 
-def test_every_member_has_a_floor():
+@pytest.mark.parametrize("recorder", [None, "a module"])
+def test_every_member_has_a_floor(recorder, monkeypatch):
+    monkeypatch.setattr(steps, "find_spec", lambda name: recorder)
     for device in ("cpu", "cuda"):
         everyone = members(device)
         assert everyone[0] == BASELINE
         assert len(set(map(str, everyone))) == len(everyone)
         for member in everyone:
             floor = floor_of(member, everyone)
-            assert floor == replace(member, who=FLOOR, channels_last=floor.channels_last), member
+            assert floor == replace(member, who=FLOOR, channels_last=floor.channels_last)
+        captured = [member for member in everyone if member.captured]
+        assert bool(captured) == (device == "cuda" and recorder is not None)
+
+
+class Recorder:
+    """Stands in for the trainer's graph: runs the body, or refuses."""
+
+    refuses = False
+
+    def __init__(self, body, device, report):
+        self.body, self.report, self.seeds = body, report, []
+
+    def __call__(self, images, labels, seed):
+        if self.refuses:
+            self.report("no graph today")
+        self.seeds.append(seed)
+        self.body(images, labels, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("who", [OURS, FLOOR])
+def test_a_captured_member_goes_through_the_trainers_recorder(who, monkeypatch):
+    name = "magsd.training.captured"
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(CapturedStep=Recorder))
+    member = Member(who, FLOAT32, captured=True)
+    model, batch = network(BACKBONE, 4, "cpu"), small_batch(0)
+    contender = Contender(member, model, BACKBONE, [batch])
+    recorded = len(contender._captured.seeds)
+    assert recorded > 3
+    for call in contender.calls() * 2:
+        call()
+    assert len(contender._captured.seeds) == recorded + 2
+    # A slow step that passes for a captured one would be a wrong figure.
+    monkeypatch.setattr(Recorder, "refuses", True)
+    with pytest.raises(RuntimeError, match=f"{member}: no graph today"):
+        Contender(member, model, BACKBONE, [batch])
+
+
+def test_the_published_step_draws_maps_thresholds_and_places():
+    attention = torch.rand(64, 5, 3, 3)
+    attention[:, 1] = 0  # drawn with the root of 1e-12 as its weight: never
+    drawn = draw(attention, np.random.default_rng(0))
+    assert drawn.index.shape == (64, 3)
+    assert set(drawn.index.unique().tolist()) == {0, 2, 3, 4}
+    theta, offsets = np.array(drawn.theta), np.array(drawn.offsets)
+    assert offsets.shape == (64, 2)
+    assert (offsets >= 0).all()
+    assert (offsets < 1).all()
+    for column, (low, high) in zip(theta.T, ((0.4, 0.6), (0.2, 0.5), (0.4, 0.6)), strict=True):
+        assert low <= column.min() < low + 0.02
+        assert high - 0.02 < column.max() < high
+    again = draw(attention, np.random.default_rng(1))
+    assert not torch.equal(again.index, drawn.index)
 
 
 def test_a_run_writes_its_report(tmp_path, monkeypatch):
