@@ -65,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get(ENVIRONMENT_VARIABLE):
         raise SystemExit(f"{ENVIRONMENT_VARIABLE} is set: what is measured is the automatic choice")
     device = Device(options.device)
+    commit = get_commit_info()  # of what runs, whatever is committed meanwhile
     steps = [measure(device, batch, options) for batch in options.batch]
-    commit = get_commit_info()
     saved = {
         "machine_info": describe(device, get_cpu_info().get("brand_raw", "unknown")),
         "commit_info": {name: commit.get(name) for name in ("id", "dirty")},
