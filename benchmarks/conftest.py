@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 
 from benchmarks.harness.device import Device
 from benchmarks.harness.machine import describe
-from benchmarks.harness.recording import Entry, Recorder
+from benchmarks.harness.recording import Entry, Recorder, rounded
 from benchmarks.harness.session import Session
 from benchmarks.harness.sizes import PRECISIONS
 from magsd_kernels.backends import ENVIRONMENT_VARIABLE
 
 _SESSION = pytest.StashKey[Session]()
+#: Not for pytest, and with needs of their own: the train extra.
+collect_ignore = ["published_step.py", "train_step.py"]
 _STATISTICS = ("min", "q1", "median", "q3", "rounds")
 
 
@@ -95,14 +96,8 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
     output_json["benchmarks"] = [
         {
             "name": bench["name"],
-            "stats": _rounded({name: bench["stats"][name] for name in _STATISTICS}),
-            "extra_info": _rounded(bench["extra_info"]),
+            "stats": rounded({name: bench["stats"][name] for name in _STATISTICS}),
+            "extra_info": rounded(bench["extra_info"]),
         }
         for bench in output_json["benchmarks"]
     ]
-
-
-def _rounded(facts: dict[str, Any]) -> dict[str, Any]:
-    """Five digits are more than any figure here is good for."""
-    rounded: dict[str, Any] = pytree.tree_map_only(float, lambda x: float(f"{x:.5g}"), facts)
-    return rounded

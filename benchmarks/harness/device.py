@@ -6,15 +6,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Call = Callable[[], object]
 
 _GRAPH_REPLAYS = 30
 _LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset", "cudaGraphLaunch")
 _WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
+_HOST_READS = frozenset((torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero))
 #: Inputs of all sets together pass this many bytes on the CPU, and twice the L2 cache on a GPU.
 #: A processor's last cache is often shared with strangers, so that no size is safely beyond it.
 _CPU_FOOTPRINT = 64 << 20
@@ -98,6 +101,36 @@ class Device:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             call()
         return count_activity(event.name for event in profiler.events())
+
+    def why_it_waits(self, call: Call) -> str | None:
+        """The first reason that torch finds for the host to wait for a GPU in a call, or None."""
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        except RuntimeError as error:
+            return str(error).partition("\n")[0]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return None
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU, on whatever device: numbers read, shapes too.
+
+    What an operation does within itself is not seen. On a GPU ours read nothing there; on a CPU
+    they read as they please.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Count and pass on."""
+        self.count += func.overloadpacket in _HOST_READS
+        return func(*args, **(kwargs or {}))
 
 
 def count_activity(names: Iterable[str]) -> tuple[int, int]:

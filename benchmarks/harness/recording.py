@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import pytest
+from torch.utils import _pytree as pytree
 
 from benchmarks.harness.session import Group, Session
 
@@ -42,3 +43,9 @@ class Recorder:
             rounds=len(outcome.samples.seconds),
         )
         self._benchmark.extra_info.update(outcome.facts, iterations=outcome.samples.iterations)
+
+
+def rounded(facts: dict[str, Any]) -> dict[str, Any]:
+    """Five digits are more than any figure here is good for."""
+    found: dict[str, Any] = pytree.tree_map_only(float, lambda x: float(f"{x:.5g}"), facts)
+    return found

@@ -14,6 +14,8 @@ Call = Callable[[], object]
 #: A sample lasts at least this long, so that the clock and the synchronisation do not count.
 _SAMPLE_SECONDS = 0.01
 _WARM_UP_SECONDS = 0.2
+#: A call that lasts this long leaves no trace of the caches that it found.
+_LONG_SECONDS = 1.0
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 60
 
 
@@ -30,28 +32,34 @@ def interleave(
     synchronize: Callable[[], None],
     seconds: float,
     sample_seconds: float = _SAMPLE_SECONDS,
+    *,
+    fewest_rounds: int = _FEWEST_ROUNDS,
+    expected: Mapping[str, float] | None = None,
 ) -> dict[str, Samples]:
     """Time competitors round by round, in another order each round.
 
     Whatever slows the machine for a while slows all competitors of these rounds, and the ratio
     within a round stays. Each sample follows one untimed call, so that nobody pays for the caches
-    that the one before left behind.
+    that the one before left behind; calls of a second and more need none.
 
     Args:
         competitors: calls of each, which take turns: one per input set.
         synchronize: waits for the device.
-        seconds: about how long all of it may take; at least 5 rounds are run.
+        seconds: about how long all of it may take; at least `fewest_rounds` are run.
         sample_seconds: least length of a sample.
+        fewest_rounds: below which quartiles would say little.
+        expected: seconds per call of competitors that are warm already; None: warm them up.
     """
     if not competitors:
         return {}
     timers = {name: _Timer(calls, synchronize) for name, calls in competitors.items()}
     round_seconds = 0.0
-    for timer in timers.values():
-        per_call = timer.warm_up()
+    for name, timer in timers.items():
+        per_call = timer.warm_up() if expected is None else expected[name]
         timer.iterations = max(1, math.ceil(sample_seconds / per_call))
-        round_seconds += (timer.iterations + 1) * per_call
-    rounds = min(max(int(seconds / round_seconds), _FEWEST_ROUNDS), _MOST_ROUNDS)
+        timer.long = per_call >= _LONG_SECONDS
+        round_seconds += (timer.iterations + (not timer.long)) * per_call
+    rounds = min(max(int(seconds / round_seconds), fewest_rounds), _MOST_ROUNDS)
     shuffle = random.Random(0).shuffle
     order = list(timers.values())
     collecting = gc.isenabled()
@@ -74,6 +82,7 @@ class _Timer:
         self._next = 0
         self._synchronize = synchronize
         self.iterations = 1
+        self.long = False
         self.seconds: list[float] = []
 
     def warm_up(self) -> float:
@@ -88,7 +97,8 @@ class _Timer:
         return max(fastest, 1e-9)
 
     def sample(self) -> None:
-        self._time(1)
+        if not self.long:
+            self._time(1)
         self.seconds.append(self._time(self.iterations))
 
     def _time(self, count: int) -> float:

@@ -69,7 +69,7 @@ def fit(amounts: Sequence[float], values: Sequence[float]) -> Line:
     return Line(float(fixed), float(slope), float(np.abs((fixed + slope * x) / y - 1).max()))
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -87,8 +87,8 @@ def _head(results: Results) -> str:
         " one call in torch's allocator, results included, inputs not. Everything timed was first"
         " compared with the reference in float64."
     )
-    table = _table(("", ""), [(name, str(value)) for name, value in facts])
-    return f"# Benchmarks: {results.machine['machine']}\n\n{table}\n\n{notes}"
+    machine = table(("", ""), [(name, str(value)) for name, value in facts])
+    return f"# Benchmarks: {results.machine['machine']}\n\n{machine}\n\n{notes}"
 
 
 def _verdicts(results: Results) -> str:
@@ -99,7 +99,7 @@ def _verdicts(results: Results) -> str:
         if verdict is not None:
             measured, met = verdict.measured, "met" if verdict.met else "**not met**"
         rows.append((target.work, target.required, measured, met))
-    return "## Targets\n\n" + _table(("work", "must reach", "measured", ""), rows)
+    return "## Targets\n\n" + table(("work", "must reach", "measured", ""), rows)
 
 
 def _names(rows: dict[Key, Row]) -> list[str]:
@@ -118,7 +118,7 @@ def _times(rows: dict[Key, Row]) -> str:
             text += f", {memory(entry.facts['memory'])}"
         return f"**{text}**" if name == row.ours else text
 
-    return _table(
+    return table(
         ("size", "", *names),
         [
             (key.size, key.direction, *(cell(row, name) for name in names))
@@ -132,9 +132,9 @@ def _ratios(rows: dict[Key, Row]) -> str:
 
     def cell(row: Row, other: str) -> str:
         found = row.members[row.ours].speedup(other) if row.ours else None
-        return "" if found is None else _ratio(found, other == LIMIT)
+        return "" if found is None else ratio(found, other == LIMIT)
 
-    return _table(
+    return table(
         ("size", "time over ours:", *others),
         [
             (key.size, key.direction, *(cell(row, other) for other in others))
@@ -143,7 +143,7 @@ def _ratios(rows: dict[Key, Row]) -> str:
     )
 
 
-def _ratio(found: Quartiles, share: bool) -> str:
+def ratio(found: Quartiles, share: bool) -> str:
     low, middle, high = found
     if share:
         return f"{middle:.0%}"
@@ -168,7 +168,7 @@ def _kernels(rows: dict[Key, Row]) -> str:
                 (key.size, key.direction, name, seconds(kernel) if kernel else "", share, *pair)
             )
     head = ("size", "", "", "kernel time", "share of limit", "launches", "host waits")
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _overhead(results: Results) -> str:
@@ -180,13 +180,11 @@ def _overhead(results: Results) -> str:
             entry = results.overhead[direction].get(name)
             yield seconds(entry.median) if entry else ""
             yield (
-                ""
-                if not entry or name == BASELINE
-                else _ratio(entry.facts["times_baseline"], False)
+                "" if not entry or name == BASELINE else ratio(entry.facts["times_baseline"], False)
             )
 
     head = [cell for direction in directions for cell in (direction, f"over {BASELINE}")]
-    return "## Call overhead\n\nMaps of one element.\n\n" + _table(
+    return "## Call overhead\n\nMaps of one element.\n\n" + table(
         ("", *head), [(name, *cells(name)) for name in names]
     )
 
@@ -213,7 +211,7 @@ def _growth(results: Results) -> str:
         )
     head = ("", "", "over", "time", "farthest", "memory", "farthest")
     text = "Lines with the least relative errors, and how far the farthest point is from them."
-    return f"## Growth\n\n{text}\n\n" + _table(head, lines)
+    return f"## Growth\n\n{text}\n\n" + table(head, lines)
 
 
 def _span(axis: str, entries: Sequence[Entry]) -> str:

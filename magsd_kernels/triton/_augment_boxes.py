@@ -23,7 +23,7 @@ from magsd_kernels.triton._guide import (
 )
 
 _TILE = tile(2048)  # pixels in flight
-_WARPS = 8  # there are few programs
+_WARPS = 16  # there are few programs
 _FAR: tl.constexpr = tl.constexpr(2147483647)  # the first row or column where none is found
 
 

@@ -28,7 +28,6 @@ from magsd_kernels.triton._guide import MAP_TILE, box_of, factor_of, paste_start
 
 _TILE = tile(1024)  # elements of a program
 _COLUMNS = tile(256)  # elements of a row that it takes at the most
-_BACKWARD_WARPS = 8  # by four warps, what the adjoint keeps of every column would spill
 
 
 @triton.jit
@@ -179,6 +178,12 @@ def _make(images: torch.Tensor, plan: _Plan, views: tuple[torch.Tensor | None, .
     )  # fmt: skip
 
 
+def _backward_options() -> dict[str, int]:
+    # By four warps, or by eight in the 128 registers that ptxas would choose, what the adjoint
+    # keeps of every column spills.
+    return {"num_warps": 8} if torch.version.hip else {"num_warps": 8, "maxnreg": 144}
+
+
 def _make_gradient(grads: tuple[torch.Tensor | None, ...], plan: _Plan) -> torch.Tensor:
     """Gradient of the images from those of the views that are not None."""
     # Every view is read in the memory format of the first.
@@ -194,8 +199,7 @@ def _make_gradient(grads: tuple[torch.Tensor | None, ...], plan: _Plan) -> torch
         *plan.tensors(), main.planes, main.height, main.width, main.row,
         *(step for layout in layouts for step in (layout.steps if layout else (0, 0, 0))),
         *plan.offset_steps(), *plan.guide_sizes,
-        OUTPUTS=tiles["COLUMNS"], **tiles, **plan.settings(main),
-        num_warps=_BACKWARD_WARPS,
+        OUTPUTS=tiles["COLUMNS"], **tiles, **plan.settings(main), **_backward_options(),
     )  # fmt: skip
     return result
 

@@ -51,7 +51,7 @@ __all__ = [
 
 _STATISTICS_TILE = 4096  # elements in flight
 _APPLY_TILE = 2048
-_CONFIGS = [*with_warps(4, 8, STAGES=3), *with_warps(4, STAGES=1)]
+_STATISTICS_CONFIGS = [*with_warps(8, STAGES=3), *with_warps(8, STAGES=1)]
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def _statistics_part(
     tl.store(to + maps, deviation, mask=present)
 
 
-@tunable(_CONFIGS, ["maps", "pixels", "PARTS", "PIXELS"])
+@tunable(_STATISTICS_CONFIGS, ["maps", "pixels", "PARTS", "PIXELS"])
 @triton.jit
 def _statistics_kernel(
     xs, parts, batch, maps, pixels, lengths, steps,

@@ -146,17 +146,13 @@ def kernels_of(gpu: str, case: str, dtype: torch.dtype, layout: str) -> list[Ker
     return compiled(gpu, lambda: CASES[case](dtype, layout), every_config=every)
 
 
-def marked(gpu, case, dtype, layout):
+def named(gpu, case, dtype, layout):
     names = f"{gpu}-{case}-{str(dtype)[6:]}-{layout}".replace(" ", "_")
-    marks = []
-    if (gpu, case, dtype) == ("sm_90", "views", torch.bfloat16):
-        reason = "the backward of the views spills 8 bytes"
-        marks = [pytest.mark.xfail(strict=True, reason=reason, raises=AssertionError)]
-    return pytest.param(gpu, case, dtype, layout, id=names, marks=marks)
+    return pytest.param(gpu, case, dtype, layout, id=names)
 
 
 in_every_way = pytest.mark.parametrize(
-    ("gpu", "case", "dtype", "layout"), [marked(*entry) for entry in MATRIX]
+    ("gpu", "case", "dtype", "layout"), [named(*entry) for entry in MATRIX]
 )
 
 

@@ -1,0 +1,232 @@
+"""Who takes part in the comparison of whole training steps, and how each is run."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks import published_step
+from benchmarks.published_step import PublishedNetwork
+from magsd.config import LossConfig, OptimConfig, ViewsConfig
+from magsd.models import MAGSD, ModelConfig, build_model
+from magsd.training.optim import build_optimizer
+from magsd.training.precision import Precision
+from magsd.training.step import make_step
+
+PUBLISHED, OURS, FLOOR = "published", "ours", "floor"
+FLOAT32, TF32, BFLOAT16 = "float32", "TF32", "bfloat16"
+_PASSES = 4
+_CAPTURED = "magsd.training.captured"
+_REPLAYED_AFTER = 5  # calls: three beside the graph, one that records, one that replays
+
+Body = Callable[[Tensor, Tensor, torch.Generator], None]
+Call = Callable[[], None]
+
+
+class Batch(NamedTuple):
+    """images (B, C, H, W) float32, labels (B,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Member:
+    """Someone's step: whose, in which arithmetic and memory format, replayed from a graph or not.
+
+    The floor is the backbone alone: four forward passes and a backward, without an optimiser.
+    """
+
+    who: str
+    arithmetic: str
+    channels_last: bool = False
+    captured: bool = False
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.channels_last else "NCHW"
+        captured = ", captured" if self.captured else ""
+        return f"{self.who}, {self.arithmetic}, {layout}{captured}"
+
+
+#: What every other member is compared with.
+BASELINE = Member(PUBLISHED, FLOAT32)
+
+
+def members(device: str) -> tuple[Member, ...]:
+    """All that run on a device, the published step first."""
+    everywhere = (
+        BASELINE,
+        Member(PUBLISHED, BFLOAT16),
+        Member(OURS, FLOAT32),
+        Member(OURS, FLOAT32, channels_last=True),
+        Member(OURS, BFLOAT16, channels_last=True),
+        Member(FLOOR, FLOAT32),
+        Member(FLOOR, BFLOAT16, channels_last=True),
+    )
+    if device != "cuda":
+        return everywhere
+    tf32 = (
+        Member(PUBLISHED, TF32),
+        Member(OURS, TF32, channels_last=True),
+        Member(FLOOR, TF32, channels_last=True),
+    )
+    if find_spec(_CAPTURED) is None:
+        return everywhere + tf32
+    replayed = tuple(
+        Member(who, arithmetic, channels_last=True, captured=True)
+        for who in (OURS, FLOOR)
+        for arithmetic in (FLOAT32, TF32, BFLOAT16)
+    )
+    return everywhere + tf32 + replayed
+
+
+def floor_of(member: Member, among: Sequence[Member]) -> Member:
+    """The bare backbone in the member's arithmetic, captured if the member is."""
+    (found,) = (
+        other
+        for other in among
+        if (other.who, other.arithmetic, other.captured)
+        == (FLOOR, member.arithmetic, member.captured)
+    )
+    return found
+
+
+def network(backbone: str, classes: int, device: str) -> MAGSD:
+    """Ours, untrained, as published but for the weights, from which all members start."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(backbone=backbone, pretrained=False), classes)
+    assert isinstance(model, MAGSD)
+    return model.to(device)
+
+
+def published_network(model: MAGSD, backbone: str) -> PublishedNetwork:
+    """The published one with the same weights, on the same device."""
+    device = model.head.weight.device
+    found = PublishedNetwork(backbone, model.num_classes, in_channels=model.in_channels)
+    found.load_ours(model.state_dict())
+    return found.to(device)
+
+
+class Contender:
+    """A member with a model and an optimiser of its own, ready to be called."""
+
+    def __init__(
+        self, member: Member, model: MAGSD, backbone: str, batches: Sequence[Batch]
+    ) -> None:
+        self.member = member
+        self._batches = batches
+        device = batches[0].images.device
+        self._precision = Precision(device, member.arithmetic == BFLOAT16, member.channels_last)
+        self._generator = torch.Generator(device).manual_seed(0)
+        self._numbers = np.random.default_rng(0)
+        self._seed = 0
+        self._optimizer: torch.optim.Optimizer | None = None
+        if member.who == FLOOR:
+            self._model: nn.Module = self._precision.model(copy.deepcopy(model.backbone))
+            body: Body = self._floor
+        elif member.who == PUBLISHED:
+            self._model = self._precision.model(published_network(model, backbone))
+            self._optimizer = published_step.optimizer(self._model)
+            body = self._published
+        else:
+            self._model = self._precision.model(copy.deepcopy(model))
+            self._optimizer = build_optimizer(self._model, OptimConfig())
+            self._step = make_step("magsd", ViewsConfig(), LossConfig(), None)
+            body = self._ours
+        self._settle()
+        self._body = body
+        self._captured = self._capture(device) if member.captured else None
+
+    def calls(self) -> list[Call]:
+        """What is timed, one call per batch."""
+        return [partial(self._call, batch) for batch in self._batches]
+
+    def resident_bytes(self) -> int:
+        """Parameters, buffers, gradients and momentum."""
+        held = [*self._model.parameters(), *self._model.buffers()]
+        held += [p.grad for p in self._model.parameters() if p.grad is not None]
+        if self._optimizer is not None:
+            for state in self._optimizer.state.values():
+                held += [value for value in state.values() if isinstance(value, Tensor)]
+        return sum(x.numel() * x.element_size() for x in held)
+
+    def _call(self, batch: Batch) -> None:
+        with arithmetic(self.member.arithmetic):
+            if self._captured is None:
+                self._body(*batch, self._generator)
+            else:
+                self._seed += 1
+                self._captured(*batch, self._seed)
+
+    def _settle(self) -> None:
+        """Gradients and momentum as after a step, so that the first call holds what later ones do.
+
+        The step moves the weights by their decay alone, about a millionth.
+        """
+        for parameter in self._model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        if self._optimizer is not None:
+            self._optimizer.step()
+
+    def _capture(self, device: torch.device) -> Callable[[Tensor, Tensor, int], None]:
+        """The trainer's own recording of the step; a refusal is an error here, not a slow step."""
+        from magsd.training.captured import CapturedStep
+
+        def refused(reason: str) -> None:
+            raise RuntimeError(f"{self.member}: {reason}")
+
+        step = CapturedStep(self._body, device, refused)
+        with arithmetic(self.member.arithmetic):
+            for seed in range(_REPLAYED_AFTER):
+                step(*self._batches[0], seed)
+        return step
+
+    def _ours(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+        with self._precision.autocast():
+            images = self._precision.images(images)
+            loss = self._step(self._model, images, labels, generator).loss
+        self._finish(loss)
+
+    def _published(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+        drawing = partial(published_step.draw, generator=self._numbers)
+        with self._precision.autocast():
+            loss = published_step.published_step(self._model, images, labels, drawing)
+        self._finish(loss)
+
+    def _floor(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+        with self._precision.autocast():
+            images = self._precision.images(images)
+            maps = [found for _ in range(_PASSES) for found in self._model(images)]
+        self._model.zero_grad(set_to_none=True)
+        torch.autograd.backward(maps, [torch.ones_like(found) for found in maps])
+
+    def _finish(self, loss: Tensor) -> None:
+        """As the trainer does."""
+        assert self._optimizer is not None
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimizer.step()
+
+
+@contextlib.contextmanager
+def arithmetic(name: str) -> Iterator[None]:
+    """Within the context a GPU multiplies float32 as such, or for TF32 with shorter factors.
+
+    torch's own default, TF32 in convolutions and not in products, is neither.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = (matmul.allow_tf32, cudnn.allow_tf32)
+    matmul.allow_tf32 = cudnn.allow_tf32 = name == TF32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -1,0 +1,224 @@
+"""`python -m benchmarks.train_step`: the whole training step, ours against the published one.
+
+Forward passes, backward and optimiser. The losses of both are compared first, from the same weights
+and the same draws; then all are timed in turn, with four passes of the bare backbone as the floor.
+Writes JSON and, beside it, train_step.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from cpuinfo import get_cpu_info
+from pytest_benchmark.utils import get_commit_info
+
+from benchmarks.harness.check import WrongResult
+from benchmarks.harness.device import Device, HostReads
+from benchmarks.harness.machine import describe, folder
+from benchmarks.harness.recording import rounded
+from benchmarks.harness.sizes import CLASSES, MAGSD, PRECISIONS, Draw
+from benchmarks.harness.steps import (
+    BASELINE,
+    FLOAT32,
+    FLOOR,
+    OURS,
+    Batch,
+    Contender,
+    Member,
+    arithmetic,
+    floor_of,
+    members,
+    network,
+    published_network,
+)
+from benchmarks.harness.timing import Samples, interleave, quartiles
+from benchmarks.published_step import HostDraws, PublishedNetwork, published_step
+from benchmarks.reporting.train_step import render
+from magsd.config import LossConfig, ViewsConfig
+from magsd.models import MAGSD as Network
+from magsd.training.step import make_step
+from magsd_kernels import AttentionViews
+from magsd_kernels.backends import ENVIRONMENT_VARIABLE
+
+_HERE = Path(__file__).parent
+_BATCHES = 2
+_TOLERANCE = 1e-5
+_CHECKED_IMAGES = 4  # a loss of so few is as wrong as one of many
+
+_PROFILER_SECONDS = 10.0  # of which the profiler's own work may be most
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    options = _options(arguments)
+    if os.environ.get(ENVIRONMENT_VARIABLE):
+        raise SystemExit(f"{ENVIRONMENT_VARIABLE} is set: what is measured is the automatic choice")
+    device = Device(options.device)
+    commit = get_commit_info()  # of what runs, whatever is committed meanwhile
+    steps = [measure(device, batch, options) for batch in options.batch]
+    saved = {
+        "machine_info": describe(device, get_cpu_info().get("brand_raw", "unknown")),
+        "commit_info": {name: commit.get(name) for name in ("id", "dirty")},
+        "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "backbone": options.backbone,
+        "side": options.side,
+        "steps": [rounded(step) for step in steps],
+    }
+    out = options.out or _HERE / "results" / folder(device) / "train_step.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(saved, indent=1) + "\n")
+    report = out.parent / "train_step.md"
+    report.write_text(render(saved))
+    sys.stdout.write(f"{report}\n")
+    return 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: a GPU if there is one",
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[16], metavar="B")
+    parser.add_argument("--backbone", default="resnet50", help="any of timm's with feature maps")
+    parser.add_argument("--side", type=int, default=MAGSD.side, help="of the images, in pixels")
+    parser.add_argument(
+        "--seconds", type=float, default=120.0, help="of timing per batch size (default: 120)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="at least so many, however long they take"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: results/<machine>/train_step.json"
+    )
+    return parser.parse_args(arguments)
+
+
+def measure(device: Device, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Check, run and time all members at one batch size."""
+    model = network(options.backbone, CLASSES, device.type)
+    batches = [draw_batch(device, batch, options.side, seed) for seed in range(_BATCHES)]
+    few = Batch(*(x[:_CHECKED_IMAGES] for x in batches[0]))
+    difference = check(model, options.backbone, few)
+    everyone = members(device.type)
+    contenders = {m: Contender(m, model, options.backbone, batches) for m in everyone}
+    facts, expected = {}, {}
+    for member, contender in contenders.items():
+        facts[member], expected[str(member)] = read_off(contender, device)
+        sys.stderr.write(f"B {batch}: {member}: {expected[str(member)]:.3g} s\n")
+    times = interleave(
+        {str(member): contender.calls() for member, contender in contenders.items()},
+        device.synchronize,
+        options.seconds,
+        fewest_rounds=options.rounds,
+        expected=expected if device.type == "cpu" else None,
+    )
+    return {
+        "batch": batch,
+        "loss_difference": difference,
+        "members": [_entry(m, everyone, times, batch) | facts[m] for m in everyone],
+    }
+
+
+def draw_batch(device: Device, batch: int, side: int, seed: int) -> Batch:
+    """Random images as smooth as photographs, and random labels."""
+    draw = Draw(replace(MAGSD, side=side), batch, PRECISIONS["float32"], device.type, seed)
+    return Batch(draw.images(), draw.integers(CLASSES, batch))
+
+
+def check(model: Network, backbone: str, batch: Batch) -> float:
+    """Relative difference of our loss from the published one: same weights, same draws, float32.
+
+    Gradients are not compared here: the last digit of a resized image can turn a rectifier over,
+    and the gradient jumps. Raises WrongResult where rounding does not explain it.
+    """
+    with arithmetic(FLOAT32), torch.no_grad():
+        networks = published_network(model, backbone), copy.deepcopy(model)
+        theirs, ours = both_losses(*networks, batch)
+    difference = float(abs(ours - theirs) / abs(theirs))
+    if not difference <= _TOLERANCE:  # NaN is wrong too
+        raise WrongResult(f"our loss is {ours}, the published one {theirs}")
+    return difference
+
+
+def both_losses(
+    theirs: PublishedNetwork, ours: Network, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The published loss and ours, from the same draws; the networks have the same weights."""
+    device = batch.images.device
+    with torch.no_grad():
+        attention = copy.deepcopy(ours)(batch.images).attention
+    assert attention is not None
+    drawn = AttentionViews(**asdict(ViewsConfig())).draw(attention, _generator(device))
+    replayed = HostDraws(drawn.index, drawn.theta.tolist(), drawn.offsets.tolist())
+    published = published_step(theirs, *batch, lambda _: replayed)
+    step = make_step("magsd", ViewsConfig(), LossConfig(), None)
+    return published, step(ours, *batch, _generator(device)).loss
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)
+
+
+def read_off(contender: Contender, device: Device) -> tuple[dict[str, Any], float]:
+    """Peak memory; on a GPU launches and waits, on a CPU what would be waits; seconds of a call."""
+    call = contender.calls()[0]
+    if device.type == "cpu":
+        start = perf_counter()
+        with HostReads() as reads:
+            peak = device.peak_memory(call)
+        seconds = perf_counter() - start
+        if seconds < _PROFILER_SECONDS:
+            start = perf_counter()
+            call()
+            seconds = perf_counter() - start
+        return {"memory": contender.resident_bytes() + peak, "host_reads": reads.count}, seconds
+    call()
+    launches, waits = device.activity(call)
+    facts: dict[str, Any] = {"launches": launches, "waits": waits}
+    if contender.member.who == OURS:
+        facts["refused"] = device.why_it_waits(call)
+    if not contender.member.captured:  # a graph's memory is its own, and none is taken in a replay
+        facts["memory"] = contender.resident_bytes() + device.peak_memory(call)
+    return facts, 0.0
+
+
+def _entry(
+    member: Member, everyone: Sequence[Member], times: Mapping[str, Samples], batch: int
+) -> dict[str, Any]:
+    """Times and their ratios within rounds: the published step's over ours, ours over the floor."""
+    own = times[str(member)].seconds
+    seconds = quartiles(own)
+    entry: dict[str, Any] = {
+        "name": str(member),
+        **asdict(member),
+        "seconds": seconds,
+        "rounds": len(own),
+        "images_per_second": batch / seconds[1],
+        "speedup": _ratios(times[str(BASELINE)].seconds, own),
+    }
+    if member.who != FLOOR:
+        floor = floor_of(member, everyone)
+        entry |= {"floor": str(floor), "over_floor": _ratios(own, times[str(floor)].seconds)}
+    return entry
+
+
+def _ratios(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
+    return quartiles([a / b for a, b in zip(above, below, strict=True)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

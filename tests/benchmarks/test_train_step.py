@@ -1,0 +1,319 @@
+"""The published step computes what ours computes and waits where it says; and the report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import types
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("timm", reason="needs the train extra")
+pytest.importorskip("pytest_benchmark", reason="needs the bench extra")
+
+from benchmarks import published, train_step
+from benchmarks.harness import steps
+from benchmarks.harness.check import WrongResult
+from benchmarks.harness.device import Device, HostReads
+from benchmarks.harness.steps import (
+    BASELINE,
+    BFLOAT16,
+    FLOAT32,
+    FLOOR,
+    OURS,
+    PUBLISHED,
+    Contender,
+    Member,
+    floor_of,
+    members,
+    network,
+    published_network,
+)
+from benchmarks.harness.timing import interleave
+from benchmarks.published_step import PublishedNetwork, draw
+from benchmarks.reporting.train_step import render
+from magsd_kernels import use_backend
+
+BACKBONE = "test_resnet"
+IMAGES = 4
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """So little work takes longer on several threads, and on a busy machine much longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small_batch(seed: int, batch: int = IMAGES) -> train_step.Batch:
+    return train_step.draw_batch(Device("cpu"), batch, 64, seed)
+
+
+def distance(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    """Over the length of what is wanted, in float64."""
+    a, b = (torch.cat([x.detach().double().flatten() for x in xs]) for xs in (found, wanted))
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_published_loss_gradients_and_statistics_are_those_of_the_reference(seed):
+    ours = network(BACKBONE, 4, "cpu")
+    theirs = published_network(ours, BACKBONE)
+    with use_backend("reference"):
+        losses = train_step.both_losses(theirs, ours, small_batch(seed))
+        for loss in losses:
+            loss.backward()
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    gradients = PublishedNetwork(BACKBONE)
+    gradients.load_ours(ours.state_dict() | {n: p.grad for n, p in ours.named_parameters()})
+    found = [p.grad for p in theirs.parameters()]
+    assert distance(found, list(gradients.parameters())) < 1e-5
+    buffers = PublishedNetwork(BACKBONE)
+    buffers.load_ours(ours.state_dict())
+    assert distance(list(theirs.buffers()), list(buffers.buffers())) < 1e-6
+
+
+def test_a_wrong_published_step_is_found(monkeypatch):
+    model, batch = network(BACKBONE, 4, "cpu"), small_batch(0)
+    assert train_step.check(model, BACKBONE, batch) < 1e-6
+    dim = published.attention_dim
+    monkeypatch.setattr(published, "attention_dim", lambda *a: dim(*a, floor=0.002))
+    with pytest.raises(WrongResult, match="our loss is"):
+        train_step.check(model, BACKBONE, batch)
+
+
+def host_reads(member: Member) -> int:
+    contender = Contender(member, network(BACKBONE, 4, "cpu"), BACKBONE, [small_batch(0)])
+    with HostReads() as reads:
+        contender.calls()[0]()
+    return reads.count
+
+
+def test_the_published_step_waits_for_the_host_for_every_image_and_ours_never():
+    # Two boxes of four numbers and a shape each, and a condition on a tensor.
+    assert host_reads(BASELINE) > 10 * IMAGES
+    assert host_reads(Member(OURS, FLOAT32)) == 0
+    assert host_reads(Member(OURS, BFLOAT16, channels_last=True)) == 0
+
+
+def test_host_reads_see_numbers_shapes_and_conditions():
+    x = torch.ones(3)
+    with HostReads() as reads:
+        x.sum()
+        assert reads.count == 0
+        x[0].item()
+        x.nonzero()
+        if x[1] > 0:
+            float(x[2])
+    assert reads.count == 4
+
+
+@pytest.mark.parametrize("member", members("cpu"), ids=str)
+def test_every_member_trains_a_model_of_its_own(member):
+    model = network(BACKBONE, 4, "cpu")
+    before = copy.deepcopy(model.state_dict())
+    contender = Contender(member, model, BACKBONE, [small_batch(0), small_batch(1)])
+    start = [p.detach().clone() for p in contender._model.parameters()]
+    held = contender.resident_bytes()
+    for call in contender.calls():
+        call()
+    moved = [
+        not torch.equal(a, b) for a, b in zip(start, contender._model.parameters(), strict=True)
+    ]
+    assert not any(moved) if member.who == FLOOR else all(moved)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    # What the first call finds is what later ones find, so that their peaks compare.
+    assert contender.resident_bytes() == held
+    parameters = sum(p.nbytes for p in contender._model.parameters())
+    assert held > (2 if member.who == FLOOR else 3) * parameters
+
+
+@pytest.mark.parametrize("recorder", [None, "a module"])
+def test_every_member_has_a_floor(recorder, monkeypatch):
+    monkeypatch.setattr(steps, "find_spec", lambda name: recorder)
+    for device in ("cpu", "cuda"):
+        everyone = members(device)
+        assert everyone[0] == BASELINE
+        assert len(set(map(str, everyone))) == len(everyone)
+        for member in everyone:
+            floor = floor_of(member, everyone)
+            assert floor == replace(member, who=FLOOR, channels_last=floor.channels_last)
+        captured = [member for member in everyone if member.captured]
+        assert bool(captured) == (device == "cuda" and recorder is not None)
+
+
+class Recorder:
+    """Stands in for the trainer's graph: runs the body, or refuses."""
+
+    refuses = False
+
+    def __init__(self, body, device, report):
+        self.body, self.report, self.seeds = body, report, []
+
+    def __call__(self, images, labels, seed):
+        if self.refuses:
+            self.report("no graph today")
+        self.seeds.append(seed)
+        self.body(images, labels, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("who", [OURS, FLOOR])
+def test_a_captured_member_goes_through_the_trainers_recorder(who, monkeypatch):
+    name = "magsd.training.captured"
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(CapturedStep=Recorder))
+    member = Member(who, FLOAT32, captured=True)
+    model, batch = network(BACKBONE, 4, "cpu"), small_batch(0)
+    contender = Contender(member, model, BACKBONE, [batch])
+    recorded = len(contender._captured.seeds)
+    assert recorded > 3
+    for call in contender.calls() * 2:
+        call()
+    assert len(contender._captured.seeds) == recorded + 2
+    # A slow step that passes for a captured one would be a wrong figure.
+    monkeypatch.setattr(Recorder, "refuses", True)
+    with pytest.raises(RuntimeError, match=f"{member}: no graph today"):
+        Contender(member, model, BACKBONE, [batch])
+
+
+def test_the_published_step_draws_maps_thresholds_and_places():
+    attention = torch.rand(64, 5, 3, 3)
+    attention[:, 1] = 0  # drawn with the root of 1e-12 as its weight: never
+    drawn = draw(attention, np.random.default_rng(0))
+    assert drawn.index.shape == (64, 3)
+    assert set(drawn.index.unique().tolist()) == {0, 2, 3, 4}
+    theta, offsets = np.array(drawn.theta), np.array(drawn.offsets)
+    assert offsets.shape == (64, 2)
+    assert (offsets >= 0).all()
+    assert (offsets < 1).all()
+    for column, (low, high) in zip(theta.T, ((0.4, 0.6), (0.2, 0.5), (0.4, 0.6)), strict=True):
+        assert low <= column.min() < low + 0.02
+        assert high - 0.02 < column.max() < high
+    again = draw(attention, np.random.default_rng(1))
+    assert not torch.equal(again.index, drawn.index)
+
+
+def test_a_run_writes_its_report(tmp_path, monkeypatch):
+    monkeypatch.delenv("MAGSD_BACKEND", raising=False)
+    out = tmp_path / "run" / "steps.json"
+    options = f"--device cpu --batch 2 --backbone {BACKBONE} --side 64 --seconds 0 --rounds 2"
+    assert train_step.main([*options.split(), "--out", str(out)]) == 0
+    saved = json.loads(out.read_text())
+    assert saved["machine_info"]["torch"] == torch.__version__
+    (step,) = saved["steps"]
+    assert step["batch"] == 2
+    assert 0 <= step["loss_difference"] < 1e-5
+    entries = {entry["name"]: entry for entry in step["members"]}
+    assert list(entries) == [str(member) for member in members("cpu")]
+    for entry in entries.values():
+        assert entry["rounds"] == 2
+        assert entry["seconds"][0] <= entry["seconds"][1] <= entry["seconds"][2]
+        assert entry["memory"] > 1 << 20
+        assert ("over_floor" in entry) == (entry["who"] != FLOOR)
+        reads = entry["host_reads"] / step["batch"]
+        assert reads > 10 if entry["who"] == PUBLISHED else reads == 0
+    assert entries[str(BASELINE)]["speedup"] == [1, 1, 1]
+    report = out.with_name("train_step.md").read_text()
+    assert "## B 2, test_resnet, 64²" in report
+    assert "| **ours, bfloat16, channels_last** |" in report
+    assert "Targets" not in report  # they hold for the published size
+
+
+def test_the_environment_must_leave_the_choice_of_the_backend(monkeypatch):
+    monkeypatch.setenv("MAGSD_BACKEND", "reference")
+    with pytest.raises(SystemExit, match="MAGSD_BACKEND is set"):
+        train_step.main(["--device", "cpu"])
+
+
+def entry(member: Member, speedup: float, over_floor: float = 1.0, **facts: Any) -> dict[str, Any]:
+    return {
+        "name": str(member),
+        **vars(member),
+        "seconds": [0.9 / speedup, 1 / speedup, 1.1 / speedup],
+        "images_per_second": 16 * speedup,
+        "speedup": [0.9 * speedup, speedup, 1.1 * speedup],
+        "over_floor": [over_floor] * 3,
+        "host_reads": 0,
+        **facts,
+    }
+
+
+def verdicts(entries: list[dict[str, Any]], **machine: str) -> list[str]:
+    saved = {
+        "machine_info": {"machine": "a machine", **machine},
+        "commit_info": {"id": "0123456789abcdef", "dirty": True},
+        "datetime": "2026-01-02T03:04:05",
+        "backbone": "resnet50",
+        "side": 224,
+        "steps": [{"batch": 16, "loss_difference": 1e-7, "members": entries}],
+    }
+    report = render(saved)
+    assert "2026-01-02, commit 0123456789ab, with uncommitted changes" in report
+    return report.partition("### Targets")[2].strip().splitlines()[2:]
+
+
+def test_targets_of_a_cpu():
+    entries = [
+        entry(BASELINE, 1, host_reads=200, memory=4 << 30),
+        entry(Member(OURS, FLOAT32), 1.1, memory=4 << 30),
+        entry(Member(OURS, FLOAT32, channels_last=True), 1.3, memory=4 << 30),
+        entry(Member(OURS, BFLOAT16, channels_last=True), 2.4, memory=4 << 30),
+    ]
+    assert verdicts(entries) == [
+        "| full step, float32 | >= 1.2x published"
+        " | 1.3x (1.17 to 1.43): ours, float32, channels_last | met |",
+        "| full step, bfloat16, channels_last | >= 2.5x published"
+        " | 2.4x (2.16 to 2.64): ours, bfloat16, channels_last | **not met** |",
+    ]
+
+
+def test_targets_of_a_gpu():
+    quiet: dict[str, Any] = {"launches": 3000, "waits": 0, "refused": None}
+    captured = Member(OURS, BFLOAT16, channels_last=True, captured=True)
+    entries = [
+        entry(BASELINE, 1, waits=200, launches=9000, memory=10 << 30),
+        entry(Member(OURS, FLOAT32, channels_last=True), 2.5, memory=9 << 30, **quiet),
+        entry(captured, 5, 1.125, **quiet),
+    ]
+    found = [line.split(" | ")[2:] for line in verdicts(entries, gpu="a GPU")]
+    assert found == [
+        ["5x (4.5 to 5.5): ours, bfloat16, channels_last, captured", "met |"],
+        ["2.5x (2.25 to 2.75): ours, float32, channels_last", "met |"],
+        ["1.12x (1.12 to 1.12)", "met |"],
+        ["0.9x", "**not met** |"],
+        ["", "not measured |"],
+        ["0", "met |"],
+    ]
+    entries[1]["refused"] = "called a synchronizing operation"
+    last = verdicts(entries, gpu="a GPU")[-1]
+    assert last.endswith("| 0; called a synchronizing operation | **not met** |")
+    entries[1] |= {"waits": 1, "refused": None}
+    assert verdicts(entries, gpu="a GPU")[-1].endswith("| 1 | **not met** |")
+
+
+def test_long_calls_that_are_warm_are_called_once_a_round():
+    called: list[str] = []
+    competitors = {name: [lambda name=name: called.append(name)] for name in ("long", "short")}
+    samples = interleave(
+        competitors,
+        lambda: None,
+        seconds=0,
+        sample_seconds=0,
+        fewest_rounds=3,
+        expected={"long": 2.0, "short": 0.5},
+    )
+    assert {len(s.seconds) for s in samples.values()} == {3}
+    assert (called.count("long"), called.count("short")) == (3, 6)
+
+
+def test_rounds_fill_the_time():
+    calls = {"long": [lambda: None], "longer": [lambda: None]}
+    expected = {"long": 2.0, "longer": 3.0}
+    samples = interleave(calls, lambda: None, seconds=36, fewest_rounds=3, expected=expected)
+    assert {len(s.seconds) for s in samples.values()} == {7}
