@@ -30,10 +30,18 @@ from magsd_kernels.triton._bilinear_pool_tile import (
     root_of,
     weights_of,
 )
-from magsd_kernels.triton._common import accumulation, block, pixel_steps, tunable, with_warps
+from magsd_kernels.triton._common import (
+    accumulation,
+    block,
+    pixel_steps,
+    tile,
+    tunable,
+    with_warps,
+)
 from magsd_kernels.triton._resampling import first_output, most_outputs, share
 
 _ENOUGH_PROGRAMS = 1024  # to fill a GPU several times over
+_GRADIENT_TILE = tile(512)  # elements of a program that adds up the shares of the attention
 _CONFIGS = with_warps(8, 4)
 _IMAGE_CONFIGS = with_warps(8, 16)
 _KEY = ["maps", "channels", "pixels", "KIND", "PRECISION"]
@@ -221,16 +229,18 @@ def _average_backward_kernel(
 def _attention_gradient_kernel(
     shares, grad_attention, maps, tiles, height, width, low_height, low_width,
     to_b, to_m, to_y, to_x, OUTPUTS_Y: tl.constexpr, OUTPUTS_X: tl.constexpr,
-    RESIZE: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    RESIZE: tl.constexpr, MAPS: tl.constexpr, PIXELS: tl.constexpr,
+    INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the shares of the tiles in their order, resized back."""
+    """Adds up the shares of the tiles in their order, resized back, for some maps and pixels."""
     b = tl.program_id(0).to(tl.int64)
-    m = tl.program_id(1)
-    q = tl.program_id(2) * PIXELS + tl.arange(0, PIXELS)
-    inside = q < low_height * low_width
+    m = tl.program_id(1) * MAPS + tl.arange(0, MAPS)[:, None]
+    q = tl.program_id(2) * PIXELS + tl.arange(0, PIXELS)[None, :]
+    inside = (q < low_height * low_width) & (m < maps)
     y, x = q // low_width, q % low_width
-    shares += (b * tiles * maps + m) * height * width
-    total = tl.zeros([PIXELS], ACC)
+    shares += b * tiles * maps * height * width
+    row = m.to(INDEX) * height * width
+    total = tl.zeros([MAPS, PIXELS], ACC)
     if RESIZE:
         first_y = first_output(y, low_height, height, "bilinear", 2, True)
         first_x = first_output(x, low_width, width, "bilinear", 2, True)
@@ -240,14 +250,14 @@ def _attention_gradient_kernel(
         o_y = first_y + k // OUTPUTS_X
         o_x = first_x + k % OUTPUTS_X
         read = inside & (o_y < height) & (o_x < width)
-        part = tl.full([PIXELS], 1.0, ACC)
+        part = tl.full([1, PIXELS], 1.0, ACC)
         if RESIZE:
             part = share(o_y, y, low_height, height, "bilinear", 2, True, ACC)
             part *= share(o_x, x, low_width, width, "bilinear", 2, True, ACC)
             read = read & (part != 0)
         for tile in tl.range(tiles, loop_unroll_factor=4):
-            at = shares + (tl.cast(tile, tl.int64) * maps * height * width) + (o_y * width + o_x)
-            total += part * tl.load(at, mask=read, other=0.0)
+            at = shares + tl.cast(tile, tl.int64) * maps * height * width
+            total += part * tl.load(at + (row + o_y * width + o_x), mask=read, other=0.0)
     at = m.to(INDEX) * to_m + y.to(INDEX) * to_y + x.to(INDEX) * to_x
     tl.store(grad_attention + b * to_b + at, total.to(grad_attention.dtype.element_ty), mask=inside)
 
@@ -336,13 +346,16 @@ def _attention_gradient(shares: torch.Tensor, grad_attention: torch.Tensor, call
     batch, maps, low_height, low_width = grad_attention.shape
     height, width = call.features.shape[2:]
     resize = (low_height, low_width) != (height, width)
-    pixels = block(low_height * low_width, 256)
+    pixels = block(low_height * low_width, _GRADIENT_TILE)
+    together = block(maps, _GRADIENT_TILE // pixels)
     outputs = [
         most_outputs(low, size, "bilinear", True) if resize else 1
         for low, size in ((low_height, height), (low_width, width))
     ]
-    _attention_gradient_kernel[(batch, maps, triton.cdiv(low_height * low_width, pixels))](
+    grid = (batch, triton.cdiv(maps, together), triton.cdiv(low_height * low_width, pixels))
+    _attention_gradient_kernel[grid](
         shares, grad_attention, maps, shares.shape[1], height, width, low_height, low_width,
         *grad_attention.stride(), OUTPUTS_Y=outputs[0], OUTPUTS_X=outputs[1], RESIZE=resize,
-        PIXELS=pixels, INDEX=call.settings["INDEX"], ACC=accumulation(call.features.dtype),
+        MAPS=together, PIXELS=pixels, INDEX=call.settings["INDEX"],
+        ACC=accumulation(call.features.dtype),
     )  # fmt: skip

@@ -11,7 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from magsd_kernels.triton._common import accumulation, block, offset_type, pixel_steps, with_rows
+from magsd_kernels.triton._common import (
+    accumulation,
+    block,
+    offset_type,
+    pixel_steps,
+    tile,
+    with_rows,
+)
 from magsd_kernels.triton._guide import sample_at, step_of
 
 _SMALLEST_NORM = 1e-12
@@ -221,7 +228,7 @@ class Call:
 
         Tensor cores take many pixels at once; without them a thread keeps its factors in registers.
         """
-        return {"CHANNELS": 64, "PIXELS": 64 if self.matrix else 16}
+        return {"CHANNELS": tile(64), "PIXELS": tile(64 if self.matrix else 16)}
 
     def whole_image(self) -> bool:
         """Whether a tile of the backward holds all maps and pixels of an image."""
@@ -233,8 +240,8 @@ class Call:
         if self.whole_image():
             pixels = block(max(self.pixels, 16), 256)
             return {"CHANNELS": 64 if pixels <= 64 else 32, "PIXELS": pixels}
-        pixels = 32 if self.matrix or self.maximum else 16
-        return {"CHANNELS": 64 if self.matrix else 32, "PIXELS": pixels}
+        pixels = tile(32 if self.matrix or self.maximum else 16)
+        return {"CHANNELS": tile(64 if self.matrix else 32), "PIXELS": pixels}
 
     def tiles(self, channels: int) -> tuple[int, int]:
         """Tiles of channels and of maps that hold P."""
