@@ -255,8 +255,8 @@ def _attention_gradient_kernel(
             part = share(o_y, y, low_height, height, "bilinear", 2, True, ACC)
             part *= share(o_x, x, low_width, width, "bilinear", 2, True, ACC)
             read = read & (part != 0)
-        for tile in tl.range(tiles, loop_unroll_factor=4):
-            at = shares + tl.cast(tile, tl.int64) * maps * height * width
+        for i in tl.range(tiles, loop_unroll_factor=4):
+            at = shares + tl.cast(i, tl.int64) * maps * height * width
             total += part * tl.load(at + (row + o_y * width + o_x), mask=read, other=0.0)
     at = m.to(INDEX) * to_m + y.to(INDEX) * to_y + x.to(INDEX) * to_x
     tl.store(grad_attention + b * to_b + at, total.to(grad_attention.dtype.element_ty), mask=inside)
