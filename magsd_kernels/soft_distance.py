@@ -17,6 +17,7 @@ from magsd_kernels.backends import select
 from magsd_kernels.registry import below_autograd, define
 
 _OPERATION = "soft_distance"
+_FEW_TARGETS = 128
 
 
 class SoftDistance(NamedTuple):
@@ -128,9 +129,14 @@ def _check_targets(
     logits: torch.Tensor, views: Sequence[torch.Tensor], targets: torch.Tensor, *rest: Any
 ) -> None:
     """On the CPU, where reading memory costs nothing; a GPU answers with a NaN loss."""
-    if targets.device.type != "cpu" or targets.numel() == 0:
+    count = targets.numel()
+    if count == 0 or targets.device.type != "cpu":
         return
-    low, high = (int(bound) for bound in targets.aminmax())
+    if count <= _FEW_TARGETS:
+        values = targets.tolist()  # in less time than a reduction needs to start
+        low, high = min(values), max(values)
+    else:
+        low, high = (int(bound) for bound in targets.aminmax())
     if low < 0 or high >= logits.shape[1]:
         found = low if low < 0 else high
         raise IndexError(

@@ -2,7 +2,7 @@
 //
 // Reads every map once (B M h w elements), writes B K indices. One block per image, one launch:
 // each warp sums every eighth map in double, so that the order of adding does not decide a draw;
-// thread 0 adds up the weights in order, as every backend does; the threads share the division by
+// thread 0 adds up the weights in order, as the CPU does; the threads share the division by
 // the total, then the draws. A map whose rows follow one another, as in NCHW and channels_last, is
 // read as one row; any strides are read in place: the maps are small and come from L2 right after
 // they were written.

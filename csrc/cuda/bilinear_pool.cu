@@ -3,9 +3,8 @@
 // Must move the features once in and P (B M C) once out. A warp makes P of 64 channels and 32 maps
 // in registers; the norm couples all entries of an image, so that P is made twice: once for the sum
 // of squares, once to be scaled and written. No wide matrix is stored.
-//   - With images enough to fill the GPU, a block keeps an image: one launch. It walks back the
-//   second
-//     time, over what it read last and the second-level cache still holds.
+//   - With images enough to fill the GPU, a block keeps an image: one launch. The second time it
+//     walks back, over what it read last and the second-level cache still holds.
 //   - With fewer, a block takes the channels of its warps, and the two passes are two launches; the
 //     second begins with the images that the first read last.
 // Without normalisation one pass does.

@@ -1,7 +1,7 @@
 """Bilinear attention pooling by maximum, backward.
 
 Each entry of P has one pixel, its first maximal one, to which its gradient belongs: a program owns
-a tile of pixels and channels and walks over the maps, so that nothing is added atomically.
+a tile of channels and walks over pixels and maps, so that nothing is added atomically.
 """
 
 from __future__ import annotations
