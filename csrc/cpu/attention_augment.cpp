@@ -1,8 +1,8 @@
 // Boxes, crop and mix-up, patch, dim and drop, and three views at once.
 //
 // Moves: the images read once from memory, each view written once (attention maps are small). First
-// one task per image and view finds a box; then the cut is by image and, when the batch is small, by
-// band of rows, and a row of the image is read once for all its views while it is in the first
+// one task per image and view finds a box; then the cut is by image and, when the batch is small,
+// by band of rows, and a row of the image is read once for all its views while it is in the first
 // cache. Boxes and factors come from the guide (attention_guide.h); no mask, no upsampled map and
 // no crop is stored.
 #include <algorithm>
