@@ -101,8 +101,7 @@ class Team:
         norms are converted first, in place.
         """
         if sync_batchnorm:
-            for name, child in model.named_children():
-                setattr(model, name, convert_sync_batchnorm(child))
+            synchronise_batchnorm(model)
         self.tell_buffers(model)
         return DistributedDataParallel(
             _WholeStep(model, step),
@@ -140,6 +139,12 @@ class _WholeStep(nn.Module):
         self, images: Tensor, labels: Tensor, generator: torch.Generator, share: Share
     ) -> StepResult:
         return self.step(self.model, images, labels, generator, share)
+
+
+def synchronise_batchnorm(model: nn.Module) -> None:
+    """Convert every batch norm in place, those of timm that hold an activation as well."""
+    for name, child in model.named_children():
+        setattr(model, name, convert_sync_batchnorm(child))
 
 
 @contextlib.contextmanager
