@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from magsd.config import TrainConfig
 from magsd.data import Batch
-from magsd.errors import ConfigError
+from magsd.errors import ConfigError, RunError
 from magsd.training.launch import (
     launch_name,
     launched,
@@ -173,13 +173,20 @@ def team_of(train: TrainConfig) -> Iterator[Team]:
         dist.init_process_group("gloo")
     try:
         yield Team(process_rank(), process_count())
-    except BaseException:
+    except BaseException as error:
         # After an error of one process NCCL would wait here for the others, which wait for it;
         # this process must end for torchrun to see it.
         if device.type != "cuda":
             dist.destroy_process_group()
+        if isinstance(error, RuntimeError) and _lost_another(error):
+            raise RunError(f"another process ended, and said why ({error})") from error
         raise
     dist.destroy_process_group()
+
+
+def _lost_another(error: RuntimeError) -> bool:
+    """Whether an exchange failed because a process at its other end is gone."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _own_device(name: str) -> torch.device:
