@@ -219,7 +219,7 @@ def train_run(
     with team_of(config.train) as team:
         if not team.leads:
             console = Console(quiet=True)
-        resume = resume or restarted(team, folder)
+        resume = resume or restarted(team, folder.root)
         return _train_run(config, folder, resume, overwrite, console or Console(), team)
 
 

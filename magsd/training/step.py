@@ -84,7 +84,9 @@ def attention_step(
         view_logits = model(guided.flatten(0, 1)).logits.unflatten(0, guided.shape[:2])
     else:
         view_logits = [model(view).logits for view in guided]
-    result = loss(raw.logits, view_logits, labels)
+    # Without weight there is no cross entropy (0 / 0), and its gradient would be as undefined.
+    weightless = share is not None and not share.cross_entropy
+    result = loss(raw.logits.detach() if weightless else raw.logits, view_logits, labels)
     correct = (raw.logits.detach().argmax(1) == labels).sum()
     if share is not None:
         entropy = _scaled(result.cross_entropy, share.cross_entropy, raw.logits)

@@ -233,7 +233,7 @@ def test_a_killed_process_ends_in_the_same_run(
 
 
 def test_a_signal_to_one_stops_both_and_one_goes_on(
-    tmp_path: Path, broken: Path, small_pairs: list[str], small_config, console: Console
+    tmp_path: Path, broken: Path, small_pairs: list[str], console: Console
 ) -> None:
     out = tmp_path / "run"
     stopped = train_on_two(
@@ -243,7 +243,7 @@ def test_a_signal_to_one_stops_both_and_one_goes_on(
     assert stopped.stdout.count(f"--resume --out {out}") == 1, stopped.stdout + stopped.stderr
     saved = load_checkpoint(out / "checkpoints" / "last.pt")
     assert (saved["epoch"], saved["step"]) == (0, 2)  # where the sums are read
-    train_run(small_config(), out, resume=True, console=console)
+    train_run(RunFolder(out).load_config(), out, resume=True, console=console)
     check_rows(out)
 
 
