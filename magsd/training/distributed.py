@@ -9,7 +9,10 @@ random numbers and labels from the seed, so that a step itself needs no other co
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,22 +169,69 @@ def team_of(train: TrainConfig) -> Iterator[Team]:
             f"needs 2 images for its batch statistics: expected at least {2 * process_count()}"
         )
     device = _own_device(train.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
+    _connect(device)
     try:
         yield Team(process_rank(), process_count())
     except BaseException as error:
         # After an error of one process NCCL would wait here for the others, which wait for it;
         # this process must end for torchrun to see it.
         if device.type != "cuda":
-            dist.destroy_process_group()
+            _disconnect()
         if isinstance(error, RuntimeError) and _lost_another(error):
             raise RunError(f"another process ended, and said why ({error})") from error
         raise
+    _disconnect()
+
+
+def _connect(device: torch.device) -> None:
+    """Join the process group: NCCL on GPUs, gloo for hosts."""
+    rank, size = process_rank(), process_count()
+    store, _, _ = next(dist.rendezvous("env://", rank, size))
+    # torchrun's store outlives a restart, with the addresses of processes that are dead.
+    store = dist.PrefixStore(f"magsd/{_name_of_this_try(store, rank, size)}", store)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=size, device_id=device
+        )
+    else:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+
+
+def _disconnect() -> None:
+    """Leave the process group, after what still refers to it: models stand in cycles."""
+    gc.collect()
     dist.destroy_process_group()
+
+
+def _name_of_this_try(store: dist.Store, rank: int, size: int) -> str:
+    """A name that only the processes that live now share, over a store full of older ones' keys.
+
+    Everyone writes a new name under its rank; the leader answers each name it sees with its own,
+    until every process has said that it got the answer.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"magsd/process/{rank}", own)
+        leader = store.get(f"magsd/answer/{own}").decode()
+        store.set(f"magsd/met/{leader}/{rank}", "1")
+        return leader
+    answered: dict[int, bytes] = {}
+    missing = set(range(1, size))
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    while missing:
+        if time.monotonic() > deadline:
+            raise RunError(f"{len(missing)} of {size} processes did not come, {min(missing)} first")
+        for other in sorted(missing):
+            if store.check([f"magsd/met/{own}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"magsd/process/{other}"]):
+                name = store.get(f"magsd/process/{other}")
+                if answered.get(other) != name:
+                    store.set(f"magsd/answer/{name.decode()}", own)
+                    answered[other] = name
+        time.sleep(0.01)
+    return own
 
 
 def _lost_another(error: RuntimeError) -> bool:

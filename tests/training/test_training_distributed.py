@@ -112,11 +112,16 @@ def save_gradients(out: str, *pairs: str) -> None:
         torch.save(kept, out)
 
 
+#: With confidence 1 no raw prediction is a target of the distance. A view that equals its image
+#: has the same prediction up to rounding, and |p - q| would have either sign where batches of
+#: other sizes (merged views) round otherwise.
 SETTINGS = (
     ("class_weights=[0.25, 3.0, 0.5, 1.0]",),
-    ("class_weights=balanced", "views=merged"),
+    ("class_weights=balanced", "views=merged", "confidence=1"),
     ("model.name=plain", "class_weights=balanced"),
 )
+#: Relative; the plain step's cross entropy is computed in float32.
+BOUNDS = (1e-12, 1e-12, 1e-6)
 
 
 def one_epoch(config: Config, team: Team, folder: Path) -> dict[str, Any]:
@@ -167,14 +172,15 @@ def test_gradients_of_two_are_those_of_one(tmp_path: Path, small_pairs: list[str
     assert done.returncode == 0, done.stdout + done.stderr
     save_gradients(str(tmp_path / "one.pt"), *pairs)
     one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
-    for wanted, found in zip(one, two, strict=True):
+    for wanted, found, bound in zip(one, two, BOUNDS, strict=True):
         assert len(wanted["gradients"]) == len(found["gradients"]) == 2
         for mine, other in zip(wanted["gradients"], found["gradients"], strict=True):
-            assert float((mine - other).norm() / mine.norm()) < 1e-10
+            assert float((mine - other).norm() / mine.norm()) < bound
         for name, value in wanted["figures"].items():
             exact = name.endswith("accuracy") or name == "first_bad"
-            bound = 0.0 if exact else 1e-6 if name.startswith("validation") else 1e-10
-            assert found["figures"][name] == pytest.approx(value, rel=bound, abs=0.0), name
+            # Validation runs in float32.
+            near = 0.0 if exact else 1e-6 if name.startswith("validation") else bound
+            assert found["figures"][name] == pytest.approx(value, rel=near, abs=0.0), name
 
 
 def counts(row: dict[str, str]) -> float:
