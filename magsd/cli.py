@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from magsd.errors import ConfigError, DataError, MagsdError
+from magsd.training.launch import launched, process_rank
 
 try:
     import typer
@@ -46,7 +47,8 @@ def main() -> None:
     try:
         app()
     except MagsdError as error:
-        print(f"magsd: {error}", file=sys.stderr)
+        place = f" (process {process_rank()})" if process_rank() else ""
+        print(f"magsd{place}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
         if not _optional(error.name):
@@ -100,6 +102,8 @@ def train(
         raise ConfigError("--resume and --overwrite exclude each other")
     if resume and out is None:
         raise ConfigError("--resume needs the run's folder: --out DIR")
+    if launched() and out is None:
+        raise ConfigError("under torchrun the run's folder must be given: --out DIR")
     base = RunFolder(out).load_config() if resume and out is not None else None
     settings = training_config(overrides or [], config, data, kernels, base)
     folder = out if out is not None else default_run_folder(settings.data.source)
@@ -109,7 +113,7 @@ def train(
     from magsd.training.run import train_run
     from magsd.training.trainer import Interrupted
 
-    console = _console()
+    console = _console(quiet=process_rank() > 0)
     console.print(f"run: {folder}", highlight=False, soft_wrap=True)
     try:
         trained = train_run(settings, folder, resume=resume, overwrite=overwrite, console=console)
@@ -121,7 +125,8 @@ def train(
             soft_wrap=True,
         )
         raise typer.Exit(128 + stopped.signum) from None
-    finish_run(trained, console)
+    if process_rank() == 0:
+        finish_run(trained, console)
 
 
 def training_config(
@@ -323,9 +328,9 @@ def info() -> None:
         typer.echo(f"{name:24} {value}")
 
 
-def _console() -> Console:
+def _console(*, quiet: bool = False) -> Console:
     from rich.console import Console
 
     # Files and pipes have no width of their own; rich would break tables at 80 columns.
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if known else 120)
+    return Console(width=None if known else 120, quiet=quiet)

@@ -90,7 +90,10 @@ class TrainConfig:
     precision: of the forward passes; "tf32" is float32 whose products may run in TF32 on a GPU.
     recompute: the backbone's activations are computed again in the backward instead of being kept.
     compile: torch.compile for the backbone.
-    cuda_graph: on a GPU, record the step in a CUDA graph.
+    cuda_graph: on a GPU, record the step in a CUDA graph; not where several processes train.
+    batch_size: images of a step, which all processes share.
+    sync_batchnorm: where several processes train on GPUs, batch statistics are those of all of
+        them; otherwise each process normalises by its own images.
     images_on_device: keep all images on the GPU; "auto" does where they take less than half of it.
     """
 
@@ -107,6 +110,7 @@ class TrainConfig:
     compile: bool = False
     cuda_graph: bool = True
     images_on_device: Literal["auto", "on", "off"] = "auto"
+    sync_batchnorm: bool = False
     deterministic: bool = False
     monitor: Literal["accuracy", "balanced_accuracy", "loss"] = "accuracy"
     log_interval: int = 20

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from magsd_kernels._checks import number
+from magsd_kernels._checks import number, tensor
 from magsd_kernels.attention_augment import attention_views
 from magsd_kernels.attention_sampling import sample_attention
 
@@ -61,9 +61,22 @@ class AttentionViews(nn.Module):
         self.align_corners = align_corners
         self.backend = backend
 
-    def draw(self, attention: torch.Tensor, generator: torch.Generator | None = None) -> ViewDraws:
-        """Draw what three views of a batch need, with a generator on the attention's device."""
-        uniforms = torch.rand((attention.shape[0], 8), generator=generator, device=attention.device)
+    def draw(
+        self,
+        attention: torch.Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        uniforms: torch.Tensor | None = None,
+    ) -> ViewDraws:
+        """Draw what three views of a batch need, with a generator on the attention's device.
+
+        uniforms: (B, 8) float32 in [0, 1), in place of the generator's.
+        """
+        shape = (attention.shape[0], 8)
+        if uniforms is None:
+            uniforms = torch.rand(shape, generator=generator, device=attention.device)
+        else:
+            tensor("AttentionViews", "uniforms", uniforms, shape, (torch.float32,), attention)
         # One column at a time: a tensor of the ranges would be a copy from the host each step.
         theta = torch.stack(
             [

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from magsd.data.augment import AugmentConfig, augment_images, z_score
+from magsd.data.augment import AugmentConfig, Part, augment_images, z_score
 from magsd.data.cache import ImageCache, load_cache
-from magsd.data.loader import Batch, BatchLoader
+from magsd.data.loader import Batch, BatchLoader, share_bounds
 from magsd.data.random import step_generator, step_seed
 from magsd.data.record import Record
 from magsd.data.sources import Source, open_source
@@ -15,6 +15,7 @@ __all__ = [
     "Batch",
     "BatchLoader",
     "ImageCache",
+    "Part",
     "Record",
     "Source",
     "Split",
@@ -22,6 +23,7 @@ __all__ = [
     "load_cache",
     "open_source",
     "read_split",
+    "share_bounds",
     "split_by_patient",
     "step_generator",
     "step_seed",

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _CROP_TRIES = 10  # as torchvision's RandomResizedCrop
+
+
+class Part(NamedTuple):
+    """Some images of a batch of `total`: those from `first` on.
+
+    Random numbers are drawn for the whole batch and cut to the part, so that an image is treated
+    alike however many processes share its batch.
+    """
+
+    first: int
+    total: int
+
+    def uniform(self, count: int, *shape: int, generator: torch.Generator) -> Tensor:
+        """(count, *shape) uniforms in [0, 1) of `count` images, on the generator's device."""
+        draws = torch.rand(self.total, *shape, generator=generator, device=generator.device)
+        return draws[self.first : self.first + count]
 
 
 @dataclass(frozen=True)
@@ -44,26 +61,30 @@ class AugmentConfig:
             raise ValueError(f"crop_ratio must rise above 0, not {self.crop_ratio}")
 
 
-def augment_images(images: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
+def augment_images(
+    images: Tensor, config: AugmentConfig, generator: torch.Generator, part: Part | None = None
+) -> Tensor:
     """Augment each image by its own draws.
 
-    images: (B, C, S, S) float in 0..1. generator: on the images' device. Returns the same
-    shape. Jitter comes first, then rotation, crop and flips as one sampling grid, so that the
-    image is interpolated once. Nothing is read back to the host.
+    images: (B, C, S, S) float in 0..1, of a larger batch where `part` is given. generator: on the
+    images' device. Returns the same shape. Jitter comes first, then rotation, crop and flips as
+    one sampling grid, so that the image is interpolated once. Nothing is read back to the host.
     """
     if not config.enabled or images.shape[0] == 0:
         return images
-    images = jitter(images, config, generator)
-    matrix = draw_geometry(images.shape[0], config, generator)
+    images = jitter(images, config, generator, part)
+    matrix = draw_geometry(images.shape[0], config, generator, part)
     return warp(images, matrix)
 
 
-def jitter(images: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
+def jitter(
+    images: Tensor, config: AugmentConfig, generator: torch.Generator, part: Part | None = None
+) -> Tensor:
     """Brightness and contrast factors per image, in random order, each clamped to 0..1.
 
     As torchvision's ColorJitter: contrast turns about the mean of the grey image.
     """
-    draws = _uniform(images.shape[0], 4, generator)[:, :, None, None, None]
+    draws = _uniform(images.shape[0], part, generator, 4)[:, :, None, None, None]
     chosen, order = draws[:, 0] < config.probability, draws[:, 1] < 0.5
     brightness = _factor(draws[:, 2], config.brightness)
     contrast = _factor(draws[:, 3], config.contrast)
@@ -89,16 +110,18 @@ def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     return (mean + factor * (images - mean)).clamp(0, 1)
 
 
-def draw_geometry(batch: int, config: AugmentConfig, generator: torch.Generator) -> Tensor:
+def draw_geometry(
+    batch: int, config: AugmentConfig, generator: torch.Generator, part: Part | None = None
+) -> Tensor:
     """(B, 2, 3) affine matrices from output to input coordinates, both in -1..1.
 
     The image passes rotation, then crop, then flips; a sampling grid runs the other way, so
     the matrix is rotation * crop * flip.
     """
-    draws = _uniform(batch, 5, generator)
+    draws = _uniform(batch, part, generator, 5)
     angle = (2 * draws[:, 0] - 1) * math.radians(config.rotation)
     angle = torch.where(draws[:, 1] < config.probability, angle, 0.0)
-    centre, half = draw_crop(batch, config, generator)
+    centre, half = draw_crop(batch, config, generator, part)
     cropped = (draws[:, 2] < config.probability)[:, None]
     centre, half = torch.where(cropped, centre, 0.0), torch.where(cropped, half, 1.0)
     flip_x = (draws[:, 3] < config.probability) & config.horizontal_flip
@@ -127,14 +150,14 @@ def compose(angle: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
 
 
 def draw_crop(
-    batch: int, config: AugmentConfig, generator: torch.Generator
+    batch: int, config: AugmentConfig, generator: torch.Generator, part: Part | None = None
 ) -> tuple[Tensor, Tensor]:
     """Centre and half size (B, 2), as (x, y) in -1..1, of a random resized crop.
 
     As torchvision's: area uniform in crop_scale, log ratio uniform, ten tries, then the whole
     image; the tries are drawn at once and the first that fits is taken.
     """
-    draws = torch.rand(batch, _CROP_TRIES, 4, generator=generator, device=generator.device)
+    draws = _uniform(batch, part, generator, _CROP_TRIES, 4)
     low, high = config.crop_scale
     area = low + (high - low) * draws[..., 0]
     low, high = math.log(config.crop_ratio[0]), math.log(config.crop_ratio[1])
@@ -165,8 +188,8 @@ def z_score(images: Tensor, epsilon: float = 1e-6) -> Tensor:
     return torch.where(deviation > epsilon, centred / deviation.clamp_min(epsilon), 0.0)
 
 
-def _uniform(batch: int, count: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(batch, count, generator=generator, device=generator.device)
+def _uniform(batch: int, part: Part | None, generator: torch.Generator, *shape: int) -> Tensor:
+    return (part or Part(0, batch)).uniform(batch, *shape, generator=generator)
 
 
 def _factor(draw: Tensor, spread: float) -> Tensor:

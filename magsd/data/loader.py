@@ -10,18 +10,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from magsd.data.augment import AugmentConfig, augment_images, z_score
+from magsd.data.augment import AugmentConfig, Part, augment_images, z_score
 from magsd.data.cache import ImageCache
 from magsd.data.random import step_generator, step_seed
 from magsd.errors import DataError
 
 
 class Batch(NamedTuple):
-    """images (B, C, S, S) float32 z-scored; labels (B,) int64; indices into the cache."""
+    """images (B, C, S, S) float32 z-scored; labels (B,) int64; indices into the cache.
+
+    places: of the whole batch, in the loader's `indices` and `labels`; part: which of them are
+    here, all of them where one process takes every batch.
+    """
 
     images: Tensor
     labels: Tensor
     indices: list[int]
+    places: list[int]
+    part: Part
+
+
+def share_bounds(count: int, rank: int, ranks: int) -> tuple[int, int]:
+    """Begin and end of part `rank` of `ranks` of `count` things in a row."""
+    return rank * count // ranks, (rank + 1) * count // ranks
 
 
 class BatchLoader:
@@ -31,7 +42,8 @@ class BatchLoader:
     augment: None leaves the images as they are. channels: 3 repeats a grey image; None takes
     the cache's. on_device: "on" keeps all images of the cache on a GPU, as uint8, "auto" does where
     they take less than half of its free memory, "off" brings each batch from pinned memory, one
-    batch ahead. Order and every random number depend on seed, epoch and step alone.
+    batch ahead. Order and every random number depend on seed, epoch and step alone. rank, ranks:
+    of every batch this loader brings part `rank` of `ranks`, which differ by one image at most.
     """
 
     def __init__(
@@ -48,6 +60,8 @@ class BatchLoader:
         drop_last: bool = False,
         channels: int | None = None,
         on_device: Literal["auto", "on", "off"] = "auto",
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         if batch_size < 1:
             raise DataError(f"batch_size must be at least 1, not {batch_size}")
@@ -64,6 +78,7 @@ class BatchLoader:
         self.drop_last = drop_last
         self.channels = channels or cache.channels
         self.on_device = on_device
+        self.rank, self.ranks = rank, ranks
         self.labels = self._number_labels()
 
     def _number_labels(self) -> list[int]:
@@ -80,7 +95,7 @@ class BatchLoader:
         return labels
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Batches in an epoch, whatever part of them is brought."""
         count = len(self.indices)
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
@@ -91,10 +106,15 @@ class BatchLoader:
         """The batches of one epoch, from `start_step` on."""
         order = self._order(epoch)
         steps = range(start_step, len(self))
-        chosen = [order[step * self.batch_size : (step + 1) * self.batch_size] for step in steps]
-        for step, places, (pixels, labels) in zip(steps, chosen, self._fetch(chosen), strict=True):
-            indices = [self.indices[place] for place in places]
-            yield Batch(self._prepare(pixels, epoch, step), labels, indices)
+        whole = [order[step * self.batch_size : (step + 1) * self.batch_size] for step in steps]
+        bounds = [share_bounds(len(places), self.rank, self.ranks) for places in whole]
+        chosen = [places[slice(*ends)] for places, ends in zip(whole, bounds, strict=True)]
+        for step, places, here, (first, _), (pixels, labels) in zip(
+            steps, whole, chosen, bounds, self._fetch(chosen), strict=True
+        ):
+            part = Part(first, len(places))
+            indices = [self.indices[place] for place in here]
+            yield Batch(self._prepare(pixels, epoch, step, part), labels, indices, places, part)
 
     def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:
@@ -143,13 +163,13 @@ class BatchLoader:
             copies[self.device] = torch.from_numpy(np.array(self.cache.images)).to(self.device)
         return copies[self.device]
 
-    def _prepare(self, pixels: Tensor, epoch: int, step: int) -> Tensor:
+    def _prepare(self, pixels: Tensor, epoch: int, step: int, part: Part) -> Tensor:
         """Augmented and z-scored images (B, C, S, S) of uint8 pixels."""
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
         images = pixels.to(torch.float32).div_(255).contiguous()
         if self.augment is not None:
             generator = step_generator(self.seed, epoch, step, "augment", self.device)
-            images = augment_images(images, self.augment, generator)
+            images = augment_images(images, self.augment, generator, part)
         images = z_score(images)
         if images.shape[1] != self.channels:
             images = images.expand(-1, self.channels, -1, -1).contiguous()

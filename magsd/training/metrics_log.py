@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from magsd.training.checkpoint import write_atomically
+from magsd.training.distributed import ALONE, Team
 from magsd.training.step import StepResult
 
 COLUMNS = (
@@ -34,12 +35,14 @@ COLUMNS = (
 class StepSums:
     """Sums over the steps of an epoch, on the device; reading them is the only synchronisation.
 
-    `first_bad` is the first step whose loss was NaN or infinite, -1 while there is none.
+    `first_bad` is the first step whose loss was NaN or infinite, -1 while there is none. Each
+    process of a team keeps its own sums; `read` and `state`, which all must call, add them up.
     """
 
     _LOSS, _CE, _DISTANCE, _CORRECT, _COUNT, _STEPS, _FIRST_BAD = range(7)
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, team: Team = ALONE) -> None:
+        self._team = team
         self.values = torch.zeros(7, dtype=torch.float64, device=device)
         self.reset()
 
@@ -48,13 +51,13 @@ class StepSums:
         self.values.zero_()
         self.values[self._FIRST_BAD].fill_(-1)
 
-    def add(self, result: StepResult, batch: int) -> None:
-        """Take in one step of `batch` images."""
+    def add(self, result: StepResult, batch: int, weight: float | None = None) -> None:
+        """Take in one step of `batch` images; `weight` of its losses where it is another."""
         values = self.values
         losses = torch.stack(
             [result.loss.detach().double(), result.cross_entropy.double(), result.distance.double()]
         )
-        values[: self._CORRECT] += losses * batch
+        values[: self._CORRECT] += losses * (batch if weight is None else weight)
         values[self._CORRECT] += result.correct
         values[self._COUNT] += batch
         first = values[self._FIRST_BAD]
@@ -64,7 +67,7 @@ class StepSums:
 
     def read(self) -> dict[str, float]:
         """Means per image and the first bad step; waits for the device."""
-        loss, ce, distance, correct, count, _, bad = self.values.tolist()
+        loss, ce, distance, correct, count, _, bad = self._total().tolist()
         count = max(count, 1.0)
         return {
             "train_loss": loss / count,
@@ -76,17 +79,34 @@ class StepSums:
 
     def state(self) -> Tensor:
         """A copy on the host, for a checkpoint."""
-        return self.values.cpu().clone()
+        return self._total().cpu().clone()
 
     def load(self, state: Tensor) -> None:
         """The inverse of `state`."""
         self.values.copy_(state)
+        if not self._team.leads:
+            self.values[: self._STEPS].zero_()  # they count once
+
+    def _total(self) -> Tensor:
+        """The sums of all processes, and their first bad step."""
+        if self._team.size == 1:
+            return self.values
+        total = self.values.clone()
+        self._team.sum(total[: self._STEPS])
+        bad = total[self._FIRST_BAD]
+        bad.copy_(torch.where(bad < 0, math.inf, bad))
+        self._team.least(bad)
+        bad.copy_(torch.where(torch.isinf(bad), -1, bad))
+        return total
 
 
 class MetricsLog:
-    """`metrics.csv`, rewritten whole so that it never holds half a row, and TensorBoard."""
+    """`metrics.csv`, rewritten whole so that it never holds half a row, and TensorBoard.
 
-    def __init__(self, csv_path: Path, tensorboard: Path | None) -> None:
+    Without a path nothing is written: processes that do not lead keep such a log.
+    """
+
+    def __init__(self, csv_path: Path | None, tensorboard: Path | None) -> None:
         self._path = csv_path
         self._rows: list[dict[str, Any]] = []
         self._writer: Any = None
@@ -94,7 +114,7 @@ class MetricsLog:
 
     def start(self, epochs_done: int, step: int) -> None:
         """Forget what an interrupted run wrote after the checkpoint from which it goes on."""
-        rows = read_metrics(self._path) if self._path.is_file() else []
+        rows = read_metrics(self._path) if self._path is not None and self._path.is_file() else []
         self._rows = [row for row in rows if int(row["epoch"]) <= epochs_done]
         self._write_csv()
         if self._folder is not None:
@@ -127,6 +147,8 @@ class MetricsLog:
             self._writer = None
 
     def _write_csv(self) -> None:
+        if self._path is None:
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +22,13 @@ from magsd.data import (
     load_cache,
     open_source,
     read_split,
+    share_bounds,
     split_by_patient,
-    write_split,
 )
-from magsd.errors import ConfigError, RunError
+from magsd.errors import ConfigError, DataError, RunError
 from magsd.models import Classifier, Preprocessing, build_model
 from magsd.training.checkpoint import disk_full_as_error, load_checkpoint, load_weights
+from magsd.training.distributed import ALONE, Team, restarted, team_of
 from magsd.training.metrics_log import MetricsLog
 from magsd.training.precision import (
     Precision,
@@ -36,22 +38,9 @@ from magsd.training.precision import (
 )
 from magsd.training.progress import TrainingProgress
 from magsd.training.run_folder import RunFolder
+from magsd.training.run_start import begin, claim, stored_state
 from magsd.training.signals import StopRequest
 from magsd.training.trainer import Trainer
-
-# What the stored state depends on; any other value may change when a run goes on.
-FIXED_ON_RESUME = (
-    "model.",
-    "data.image_size",
-    "data.clahe",
-    "data.folds",
-    "data.fold",
-    "data.split_seed",
-    "train.seed",
-    "train.batch_size",
-    "optim.name",
-    "optim.decay_norms",
-)
 
 
 @dataclass(frozen=True)
@@ -176,10 +165,22 @@ def plain_loader(
 
 
 def training_loader(
-    config: Config, cache: ImageCache, indices: list[int], classes: tuple[str, ...]
+    config: Config,
+    cache: ImageCache,
+    indices: list[int],
+    classes: tuple[str, ...],
+    team: Team = ALONE,
 ) -> BatchLoader:
-    """Shuffled and augmented batches."""
+    """Shuffled and augmented batches; of each, this process's part.
+
+    Raises `DataError` where there are fewer images than the processes need.
+    """
     size = config.train.batch_size
+    fewest = 2 * team.size
+    if team.size > 1 and len(indices) < fewest:
+        raise DataError(
+            f"{len(indices)} training images for {team.size} processes: expected at least {fewest}"
+        )
     return BatchLoader(
         cache,
         indices,
@@ -191,7 +192,9 @@ def training_loader(
         device=choose_device(config.train.device),
         on_device=config.train.images_on_device,
         # Batch statistics of a single image are no statistics.
-        drop_last=len(indices) > size and len(indices) % size == 1,
+        drop_last=len(indices) > size and 0 < len(indices) % size < fewest,
+        rank=team.rank,
+        ranks=team.size,
     )
 
 
@@ -205,20 +208,33 @@ def train_run(
 ) -> TrainedRun:
     """Train as `config` says and keep everything in the folder `out`.
 
-    With `resume` go on from the folder's last checkpoint. Raises `RunError` where the folder holds
+    With `resume` go on from the folder's last checkpoint. Under `torchrun` the processes train
+    together, the first of them writes, and after a failure that torchrun answers by a new try the
+    run goes on from its checkpoint unasked. Raises `RunError` where the folder holds
     another run, a checkpoint is corrupt or the disk is full; `Interrupted` after SIGINT or SIGTERM,
     once the state is saved; `TrainingDiverged`; `DataError`; `ConfigError`.
     """
-    console = console or Console()
     config.validate()
-    precision = precision_of(config)
     folder = RunFolder(out)
-    if resume:
-        folder.require_run()
-        _check_resumable(folder.load_config(), config)
-        folder.lock()
-    else:
-        folder.require_free(overwrite=overwrite)
+    with team_of(config.train) as team:
+        if not team.leads:
+            console = Console(quiet=True)
+        resume = resume or restarted(team, folder.root)
+        return _train_run(config, folder, resume, overwrite, console or Console(), team)
+
+
+def _train_run(
+    config: Config,
+    folder: RunFolder,
+    resume: bool,
+    overwrite: bool,
+    console: Console,
+    team: Team,
+) -> TrainedRun:
+    """`train_run` in each process of a team, of which the leader alone looks at the folder."""
+    precision = precision_of(config)
+    if team.leads:
+        claim(folder, config, resume=resume, overwrite=overwrite)
     advice = "free some space and go on with --resume; the last checkpoint is kept"
     try:
         with (
@@ -227,32 +243,24 @@ def train_run(
             deterministic_algorithms(config.train.deterministic),
             tf32_products(config.train.precision == "tf32"),
         ):
-            payload = _stored_state(folder) if resume else None
+            payload = team.tell(stored_state(folder) if resume and team.leads else None)
             # Images or weights that cannot be used are told before the folder is touched: a run
             # that is to be overwritten still stands then.
-            data = _prepare_data(config, folder.split if resume else None, payload, console)
-            trainer = _build_trainer(config, data, folder, precision, payload, console)
-            if resume:
-                folder.write_config(config)
-            else:
-                folder.lock()
-                folder.create(config, overwrite=overwrite)
-            if not folder.split.is_file():
-                write_split(folder.split, data.cache.records, data.split)
+            data = _prepare_data(config, folder.split if resume else None, payload, console, team)
+            trainer = _build_trainer(config, data, folder, precision, payload, console, team)
+            if team.leads:
+                begin(
+                    folder,
+                    config,
+                    data.cache.records,
+                    data.split,
+                    resume=resume,
+                    overwrite=overwrite,
+                )
             _fit(trainer, console, resumed=payload is not None)
             return TrainedRun(folder, config, data, trainer.best_epoch, trainer.images_per_second)
     finally:
         folder.unlock()
-
-
-def _stored_state(folder: RunFolder) -> dict[str, Any] | None:
-    """What `--resume` goes on from, or None for a run that ended before its first checkpoint."""
-    if not folder.last.is_file() and folder.best.is_file():
-        raise RunError(
-            f"no checkpoint at {folder.last}, from which a run goes on; {folder.best} is there and "
-            "can be evaluated. Put back a copy of the first, or start again in another --out"
-        )
-    return load_checkpoint(folder.last) if folder.last.is_file() else None
 
 
 def _build_trainer(
@@ -262,24 +270,28 @@ def _build_trainer(
     precision: Precision,
     payload: dict[str, Any] | None,
     console: Console,
+    team: Team,
 ) -> Trainer:
     """The trainer of a new model, or in the stored state; nothing is written yet."""
     torch.manual_seed(config.train.seed)
     model = build_model(
-        # Pretrained weights that a checkpoint replaces need not be fetched.
-        config.model if payload is None else replace(config.model, pretrained=False),
+        # Weights that a checkpoint or the leader's replace need not be fetched.
+        config.model if payload is None and team.leads else replace(config.model, pretrained=False),
         len(data.classes),
         classes=data.classes,
         preprocessing=preprocessing_of(config),
     )
+    validation = data.split.validation
+    own = share_bounds(len(validation), team.rank, team.size)
     trainer = Trainer(
         config,
         model,
-        training_loader(config, data.cache, data.split.train, data.classes),
-        plain_loader(config, data.cache, data.split.validation, data.classes),
+        training_loader(config, data.cache, data.split.train, data.classes, team),
+        plain_loader(config, data.cache, validation[slice(*own)], data.classes),
         folder,
         precision,
         console.print,
+        team,
     )
     if payload is not None:
         trainer.restore(payload)
@@ -291,7 +303,9 @@ def _fit(trainer: Trainer, console: Console, *, resumed: bool) -> None:
     train, folder = trainer.config.train, trainer.folder
     if resumed:
         console.print(f"going on after epoch {trainer.epoch}, step {trainer.step} of the next")
-    log = MetricsLog(folder.metrics, folder.tensorboard if train.tensorboard else None)
+    log = MetricsLog(None, None)
+    if trainer.team.leads:
+        log = MetricsLog(folder.metrics, folder.tensorboard if train.tensorboard else None)
     steps = len(trainer.train_loader)
     try:
         with (
@@ -304,9 +318,16 @@ def _fit(trainer: Trainer, console: Console, *, resumed: bool) -> None:
 
 
 def _prepare_data(
-    config: Config, stored_split: Path | None, payload: dict[str, Any] | None, console: Console
+    config: Config,
+    stored_split: Path | None,
+    payload: dict[str, Any] | None,
+    console: Console,
+    team: Team,
 ) -> RunData:
-    """Images and their split: the stored one, where there is one."""
+    """Images and their split: the stored one, where there is one; the leader's for a team.
+
+    Raises `DataError` where this process sees other images than the leader.
+    """
     classes = tuple(payload["classes"]) if payload is not None else None
     with console.status(f"preparing images of {config.data.source}") as status:
         classes, cache = open_images(
@@ -315,13 +336,19 @@ def _prepare_data(
             classes=classes,
             progress=lambda done, total: status.update(f"preparing images: {done}/{total}"),
         )
-    if stored_split is not None and stored_split.is_file():
+    images = _digest(cache)
+    if team.tell(images) != images:
+        raise DataError(f"{config.data.source} holds other images or labels here than elsewhere")
+    if not team.leads:
+        split = Split([], [])
+    elif stored_split is not None and stored_split.is_file():
         split = read_split(stored_split, cache.records)
     else:
         data = config.data
         split = split_by_patient(
             cache.records, folds=data.folds, fold=data.fold, seed=data.split_seed
         )
+    split = team.tell(split)
     console.print(
         f"{config.data.source}: {len(split.train)} training and {len(split.validation)} validation "
         f"images of {len(classes)} classes ({', '.join(classes)})",
@@ -334,16 +361,10 @@ def _prepare_data(
     return RunData(classes, cache, split)
 
 
-def _check_resumable(before: Config, now: Config) -> None:
-    """Raises `ConfigError` if a value differs on which the stored state depends."""
-    old, new = before.flat(), now.flat()
-    changed = [
-        f"{key} was {old[key]}, now {new[key]}"
-        for key in new
-        if key.startswith(FIXED_ON_RESUME) and old[key] != new[key]
-    ]
-    if changed:
-        raise ConfigError(f"a run that goes on cannot change: {'; '.join(changed)}")
+def _digest(cache: ImageCache) -> str:
+    """The same for the same keys and labels in the same order."""
+    text = repr([(record.key, record.label) for record in cache.records])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def load_run(root: str | Path, *, overrides: tuple[str, ...] = ()) -> LoadedRun:

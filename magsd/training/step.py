@@ -7,14 +7,15 @@ Source: Li et al., IEEE JBHI 2021 (arXiv 2012.02278).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from magsd.config import LossConfig, ViewsConfig
+from magsd.data import Part
 from magsd_kernels import AttentionViews, SoftDistanceLoss
 
 
@@ -27,7 +28,32 @@ class StepResult(NamedTuple):
     correct: Tensor
 
 
-StepFunction = Callable[[nn.Module, Tensor, Tensor, "torch.Generator | None"], StepResult]
+class Share(NamedTuple):
+    """What one of several processes has of a batch.
+
+    part: its images. cross_entropy, distance: factors of its two losses under which the mean of
+    the processes' gradients is the gradient of the whole batch.
+    """
+
+    part: Part
+    cross_entropy: float
+    distance: float
+
+
+class StepFunction(Protocol):
+    """A training step of a model; the share where several processes have parts of the batch."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        generator: torch.Generator | None,
+        share: Share | None = None,
+        /,
+    ) -> StepResult:
+        """Forward passes and loss."""
+        ...
 
 
 def attention_step(
@@ -35,6 +61,7 @@ def attention_step(
     images: Tensor,
     labels: Tensor,
     generator: torch.Generator | None,
+    share: Share | None = None,
     *,
     views: AttentionViews,
     loss: SoftDistanceLoss,
@@ -47,24 +74,52 @@ def attention_step(
     statistics over all views, and running statistics that move twice a step instead of four times.
     """
     raw = model(images)
-    guided = views(images, raw.attention, generator=generator)
+    draws = None
+    if share is not None:
+        assert generator is not None, "processes that share a batch must draw alike"
+        uniforms = share.part.uniform(len(images), 8, generator=generator)
+        draws = views.draw(raw.attention, uniforms=uniforms)
+    guided = views(images, raw.attention, generator=generator, draws=draws)
     if merged:
         view_logits = model(guided.flatten(0, 1)).logits.unflatten(0, guided.shape[:2])
     else:
         view_logits = [model(view).logits for view in guided]
-    result = loss(raw.logits, view_logits, labels)
+    # Without weight there is no cross entropy (0 / 0), and its gradient would be as undefined.
+    weightless = share is not None and not share.cross_entropy
+    result = loss(raw.logits.detach() if weightless else raw.logits, view_logits, labels)
     correct = (raw.logits.detach().argmax(1) == labels).sum()
+    if share is not None:
+        entropy = _scaled(result.cross_entropy, share.cross_entropy, raw.logits)
+        distance = result.distance * share.distance
+        return StepResult(entropy + distance, entropy.detach(), distance.detach(), correct)
     return StepResult(result.loss, result.cross_entropy.detach(), result.distance.detach(), correct)
 
 
 def plain_step(
-    model: nn.Module, images: Tensor, labels: Tensor, *, class_weights: Tensor | None = None
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    generator: torch.Generator | None = None,
+    share: Share | None = None,
+    *,
+    class_weights: Tensor | None = None,
 ) -> StepResult:
-    """One forward pass and cross entropy: the baseline on the same path."""
+    """One forward pass and cross entropy: the baseline on the same path. Nothing is drawn."""
     logits = model(images).logits.float()
     loss = nn.functional.cross_entropy(logits, labels, weight=class_weights)
+    if share is not None:
+        loss = _scaled(loss, share.cross_entropy, logits)
     correct = (logits.detach().argmax(1) == labels).sum()
     return StepResult(loss, loss.detach(), torch.zeros_like(loss.detach()), correct)
+
+
+def _scaled(entropy: Tensor, factor: float, logits: Tensor) -> Tensor:
+    """The cross entropy times its factor.
+
+    Images whose classes all have weight 0 have none (0 / 0); they count for nothing in the whole
+    batch, but their process must still take part in its backward.
+    """
+    return entropy * factor if factor else logits.float().sum() * 0
 
 
 def make_step(
@@ -75,15 +130,11 @@ def make_step(
     *,
     merged: bool = False,
 ) -> StepFunction:
-    """The step that fits the model: `step(model, images, labels, generator) -> StepResult`."""
+    """The step that fits the model."""
     if model_name == "plain":
-        return lambda model, images, labels, generator: plain_step(
-            model, images, labels, class_weights=class_weights
-        )
+        return partial(plain_step, class_weights=class_weights)
     guided = AttentionViews(**asdict(views))
     distance = SoftDistanceLoss(
         confidence=loss.confidence, smoothing=loss.smoothing, class_weights=class_weights
     )
-    return lambda model, images, labels, generator: attention_step(
-        model, images, labels, generator, views=guided, loss=distance, merged=merged
-    )
+    return partial(attention_step, views=guided, loss=distance, merged=merged)

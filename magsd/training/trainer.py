@@ -26,6 +26,7 @@ from magsd.training.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
+from magsd.training.distributed import ALONE, Team
 from magsd.training.metrics_log import MetricsLog, StepSums
 from magsd.training.optim import (
     build_optimizer,
@@ -37,7 +38,7 @@ from magsd.training.precision import Precision
 from magsd.training.progress import TrainingProgress
 from magsd.training.run_folder import RunFolder
 from magsd.training.signals import StopRequest
-from magsd.training.step import make_step
+from magsd.training.step import Share, StepResult, make_step
 from magsd.training.validation import validate
 
 _NAMED_IMAGES = 16
@@ -54,12 +55,16 @@ class Interrupted(Exception):
 class _Stop(Exception):
     """Unwinds the loop to the place where the state is saved."""
 
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
 
 class Trainer:
     """Trains `model` on `train` and keeps its run in `folder`.
 
     `epoch` counts finished epochs, `step` finished steps of the current one; `step` equal to the
-    epoch's length means that its validation is still to come.
+    epoch's length means that its validation is still to come. Each process of a `team` has such a
+    trainer, with loaders that bring its part of the images; their states stay the same.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class Trainer:
         folder: RunFolder,
         precision: Precision,
         say: Callable[[str], None] = print,
+        team: Team = ALONE,
     ) -> None:
         self.config = config
         self.model = precision.model(model)
@@ -82,7 +88,11 @@ class Trainer:
             self.model.backbone.recompute = True
         if config.train.compile:
             self.model.backbone.compile()
+        self.team = team
         captured = config.train.cuda_graph and precision.device.type == "cuda"
+        if captured and team.size > 1:
+            say("training without a CUDA graph: several processes exchange gradients in a step")
+            captured = False
         self.optimizer = build_optimizer(self.model, config.optim, capturable=captured)
         weights = class_weights(config.loss.class_weights, train)
         self.step_function = make_step(
@@ -92,8 +102,16 @@ class Trainer:
             weights,
             merged=config.train.views == "merged",
         )
+        self._joined = None
+        if team.size > 1:
+            self._joined = team.join(
+                self.model, self.step_function, sync_batchnorm=config.train.sync_batchnorm
+            )
+            self._image_weights = _image_weights(weights, train.labels)
+        self._share: Share | None = None
         self._captured = CapturedStep(self._update, precision.device, say) if captured else None
-        self.sums = StepSums(precision.device)
+        self.sums = StepSums(precision.device, team)
+        self._saved = False
         self.epoch = 0
         self.step = 0
         self.best: list[float] = [-math.inf, -math.inf]
@@ -120,31 +138,43 @@ class Trainer:
         Raises `Interrupted` after a signal, once the state is saved, and `TrainingDiverged`.
         """
         log.start(self.epoch, self.global_step)
-        if not self.folder.last.is_file():
+        if not self._saved:
             self.save_last()
         try:
             while self.epoch < self.config.train.epochs:
                 self._train_epoch(log, progress, stop)
                 self._finish_epoch(log, progress, stop)
-        except _Stop:
+        except _Stop as request:
             self.save_last()
-            raise Interrupted(int(stop.signum or 0), self.folder.last) from None
+            raise Interrupted(request.signum, self.folder.last) from None
 
     def _train_epoch(self, log: MetricsLog, progress: TrainingProgress, stop: StopRequest) -> None:
         train = self.config.train
         self.model.train()
         self._clock = time.perf_counter()
         for batch in self.train_loader.epoch(self.epoch, self.step):
-            self._recent[self.step] = batch.indices
+            self._recent[self.step] = [self.train_loader.indices[place] for place in batch.places]
+            if self.team.size > 1:
+                self._share = self.team.share(batch, self._image_weights)
             self._one_step(batch.images, batch.labels)
             progress.step(self.epoch)
-            if self.global_step % train.log_interval == 0:
+            report = self.global_step % train.log_interval == 0
+            if report:
                 self._report(log, progress)
-            if stop:
-                raise _Stop
+            self._leave_if_asked(stop, meeting=report)
             every = train.checkpoint_interval
             if every and self.global_step % every == 0 and self.step < len(self.train_loader):
                 self.save_last()
+
+    def _leave_if_asked(self, stop: StopRequest, *, meeting: bool) -> None:
+        """Raise `_Stop` after a signal; a team does where it meets, so that none waits for another.
+
+        A signal may reach the processes of a team at different steps.
+        """
+        if meeting or self.team.size == 1:
+            signum = self.team.greatest(stop.signum or 0)
+            if signum:
+                raise _Stop(signum)
 
     def _one_step(self, images: Tensor, labels: Tensor) -> None:
         set_learning_rate(self.optimizer, self.current_lr())
@@ -153,21 +183,39 @@ class Trainer:
             self._captured(images, labels, seed)
         else:
             generator = torch.Generator(self.precision.device).manual_seed(seed)
+            if self.team.size > 1:
+                self._seed_process()
             self._update(images, labels, generator)
         self.step += 1
+
+    def _seed_process(self) -> None:
+        """Let what layers draw (dropout, random depth) differ between the processes of a team.
+
+        The checkpoint holds one process's generators; so these depend on the place in training.
+        """
+        stream = f"process {self.team.rank}"
+        torch.manual_seed(step_seed(self.config.train.seed, self.epoch, self.step, stream))
 
     def _update(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
         """All that a step computes; it reads nothing back, so that a CUDA graph can hold it."""
         with self.precision.autocast():
             images = self.precision.images(images)
-            result = self.step_function(self.model, images, labels, generator)
+            result = self._losses(images, labels, generator)
         self.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
         clip_norm = self.config.optim.clip_norm
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
         self.optimizer.step()
-        self.sums.add(result, len(labels))
+        share = self._share
+        # A team's losses carry its factors, whose mean over the processes is the whole batch's.
+        weight = None if share is None else share.part.total / self.team.size
+        self.sums.add(result, len(labels), weight)
+
+    def _losses(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> StepResult:
+        if self._joined is None:
+            return self.step_function(self.model, images, labels, generator)
+        return self._joined(images, labels, generator, self._share)
 
     def current_lr(self) -> float:
         """Learning rate of the next step."""
@@ -206,13 +254,23 @@ class Trainer:
 
     def _finish_epoch(self, log: MetricsLog, progress: TrainingProgress, stop: StopRequest) -> None:
         def leave() -> None:
-            if stop:
+            try:
+                self._leave_if_asked(stop, meeting=False)
+            except _Stop:
                 self._clock = time.perf_counter()  # validation is no training time
-                raise _Stop
+                raise
 
         values = self._report(log, progress)
+        self._leave_if_asked(stop, meeting=True)
         last_lr = float(self.optimizer.param_groups[0]["lr"])
-        measured = validate(self.model, self.validation_loader, self.precision, each_batch=leave)
+        self.team.tell_buffers(self.model)
+        measured = validate(
+            self.model,
+            self.validation_loader,
+            self.precision,
+            each_batch=leave,
+            team=self.team,
+        )
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "step": self.global_step,
@@ -264,28 +322,30 @@ class Trainer:
     def save_last(self, *, checked: bool = False) -> None:
         """Write the whole state, unless it is spoilt: then the older checkpoint stays."""
         if not checked:
+            self.team.tell_buffers(self.model)
             self.read_sums()
             self._check_weights()
             self._tick()
-        save_checkpoint(
-            self.folder.last,
-            {
-                **self._weights(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "best": self.best,
-                "best_epoch": self.best_epoch,
-                "sums": self.sums.state(),
-                "random": random_state(),
-                "epoch_seconds": self.epoch_seconds,
-                "train_seconds": self.train_seconds,
-                "images_seen": self.images_seen,
-            },
-        )
+        payload = {
+            **self._weights(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "sums": self.sums.state(),
+            "random": random_state(),
+            "epoch_seconds": self.epoch_seconds,
+            "train_seconds": self.train_seconds,
+            "images_seen": self.images_seen,
+        }
+        if self.team.leads:
+            save_checkpoint(self.folder.last, payload)
+        self._saved = True
         self._clock = time.perf_counter()
 
     def _save_best(self) -> None:
-        save_checkpoint(self.folder.best, self._weights())
+        if self.team.leads:
+            save_checkpoint(self.folder.best, self._weights())
 
     def _weights(self) -> dict[str, Any]:
         return {
@@ -307,6 +367,7 @@ class Trainer:
         self.train_seconds = payload["train_seconds"]
         self.images_seen = payload["images_seen"]
         set_random_state(payload["random"])
+        self._saved = True
 
 
 def class_weights(choice: str | list[float], loader: BatchLoader) -> Tensor | None:
@@ -327,3 +388,10 @@ def class_weights(choice: str | list[float], loader: BatchLoader) -> Tensor | No
     else:
         weights = torch.tensor(choice, dtype=torch.float64)
     return weights.to(dtype=torch.float32, device=loader.device)
+
+
+def _image_weights(class_weights: Tensor | None, labels: list[int]) -> Tensor:
+    """What each image weighs in the cross entropy, (N,) float64 on the host."""
+    if class_weights is None:
+        return torch.ones(len(labels), dtype=torch.float64)
+    return class_weights.cpu().double()[labels]

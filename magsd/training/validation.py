@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from magsd.data import BatchLoader
+from magsd.training.distributed import ALONE, Team
 from magsd.training.precision import Precision
 
 
@@ -18,10 +19,12 @@ def validate(
     precision: Precision,
     *,
     each_batch: Callable[[], None] = lambda: None,
+    team: Team = ALONE,
 ) -> dict[str, float]:
     """Mean cross entropy, accuracy, and the mean recall over the classes that occur.
 
-    `each_batch` is called before every batch and may raise to leave.
+    `each_batch` is called before every batch and may raise to leave. The processes of a team each
+    bring a loader of other images; all get the figures over all of them.
     """
     classes = len(loader.classes)
     loss = torch.zeros((), dtype=torch.float64, device=loader.device)
@@ -36,7 +39,8 @@ def validate(
         cells = batch.labels * classes + logits.argmax(1)
         # scatter_add_ needs no host synchronisation, unlike bincount.
         confusion.scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.float64))
-    table = confusion.reshape(classes, classes).cpu()
+    team.sum(loss)
+    table = team.sum(confusion).reshape(classes, classes).cpu()
     count, per_class = table.sum(), table.sum(1)
     present = per_class > 0
     recalls = table.diagonal()[present] / per_class[present]

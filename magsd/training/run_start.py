@@ -1,0 +1,79 @@
+"""What is looked at and written in a run's folder before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from magsd.config import Config
+from magsd.data import Record, Split, write_split
+from magsd.errors import ConfigError, RunError
+from magsd.training.checkpoint import load_checkpoint
+from magsd.training.distributed import note_launch
+from magsd.training.run_folder import RunFolder
+
+# What the stored state depends on; any other value may change when a run goes on.
+FIXED_ON_RESUME = (
+    "model.",
+    "data.image_size",
+    "data.clahe",
+    "data.folds",
+    "data.fold",
+    "data.split_seed",
+    "train.seed",
+    "train.batch_size",
+    "optim.name",
+    "optim.decay_norms",
+)
+
+
+def claim(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool) -> None:
+    """Raises where the run cannot be gone on with, or where the folder is not free for it."""
+    if resume:
+        folder.require_run()
+        _check_resumable(folder.load_config(), config)
+        folder.lock()
+    else:
+        folder.require_free(overwrite=overwrite)
+
+
+def begin(
+    folder: RunFolder,
+    config: Config,
+    records: Sequence[Record],
+    split: Split,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Write what stands in a run's folder before its first step."""
+    if resume:
+        folder.write_config(config)
+    else:
+        folder.lock()
+        folder.create(config, overwrite=overwrite)
+    note_launch(folder.root)
+    if not folder.split.is_file():
+        write_split(folder.split, records, split)
+
+
+def stored_state(folder: RunFolder) -> dict[str, Any] | None:
+    """What `--resume` goes on from, or None for a run that ended before its first checkpoint."""
+    if not folder.last.is_file() and folder.best.is_file():
+        raise RunError(
+            f"no checkpoint at {folder.last}, from which a run goes on; {folder.best} is there and "
+            "can be evaluated. Put back a copy of the first, or start again in another --out"
+        )
+    return load_checkpoint(folder.last) if folder.last.is_file() else None
+
+
+def _check_resumable(before: Config, now: Config) -> None:
+    """Raises `ConfigError` if a value differs on which the stored state depends."""
+    old, new = before.flat(), now.flat()
+    changed = [
+        f"{key} was {old[key]}, now {new[key]}"
+        for key in new
+        if key.startswith(FIXED_ON_RESUME) and old[key] != new[key]
+    ]
+    if changed:
+        raise ConfigError(f"a run that goes on cannot change: {'; '.join(changed)}")
