@@ -39,19 +39,19 @@ _KEY = ["maps", "height", "width", "heights", "widths", "PARTS"]
 @triton.jit
 def _resized_back(
     grad, b, m, y, x, inside, low_height, low_width, height, width, grad_b, grad_c, grad_p,
-    MODE: tl.constexpr, ALIGN: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.constexpr,
-    INDEX: tl.constexpr, ACC: tl.constexpr,
+    MODE: tl.constexpr, ALIGN: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr,
+    OUTPUTS_Y: tl.constexpr, OUTPUTS_X: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one scale's input pixels: what the outputs that read them give back."""
-    first_y = first_output(y, low_height, height, MODE, TAPS[0], ALIGN).to(INDEX)
-    first_x = first_output(x, low_width, width, MODE, TAPS[1], ALIGN).to(INDEX)
+    first_y = first_output(y, low_height, height, MODE, TAPS_Y, ALIGN).to(INDEX)
+    first_x = first_output(x, low_width, width, MODE, TAPS_X, ALIGN).to(INDEX)
     place = grad + (b * grad_b + m * grad_c)
     total = tl.zeros(inside.shape, ACC)
-    for k in range(OUTPUTS[0] * OUTPUTS[1]):
-        o_y = first_y + k // OUTPUTS[1]
-        o_x = first_x + k % OUTPUTS[1]
-        part = share(o_y, y, low_height, height, MODE, TAPS[0], ALIGN, ACC)
-        part *= share(o_x, x, low_width, width, MODE, TAPS[1], ALIGN, ACC)
+    for k in range(OUTPUTS_Y * OUTPUTS_X):
+        o_y = first_y + k // OUTPUTS_X
+        o_x = first_x + k % OUTPUTS_X
+        part = share(o_y, y, low_height, height, MODE, TAPS_Y, ALIGN, ACC)
+        part *= share(o_x, x, low_width, width, MODE, TAPS_X, ALIGN, ACC)
         read = inside
         if MODE != "blocks":
             read = read & (o_y < height) & (o_x < width) & (part != 0)
@@ -109,7 +109,9 @@ def _sums_kernel(
                 back = _resized_back(
                     grad, b, m.to(INDEX), p // low_width, p % low_width, inside,
                     low_height, low_width, height, width, grad_b, grad_c, grad_p,
-                    MODES[scale], ALIGN, TAPS[scale], OUTPUTS[scale], INDEX, ACC,
+                    tl.constexpr(MODES[scale]), ALIGN,
+                    tl.constexpr(TAPS[scale][0]), tl.constexpr(TAPS[scale][1]),
+                    tl.constexpr(OUTPUTS[scale][0]), tl.constexpr(OUTPUTS[scale][1]), INDEX, ACC,
                 )  # fmt: skip
                 at = b * steps[scale][0] + p * steps[scale][2] + m.to(INDEX) * steps[scale][1]
                 normal, passes = _normal(xs[scale], at, inside, at_mean, at_rstd, weight, bias, ACC)
@@ -153,7 +155,9 @@ def _gradient_kernel(
             back = _resized_back(
                 grad, b, m.to(INDEX), p // low_width, p % low_width, inside,
                 low_height, low_width, height, width, grad_b, grad_c, grad_p,
-                MODES[scale], ALIGN, TAPS[scale], OUTPUTS[scale], INDEX, ACC,
+                tl.constexpr(MODES[scale]), ALIGN,
+                tl.constexpr(TAPS[scale][0]), tl.constexpr(TAPS[scale][1]),
+                tl.constexpr(OUTPUTS[scale][0]), tl.constexpr(OUTPUTS[scale][1]), INDEX, ACC,
             )  # fmt: skip
             if NORM:
                 at_mean, at_rstd, weight, bias = _parameters(

@@ -25,7 +25,7 @@ from magsd_kernels.triton._common import tunable, with_warps
 
 __all__ = ["bilinear_attention_pool", "bilinear_attention_pool_backward"]
 
-_CONFIGS = with_warps(8, 4)
+_CONFIGS = with_warps(8, 16)
 _KEY = ["maps", "channels", "pixels", "STAGE", "MAXIMUM", "KIND", "PRECISION"]
 
 

@@ -216,10 +216,11 @@ def _apply_kernel(
                 mean_out, rstd_out, scale, m, maps, count, lengths[scale], parameter_steps[scale],
                 TRAINING, MOMENTUM, EPS, PARTS, INDEX, ACC,
             )  # fmt: skip
+        # Triton 3.6 takes the entries out of a constexpr tuple as plain values.
         total += _gathered(
             xs[scale], b, y, x, m.to(INDEX), inside, heights[scale], widths[scale], height, width,
-            steps[scale], mean, factor, bias, NORM, MODES[scale], ALIGN,
-            TAPS[scale][0], TAPS[scale][1], INDEX, ACC,
+            steps[scale], mean, factor, bias, NORM, tl.constexpr(MODES[scale]), ALIGN,
+            tl.constexpr(TAPS[scale][0]), tl.constexpr(TAPS[scale][1]), INDEX, ACC,
         )  # fmt: skip
     to = out + (b * out_b + p * out_p + m.to(INDEX) * out_c)
     tl.store(to, total.to(out.dtype.element_ty), mask=inside)
