@@ -221,8 +221,9 @@ def test_a_killed_process_ends_in_the_same_run(
 ) -> None:
     """torchrun starts both again, and they go on from the first epoch's end.
 
-    Nearly always bit for bit; but once, on a machine with much other work, the last digits differed,
-    which AdamW enlarges to some 1e-4 of a weight. A step more or less would move them by 1e-2.
+    Nearly always bit for bit; but once, on a machine with much other work, the last digits
+    differed, which AdamW enlarges to some 1e-4 of a weight. A step more or less would move them by
+    1e-2.
     """
     out = tmp_path / "run"
     done = train_on_two(
