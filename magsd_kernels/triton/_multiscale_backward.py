@@ -20,7 +20,7 @@ from magsd_kernels.triton._common import (
     with_rows,
     with_warps,
 )
-from magsd_kernels.triton._resampling import first_output, share
+from magsd_kernels.triton._resampling import entry, first_output, share
 from magsd_kernels.triton._scales import (
     Tensors,
     empty_like_first,
@@ -109,9 +109,9 @@ def _sums_kernel(
                 back = _resized_back(
                     grad, b, m.to(INDEX), p // low_width, p % low_width, inside,
                     low_height, low_width, height, width, grad_b, grad_c, grad_p,
-                    tl.constexpr(MODES[scale]), ALIGN,
-                    tl.constexpr(TAPS[scale][0]), tl.constexpr(TAPS[scale][1]),
-                    tl.constexpr(OUTPUTS[scale][0]), tl.constexpr(OUTPUTS[scale][1]), INDEX, ACC,
+                    entry(MODES, scale), ALIGN,
+                    entry(TAPS, scale, 0), entry(TAPS, scale, 1),
+                    entry(OUTPUTS, scale, 0), entry(OUTPUTS, scale, 1), INDEX, ACC,
                 )  # fmt: skip
                 at = b * steps[scale][0] + p * steps[scale][2] + m.to(INDEX) * steps[scale][1]
                 normal, passes = _normal(xs[scale], at, inside, at_mean, at_rstd, weight, bias, ACC)
@@ -155,9 +155,9 @@ def _gradient_kernel(
             back = _resized_back(
                 grad, b, m.to(INDEX), p // low_width, p % low_width, inside,
                 low_height, low_width, height, width, grad_b, grad_c, grad_p,
-                tl.constexpr(MODES[scale]), ALIGN,
-                tl.constexpr(TAPS[scale][0]), tl.constexpr(TAPS[scale][1]),
-                tl.constexpr(OUTPUTS[scale][0]), tl.constexpr(OUTPUTS[scale][1]), INDEX, ACC,
+                entry(MODES, scale), ALIGN,
+                entry(TAPS, scale, 0), entry(TAPS, scale, 1),
+                entry(OUTPUTS, scale, 0), entry(OUTPUTS, scale, 1), INDEX, ACC,
             )  # fmt: skip
             if NORM:
                 at_mean, at_rstd, weight, bias = _parameters(

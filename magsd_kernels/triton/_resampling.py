@@ -17,6 +17,14 @@ import triton.language as tl
 from magsd_kernels.triton._guide import sample_at, step_of
 
 
+@triton.constexpr_function
+def entry(values, *places):
+    """An entry of a constexpr tuple, or of a tuple in it; Triton 3.6 loses that it is constexpr."""
+    for place in places:
+        values = values[place]
+    return values
+
+
 @triton.jit
 def _nearest_index(o, size_in, size_out):
     """Input of output o under nearest; torch computes it in float32 for every dtype."""

@@ -31,7 +31,7 @@ from magsd_kernels.triton._multiscale_backward import (
     multiscale_attention_backward,
     resample_attention_backward,
 )
-from magsd_kernels.triton._resampling import first_input, share
+from magsd_kernels.triton._resampling import entry, first_input, share
 from magsd_kernels.triton._scales import (
     Parts,
     Tensors,
@@ -68,18 +68,27 @@ def _statistics_part(
     begin = tl.minimum(tl.cast(part, INDEX) * length, total)
     end = tl.minimum(begin + length, total)
     place = x + m.to(INDEX) * step_c
-    # Every lane follows Welford, so that no value costs the others their digits; then the lanes are
-    # combined.
+    # A far mean is taken off first. Then every lane follows Welford, so that no far value costs the
+    # others their digits, and the lanes are combined.
     lane = tl.arange(0, PIXELS)[:, None]
+    n = begin + lane
+    few = tl.load(
+        place + (n // pixels * step_b + n % pixels * step_p), mask=(n < end) & present, other=0.0
+    ).to(ACC)
+    shift = tl.sum(few, 0)[None, :] / tl.minimum(tl.maximum(end - begin, 1), PIXELS).to(ACC)
+    shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
     mean = tl.zeros([PIXELS, MAPS], ACC)
     squares = tl.zeros([PIXELS, MAPS], ACC)
     seen = tl.full([], 0.0, ACC)
     for start in tl.range(begin, end, PIXELS, num_stages=STAGES):
         n = start + lane
         inside = (n < end) & present
-        value = tl.load(
-            place + (n // pixels * step_b + n % pixels * step_p), mask=inside, other=0.0
-        ).to(ACC)
+        value = (
+            tl.load(
+                place + (n // pixels * step_b + n % pixels * step_p), mask=inside, other=0.0
+            ).to(ACC)
+            - shift
+        )
         seen += 1.0
         apart = tl.where(inside, value - mean, 0.0)
         mean += apart * (1.0 / seen)
@@ -89,7 +98,7 @@ def _statistics_part(
     apart = mean - all_mean
     deviation = tl.sum(squares + apart * apart * size, 0)[None, :]
     to = parts + ((scale * PARTS + part) * 2) * maps + m
-    tl.store(to, all_mean, mask=present)
+    tl.store(to, all_mean + shift, mask=present)
     tl.store(to + maps, deviation, mask=present)
 
 
@@ -216,11 +225,10 @@ def _apply_kernel(
                 mean_out, rstd_out, scale, m, maps, count, lengths[scale], parameter_steps[scale],
                 TRAINING, MOMENTUM, EPS, PARTS, INDEX, ACC,
             )  # fmt: skip
-        # Triton 3.6 takes the entries out of a constexpr tuple as plain values.
         total += _gathered(
             xs[scale], b, y, x, m.to(INDEX), inside, heights[scale], widths[scale], height, width,
-            steps[scale], mean, factor, bias, NORM, tl.constexpr(MODES[scale]), ALIGN,
-            tl.constexpr(TAPS[scale][0]), tl.constexpr(TAPS[scale][1]), INDEX, ACC,
+            steps[scale], mean, factor, bias, NORM, entry(MODES, scale), ALIGN,
+            entry(TAPS, scale, 0), entry(TAPS, scale, 1), INDEX, ACC,
         )  # fmt: skip
     to = out + (b * out_b + p * out_p + m.to(INDEX) * out_c)
     tl.store(to, total.to(out.dtype.element_ty), mask=inside)
