@@ -172,11 +172,11 @@ class Guide {
       while (fails(bottom)) --bottom;
       // Between two rows of the map U is linear along y: what is largest lies at an end. Rounding
       // can lift a row between them over its ends by less than `slack`.
-      mark_columns(top, bottom, true);
+      mark_columns(top, bottom, finite_);
       columns_that_reach(threshold_, left, right);
       int64_t least = left, most = right;
       columns_that_reach(threshold_ - slack_, least, most);
-      if (!finite_ || least < left || most > right) {
+      if (finite_ && (least < left || most > right)) {
         mark_columns(top, bottom, false);
         columns_that_reach(threshold_, left, right);
       }

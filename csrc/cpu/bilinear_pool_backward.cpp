@@ -1,6 +1,7 @@
 // Bilinear attention pooling, backward.
 //
-// Moves the features, the output and its gradient in, and the gradient of the features out:
+// Moves the features in once, the output and its gradient twice (the first time for the sum along
+// the unit vector, right before an image's blocks), and the gradient of the features out:
 //
 //   dF[p, c] = sum over m of A[m, p] W[m, c]     panel of W
 //   dA[p, m] = sum over c of F[p, c] W[m, c]     panel of W transposed
@@ -167,7 +168,6 @@ void backward_block(const T* features, const MapSteps& steps, const accumulate_t
   Scratch<A> block_weights(shape.maps * kBlock), turned(padded * kColumns);
   Scratch<A> panel(pixels * kColumns), rows(std::is_same_v<T, A> ? 0 : pixels * kColumns);
   const bool in_planes = grad_features != nullptr && grad_steps.step_p == 1;
-  MapSteps dense_planes = grad_steps;
   Scratch<T> planes(in_planes ? pixels * kColumns : 0);
   pooled.panels(shape, first, end, block_weights.get());
   if (grad_maps != nullptr) std::fill(grad_maps, grad_maps + pixels * padded, A{0});
@@ -213,7 +213,7 @@ void backward_block(const T* features, const MapSteps& steps, const accumulate_t
       panel_product(pixels, attention, int64_t{1}, pixels, weights, shape.maps, panel.get(),
                     kColumns, false);
       if (in_planes) {
-        unpack(panel.get(), dense_planes, 0, count, planes.get(), rows.get());
+        unpack(panel.get(), grad_steps, 0, count, planes.get(), rows.get());
         write_row(planes.get(), count * pixels, grad_features + c * pixels, streamed);
       } else {
         unpack(panel.get(), grad_steps, c, count, grad_features, rows.get());
