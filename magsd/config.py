@@ -21,6 +21,7 @@ from magsd.errors import ConfigError
 from magsd.models import ModelConfig
 
 RUN_MARK = "# magsd run"
+_PACKAGED = Path(str(resources.files("magsd") / "configs"))
 
 
 @dataclass
@@ -42,11 +43,17 @@ class DataConfig:
 
 @dataclass
 class ViewsConfig:
-    """Ranges from which each image's thresholds are drawn, and the constants of the three views."""
+    """Ranges from which each image's thresholds are drawn, and the constants of the views.
+
+    MAG-SD takes mix-up, dim and patch; `weight` is the share of the crop in mix-up, at 1 the crop
+    itself. WS-DAN takes crop and drop.
+    """
 
     mixup_theta: tuple[float, float] = (0.4, 0.6)
     dim_theta: tuple[float, float] = (0.2, 0.5)
     patch_theta: tuple[float, float] = (0.4, 0.6)
+    crop_theta: tuple[float, float] = (0.4, 0.6)
+    drop_theta: tuple[float, float] = (0.2, 0.5)
     padding: float = 0.1
     weight: float = 0.4
     floor: float = 0.001
@@ -54,10 +61,21 @@ class ViewsConfig:
 
 @dataclass
 class LossConfig:
-    """Soft distance; `class_weights`: "none", "balanced", or one number a class, in order."""
+    """What is minimised.
 
+    name: "soft_distance" (cross entropy of the image, and how far the views' predictions are from
+        its own), "cross_entropy" (mean over the image and the views), or "published": the first
+        for MAG-SD, the second with the center loss for WS-DAN. The plain model has no views.
+    confidence, smoothing: of the soft distance.
+    center_weight, center_rate: of WS-DAN's center loss, and how far a center moves in a step.
+    class_weights: of every cross entropy: "none", "balanced", or one number a class, in order.
+    """
+
+    name: Literal["published", "soft_distance", "cross_entropy"] = "published"
     confidence: float = 0.7
     smoothing: float = 0.01
+    center_weight: float = 1.0
+    center_rate: float = 0.05
     class_weights: Literal["none", "balanced"] | list[float] = "none"
 
 
@@ -158,27 +176,34 @@ def _range_ok(pair: tuple[float, float]) -> bool:
 
 
 _RULES: list[tuple[str, Any, str]] = [
-    ("model.name", lambda v: v in ("magsd", "plain"), "magsd or plain"),
     ("data.image_size", lambda v: 16 <= v <= 4096, "16 to 4096"),
     ("data.folds train.batch_size", lambda v: v >= 2, "at least 2"),
     (
-        "train.epochs train.eval_batch_size train.log_interval data.clahe_tiles",
+        "train.epochs train.eval_batch_size train.log_interval data.clahe_tiles model.in_channels "
+        "model.attention_maps model.scales",
         lambda v: v >= 1,
         "at least 1",
     ),
     (
         "data.fold train.checkpoint_interval train.overlays optim.warmup_epochs optim.final_lr "
-        "optim.weight_decay views.padding data.split_seed train.seed",
+        "optim.weight_decay views.padding loss.center_weight data.split_seed train.seed",
         lambda v: v >= 0,
         "at least 0",
     ),
+    ("model.level", lambda v: v < 0, "-1 for the last map, or less"),
     ("optim.lr data.clahe_clip optim.clip_norm", lambda v: v > 0, "more than 0"),
     (
-        "optim.momentum optim.gamma loss.confidence loss.smoothing views.weight views.floor",
+        "optim.momentum optim.gamma loss.confidence loss.smoothing loss.center_rate views.weight "
+        "views.floor model.refine_weight",
         lambda v: 0 <= v <= 1,
         "0 to 1",
     ),
-    ("views.mixup_theta views.dim_theta views.patch_theta", _range_ok, "0 <= low <= high <= 1"),
+    (
+        "views.mixup_theta views.dim_theta views.patch_theta views.crop_theta views.drop_theta",
+        _range_ok,
+        "0 <= low <= high <= 1",
+    ),
+    ("model.dropout", lambda v: 0 <= v < 1, "0 to below 1"),
     ("optim.betas", lambda v: all(0 <= b < 1 for b in v), "two numbers in [0, 1)"),
     (
         "loss.class_weights",
@@ -236,17 +261,28 @@ def load_config(
 ) -> Config:
     """`base` (else the published recipe), then a YAML file, then `key=value` pairs.
 
-    `file` is a path or the name of a packaged configuration. Raises `ConfigError`.
+    `file` is a path or the name of a packaged configuration. A pair `model=NAME` applies a packaged
+    model, or the YAML file of that path, before the other pairs. Raises `ConfigError`.
     """
     config = base if base is not None else Config()
     if file is not None:
-        apply_mapping(config, _read_yaml(_find(file)), where=str(file))
-    for pair in overrides:
-        key, separator, text = pair.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"{pair!r} is not of the form key=value")
-        _set(config, resolve_key(key.strip()), text.strip(), where="command line", from_text=True)
+        apply_mapping(config, _read_yaml(_find(file, packaged_configs())), where=str(file))
+    pairs = [_pair(text) for text in overrides]
+    for key, text in pairs:
+        if key == "model":
+            values = _read_yaml(_find(text, packaged_models(), "model"))
+            apply_mapping(config, values, where=f"model={text}")
+    for key, text in pairs:
+        if key != "model":
+            _set(config, resolve_key(key), text, where="command line", from_text=True)
     return config.validate()
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{text!r} is not of the form key=value")
+    return key.strip(), value.strip()
 
 
 def named_source(overrides: Iterable[str]) -> str | None:
@@ -260,8 +296,16 @@ def named_source(overrides: Iterable[str]) -> str | None:
 
 
 def packaged_configs() -> dict[str, Path]:
-    """Name -> path of the configurations that come with the package."""
-    folder = Path(str(resources.files("magsd") / "configs"))
+    """Name -> path of the recipes that come with the package."""
+    return _yaml_files(_PACKAGED)
+
+
+def packaged_models() -> dict[str, Path]:
+    """Name -> path of the models that come with the package, for `model=NAME`."""
+    return _yaml_files(_PACKAGED / "model")
+
+
+def _yaml_files(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
@@ -295,14 +339,13 @@ def _flatten(values: Any, where: str, prefix: str = "") -> list[tuple[str, Any]]
     return pairs
 
 
-def _find(file: str | Path) -> Path:
+def _find(file: str | Path, packaged: Mapping[str, Path], what: str = "configuration") -> Path:
     path = Path(file)
     if path.is_file():
         return path
-    packaged = packaged_configs()
     if str(file) in packaged:
         return packaged[str(file)]
-    raise ConfigError(f"no configuration file {path}; packaged ones: {', '.join(packaged)}")
+    raise ConfigError(f"no {what} file {path}; packaged ones: {', '.join(packaged)}")
 
 
 def _read_yaml(path: Path) -> Any:

@@ -166,14 +166,15 @@ class MultiscaleAttention(nn.Module):
             nn.BatchNorm2d(num_maps, eps=eps, momentum=momentum) for _ in in_channels
         )
 
-    def forward(self, features: Tensors) -> torch.Tensor:
-        """One feature map per scale -> attention (B, M, H, W)."""
+    def forward(self, features: Tensors, size: tuple[int, int] | None = None) -> torch.Tensor:
+        """One feature map per scale -> attention (B, M, H, W); `size` replaces the layer's own."""
+        size = self.size if size is None else size
         check.sequence("MultiscaleAttention", "features", features, len(self.projections))
         projections = [project(x) for project, x in zip(self.projections, features, strict=True)]
         norms: list[Any] = list(self.norms)
         if not all(_fusible(norm, norms[0]) for norm in norms):
             maps = [torch.relu(norm(x)) for norm, x in zip(norms, projections, strict=True)]
-            return resample_attention(maps, self.size, mode=self.mode)
+            return resample_attention(maps, size, mode=self.mode)
         training = norms[0].training
         if training:
             for norm in norms:
@@ -184,7 +185,7 @@ class MultiscaleAttention(nn.Module):
             [norm.bias for norm in norms],
             [norm.running_mean for norm in norms],
             [norm.running_var for norm in norms],
-            self.size,
+            size,
             training=training,
             momentum=norms[0].momentum,
             eps=norms[0].eps,

@@ -14,10 +14,13 @@ from magsd.config import (
     load_config,
     named_source,
     packaged_configs,
+    packaged_models,
     resolve_key,
     valid_keys,
 )
 from magsd.errors import ConfigError
+
+BASELINES = ("plain", "resnet18", "resnet50", "vgg16", "inception_v3", "densenet121")
 
 
 def test_defaults_are_the_published_recipe() -> None:
@@ -129,7 +132,7 @@ def test_unknown_key_in_a_file_names_file_and_nearest(tmp_path: Path) -> None:
 
 
 def test_ambiguous_short_key_lists_both() -> None:
-    with pytest.raises(ConfigError, match=r"model\.name or optim\.name"):
+    with pytest.raises(ConfigError, match=r"model\.name or loss\.name or optim\.name"):
         resolve_key("name")
 
 
@@ -144,7 +147,9 @@ def test_ambiguous_short_key_lists_both() -> None:
         ("lr=-1", "more than 0"),
         ("precision=fp8", "float32 or tf32 or bfloat16"),
         ("optim.name=adam", "sgd or adamw"),
-        ("model.name=other", "magsd or plain"),
+        ("model.name=other", "magsd or wsdan or plain"),
+        ("level=0", "-1 for the last map"),
+        ("fusion=sum", "down or up or shuffle or cascade"),
         ("mixup_theta=[0.6,0.4]", "low <= high"),
         ("mixup_theta=[0.6]", r"\[float, float\]"),
         ("fold=5", "0 to data.folds - 1 = 4"),
@@ -201,3 +206,28 @@ def test_loading_does_not_change_the_defaults() -> None:
 def test_named_source() -> None:
     assert named_source(["epochs=3"]) is None
     assert named_source(["source=a", "data.source=folder:x=y"]) == "folder:x=y"
+
+
+@pytest.mark.parametrize("name", sorted(packaged_models()))
+def test_a_packaged_model_keeps_data_and_recipe(name: str) -> None:
+    config, base = load_config("phantom", [f"model={name}"]), load_config("phantom")
+    assert (config.data, config.optim, config.train) == (base.data, base.optim, base.train)
+    assert config.model.name == ("plain" if name in BASELINES else name.partition("-")[0])
+
+
+def test_single_values_win_over_the_model_whatever_their_order() -> None:
+    config = load_config(None, ["scales=2", "model=magsd-3-scales", "lr=0.5"])
+    assert (config.model.scales, config.optim.lr) == (2, 0.5)
+
+
+def test_a_model_may_be_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model.attention_maps: 7\n")
+    assert load_config(None, [f"model={file}"]).model.attention_maps == 7
+    with pytest.raises(ConfigError, match=r"no model file other; packaged ones: .*wsdan"):
+        load_config(None, ["model=other"])
+
+
+def test_crop_model_has_no_mixup() -> None:
+    config = load_config(None, ["model=magsd-crop"])
+    assert (config.views.weight, config.model.refine_weight) == (1.0, 1.0)

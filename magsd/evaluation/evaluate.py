@@ -23,11 +23,6 @@ from magsd.evaluation.localisation import Localisation, attention_inside, summar
 from magsd.evaluation.metrics import Metrics, compute_metrics
 from magsd.evaluation.tables import report_tables
 from magsd.models.classifier import Classifier, ClassifierOutput
-from magsd_kernels import attention_mixup
-
-# Evaluation's mix-up: the middle of the range that training draws from, and training's padding.
-REFINE_THETA = 0.5
-REFINE_PADDING = 0.1
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -177,13 +172,8 @@ class _Gathered:
 def refined_logits(
     model: Classifier, images: Tensor, output: ClassifierOutput, saliency: Tensor
 ) -> Tensor:
-    """Mean of the logits of `images` (B, C, H, W) and of their mix-up view, (B, K).
-
-    The view blends the image with the crop around the pixels at or above half of the saliency
-    map's maximum, resized to the whole image.
-    """
-    theta = torch.full((len(images),), REFINE_THETA, device=images.device)
-    view = attention_mixup(images, saliency, theta, padding=REFINE_PADDING)
+    """Mean of the logits of `images` (B, C, H, W) and of the model's refined view, (B, K)."""
+    view = model.refined_view(images, saliency)
     return (output.logits + model(view).logits) / 2
 
 

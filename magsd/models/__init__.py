@@ -1,4 +1,4 @@
-"""Classifiers on timm backbones: MAG-SD and the plain baseline.
+"""Classifiers on timm backbones: MAG-SD, WS-DAN and the plain baseline.
 
 Only the configuration is imported at once: reading a config needs neither torch nor timm.
 """
@@ -15,18 +15,21 @@ if TYPE_CHECKING:
     from magsd.models.classifier import Classifier, ClassifierOutput
     from magsd.models.magsd import MAGSD
     from magsd.models.plain import PlainClassifier
+    from magsd.models.wsdan import WSDAN
 
 _LAZY = {
     "Classifier": "magsd.models.classifier",
     "ClassifierOutput": "magsd.models.classifier",
     "MAGSD": "magsd.models.magsd",
     "PlainClassifier": "magsd.models.plain",
+    "WSDAN": "magsd.models.wsdan",
     "build_model": "magsd.models.build",
     "load_model": "magsd.models.build",
 }
 
 __all__ = [
     "MAGSD",
+    "WSDAN",
     "Classifier",
     "ClassifierOutput",
     "ModelConfig",

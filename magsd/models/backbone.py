@@ -21,14 +21,15 @@ from magsd.errors import ConfigError, MagsdError
 
 
 class Backbone(nn.Module):
-    """The last `scales` feature maps of a timm model, fine to coarse.
+    """`scales` feature maps of a timm model, fine to coarse, up to `level`, -1 being its last.
 
     In training with `recompute` set, activations are not kept for the backward but computed again
     there, one pass at a time.
 
     name: a timm model that supports `features_only`. pretrained: False, True (timm's weights, which
     may be downloaded), or the path of a safetensors file with timm's parameter names; the stem is
-    adapted to `in_channels`. channels: number of channels of each map.
+    adapted to `in_channels`. channels, reductions: of each map, its number of channels and the
+    image's size over its own.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Backbone(nn.Module):
         *,
         in_channels: int = 1,
         scales: int = 2,
+        level: int = -1,
         pretrained: bool | str = False,
         backbone_args: dict[str, Any] | None = None,
     ) -> None:
@@ -45,11 +47,13 @@ class Backbone(nn.Module):
             raise ConfigError(f"in_channels: expected at least 1, got {in_channels}")
         if scales < 1:
             raise ConfigError(f"scales: expected at least 1, got {scales}")
+        if level >= 0:
+            raise ConfigError(f"level: expected -1 for the last map or less, got {level}")
         arguments = dict(backbone_args or {}) | {
             "in_chans": in_channels,
-            "out_indices": tuple(range(-scales, 0)),
+            "out_indices": tuple(range(level - scales + 1, level + 1)),
         }
-        self.net = _create(name, scales, arguments)
+        self.net = _create(name, arguments)
         if pretrained is True:
             # Only now, so that a wrong request is refused before any download.
             self.net = _create_pretrained(name, arguments)
@@ -58,6 +62,7 @@ class Backbone(nn.Module):
         self.recompute = False
         self.in_channels = in_channels
         self.channels: list[int] = list(self.net.feature_info.channels())
+        self.reductions: list[int] = list(self.net.feature_info.reduction())
         self._channels_last = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -98,7 +103,7 @@ def _draws(net: nn.Module) -> bool:
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-def _create(name: str, scales: int, arguments: dict[str, Any]) -> nn.Module:
+def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
     """Build timm's feature extractor with random weights, its refusals turned into ConfigError."""
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
@@ -108,8 +113,8 @@ def _create(name: str, scales: int, arguments: dict[str, Any]) -> nn.Module:
         return timm.create_model(name, features_only=True, pretrained=False, **arguments)
     except (AssertionError, IndexError, ValueError, RuntimeError, TypeError) as error:
         raise ConfigError(
-            f"backbone {name!r} cannot give its last {scales} feature map(s) with "
-            f"{arguments}: {error}"
+            f"backbone {name!r} cannot give its last {-arguments['out_indices'][0]} feature map(s) "
+            f"with {arguments}: {error}"
         ) from error
 
 

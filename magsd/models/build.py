@@ -15,8 +15,24 @@ from magsd.models.classifier import Classifier
 from magsd.models.config import ModelConfig, Preprocessing
 from magsd.models.magsd import MAGSD
 from magsd.models.plain import PlainClassifier
+from magsd.models.wsdan import WSDAN
 
-MODELS: dict[str, type[Classifier]] = {"magsd": MAGSD, "plain": PlainClassifier}
+MODELS: dict[str, type[Classifier]] = {"magsd": MAGSD, "wsdan": WSDAN, "plain": PlainClassifier}
+
+# What each takes of the configuration besides what all take.
+_OWN = {
+    "magsd": (
+        "attention_maps",
+        "scales",
+        "fusion",
+        "pool",
+        "regulariser",
+        "dropout",
+        "refine_weight",
+    ),
+    "wsdan": ("attention_maps", "level", "pool"),
+    "plain": (),
+}
 
 
 def build_model(
@@ -40,9 +56,9 @@ def build_model(
         "classes": classes,
         "preprocessing": preprocessing,
     }
-    if config.name == "magsd":
-        arguments |= {"attention_maps": config.attention_maps, "scales": config.scales}
-    return _model_class(config.name)(**arguments)
+    model_class = _model_class(config.name)
+    arguments |= {key: getattr(config, key) for key in _OWN[config.name]}
+    return model_class(**arguments)
 
 
 def load_model(folder: str | Path) -> Classifier:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import PyTorchModelHubMixin
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from safetensors.torch import save_file
@@ -16,18 +17,20 @@ from torch import Tensor, nn
 
 from magsd.models.backbone import Backbone
 from magsd.models.config import Preprocessing
+from magsd_kernels import attention_mixup
 
 
 class ClassifierOutput(NamedTuple):
     """Result of a forward pass over B images.
 
     logits: (B, K). attention: (B, M, h, w), or None for a model without attention.
-    features: (B, C, H, W), the backbone's last map.
+    features: (B, C, H, W), the backbone's last map. pooled: (B, M*C), where training wants it.
     """
 
     logits: Tensor
     attention: Tensor | None
     features: Tensor
+    pooled: Tensor | None = None
 
 
 class Classifier(
@@ -46,6 +49,8 @@ class Classifier(
     """
 
     name: str
+    #: Share of the crop in the refined view; the published weight of mix-up.
+    refine_weight: float = 0.4
 
     def __init__(
         self,
@@ -79,6 +84,14 @@ class Classifier(
     def saliency(self, output: ClassifierOutput) -> Tensor:
         """Where the model looked: (B, 1, h, w) float32, not negative, without gradient."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def refined_view(self, images: Tensor, saliency: Tensor) -> Tensor:
+        """What evaluation looks at besides the images: (B, C, H, W), each image blended with the
+        crop around the pixels at or above half of its saliency map's maximum.
+        """
+        theta = torch.full((len(images),), 0.5, device=images.device)
+        return attention_mixup(images, saliency, theta, padding=0.1, weight=self.refine_weight)
 
     def hub_config(self) -> dict[str, Any]:
         """Name of this model, and the arguments that rebuild it from a random start."""

@@ -1,32 +1,43 @@
 """MAG-SD: multiscale attention over a backbone's maps, bilinear attention pooling, a linear layer.
 
 Source: Li et al., "Multiscale Attention Guided Network for COVID-19 Diagnosis Using Chest X-ray
-Images", IEEE JBHI 2021 (arXiv 2012.02278), section on MA-Net.
+Images", IEEE JBHI 2021 (arXiv 2012.02278), section on MA-Net; its variants are ours.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from magsd.errors import ConfigError
+from magsd.models.attentive import POOLED_LENGTH, AttentiveClassifier
 from magsd.models.backbone import Backbone
-from magsd.models.classifier import Classifier, ClassifierOutput
+from magsd.models.classifier import ClassifierOutput
 from magsd.models.config import Preprocessing
-from magsd_kernels import MultiscaleAttention, bilinear_attention_pool
+from magsd.models.fusion import CascadeAttention, FinestAttention
+from magsd.models.pooling import AttentionPool
+from magsd_kernels import MultiscaleAttention, resample_attention
 
-# The pooled vector has unit length; the published classifier sees it 100 times as long.
-POOLED_LENGTH = 100.0
+FUSIONS = ("down", "up", "shuffle", "cascade")
 
 
-class MAGSD(Classifier):
-    """The published network on any timm backbone.
+class MAGSD(AttentiveClassifier):
+    """The published network on any timm backbone, and its variants.
 
-    The last `scales` maps of the backbone each give `attention_maps` attention maps; their sum,
-    at the size of the coarsest, pools the last map. `pretrained`: False, True (timm's weights), or
-    the path of a safetensors file with timm's parameter names.
+    The last `scales` maps of the backbone each give `attention_maps` attention maps.
+
+    fusion: "down" sums them at the size of the coarsest and pools the last map, as published; "up"
+    and "shuffle" sum at the size of the finest, brought there bilinearly or by pixel shuffle;
+    "cascade", of three scales F1, F2, F3, pools F2 under the attention of F1, F3 under that of F2
+    and F3 under its own, and classifies all three; its attention is the sum of the three.
+    pool: "avg" or "max" over the pixels. regulariser: "l2" normalises the pooled matrix, "dropout"
+    drops its entries with probability `dropout` instead. refine_weight: share of the attended crop
+    in the view that evaluation adds. pretrained: False, True (timm's weights), or the path of a
+    safetensors file with timm's parameter names.
 
     Raises ConfigError for a backbone that timm does not have or that has fewer maps, and
     MagsdError where weights cannot be had.
@@ -41,6 +52,11 @@ class MAGSD(Classifier):
         in_channels: int = 1,
         attention_maps: int = 32,
         scales: int = 2,
+        fusion: str = "down",
+        pool: str = "avg",
+        regulariser: str = "l2",
+        dropout: float = 0.5,
+        refine_weight: float = 0.4,
         pretrained: bool | str = False,
         backbone_args: dict[str, Any] | None = None,
         classes: Sequence[str] | None = None,
@@ -48,6 +64,10 @@ class MAGSD(Classifier):
     ) -> None:
         if attention_maps < 1:
             raise ValueError(f"attention_maps: expected at least 1, got {attention_maps}")
+        if fusion not in FUSIONS:
+            raise ConfigError(f"unknown fusion {fusion!r}; known: {', '.join(FUSIONS)}")
+        if fusion == "cascade" and scales != 3:
+            raise ConfigError(f"fusion=cascade needs scales=3, got scales={scales}")
         super().__init__(
             Backbone(
                 backbone,
@@ -60,19 +80,35 @@ class MAGSD(Classifier):
             classes=classes,
             preprocessing=preprocessing,
         )
-        self.attention = MultiscaleAttention(self.backbone.channels, attention_maps)
-        self.head = nn.Linear(attention_maps * self.backbone.channels[-1], num_classes, bias=False)
+        channels, reductions = self.backbone.channels, self.backbone.reductions
+        pooled = channels[1:] + channels[2:] if fusion == "cascade" else channels[-1:]
+        self.refine_weight = refine_weight
+        self.attention = _attention(fusion, channels, reductions, attention_maps)
+        self.pool = AttentionPool(
+            pool=pool,
+            # Of the whole vector, also where it is put together of several matrices.
+            length=POOLED_LENGTH / math.sqrt(len(pooled)),
+            dropout=dropout if regulariser == "dropout" else None,
+        )
+        self.head = nn.Linear(attention_maps * sum(pooled), num_classes, bias=False)
 
     def forward(self, images: Tensor) -> ClassifierOutput:
         """Classify images (B, in_channels, H, W)."""
         maps = self.backbone(images)
-        attention = self.attention(maps)
-        pooled = bilinear_attention_pool(maps[-1], attention, scale=POOLED_LENGTH)
+        if isinstance(self.attention, CascadeAttention):
+            steps = self.attention(maps)
+            parts = zip((maps[1], maps[2], maps[2]), steps, strict=True)
+            pooled = torch.cat([self.pool(features, step) for features, step in parts], 1)
+            attention = resample_attention(steps)
+        else:
+            attention = self.attention(maps)
+            pooled = self.pool(maps[-1], attention)
         return ClassifierOutput(self.head(pooled), attention, maps[-1])
 
-    @torch.no_grad()
-    def saliency(self, output: ClassifierOutput) -> Tensor:
-        """Mean of the attention maps, (B, 1, h, w) float32."""
-        if output.attention is None:
-            raise ValueError("saliency: expected this model's output, got one without attention")
-        return output.attention.float().mean(dim=1, keepdim=True)
+
+def _attention(fusion: str, channels: list[int], reductions: list[int], num_maps: int) -> nn.Module:
+    if fusion == "down":
+        return MultiscaleAttention(channels, num_maps)
+    if fusion == "cascade":
+        return CascadeAttention(channels, num_maps)
+    return FinestAttention(channels, num_maps, reductions=reductions, shuffle=fusion == "shuffle")

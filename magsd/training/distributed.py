@@ -124,7 +124,7 @@ class Team:
         images, (first, total) = len(batch.indices), batch.part
         whole = weights[batch.places]
         own = whole[first : first + images].sum() / whole.sum()
-        return Share(batch.part, self.size * float(own), self.size * images / total)
+        return Share(batch.part, self.size * float(own), self.size * images / total, self.sum)
 
 
 ALONE = Team()

@@ -1,13 +1,15 @@
-"""The published training step: the raw image and three attention-guided views, one loss.
+"""The published training steps: the raw image and its attention-guided views, one loss.
 
-Four forward passes per step, each with its own batch statistics, or two where the views are merged
-in one batch. Nothing here reads device memory: so the step can be traced, replayed and captured.
-Source: Li et al., IEEE JBHI 2021 (arXiv 2012.02278).
+A forward pass for the image and one for each view, each with its own batch statistics, or two where
+the views are merged in one batch. Nothing here reads device memory: so the step can be traced,
+replayed and captured. Sources: Li et al., IEEE JBHI 2021 (arXiv 2012.02278); Hu et al., WS-DAN
+(arXiv 1901.09891).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -16,11 +18,17 @@ from torch import Tensor, nn
 
 from magsd.config import LossConfig, ViewsConfig
 from magsd.data import Part
-from magsd_kernels import AttentionViews, SoftDistanceLoss
+from magsd.models import ClassifierOutput
+from magsd.models.wsdan import center_loss, move_centers
+from magsd.training.views import GuidedViews, MAGSDViews, WSDANViews, draw_uniforms
+from magsd_kernels import SoftDistance, SoftDistanceLoss
 
 
 class StepResult(NamedTuple):
-    """Scalars on the device; `loss` carries the gradient, `correct` counts right predictions."""
+    """Scalars on the device; `loss` carries the gradient, `correct` counts right predictions.
+
+    distance: what is added to the cross entropy, the soft distance or that to the centers.
+    """
 
     loss: Tensor
     cross_entropy: Tensor
@@ -28,16 +36,22 @@ class StepResult(NamedTuple):
     correct: Tensor
 
 
+def _as_it_is(values: Tensor) -> Tensor:
+    return values
+
+
 class Share(NamedTuple):
     """What one of several processes has of a batch.
 
     part: its images. cross_entropy, distance: factors of its two losses under which the mean of
-    the processes' gradients is the gradient of the whole batch.
+    the processes' gradients is the gradient of the whole batch. total: adds a tensor up over the
+    processes.
     """
 
     part: Part
     cross_entropy: float
     distance: float
+    total: Callable[[Tensor], Tensor] = _as_it_is
 
 
 class StepFunction(Protocol):
@@ -56,6 +70,43 @@ class StepFunction(Protocol):
         ...
 
 
+class ViewLoss(Protocol):
+    """Loss of the predictions of a batch and of its views, each (B, K)."""
+
+    def __call__(
+        self, logits: Tensor, view_logits: Sequence[Tensor], targets: Tensor, /
+    ) -> SoftDistance:
+        """The whole loss, its cross entropy, and what it adds to that."""
+        ...
+
+
+class MeanCrossEntropy(nn.Module):
+    """Mean of the cross entropies of the images and of each of their views."""
+
+    def __init__(self, class_weights: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("class_weights", class_weights)
+
+    def forward(
+        self, logits: Tensor, view_logits: Sequence[Tensor], targets: Tensor
+    ) -> SoftDistance:
+        """See `ViewLoss`."""
+        entropies = [
+            nn.functional.cross_entropy(each.float(), targets, weight=self.class_weights)
+            for each in (logits, *view_logits)
+        ]
+        entropy = torch.stack(entropies).mean()
+        return SoftDistance(entropy, entropy, torch.zeros_like(entropy))
+
+
+@dataclass(frozen=True)
+class CenterLoss:
+    """WS-DAN's second loss: weight of the distance to the centers, and how fast these move."""
+
+    weight: float
+    rate: float
+
+
 def attention_step(
     model: nn.Module,
     images: Tensor,
@@ -63,36 +114,50 @@ def attention_step(
     generator: torch.Generator | None,
     share: Share | None = None,
     *,
-    views: AttentionViews,
-    loss: SoftDistanceLoss,
+    views: GuidedViews,
+    loss: ViewLoss,
+    center: CenterLoss | None = None,
     merged: bool = False,
 ) -> StepResult:
     """Forward passes and loss of an attention model.
 
     images (B, C, H, W), labels (B,) int64; the generator, on their device, draws the views.
-    With `merged` the views pass as one batch of 3 B images: one pass instead of three, batch
-    statistics over all views, and running statistics that move twice a step instead of four times.
+    With `merged` the V views pass as one batch of V B images: one pass instead of V, batch
+    statistics over all views, and running statistics that move twice a step instead of V + 1 times.
+    With `center` the model has centers, which move.
     """
-    raw = model(images)
-    draws = None
-    if share is not None:
+    raw: ClassifierOutput = model(images)
+    assert raw.attention is not None, "a model without attention has no views"
+    if share is None:
+        uniforms = draw_uniforms(images, views, generator)
+    else:
         assert generator is not None, "processes that share a batch must draw alike"
-        uniforms = share.part.uniform(len(images), 8, generator=generator)
-        draws = views.draw(raw.attention, uniforms=uniforms)
-    guided = views(images, raw.attention, generator=generator, draws=draws)
+        uniforms = share.part.uniform(len(images), views.uniforms_per_image, generator=generator)
+    guided = views(images, raw.attention, uniforms)
     if merged:
-        view_logits = model(guided.flatten(0, 1)).logits.unflatten(0, guided.shape[:2])
+        batch = guided.flatten(0, 1) if isinstance(guided, Tensor) else torch.cat(list(guided))
+        view_logits = list(model(batch).logits.chunk(len(guided)))
     else:
         view_logits = [model(view).logits for view in guided]
     # Without weight there is no cross entropy (0 / 0), and its gradient would be as undefined.
     weightless = share is not None and not share.cross_entropy
     result = loss(raw.logits.detach() if weightless else raw.logits, view_logits, labels)
     correct = (raw.logits.detach().argmax(1) == labels).sum()
+    entropy, distance = result.cross_entropy, result.distance
+    if center is not None:
+        assert raw.pooled is not None
+        distance = distance + center.weight * center_loss(raw.pooled, labels, model.centers)
+        move_centers(
+            model.centers,
+            raw.pooled,
+            labels,
+            rate=center.rate,
+            total=_as_it_is if share is None else share.total,
+        )
     if share is not None:
-        entropy = _scaled(result.cross_entropy, share.cross_entropy, raw.logits)
-        distance = result.distance * share.distance
-        return StepResult(entropy + distance, entropy.detach(), distance.detach(), correct)
-    return StepResult(result.loss, result.cross_entropy.detach(), result.distance.detach(), correct)
+        entropy = _scaled(entropy, share.cross_entropy, torch.cat([raw.logits, *view_logits]))
+        distance = distance * share.distance
+    return StepResult(entropy + distance, entropy.detach(), distance.detach(), correct)
 
 
 def plain_step(
@@ -133,8 +198,16 @@ def make_step(
     """The step that fits the model."""
     if model_name == "plain":
         return partial(plain_step, class_weights=class_weights)
-    guided = AttentionViews(**asdict(views))
-    distance = SoftDistanceLoss(
-        confidence=loss.confidence, smoothing=loss.smoothing, class_weights=class_weights
+    wsdan = model_name == "wsdan"
+    mean = loss.name == "cross_entropy" or (loss.name == "published" and wsdan)
+    return partial(
+        attention_step,
+        views=WSDANViews(views) if wsdan else MAGSDViews(views),
+        loss=MeanCrossEntropy(class_weights)
+        if mean
+        else SoftDistanceLoss(
+            confidence=loss.confidence, smoothing=loss.smoothing, class_weights=class_weights
+        ),
+        center=CenterLoss(loss.center_weight, loss.center_rate) if wsdan else None,
+        merged=merged,
     )
-    return partial(attention_step, views=guided, loss=distance, merged=merged)

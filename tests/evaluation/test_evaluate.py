@@ -14,12 +14,15 @@ from torch import nn
 
 from magsd.errors import MagsdError
 from magsd.evaluation import attention_inside, evaluate, refined_logits
-from magsd.models import ClassifierOutput
+from magsd.models import Classifier, ClassifierOutput
 from magsd_kernels import attention_mixup
 
 
 class Oracle(nn.Module):
     """Says which half of an image is brighter, and attends to a fixed place."""
+
+    refine_weight = 0.4
+    refined_view = Classifier.refined_view
 
     def __init__(self, saliency: torch.Tensor) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from magsd.errors import ConfigError, MagsdError
 from magsd.models import (
     MAGSD,
+    WSDAN,
     ModelConfig,
     PlainClassifier,
     Preprocessing,
@@ -24,7 +25,7 @@ IMAGES = torch.linspace(-1, 1, 2 * 64 * 64).reshape(2, 1, 64, 64)
 CLASSES = ("a", "b", "c")
 
 
-@pytest.fixture(params=["magsd", "plain"])
+@pytest.fixture(params=["magsd", "wsdan", "plain"])
 def model(request):
     config = ModelConfig(
         name=request.param, backbone="resnet18", attention_maps=4, scales=3, pretrained=False
@@ -34,7 +35,7 @@ def model(request):
 
 
 def test_build_model_follows_the_config(model):
-    kind = {"magsd": MAGSD, "plain": PlainClassifier}[model.name]
+    kind = {"magsd": MAGSD, "wsdan": WSDAN, "plain": PlainClassifier}[model.name]
     assert type(model) is kind
     if kind is MAGSD:
         assert model.backbone.channels == [128, 256, 512]
@@ -136,7 +137,7 @@ def test_damaged_folders(model, tmp_path):
 
 
 def test_unknown_model_name():
-    with pytest.raises(ConfigError, match="'magsdd'; known: magsd, plain"):
+    with pytest.raises(ConfigError, match="'magsdd'; known: magsd, wsdan, plain"):
         build_model(ModelConfig(name="magsdd", pretrained=False), 3)
 
 

@@ -1,0 +1,115 @@
+"""WS-DAN: attention by one convolution, bilinear attention pooling, centers of the classes.
+
+Source: Hu et al., "See Better Before Looking Closer: Weakly Supervised Data Augmentation Network
+for Fine-Grained Visual Classification" (arXiv 1901.09891).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from magsd.models.attentive import POOLED_LENGTH, AttentiveClassifier
+from magsd.models.backbone import Backbone
+from magsd.models.classifier import ClassifierOutput
+from magsd.models.config import Preprocessing
+from magsd.models.pooling import AttentionPool
+from magsd_kernels import MultiscaleAttention, attention_crop
+
+
+class WSDAN(AttentiveClassifier):
+    """The published network on any timm backbone.
+
+    One map of the backbone, `level` from its end (-1 the last: inception_v3's mixed_7c; -2 its
+    mixed_6e), gives the attention and is pooled. The other arguments and errors are those of
+    MAGSD. `centers` (K, M*C) float32 runs after the mean pooled vector of each class in training.
+    """
+
+    name = "wsdan"
+
+    def __init__(
+        self,
+        backbone: str = "inception_v3",
+        num_classes: int = 4,
+        in_channels: int = 3,
+        attention_maps: int = 32,
+        level: int = -1,
+        pool: str = "avg",
+        pretrained: bool | str = False,
+        backbone_args: dict[str, Any] | None = None,
+        classes: Sequence[str] | None = None,
+        preprocessing: Preprocessing | dict[str, Any] | None = None,
+    ) -> None:
+        if attention_maps < 1:
+            raise ValueError(f"attention_maps: expected at least 1, got {attention_maps}")
+        super().__init__(
+            Backbone(
+                backbone,
+                in_channels=in_channels,
+                scales=1,
+                level=level,
+                pretrained=pretrained,
+                backbone_args=backbone_args,
+            ),
+            num_classes,
+            classes=classes,
+            preprocessing=preprocessing,
+        )
+        entries = attention_maps * self.backbone.channels[-1]
+        self.attention = MultiscaleAttention(self.backbone.channels, attention_maps)
+        self.pool = AttentionPool(pool=pool)
+        self.head = nn.Linear(entries, num_classes, bias=False)
+        self.register_buffer("centers", torch.zeros(num_classes, entries))
+        self.centers: Tensor
+
+    def forward(self, images: Tensor) -> ClassifierOutput:
+        """Classify images (B, in_channels, H, W)."""
+        features = self.backbone(images)[-1]
+        attention = self.attention([features])
+        pooled = self.pool(features, attention)
+        return ClassifierOutput(self.head(pooled * POOLED_LENGTH), attention, features, pooled)
+
+    @torch.no_grad()
+    def refined_view(self, images: Tensor, saliency: Tensor) -> Tensor:
+        """The crop around all that draws a tenth of the strongest attention, as published."""
+        theta = torch.full((len(images),), 0.1, device=images.device)
+        return attention_crop(images, saliency, theta, padding=0.05, align_corners=True)
+
+
+def center_loss(pooled: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
+    """Mean over the images of the squared distance to the center of their class.
+
+    pooled (B, D), labels (B,) int64, centers (K, D) float32, brought to length 1. The centers get
+    no gradient. Returns a float32 scalar.
+    """
+    with torch.autocast(pooled.device.type, enabled=False):
+        own = F.normalize(centers, dim=1).index_select(0, labels)
+        return (pooled.float() - own).square().sum(1).mean()
+
+
+@torch.no_grad()
+def move_centers(
+    centers: Tensor,
+    pooled: Tensor,
+    labels: Tensor,
+    *,
+    rate: float = 0.05,
+    total: Callable[[Tensor], Tensor] = lambda values: values,
+) -> None:
+    """Move each class's center by `rate` towards the mean of its pooled vectors, in place.
+
+    The published code writes center += rate (P - center) for each image, where of several images
+    of a class the last one wins; the mean does not depend on their order. A class without images
+    stays. total: sums a tensor over the processes that share the batch.
+    """
+    with torch.autocast(pooled.device.type, enabled=False):
+        member = F.one_hot(labels, len(centers)).to(torch.float32)
+        # A product with the memberships: unlike index_add_ it is deterministic on a GPU.
+        sums = total(member.T @ pooled.float())
+        counts = total(member.sum(0))[:, None]
+    towards = sums / counts.clamp_min(1)
+    centers.add_((towards - centers) * (counts > 0), alpha=rate)
