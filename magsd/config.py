@@ -25,7 +25,10 @@ RUN_MARK = "# magsd run"
 
 @dataclass
 class DataConfig:
-    """Where images come from, how they are prepared and split."""
+    """Where images come from, how they are prepared and split.
+
+    split: "auto" takes the split that a data set publishes, where it does, else a fold by patient.
+    """
 
     source: str = "phantom"
     image_size: int = 224
@@ -34,6 +37,7 @@ class DataConfig:
     clahe_tiles: int = 4
     cache_dir: str | None = None
     skip_bad: bool = False
+    split: Literal["auto", "published", "folds"] = "auto"
     folds: int = 5
     fold: int = 0
     split_seed: int = 0
