@@ -63,9 +63,11 @@ def open_source(
     if kind not in _FILES or not rest:
         places = ", ".join(f"{name}:{'FILE' if name == 'csv' else 'DIR'}" for name in _FILES)
         raise DataError(f"data source {spec!r} is not known; use {places} or phantom")
-    source: type[FileSource] = _FILES[kind]
-    place, options = _split_options(kind, rest, source.options)
-    return _FILES[kind](Path(place).expanduser(), classes=classes, limit=limit, **options)
+    place, options = _split_options(kind, rest, _FILES[kind].options)
+    source: FileSource = _FILES[kind](
+        Path(place).expanduser(), classes=classes, limit=limit, **options
+    )
+    return source
 
 
 def _split_options(kind: str, rest: str, known: Options) -> tuple[str, dict[str, str]]:

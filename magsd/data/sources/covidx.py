@@ -1,4 +1,4 @@
-"""`covidx:DIR`: COVIDx CXR (Wang et al., arXiv 2003.09871), lists of files in train/ and test/."""
+"""`covidx:DIR`: COVIDx CXR (Wang and Wong, arXiv 2003.09871), listed images in train/ and test/."""
 
 from __future__ import annotations
 
