@@ -35,7 +35,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-SOURCES = "folder:DIR, csv:FILE, v7:DIR, or phantom[:n=..,seed=..,size=..]"
+SOURCES = (
+    "folder:DIR, csv:FILE, phantom[:n=..,seed=..,size=..], or a public set (docs/data.md): v7:DIR, "
+    "nih:DIR, cohen:DIR, covidx:DIR, cub:DIR, aircraft:DIR, cars:DIR, dogs:DIR"
+)
 
 
 def main() -> None:

@@ -26,7 +26,10 @@ _PACKAGED = Path(str(resources.files("magsd") / "configs"))
 
 @dataclass
 class DataConfig:
-    """Where images come from, how they are prepared and split."""
+    """Where images come from, how they are prepared and split.
+
+    split: "auto" takes the split that a data set publishes, where it does, else a fold by patient.
+    """
 
     source: str = "phantom"
     image_size: int = 224
@@ -35,6 +38,7 @@ class DataConfig:
     clahe_tiles: int = 4
     cache_dir: str | None = None
     skip_bad: bool = False
+    split: Literal["auto", "published", "folds"] = "auto"
     folds: int = 5
     fold: int = 0
     split_seed: int = 0

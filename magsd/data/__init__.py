@@ -8,7 +8,7 @@ from magsd.data.loader import Batch, BatchLoader, share_bounds
 from magsd.data.random import step_generator, step_seed
 from magsd.data.record import Record
 from magsd.data.sources import Source, open_source
-from magsd.data.splits import Split, read_split, split_by_patient, write_split
+from magsd.data.splits import Split, choose_split, read_split, split_by_patient, write_split
 
 __all__ = [
     "AugmentConfig",
@@ -20,6 +20,7 @@ __all__ = [
     "Source",
     "Split",
     "augment_images",
+    "choose_split",
     "load_cache",
     "open_source",
     "read_split",

@@ -22,8 +22,8 @@ class DarwinAnnotation:
     """One image's annotation.
 
     width, height: pixels of the annotated image, the unit of the polygons. names: the image's
-    file name, then its original one, where given. tags: names without a region. lungs: polygons
-    (P, 2) as (x, y).
+    file name, then its original one, where given. folder: where the image lies within the data set,
+    "" where that is not said. tags: names without a region. lungs: polygons (P, 2) as (x, y).
     """
 
     path: Path
@@ -32,6 +32,7 @@ class DarwinAnnotation:
     names: tuple[str, ...]
     tags: frozenset[str]
     lungs: tuple[np.ndarray, ...]
+    folder: str = ""
 
     @property
     def patients(self) -> tuple[str, ...]:
@@ -77,7 +78,8 @@ def read_darwin(path: Path) -> DarwinAnnotation:
         raise DataError(f"{path}: not a Darwin annotation ({error!r})") from error
     if width < 1 or height < 1:
         raise DataError(f"{path}: the annotated image has no size")
-    return DarwinAnnotation(path, width, height, names, tags, lungs)
+    folder = str((content.get("item") or content["image"]).get("path") or "").strip("/")
+    return DarwinAnnotation(path, width, height, names, tags, lungs, folder)
 
 
 def _image_entry(content: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-MaskKind = Literal["lesion", "lungs"]
+MaskKind = Literal["lesion", "lungs", "object"]
+Side = Literal["train", "validation"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Record:
     patient: group that must stay on one side of a split.
     path: the image file; None where the image is drawn.
     mask_kind: what the image's mask shows, None where it has no mask.
+    split: the side of the published split, whose test images are validated on; None without one.
     """
 
     key: str
@@ -26,3 +28,4 @@ class Record:
     patient: str
     path: Path | None = None
     mask_kind: MaskKind | None = None
+    split: Side | None = None

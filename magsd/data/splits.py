@@ -1,12 +1,14 @@
-"""Stratified splits that keep a patient's images together."""
+"""Stratified splits that keep a patient's images together, and splits that a set publishes."""
 
 from __future__ import annotations
 
 import csv
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from magsd.data.record import Record
 from magsd.errors import DataError
 
 _COLUMNS = ["key", "label", "patient", "split"]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,66 @@ class Split:
 
     train: list[int]
     validation: list[int]
+
+
+def choose_split(
+    records: Sequence[Record],
+    *,
+    how: Literal["auto", "published", "folds"] = "auto",
+    folds: int = 5,
+    fold: int = 0,
+    seed: int = 0,
+) -> Split:
+    """The published split, or a fold by patient.
+
+    how: "auto" takes the published split where the records name one, "published" insists on it,
+    "folds" leaves it aside. Raises DataError as `published_split` and `split_by_patient`, and where
+    "auto" finds a published split but another fold than the first is asked for.
+    """
+    published = any(record.split for record in records)
+    if how == "auto" and published and fold:
+        raise DataError(
+            f"fold {fold} is asked for, but the data set publishes a split; say data.split=folds,"
+            " or leave out data.fold"
+        )
+    if how == "published" or (how == "auto" and published):
+        return published_split(records)
+    return split_by_patient(records, folds=folds, fold=fold, seed=seed)
+
+
+def published_split(records: Sequence[Record]) -> Split:
+    """The sides that the records name.
+
+    Raises DataError where one names none, where a side is empty, or where training lacks a class.
+    Patients who stand on both sides are left there, as published, with a warning.
+    """
+    advice = "choose folds by patient with data.split=folds"
+    lacking = [record.key for record in records if record.split is None]
+    if lacking:
+        raise DataError(
+            f"{len(lacking)} of {len(records)} images stand on no side of a published split, the"
+            f" first {lacking[0]}; {advice}"
+        )
+    _check_classes({record.label for record in records})
+    train = [i for i, record in enumerate(records) if record.split == "train"]
+    validation = [i for i, record in enumerate(records) if record.split == "validation"]
+    if not train or not validation:
+        empty = "validation" if train else "training"
+        raise DataError(f"the published split has no {empty} image here; {advice}")
+    strange = {r.label for r in records} - {records[i].label for i in train}
+    if strange:
+        raise DataError(
+            f"the published split has no training image of class {', '.join(sorted(strange))};"
+            f" {advice}"
+        )
+    both = {records[i].patient for i in train} & {records[i].patient for i in validation}
+    if both:
+        _log.warning(
+            "%d patients stand on both sides of the published split, e.g. %s; data.split=folds"
+            " keeps them apart",
+            len(both), min(both),
+        )  # fmt: skip
+    return Split(train, validation)
 
 
 def split_by_patient(
@@ -54,12 +117,17 @@ def split_by_patient(
     return split
 
 
+def _check_classes(found: Iterable[str]) -> None:
+    names = sorted(found)
+    if len(names) < 2:
+        raise DataError(f"training needs at least two classes, found {', '.join(names)}")
+
+
 def _check_patients(records: Sequence[Record], folds: int) -> None:
     patients: dict[str, set[str]] = {}
     for record in records:
         patients.setdefault(record.label, set()).add(record.patient)
-    if len(patients) < 2:
-        raise DataError(f"training needs at least two classes, found {', '.join(patients)}")
+    _check_classes(patients)
     for label, names in sorted(patients.items()):
         if len(names) == 1:
             raise DataError(

@@ -19,11 +19,11 @@ from magsd.data import (
     BatchLoader,
     ImageCache,
     Split,
+    choose_split,
     load_cache,
     open_source,
     read_split,
     share_bounds,
-    split_by_patient,
 )
 from magsd.errors import ConfigError, DataError, RunError
 from magsd.models import Classifier, Preprocessing, build_model
@@ -345,8 +345,12 @@ def _prepare_data(
         split = read_split(stored_split, cache.records)
     else:
         data = config.data
-        split = split_by_patient(
-            cache.records, folds=data.folds, fold=data.fold, seed=data.split_seed
+        split = choose_split(
+            cache.records,
+            how=data.split,
+            folds=data.folds,
+            fold=data.fold,
+            seed=data.split_seed,
         )
     split = team.tell(split)
     console.print(

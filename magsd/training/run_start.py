@@ -19,7 +19,7 @@ FIXED_ON_RESUME = (
     "data.clahe",
     "data.folds",
     "data.fold",
-    "data.split_seed",
+    "data.split",
     "train.seed",
     "train.batch_size",
     "optim.name",

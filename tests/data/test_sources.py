@@ -55,13 +55,32 @@ def write_darwin(
 class TestOpen:
     @pytest.mark.parametrize("spec", ["", "folder", "csv:", "zip:/x", "/data", "phantom2"])
     def test_unknown_spec(self, spec: str) -> None:
-        with pytest.raises(DataError, match=r"use folder:DIR, csv:FILE, v7:DIR or phantom"):
+        with pytest.raises(DataError, match=r"use folder:DIR, csv:FILE, v7:DIR, .* or phantom"):
             open_source(spec)
 
-    @pytest.mark.parametrize("kind", ["folder", "csv", "v7"])
+    @pytest.mark.parametrize(
+        "kind",
+        ["folder", "csv", "v7", "nih", "cohen", "covidx", "cub", "aircraft", "cars", "dogs"],
+    )
     def test_missing_path(self, kind: str, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no such"):
             open_source(f"{kind}:{tmp_path / 'none'}")
+
+    def test_options_follow_the_path(self, tmp_path: Path) -> None:
+        folder = tmp_path / "a,b=c"
+        write_image(folder / "images" / "1.png")
+        write_table(
+            folder / "metadata.csv",
+            [{"patientid": "1", "finding": "Unknown", "view": "PA", "filename": "1.png"}],
+        )
+        with pytest.raises(DataError, match="no images found"):  # the path was understood
+            open_source(f"cohen:{folder},view=PA")
+        with pytest.raises(DataError, match="view=L: expected frontal or PA or AP"):
+            open_source(f"cohen:{folder},view=L")
+        with pytest.raises(DataError, match="the option 'views' is not known; it has view"):
+            open_source(f"cohen:{folder},views=PA")
+        with pytest.raises(DataError, match="it has none"):
+            open_source(f"folder:{tmp_path},x=1")
 
 
 class TestFolder:
@@ -258,6 +277,41 @@ class TestDarwin:
         write_image(tmp_path / "a.png")
         with pytest.raises(DataError, match="no annotations"):
             open_source(f"v7:{tmp_path}")
+
+    def test_full_export(self, tmp_path: Path) -> None:
+        """Releases beside one another, images in folders of the same names, masks beside them."""
+        for folder, tag, value in (("a", "COVID-19", 10), ("b/c", "Healthy", 20)):
+            write_image(tmp_path / "images" / folder / "1.jpeg", value=value)
+            annotation = tmp_path / "releases" / "all" / "annotations" / folder / "1.json"
+            write_darwin(annotation, tag, name="1.jpeg")
+            content = json.loads(annotation.read_text())
+            content["image"]["path"] = f"/{folder}"
+            annotation.write_text(json.dumps(content))
+        write_image(tmp_path / "releases" / "all" / "masks" / "a" / "1.jpeg")
+        write_darwin(tmp_path / "releases" / "old" / "annotations" / "1.json", "Healthy")
+        with pytest.raises(DataError, match=r"no release 'latest'.* all, old"):
+            open_source(f"v7:{tmp_path}")
+        (tmp_path / "releases" / "latest").symlink_to("all")
+        for spec in (f"v7:{tmp_path}", f"v7:{tmp_path},release=all"):
+            source = open_source(spec)
+            assert source.spec == spec
+            found = {r.key: (r.label, int(source.read_image(r)[0, 0])) for r in source.records}
+            assert found == {
+                "images/a/1.jpeg": ("COVID-19", 10), "images/b/c/1.jpeg": ("Healthy", 20),
+            }  # fmt: skip
+
+    def test_patients_in_names(self, tmp_path: Path) -> None:
+        names = ["person1_virus_6", "person1_bacteria_2", "person12_virus_6", "IM-0115-0001",
+                 "IM-0115-0002", "NORMAL2-IM-0115-0001"]  # fmt: skip
+        for name in names:
+            write_image(tmp_path / f"{name}.jpeg")
+            write_darwin(tmp_path / f"{name}.json", "Viral Pneumonia", name=f"{name}.jpeg")
+        records = {Path(r.key).stem: r.patient for r in open_source(f"v7:{tmp_path}").records}
+        groups = [
+            {records[name] for name in names[a:b]} for a, b in ((0, 2), (2, 3), (3, 5), (5, 6))
+        ]
+        assert [len(group) for group in groups] == [1] * 4
+        assert len(set.union(*groups)) == 4
 
     def test_version_2_format(self, tmp_path: Path) -> None:
         write_image(tmp_path / "a.png")

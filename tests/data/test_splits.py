@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magsd.data import Record, Split, open_source, read_split, split_by_patient, write_split
+from magsd.data import (
+    Record,
+    Split,
+    choose_split,
+    open_source,
+    read_split,
+    split_by_patient,
+    write_split,
+)
 from magsd.errors import DataError
 
 
@@ -81,6 +90,39 @@ def test_too_few_patients_are_named() -> None:
 def test_fold_out_of_range(folds: int, fold: int) -> None:
     with pytest.raises(DataError, match="must"):
         split_by_patient(make_records({"a": 9, "b": 9}), folds=folds, fold=fold)
+
+
+class TestPublished:
+    RECORDS = tuple(
+        Record(f"{label}{i}", label, f"{label}{i}", split="validation" if i == 2 else "train")
+        for label in "ab"
+        for i in range(3)
+    )
+
+    def test_choice(self) -> None:
+        split = Split([0, 1, 3, 4], [2, 5])
+        assert choose_split(self.RECORDS) == choose_split(self.RECORDS, how="published") == split
+        assert choose_split(self.RECORDS, how="folds", folds=3) == split_by_patient(
+            self.RECORDS, folds=3
+        )
+        plain = make_records({"a": 5, "b": 5})
+        assert choose_split(plain, fold=2) == split_by_patient(plain, fold=2)
+
+    def test_refusals(self) -> None:
+        with pytest.raises(DataError, match=r"fold 1 is asked for.*data\.split=folds"):
+            choose_split(self.RECORDS, fold=1)
+        with pytest.raises(DataError, match="10 of 10 images stand on no side"):
+            choose_split(make_records({"a": 5, "b": 5}, images=1), how="published")
+        some = [dataclasses.replace(self.RECORDS[0], split=None), *self.RECORDS[1:]]
+        with pytest.raises(DataError, match=r"1 of 6 images stand on no side .* the first a0"):
+            choose_split(some)
+        train = [record for record in self.RECORDS if record.split == "train"]
+        with pytest.raises(DataError, match="no validation image"):
+            choose_split(train)
+        with pytest.raises(DataError, match="no training image of class b"):
+            choose_split([*self.RECORDS[:3], self.RECORDS[5]])
+        with pytest.raises(DataError, match="two classes"):
+            choose_split(self.RECORDS[:3])
 
 
 def test_write_and_read(tmp_path: Path) -> None:

@@ -4,22 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from magsd.data.sources.base import Source
+from magsd.data.sources.base import FileSource, Options, Source
+from magsd.data.sources.birds import CubSource
+from magsd.data.sources.cohen import CohenSource
+from magsd.data.sources.covidx import CovidxSource
 from magsd.data.sources.darwin import DarwinSource
+from magsd.data.sources.dogs import DogsSource
 from magsd.data.sources.folder import FolderSource
+from magsd.data.sources.nih import NihSource
 from magsd.data.sources.phantom import PhantomSource
+from magsd.data.sources.published import PublishedSource
 from magsd.data.sources.table import TableSource
+from magsd.data.sources.vehicles import AircraftSource, CarsSource
 from magsd.errors import DataError
 
 __all__ = [
     "DarwinSource",
     "FolderSource",
     "PhantomSource",
+    "PublishedSource",
     "Source",
     "TableSource",
     "open_source",
 ]
+
+_PUBLISHED: tuple[type[PublishedSource], ...] = (
+    NihSource, CohenSource, CovidxSource, CubSource, AircraftSource, CarsSource, DogsSource,
+)  # fmt: skip
+_FILES: dict[str, Any] = {
+    "folder": FolderSource,
+    "csv": TableSource,
+    "v7": DarwinSource,
+    **{source.kind: source for source in _PUBLISHED},
+}
 
 
 def open_source(
@@ -28,8 +47,10 @@ def open_source(
     """Open the images that `spec` names.
 
     spec: ``folder:DIR`` (a class a folder), ``csv:FILE`` (columns file, label and optional
-        patient, mask), ``v7:DIR`` (images with Darwin JSON), ``phantom`` or
-        ``phantom:n=480,seed=0,size=224`` (drawn).
+        patient, mask), ``v7:DIR`` (images with Darwin JSON), a public set in its published layout
+        (``nih:``, ``cohen:``, ``covidx:``, ``cub:``, ``aircraft:``, ``cars:``, ``dogs:``, each with
+        DIR), ``phantom`` or ``phantom:n=480,seed=0,size=224`` (drawn). Options follow a path as
+        ``,name=value``.
     classes: the classes that labels must come from, in the order of a model's outputs; None
         takes those found, sorted.
     limit: keep at most so many images, taken in turn from every class.
@@ -39,13 +60,27 @@ def open_source(
     kind, _, rest = spec.partition(":")
     if kind == "phantom":
         return PhantomSource(rest, classes=classes, limit=limit)
-    if kind not in ("folder", "csv", "v7") or not rest:
-        raise DataError(
-            f"data source {spec!r} is not known; use folder:DIR, csv:FILE, v7:DIR or phantom"
-        )
-    path = Path(rest).expanduser()
-    if kind == "folder":
-        return FolderSource(path, classes=classes, limit=limit)
-    if kind == "csv":
-        return TableSource(path, classes=classes, limit=limit)
-    return DarwinSource(path, classes=classes, limit=limit)
+    if kind not in _FILES or not rest:
+        places = ", ".join(f"{name}:{'FILE' if name == 'csv' else 'DIR'}" for name in _FILES)
+        raise DataError(f"data source {spec!r} is not known; use {places} or phantom")
+    place, options = _split_options(kind, rest, _FILES[kind].options)
+    source: FileSource = _FILES[kind](
+        Path(place).expanduser(), classes=classes, limit=limit, **options
+    )
+    return source
+
+
+def _split_options(kind: str, rest: str, known: Options) -> tuple[str, dict[str, str]]:
+    """The path, and the options that follow it as ``,name=value``."""
+    options: dict[str, str] = {}
+    # A path may hold commas and equals signs itself.
+    while "=" in rest.rpartition(",")[2] and "," in rest and not Path(rest).expanduser().exists():
+        rest, _, part = rest.rpartition(",")
+        name, _, value = part.partition("=")
+        if name not in known:
+            names = ", ".join(known) or "none"
+            raise DataError(f"{kind}: the option {name!r} is not known; it has {names}")
+        if known[name] and value not in known[name]:
+            raise DataError(f"{kind}: {name}={value}: expected {' or '.join(known[name])}")
+        options[name] = value
+    return rest, options

@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from magsd.data.record import Record
 from magsd.errors import DataError
 
 _FINGERPRINT_CHUNK = 64 * 1024
+
+Options = Mapping[str, tuple[str, ...]]
 
 
 class Source(ABC):
@@ -64,7 +67,13 @@ class Source(ABC):
 
 
 class FileSource(Source):
-    """A source whose images are files, and whose masks may be."""
+    """A source whose images are files, and whose masks may be.
+
+    options: name -> values of what may follow the path as ``,name=value``; the first value is the
+    default, and where none stands there any text is taken.
+    """
+
+    options: ClassVar[Options] = {}
 
     def mask_path(self, record: Record) -> Path | None:
         """The file that holds the record's mask."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -14,9 +13,11 @@ from magsd.data.darwin import DarwinAnnotation, read_darwin
 from magsd.data.images import read_image_file, to_grey
 from magsd.data.record import Record
 from magsd.data.sources.base import FileSource, merge_patients
+from magsd.data.sources.rows import read_rows
 from magsd.errors import DataError
 
 _REQUIRED = ("file", "label")
+_ADVICE = " (file and label are needed, patient and mask may follow)"
 _log = logging.getLogger(__name__)
 
 
@@ -33,7 +34,7 @@ class TableSource(FileSource):
         self, path: Path, *, classes: Sequence[str] | None = None, limit: int | None = None
     ) -> None:
         self.spec = f"csv:{path}"
-        rows = _read_rows(path)
+        rows = read_rows(path, _REQUIRED, advice=_ADVICE)
         self._masks: dict[str, Path] = {}
         self._annotations: dict[str, DarwinAnnotation] = {}
         records, identities = [], []
@@ -90,26 +91,3 @@ class TableSource(FileSource):
                 f" an image of {width}x{height}"
             )
         return mask
-
-
-def _read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Line number and columns of every row; DataError where the table cannot be used."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            lacking = [name for name in _REQUIRED if name not in columns]
-            if lacking:
-                raise DataError(
-                    f"{path}: no column {' and no column '.join(lacking)}; it has"
-                    f" {', '.join(columns) or 'none'} (file and label are needed,"
-                    " patient and mask may follow)"
-                )
-            rows = [(reader.line_num, {k: v or "" for k, v in row.items() if k}) for row in reader]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as CSV ({error})") from error
-    if not rows:
-        raise DataError(f"{path}: the table has no rows")
-    return rows

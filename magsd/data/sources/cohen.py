@@ -1,0 +1,70 @@
+"""`cohen:DIR`: the COVID-19 image data collection (Cohen et al., arXiv 2003.11597)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import ClassVar
+
+from magsd.data.record import Record
+from magsd.data.sources.base import Options
+from magsd.data.sources.published import PublishedSource
+from magsd.data.sources.radiographs import VIEWS, shows_view
+from magsd.data.sources.rows import read_rows
+
+_COLUMNS = ("patientid", "finding", "view", "filename")
+
+# The first part of a finding that stands here decides: "Pneumonia/Viral/COVID-19" is COVID-19.
+# Early versions of the table name the germ alone.
+CLASS_OF_PART = {
+    "COVID-19": "COVID-19",
+    "Viral": "Viral Pneumonia",
+    "SARS": "Viral Pneumonia",
+    "MERS": "Viral Pneumonia",
+    "Varicella": "Viral Pneumonia",
+    "Bacterial": "Bacterial Pneumonia",
+    "Streptococcus": "Bacterial Pneumonia",
+    "Klebsiella": "Bacterial Pneumonia",
+    "Legionella": "Bacterial Pneumonia",
+    "Fungal": "Fungal Pneumonia",
+    "Pneumocystis": "Fungal Pneumonia",
+    "Tuberculosis": "Tuberculosis",
+    "No Finding": "No Finding",
+}
+
+
+class CohenSource(PublishedSource):
+    """The frontal radiographs of metadata.csv whose finding has a class.
+
+    Left out, with a warning that counts them: CT and lateral views, and findings without a class
+    (pneumonia of no or another named cause, ARDS alone, "Unknown", "todo"). Images of one patientid
+    are one patient's. There is no published split.
+    """
+
+    kind = "cohen"
+    name = "the COVID-19 image data collection"
+    home = "https://github.com/ieee8023/covid-chestxray-dataset"
+    options: ClassVar[Options] = {"view": VIEWS}
+
+    def _find(self) -> Iterator[Record]:
+        others = unclear = 0
+        for _, row in read_rows(self._need("metadata.csv"), _COLUMNS):
+            radiograph = row.get("modality", "X-ray").strip() == "X-ray"
+            if not (radiograph and shows_view(row["view"], self.choice["view"])):
+                others += 1
+                continue
+            label = class_of(row["finding"])
+            if label is None:
+                unclear += 1
+                continue
+            folder = row.get("folder", "").strip() or "images"
+            path = self.folder / folder / row["filename"].strip()
+            yield self._record(path, label, patient=row["patientid"].strip())
+        self._left_out(others, f"that are no radiographs of the view {self.choice['view']}")
+        self._left_out(unclear, "whose finding has no class")
+
+
+def class_of(finding: str) -> str | None:
+    """The class of a finding, or None."""
+    parts = {part.strip() for part in re.split("[/,]", finding)}
+    return next((name for part, name in CLASS_OF_PART.items() if part in parts), None)

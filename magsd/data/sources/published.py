@@ -1,0 +1,143 @@
+"""What the readers of public data sets share."""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from magsd.data.record import MaskKind, Record, Side
+from magsd.data.sources.base import FileSource
+from magsd.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+
+class Box(NamedTuple):
+    """A rectangle in pixels; see `PublishedSource.box_frame` for whose."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+def read_box(words: Iterable[str], where: str) -> Box:
+    """A box of four words; DataError naming `where` they stand if they are no four numbers."""
+    try:
+        left, top, width, height = (float(word) for word in words)
+    except ValueError:
+        raise DataError(f"{where}: a box is left, top, width and height") from None
+    return Box(left, top, width, height)
+
+
+class PublishedSource(FileSource):
+    """A public data set in the layout that its authors publish.
+
+    kind: the word that opens it, as in ``kind:DIR``. name, home: the set's name, and where it is to
+    be had. box_kind: what the boxes show, which serve as masks. box_frame: side in pixels of the
+    square in which the boxes are given; None where they are given in the image's own pixels.
+    choice: the value of each option.
+    """
+
+    kind: ClassVar[str]
+    name: ClassVar[str]
+    home: ClassVar[str]
+    box_kind: ClassVar[MaskKind] = "object"
+    box_frame: ClassVar[int | None] = None
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        classes: Sequence[str] | None = None,
+        limit: int | None = None,
+        **options: str,
+    ) -> None:
+        given = "".join(f",{name}={value}" for name, value in options.items())
+        self.spec = f"{self.kind}:{folder}{given}"
+        self.folder = folder
+        self.choice = {name: (*values, "")[0] for name, values in self.options.items()} | options
+        self._boxes: dict[str, tuple[Box, ...]] = {}
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; {self._where()}")
+        records = tuple(dict.fromkeys(self._find()))  # some lists name an image twice
+        self._report_missing(records)
+        self._set_records(records, origin=str(folder), classes=classes, limit=limit)
+
+    @abstractmethod
+    def _find(self) -> Iterable[Record]:
+        """The records in a stable order; `_record` makes each."""
+
+    def _record(
+        self,
+        path: Path,
+        label: str,
+        *,
+        key: str | None = None,
+        patient: str = "",
+        split: Side | None = None,
+        boxes: Sequence[Box] = (),
+    ) -> Record:
+        """A record; the key is the path within the folder, the patient the key, where not given."""
+        key = key or path.relative_to(self.folder).as_posix()
+        if boxes:
+            self._boxes[key] = tuple(boxes)
+        kind = self.box_kind if boxes else None
+        return Record(key, label, patient or key, path, kind, split)
+
+    def _need(self, *names: str) -> Path:
+        """The first of some paths within the folder that exists."""
+        for name in names:
+            if (path := self.folder / name).exists():
+                return path
+        raise DataError(
+            f"{self.folder}: no {' and no '.join(names)} there; {self._where()};"
+            " docs/data.md shows the layout"
+        )
+
+    def _where(self) -> str:
+        return f"{self.name} is to be had from {self.home}"
+
+    def _report_missing(self, records: Sequence[Record]) -> None:
+        """Raise DataError where no image is there; warn where some are not."""
+        missing = [r.path for r in records if r.path is not None and not r.path.is_file()]
+        if not missing:
+            return
+        text = (
+            f"{self.folder}: {len(missing)} of {len(records)} listed images are not there,"
+            f" the first {missing[0]}; {self._where()}"
+        )
+        if len(missing) == len(records):
+            raise DataError(text)
+        _log.warning("%s", text)
+
+    def _left_out(self, count: int, why: str) -> None:
+        """Warn of listed images that are left out."""
+        if count:
+            _log.warning("%s: %d images %s are left out", self.folder, count, why)
+
+    def read_mask(self, record: Record) -> np.ndarray | None:
+        """(H, W) bool, True within the record's boxes; None where it has none."""
+        boxes = self._boxes.get(record.key)
+        if boxes is None:
+            return None
+        height, width = self.read_image(record).shape[:2]
+        across = width / (self.box_frame or width)
+        down = height / (self.box_frame or height)
+        mask = np.zeros((height, width), bool)
+        for box in boxes:
+            left, right = box.left * across, (box.left + box.width) * across
+            top, bottom = box.top * down, (box.top + box.height) * down
+            rows = slice(max(0, math.floor(top)), max(0, math.ceil(bottom)))
+            mask[rows, max(0, math.floor(left)) : max(0, math.ceil(right))] = True
+        return mask
+
+    def fingerprint(self, record: Record) -> str:
+        """Identity of the image file and of the boxes."""
+        return f"{super().fingerprint(record)}:{self._boxes.get(record.key, ())}"

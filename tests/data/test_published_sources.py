@@ -1,0 +1,406 @@
+"""Readers of public data sets, each on a small made copy of the published layout."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from magsd.data import Source, choose_split, load_cache, open_source
+from magsd.errors import DataError
+
+
+def write_images(folder: Path, names: Iterable[str], size: tuple[int, int] = (64, 48)) -> None:
+    """Images of (height, width) that are all different."""
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        random = np.random.default_rng(number)
+        cv2.imwrite(str(path), random.integers(0, 256, (*size, 3)).astype(np.uint8))
+
+
+def write(path: Path, *lines: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def sides(source: Source) -> dict[str, tuple[str, str | None]]:
+    """Key -> (label, side)."""
+    return {record.key: (record.label, record.split) for record in source.records}
+
+
+class TestNih:
+    HEADER = (
+        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,"
+        "View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],"
+    )
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        rows = [
+            ("00000001_000.png", "Cardiomegaly", 1, "PA"),
+            ("00000001_001.png", "Cardiomegaly|Emphysema", 1, "PA"),
+            ("00000002_000.png", "No Finding", 2, "AP"),
+            ("00000003_000.png", "Infiltration", 3, "PA"),
+            ("00000001_002.png", "No Finding", 1, "AP"),
+        ]
+        entries = [
+            f"{name},{label},0,{patient},058Y,M,{view},2682,2749,0.143,0.143,"
+            for name, label, patient, view in rows
+        ]
+        write(tmp_path / "Data_Entry_2017.csv", self.HEADER, *entries)
+        write(
+            tmp_path / "BBox_List_2017.csv",
+            "Image Index,Finding Label,Bbox [x,y,w,h],,,",
+            "00000003_000.png,Infiltrate,256.0,512,128.5,64,,,",
+            "00000003_000.png,Mass,0,0,1024,1024,,,",
+        )
+        write(tmp_path / "train_val_list.txt", *(rows[i][0] for i in (0, 1, 4)))
+        write(tmp_path / "test_list.txt", rows[2][0], rows[3][0])
+        write_images(tmp_path / "images_001" / "images", [row[0] for row in rows[:2]], (64, 64))
+        write_images(tmp_path / "images_002" / "images", [row[0] for row in rows[2:]], (64, 64))
+        return tmp_path
+
+    def test_records(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        source = open_source(f"nih:{folder}")
+        assert sides(source) == {
+            "00000001_000.png": ("Cardiomegaly", "train"),
+            "00000002_000.png": ("No Finding", "validation"),
+            "00000003_000.png": ("Infiltration", "validation"),
+            "00000001_002.png": ("No Finding", "train"),
+        }
+        assert [record.patient for record in source.records] == ["1", "2", "3", "1"]
+        assert all(source.read_image(record).shape == (64, 64, 3) for record in source.records)
+        assert "1 images with several findings are left out" in caplog.text
+
+    def test_boxes_of_the_own_finding_are_the_mask(self, folder: Path) -> None:
+        source = open_source(f"nih:{folder}")
+        record = source.records[2]
+        assert [r.mask_kind for r in source.records] == [None, None, "lesion", None]
+        mask = source.read_mask(record)
+        expected = np.zeros((64, 64), bool)
+        expected[32:36, 16:25] = True  # the image is a sixteenth of the published size
+        np.testing.assert_array_equal(mask, expected)
+        before = source.fingerprint(record)
+        path = folder / "BBox_List_2017.csv"
+        path.write_text(path.read_text().replace("256.0", "255.0"))
+        again = open_source(f"nih:{folder}")
+        assert again.fingerprint(again.records[2]) != before
+
+    def test_view(self, folder: Path) -> None:
+        labels = [r.label for r in open_source(f"nih:{folder},view=AP").records]
+        assert labels == ["No Finding", "No Finding"]
+
+    def test_what_is_missing(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (folder / "images_001" / "images" / "00000001_000.png").unlink()
+        assert len(open_source(f"nih:{folder}")) == 4
+        assert "1 of 4 listed images are not there" in caplog.text
+        assert "nihcc.app.box.com" in caplog.text
+        (folder / "test_list.txt").unlink()
+        with pytest.raises(DataError, match=r"only train_val_list\.txt is there; both"):
+            open_source(f"nih:{folder}")
+        (folder / "train_val_list.txt").unlink()
+        assert {r.split for r in open_source(f"nih:{folder}").records} == {None}
+        (folder / "Data_Entry_2017.csv").unlink()
+        with pytest.raises(DataError, match=r"no Data_Entry_2017\.csv .*nihcc\.app\.box\.com"):
+            open_source(f"nih:{folder}")
+
+
+class TestCohen:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        rows = [
+            ("2", "Pneumonia/Viral/COVID-19", "PA", "X-ray", "images", "a.jpg"),
+            ("2", "Pneumonia/Viral/COVID-19", "AP Supine", "X-ray", "images", "b.jpg"),
+            ("3", "Pneumonia/Viral/SARS", "AP Erect", "X-ray", "images", "c.jpg"),
+            ("4", "Pneumonia/Bacterial/Klebsiella", "PA", "X-ray", "images", "d.jpg"),
+            ("5", "No Finding", "PA", "X-ray", "images", "e.jpg"),
+            ("6", "Pneumonia/Fungal/Pneumocystis", "PA", "X-ray", "images", "f.jpg"),
+            ("7", "Tuberculosis", "PA", "X-ray", "images", "g.jpg"),
+            ("2", "Pneumonia/Viral/COVID-19", "L", "X-ray", "images", "lateral.jpg"),
+            ("2", "Pneumonia/Viral/COVID-19", "Axial", "CT", "volumes", "v.nii.gz"),
+            ("8", "Pneumonia", "PA", "X-ray", "images", "unnamed.jpg"),
+            ("9", "todo", "PA", "X-ray", "images", "todo.jpg"),
+            ("5", "No Finding", "PA", "X-ray", "images", "e.jpg"),
+        ]
+        header = "patientid,finding,view,modality,folder,filename,clinical_notes"
+        write(tmp_path / "metadata.csv", header, *(",".join(row) + ',"a, b"' for row in rows))
+        write_images(tmp_path / "images", [row[-1] for row in rows if row[4] == "images"])
+        return tmp_path
+
+    def test_records(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        source = open_source(f"cohen:{folder}")
+        assert [(r.key, r.label, r.patient, r.split) for r in source.records] == [
+            ("images/a.jpg", "COVID-19", "2", None),
+            ("images/b.jpg", "COVID-19", "2", None),
+            ("images/c.jpg", "Viral Pneumonia", "3", None),
+            ("images/d.jpg", "Bacterial Pneumonia", "4", None),
+            ("images/e.jpg", "No Finding", "5", None),
+            ("images/f.jpg", "Fungal Pneumonia", "6", None),
+            ("images/g.jpg", "Tuberculosis", "7", None),
+        ]
+        assert "2 images that are no radiographs of the view frontal" in caplog.text
+        assert "2 images whose finding has no class" in caplog.text
+        ap = open_source(f"cohen:{folder},view=AP")
+        assert [Path(r.key).stem for r in ap.records] == ["b", "c"]
+
+    def test_first_table(self, tmp_path: Path) -> None:
+        """The first versions named the columns and findings otherwise, and had no modality."""
+        write(
+            tmp_path / "metadata.csv",
+            "Patientid,offset,finding,view,filename, url",
+            '1,0,"COVID-19, ARDS",PA,a.png,',
+            "2,,SARS,PA,b.png,",
+            "3,,Streptococcus,PA,c.png,",
+            "4,,ARDS,PA,d.png,",
+            "1,3,COVID-19,CT,e.png,",
+        )
+        write_images(tmp_path / "images", ["a.png", "b.png", "c.png"])
+        labels = [r.label for r in open_source(f"cohen:{tmp_path}").records]
+        assert labels == ["COVID-19", "Viral Pneumonia", "Bacterial Pneumonia"]
+
+    def test_what_is_missing(self, folder: Path) -> None:
+        for path in (folder / "images").iterdir():
+            path.unlink()
+        with pytest.raises(DataError, match=r"7 of 7 listed .*github\.com/ieee8023"):
+            open_source(f"cohen:{folder}")
+
+
+class TestCovidx:
+    TRAIN = (
+        "1 a.png COVID-19 cohen", "1 b.png COVID-19 cohen", "1 c.png pneumonia fig1",
+        "d0 d.png normal rsna",
+    )  # fmt: skip
+    TEST = ("9 e.png COVID-19 ricord", "d1 f.png normal rsna", "d2 g.png pneumonia rsna")
+
+    def make(self, folder: Path, train: str, test: str) -> Path:
+        write(folder / train, *self.TRAIN)
+        write(folder / test, *self.TEST)
+        write_images(folder / "train", [line.split()[1] for line in self.TRAIN])
+        write_images(folder / "test", [line.split()[1] for line in self.TEST])
+        return folder
+
+    def test_records(self, tmp_path: Path) -> None:
+        source = open_source(f"covidx:{self.make(tmp_path, 'train.txt', 'test.txt')}")
+        assert source.classes == ("COVID-19", "normal", "pneumonia")
+        assert [(r.key, r.split) for r in source.records[::4]] == [
+            ("train/a.png", "train"), ("test/e.png", "validation"),
+        ]  # fmt: skip
+        patients = [r.patient for r in source.records[:3]]
+        assert patients == ["cohen/1", "cohen/1", "fig1/1"]  # numbers are the source's own
+
+    def test_versions(self, tmp_path: Path) -> None:
+        self.make(tmp_path, "labels/train_COVIDx9A.txt", "labels/test_COVIDx8A.txt")
+        assert len(open_source(f"covidx:{tmp_path}")) == 7
+        write(tmp_path / "labels" / "train_COVIDx_CXR-3A.txt", *self.TRAIN[2:])
+        with pytest.raises(DataError, match=r"2 lists are meant .*train_COVIDx9A\.txt"):
+            open_source(f"covidx:{tmp_path}")
+        with pytest.raises(DataError, match=r"0 lists are meant by list=4"):
+            open_source(f"covidx:{tmp_path},list=4")
+        assert len(open_source(f"covidx:{tmp_path},list=3A")) == 5
+        write(tmp_path / "labels" / "test_COVIDx_CXR-3A.txt", self.TEST[0])
+        assert len(open_source(f"covidx:{tmp_path},list=3A")) == 3
+        assert len(open_source(f"covidx:{tmp_path},list=3A,test=8A")) == 5
+
+    def test_val_list_keeps_the_test_list_for_later(self, tmp_path: Path) -> None:
+        self.make(tmp_path, "train.txt", "test.txt")
+        write(tmp_path / "val.txt", "7 v.png normal rsna")
+        write_images(tmp_path / "val", ["v.png"])
+        held = [r.key for r in open_source(f"covidx:{tmp_path}").records if r.split != "train"]
+        assert held == ["val/v.png"]
+        test = open_source(f"covidx:{tmp_path},part=test")
+        assert [r.key for r in test.records] == ["test/e.png", "test/f.png", "test/g.png"]
+
+    def test_first_lists_have_no_source(self, tmp_path: Path) -> None:
+        self.make(tmp_path, "train.txt", "test.txt")
+        write(tmp_path / "test.txt", "9 e.png COVID-19")
+        assert open_source(f"covidx:{tmp_path},part=test").records[0].label == "COVID-19"
+        write(tmp_path / "test.txt", "9 e.png")
+        with pytest.raises(DataError, match=r"test\.txt, line 1: 3 words expected"):
+            open_source(f"covidx:{tmp_path}")
+
+
+class TestCub:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        root = tmp_path / "CUB_200_2011"
+        names = ["001.Albatross/a.jpg", "001.Albatross/b.jpg", "002.Auk/c.jpg", "002.Auk/d.jpg"]
+        write(root / "images.txt", *(f"{i} {name}" for i, name in enumerate(names, 1)))
+        write(root / "classes.txt", "1 001.Albatross", "2 002.Auk")
+        write(root / "image_class_labels.txt", "1 1", "2 1", "3 2", "4 2")
+        write(root / "train_test_split.txt", "1 1", "2 0", "3 1", "4 0")
+        write(root / "bounding_boxes.txt", *(f"{i} 10.0 20.0 5.0 30.0" for i in range(1, 5)))
+        write_images(root / "images", names)
+        return tmp_path
+
+    @pytest.mark.parametrize("within", ["", "CUB_200_2011"])
+    def test_records(self, folder: Path, within: str) -> None:
+        source = open_source(f"cub:{folder / within}")
+        assert source.classes == ("001.Albatross", "002.Auk")
+        assert list(sides(source).values()) == [
+            ("001.Albatross", "train"), ("001.Albatross", "validation"),
+            ("002.Auk", "train"), ("002.Auk", "validation"),
+        ]  # fmt: skip
+        expected = np.zeros((64, 48), bool)
+        expected[20:50, 10:15] = True
+        np.testing.assert_array_equal(source.read_mask(source.records[0]), expected)
+        assert source.records[0].mask_kind == "object"
+
+    def test_what_is_missing(self, folder: Path) -> None:
+        root = folder / "CUB_200_2011"
+        write(root / "train_test_split.txt", "1 1", "2 0", "3 1")
+        with pytest.raises(DataError, match="image 4 lacks an entry"):
+            open_source(f"cub:{folder}")
+        (root / "train_test_split.txt").unlink()
+        with pytest.raises(DataError, match=r"no CUB_200_2011/train_test_split\.txt .*caltech"):
+            open_source(f"cub:{folder}")
+
+    def test_colour_survives_the_cache(self, folder: Path, tmp_path: Path) -> None:
+        """Three channels, and CLAHE on the lightness alone: hue stays where it was."""
+        path = folder / "CUB_200_2011" / "images" / "001.Albatross" / "a.jpg"
+        blue, green, red = 40, 60, 200
+        cv2.imwrite(str(path), np.full((64, 48, 3), (blue, green, red), np.uint8))
+        source = open_source(f"cub:{folder}")
+        plain = load_cache(source, image_size=32, channels=3, cache_dir=tmp_path / "c")
+        assert plain.images.shape == (4, 32, 32, 3)
+        assert np.abs(plain.images[0, 16, 16].astype(int) - (red, green, blue)).max() <= 3
+        clahe = load_cache(
+            source, image_size=32, channels=3, clahe=(4.0, 4), cache_dir=tmp_path / "c"
+        )
+        before, after = (
+            cv2.cvtColor(np.array(cache.images[3]), cv2.COLOR_RGB2LAB).astype(int)
+            for cache in (plain, clahe)
+        )
+        colour = np.abs(before - after)[..., 1:].mean()
+        assert np.abs(before - after)[..., 0].mean() > 4 * colour
+
+
+class TestAircraft:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        data = tmp_path / "fgvc-aircraft-2013b" / "data"
+        write(data / "variants.txt", "707-320", "Yak-42", "A330 (big)")
+        write(data / "families.txt", "Boeing 707", "Yak-42")
+        write(data / "images_variant_trainval.txt", "0000001 707-320", "0000002 A330 (big)")
+        write(data / "images_variant_test.txt", "0000003 707-320", "0000004 A330 (big)")
+        write(data / "images_family_trainval.txt", "0000001 Boeing 707")
+        write(data / "images_family_test.txt", "0000003 Yak-42")
+        write_images(data / "images", [f"000000{i}.jpg" for i in range(1, 5)])
+        return tmp_path
+
+    @pytest.mark.parametrize("within", ["", "fgvc-aircraft-2013b"])
+    def test_records(self, folder: Path, within: str) -> None:
+        source = open_source(f"aircraft:{folder / within}")
+        assert sides(source) == {
+            "data/images/0000001.jpg": ("707-320", "train"),
+            "data/images/0000002.jpg": ("A330 (big)", "train"),
+            "data/images/0000003.jpg": ("707-320", "validation"),
+            "data/images/0000004.jpg": ("A330 (big)", "validation"),
+        }
+
+    def test_banner_is_cut_off(self, folder: Path) -> None:
+        source = open_source(f"aircraft:{folder}")
+        whole = cv2.imread(str(source.records[1].path))[..., ::-1]
+        np.testing.assert_array_equal(source.read_image(source.records[1]), whole[:44])
+
+    def test_level(self, folder: Path) -> None:
+        source = open_source(f"aircraft:{folder},level=family")
+        assert source.classes == ("Boeing 707", "Yak-42")
+
+    def test_what_is_missing(self, folder: Path) -> None:
+        with pytest.raises(DataError, match=r"images_manufacturer_trainval|manufacturers\.txt"):
+            open_source(f"aircraft:{folder},level=manufacturer")
+        with pytest.raises(DataError, match=r"no fgvc-aircraft-2013b there; .*robots\.ox\.ac\.uk"):
+            open_source(f"aircraft:{folder / 'fgvc-aircraft-2013b' / 'data'}")
+
+
+class TestCars:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        root = tmp_path / "stanford_cars"
+        (root / "devkit").mkdir(parents=True)
+        names = np.array(["AM General Hummer SUV 2000", "Ram C/V Cargo Van 2012"], dtype=object)
+        savemat(root / "devkit" / "cars_meta.mat", {"class_names": names})
+        fields = [("class", "u1"), ("fname", "O")]
+        for path, classes in (
+            ("devkit/cars_train_annos.mat", (1, 2, 2)), ("cars_test_annos_withlabels.mat", (2, 1)),
+        ):  # fmt: skip
+            annotations = [(number, f"{i:05d}.jpg") for i, number in enumerate(classes, 1)]
+            savemat(root / path, {"annotations": np.array(annotations, dtype=fields)})
+        write_images(root / "cars_train", [f"{i:05d}.jpg" for i in range(1, 4)])
+        write_images(root / "cars_test", [f"{i:05d}.jpg" for i in range(1, 3)])
+        return tmp_path
+
+    def test_records(self, folder: Path) -> None:
+        source = open_source(f"cars:{folder}")
+        assert sides(source) == {
+            "cars_train/00001.jpg": ("AM General Hummer SUV 2000", "train"),
+            "cars_train/00002.jpg": ("Ram C/V Cargo Van 2012", "train"),
+            "cars_train/00003.jpg": ("Ram C/V Cargo Van 2012", "train"),
+            "cars_test/00001.jpg": ("Ram C/V Cargo Van 2012", "validation"),
+            "cars_test/00002.jpg": ("AM General Hummer SUV 2000", "validation"),
+        }
+        assert source.read_image(source.records[0]).shape == (64, 48, 3)
+
+    def test_what_is_missing(self, folder: Path) -> None:
+        (folder / "stanford_cars" / "cars_test_annos_withlabels.mat").unlink()
+        with pytest.raises(DataError, match=r"no stanford_cars/cars_test_annos_withlabels\.mat"):
+            open_source(f"cars:{folder}")
+
+
+class TestDogs:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        lists = {
+            "train": ["n02085620-Chihuahua/a.jpg", "n02110958-pug/b.jpg"],
+            "test": ["n02085620-Chihuahua/c.jpg", "n02105641-Old_English_sheepdog/d.jpg"],
+        }
+        (tmp_path / "lists").mkdir()
+        for part, names in lists.items():
+            column = np.array([[name] for name in names], dtype=object)
+            savemat(tmp_path / "lists" / f"{part}_list.mat", {"file_list": column})
+            write_images(tmp_path / "Images", names)
+        return tmp_path
+
+    def test_records(self, folder: Path) -> None:
+        source = open_source(f"dogs:{folder}")
+        assert sides(source) == {
+            "n02085620-Chihuahua/a.jpg": ("Chihuahua", "train"),
+            "n02110958-pug/b.jpg": ("pug", "train"),
+            "n02085620-Chihuahua/c.jpg": ("Chihuahua", "validation"),
+            "n02105641-Old_English_sheepdog/d.jpg": ("Old_English_sheepdog", "validation"),
+        }
+        assert source.read_image(source.records[0]).shape == (64, 48, 3)
+
+    def test_what_is_missing(self, folder: Path) -> None:
+        (folder / "lists" / "train_list.mat").write_bytes(b"no matrices")
+        with pytest.raises(DataError, match=r"train_list\.mat: not the list"):
+            open_source(f"dogs:{folder}")
+        (folder / "lists" / "train_list.mat").unlink()
+        with pytest.raises(DataError, match=r"no lists/train_list\.mat .*ImageNetDogs"):
+            open_source(f"dogs:{folder}")
+
+
+def test_published_split_is_taken_unless_folds_are_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [f"{side}{label}{i}" for side in ("r", "t") for label in "ab" for i in range(4)]
+    lists = {"train": names[:8], "test": names[8:]}
+    for part, chosen in lists.items():
+        write(tmp_path / f"{part}.txt", *(f"{n[1:]} {n}.png {n[1]} s" for n in chosen))
+        write_images(tmp_path / part, [f"{name}.png" for name in chosen])
+    records = open_source(f"covidx:{tmp_path}").records
+    with caplog.at_level(logging.WARNING):
+        split = choose_split(records, folds=2)
+    assert (split.train, split.validation) == (list(range(8)), list(range(8, 16)))
+    assert "8 patients stand on both sides" in caplog.text
+    assert choose_split(records, how="published") == split
+    folded = choose_split(records, how="folds", folds=2, fold=1)
+    held = {records[i].patient for i in folded.validation}
+    assert len(folded.validation) == 8
+    assert not held & {records[i].patient for i in folded.train}
