@@ -1,4 +1,4 @@
-"""The command `magsd`: train, evaluate, predict, info."""
+"""The command `magsd`: train, evaluate, predict, crossval, info."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ except ImportError as _error:  # the base install holds the kernels alone
     raise SystemExit(
         f"magsd: {_error.name} is not installed; the command needs: pip install 'magsd[train]'"
     ) from None
+
+from magsd.cli.cross_validation import crossval
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -260,6 +262,9 @@ def _print_predictions(console: Console, predictions: list[Any], loaded: LoadedR
         ]
         table.add_row(str(prediction.path), *cells, str(prediction.overlay or ""))
     console.print(table)
+
+
+app.command()(crossval)
 
 
 @app.command()

@@ -26,17 +26,25 @@ def training_config(
     Without a file, drawn images are trained on as the packaged phantom configuration says; they are
     also what is taken where nothing names a source.
     """
-    from magsd.config import load_config, named_source
+    from magsd.config import load_config
 
     values = list(overrides)
     if data is not None:
         values.append(f"data.source={data}")
-    source = named_source(values)
-    if base is None and config is None and (source is None or source.startswith("phantom")):
-        config = "phantom"
+    if base is None:
+        config = configuration_file(config, values)
     if kernels is not None:
         values.append(f"train.kernels={kernels}")
     return load_config(config, values, base=base)
+
+
+def configuration_file(config: str | None, overrides: list[str]) -> str | None:
+    """`config`; without one, the packaged phantom configuration for drawn images, else None."""
+    from magsd.config import named_source
+
+    source = named_source(overrides)
+    drawn = source is None or source.startswith("phantom")
+    return "phantom" if config is None and drawn else config
 
 
 def report_bad(console: Console, bad: list[tuple[str, str]]) -> None:
