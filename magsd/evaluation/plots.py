@@ -54,7 +54,7 @@ def plot_confusion(
     bar.outline.set_visible(False)
     if title:
         axes.set_title(title, fontsize=11)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_curves(path: str | Path, metrics_csv: str | Path) -> Path:
@@ -83,7 +83,7 @@ def plot_curves(path: str | Path, metrics_csv: str | Path) -> Path:
                 marker=mark,
             )
         _dress(axes, name)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _read_metrics(path: str | Path) -> dict[str, NDArray[np.float64]]:
@@ -143,7 +143,8 @@ def _dress(axes: Axes, name: str) -> None:
         axes.legend(fontsize=8, frameon=False)
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG, cut to what is drawn; returns its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.08)

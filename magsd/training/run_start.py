@@ -69,11 +69,14 @@ def stored_state(folder: RunFolder) -> dict[str, Any] | None:
 
 def _check_resumable(before: Config, now: Config) -> None:
     """Raises `ConfigError` if a value differs on which the stored state depends."""
-    old, new = before.flat(), now.flat()
     changed = [
-        f"{key} was {old[key]}, now {new[key]}"
-        for key in new
-        if key.startswith(FIXED_ON_RESUME) and old[key] != new[key]
+        text for key, text in changed_values(before, now).items() if key.startswith(FIXED_ON_RESUME)
     ]
     if changed:
         raise ConfigError(f"a run that goes on cannot change: {'; '.join(changed)}")
+
+
+def changed_values(before: Config, now: Config) -> dict[str, str]:
+    """Dotted key of each value that differs -> what it was and what it is now, in words."""
+    old, new = before.flat(), now.flat()
+    return {key: f"{key} was {old[key]}, now {new[key]}" for key in new if old[key] != new[key]}

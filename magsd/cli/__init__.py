@@ -1,4 +1,4 @@
-"""The command `magsd`: train, evaluate, predict, info."""
+"""The command `magsd`: train, evaluate, predict, crossval, info."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from magsd.cli.common import SOURCES, make_console, report_bad, training_config
 from magsd.errors import ConfigError, DataError, MagsdError
 from magsd.training.launch import launched, process_rank
 
@@ -20,10 +21,11 @@ except ImportError as _error:  # the base install holds the kernels alone
         f"magsd: {_error.name} is not installed; the command needs: pip install 'magsd[train]'"
     ) from None
 
+from magsd.cli.cross_validation import crossval
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from magsd.config import Config
     from magsd.training.run import LoadedRun
 
 # torch, timm and the rest are imported by the command that needs them: help must be quick.
@@ -33,11 +35,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-)
-
-SOURCES = (
-    "folder:DIR, csv:FILE, phantom[:n=..,seed=..,size=..], or a public set (docs/data.md): v7:DIR, "
-    "nih:DIR, cohen:DIR, covidx:DIR, cub:DIR, aircraft:DIR, cars:DIR, dogs:DIR"
 )
 
 
@@ -116,7 +113,7 @@ def train(
     from magsd.training.run import train_run
     from magsd.training.trainer import Interrupted
 
-    console = _console(quiet=process_rank() > 0)
+    console = make_console(quiet=process_rank() > 0)
     console.print(f"run: {folder}", highlight=False, soft_wrap=True)
     try:
         trained = train_run(settings, folder, resume=resume, overwrite=overwrite, console=console)
@@ -130,31 +127,6 @@ def train(
         raise typer.Exit(128 + stopped.signum) from None
     if process_rank() == 0:
         finish_run(trained, console)
-
-
-def training_config(
-    overrides: list[str],
-    config: str | None,
-    data: str | None,
-    kernels: str | None,
-    base: Config | None = None,
-) -> Config:
-    """What `magsd train` uses: `base` or the published recipe, the file, then single values.
-
-    Without a file, drawn images are trained on as the packaged phantom configuration says; they are
-    also what is taken where nothing names a source.
-    """
-    from magsd.config import load_config, named_source
-
-    values = list(overrides)
-    if data is not None:
-        values.append(f"data.source={data}")
-    source = named_source(values)
-    if base is None and config is None and (source is None or source.startswith("phantom")):
-        config = "phantom"
-    if kernels is not None:
-        values.append(f"train.kernels={kernels}")
-    return load_config(config, values, base=base)
 
 
 @app.command()
@@ -184,12 +156,12 @@ def evaluate(
     from magsd.training.report import draw_confusion, evaluate_run
     from magsd.training.run import load_run, open_images, same_source, trained_on
 
-    console = _console()
+    console = make_console()
     loaded = load_run(run, overrides=tuple(overrides or ()))
     spec = data or loaded.config.data.source
     own = same_source(spec, loaded.config.data.source)
     _, cache = open_images(loaded.config, spec, classes=loaded.classes)
-    _report_bad(console, cache.bad)
+    report_bad(console, cache.bad)
     if own:
         indices = read_split(loaded.folder.split, cache.records).validation
         what = "validation images of the run's own source"
@@ -239,7 +211,7 @@ def predict(
     from magsd.training.checkpoint import disk_full_as_error
     from magsd.training.run import kernels, load_run, preprocessing_of
 
-    console = _console()
+    console = make_console()
     loaded = load_run(run, overrides=() if device is None else (f"train.device={device}",))
     bad: list[tuple[str, str]] = []
     with (
@@ -259,7 +231,7 @@ def predict(
             )
         except DataError as error:
             raise DataError(f"{error}; leave out what cannot be read with --skip-bad") from error
-        _report_bad(console, bad)
+        report_bad(console, bad)
         if json_file is not None:
             json_file.parent.mkdir(parents=True, exist_ok=True)
             json_file.write_text(json.dumps([_as_json(p) for p in predictions], indent=2) + "\n")
@@ -292,14 +264,7 @@ def _print_predictions(console: Console, predictions: list[Any], loaded: LoadedR
     console.print(table)
 
 
-def _report_bad(console: Console, bad: list[tuple[str, str]]) -> None:
-    if not bad:
-        return
-    console.print(
-        f"left out {len(bad)} images that cannot be read:", highlight=False, soft_wrap=True
-    )
-    for key, reason in bad[:10]:
-        console.print(f"  {key}: {reason}", highlight=False, soft_wrap=True, markup=False)
+app.command()(crossval)
 
 
 @app.command()
@@ -329,11 +294,3 @@ def info() -> None:
     lines.append(("configurations", ", ".join(packaged_configs())))
     for name, value in lines:
         typer.echo(f"{name:24} {value}")
-
-
-def _console(*, quiet: bool = False) -> Console:
-    from rich.console import Console
-
-    # Files and pipes have no width of their own; rich would break tables at 80 columns.
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if known else 120, quiet=quiet)

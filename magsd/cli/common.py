@@ -1,0 +1,70 @@
+"""What several commands share: their configuration, and how they speak."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from magsd.config import Config
+
+SOURCES = (
+    "folder:DIR, csv:FILE, phantom[:n=..,seed=..,size=..], or a public set (docs/data.md): v7:DIR, "
+    "nih:DIR, cohen:DIR, covidx:DIR, cub:DIR, aircraft:DIR, cars:DIR, dogs:DIR"
+)
+
+
+def training_config(
+    overrides: list[str],
+    config: str | None,
+    data: str | None,
+    kernels: str | None,
+    base: Config | None = None,
+) -> Config:
+    """What `magsd train` uses: `base` or the published recipe, the file, then single values.
+
+    Without a file, drawn images are trained on as the packaged phantom configuration says; they are
+    also what is taken where nothing names a source.
+    """
+    from magsd.config import load_config
+
+    values = list(overrides)
+    if data is not None:
+        values.append(f"data.source={data}")
+    if base is None:
+        config = configuration_file(config, values)
+    if kernels is not None:
+        values.append(f"train.kernels={kernels}")
+    return load_config(config, values, base=base)
+
+
+def configuration_file(config: str | None, overrides: list[str]) -> str | None:
+    """`config`; without one, the packaged phantom configuration for drawn images, else None."""
+    from magsd.config import named_source
+
+    source = named_source(overrides)
+    drawn = source is None or source.startswith("phantom")
+    return "phantom" if config is None and drawn else config
+
+
+def report_bad(console: Console, bad: list[tuple[str, str]]) -> None:
+    """Name the images that were left out, and why; the first ten of them."""
+    if not bad:
+        return
+    console.print(
+        f"left out {len(bad)} images that cannot be read:", highlight=False, soft_wrap=True
+    )
+    for key, reason in bad[:10]:
+        console.print(f"  {key}: {reason}", highlight=False, soft_wrap=True, markup=False)
+
+
+def make_console(*, quiet: bool = False) -> Console:
+    """A console as wide as the terminal, or 120 columns where there is none."""
+    from rich.console import Console
+
+    # Files and pipes have no width of their own; rich would break tables at 80 columns.
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if known else 120, quiet=quiet)

@@ -1,0 +1,94 @@
+"""The command `magsd crossval`."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from magsd.cli.common import SOURCES, configuration_file, make_console
+from magsd.errors import ConfigError
+from magsd.training.launch import launched
+
+
+def crossval(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of all runs and results.")],
+    model: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME",
+            help="A model's name, or a YAML file applied over the configuration; may be repeated. "
+            "The others are tested against the first.",
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Override single values, of every model."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help=f"Images: {SOURCES}; default phantom.")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="F", help="YAML file, or the name of a packaged configuration."),
+    ] = None,
+    seeds: Annotated[
+        str, typer.Option(metavar="N,N", help="Each is another partition and another start.")
+    ] = "0",
+    folds: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Some of the data.folds parts; default all.")
+    ] = None,
+) -> None:
+    """Train and compare models by cross-validation; goes on where an earlier call stopped."""
+    from magsd.config import load_config
+
+    if launched():
+        raise ConfigError("magsd crossval trains in one process; start it without torchrun")
+    pairs = list(overrides or ())
+    if data is not None:
+        pairs.append(f"data.source={data}")
+    base = load_config(configuration_file(config, pairs))
+    seed_numbers, fold_numbers = numbers("--seeds", seeds), numbers("--folds", folds)
+
+    # timm, torchvision and the like take seconds: a wrong key is told before.
+    from magsd.crossval.execute import execute
+    from magsd.crossval.plan import plan_runs
+    from magsd.crossval.report import print_report, write_results, write_summary
+    from magsd.crossval.summary import summarise
+    from magsd.training.checkpoint import disk_full_as_error
+    from magsd.training.trainer import Interrupted
+
+    runs = plan_runs(
+        out, base, model, seeds=seed_numbers or (), folds=fold_numbers, overrides=pairs
+    )
+    console = make_console()
+    console.print(f"cross-validation: {len(runs)} runs in {out}", highlight=False, soft_wrap=True)
+    try:
+        outcomes = execute(runs, console)
+    except Interrupted as stopped:
+        console.print(
+            f"{signal.Signals(stopped.signum).name}: the run's state is saved; the same command "
+            "goes on",
+            soft_wrap=True,
+        )
+        raise typer.Exit(128 + stopped.signum) from None
+    with disk_full_as_error(out, "every run is kept; free some space and give the command again"):
+        write_results(out / "results.csv", outcomes)
+        summary = summarise(outcomes)
+        write_summary(out, summary)
+    print_report(console, outcomes, summary)
+    console.print(f"tables and plot: {out}", highlight=False, soft_wrap=True)
+    if any(outcome.result is None for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def numbers(option: str, text: str | None) -> list[int] | None:
+    """Whole numbers between commas. Raises `ConfigError`."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} {text}: expected whole numbers, such as 0,1,2") from None

@@ -1,0 +1,176 @@
+"""Which runs a cross-validation consists of, and that they can be compared.
+
+The folds are stratified by class and keep a patient's images together (`split_by_patient`). A seed
+chooses both the partition into folds (`data.split_seed`) and everything random in training
+(`train.seed`), so that several seeds are repeated k-fold cross-validation. All models train on the
+same partitions: their runs pair up by seed and fold.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from magsd.config import Config, load_config, resolve_key
+from magsd.errors import ConfigError
+from magsd.training.run_folder import RunFolder
+from magsd.training.run_start import changed_values
+
+# What the plan sets itself, with the option that says so.
+_SET_HERE = {
+    "data.fold": "--folds",
+    "data.split": "--folds",
+    "data.split_seed": "--seeds",
+    "train.seed": "--seeds",
+    "model.name": "--model",
+}
+# On these the images and the partition depend, which all models must share.
+_SHARED = ("data.source", "data.folds", "data.skip_bad")
+# What may differ between calls: it changes where and how a run is computed, not what.
+_FREE = (
+    "data.cache_dir",
+    "train.checkpoint_interval",
+    "train.cuda_graph",
+    "train.device",
+    "train.eval_batch_size",
+    "train.images_on_device",
+    "train.kernels",
+    "train.log_interval",
+    "train.overlays",
+    "train.recompute",
+    "train.tensorboard",
+)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training: `config` holds everything, `model` is its name in tables."""
+
+    model: str
+    seed: int
+    fold: int
+    folder: RunFolder
+    config: Config
+
+    @property
+    def title(self) -> str:
+        """The run in words."""
+        return f"{self.model}, seed {self.seed}, fold {self.fold}"
+
+
+def plan_runs(
+    out: str | Path,
+    base: Config,
+    models: Sequence[str],
+    *,
+    seeds: Sequence[int] = (0,),
+    folds: Sequence[int] | None = None,
+    overrides: Sequence[str] = (),
+) -> list[PlannedRun]:
+    """The runs in the order in which they are trained: by seed, then fold, then model.
+
+    models: as `model=` takes them: names of packaged models, or YAML files, applied over `base`.
+    folds: which of the `data.folds` parts; None for all. overrides: key=value pairs, which come
+    last. Raises `ConfigError` for what cannot be compared or run, and where a folder holds a run
+    of another configuration.
+    """
+    _check_overrides(overrides)
+    configs = _model_configs(base, models, overrides)
+    _check_shared(configs)
+    count = next(iter(configs.values())).data.folds
+    chosen = list(range(count)) if folds is None else list(folds)
+    _check_numbers("--seeds", seeds)
+    _check_numbers("--folds", chosen, below=count)
+    runs = [
+        PlannedRun(
+            model,
+            seed,
+            fold,
+            RunFolder(Path(out) / model / f"seed{seed}" / f"fold{fold}"),
+            _of_fold(config, seed, fold),
+        )
+        for seed in seeds
+        for fold in chosen
+        for model, config in configs.items()
+    ]
+    for run in runs:
+        _check_unchanged(run)
+    return runs
+
+
+def model_config(base: Config, model: str, overrides: Sequence[str]) -> Config:
+    """`base`, then what `model` names, then `key=value` pairs; `base` stays as it is."""
+    return load_config(None, [f"model={model}", *overrides], base=copy.deepcopy(base))
+
+
+def _is_file(model: str) -> bool:
+    return Path(model).suffix in (".yaml", ".yml")
+
+
+def _model_configs(
+    base: Config, models: Sequence[str], overrides: Sequence[str]
+) -> dict[str, Config]:
+    """Name in tables and folders -> configuration, in the given order."""
+    configs: dict[str, Config] = {}
+    for model in models:
+        name = Path(model).stem if _is_file(model) else model
+        if name in configs:
+            raise ConfigError(f"--model {model}: there is a model {name} already; rename the file")
+        configs[name] = model_config(base, model, overrides)
+    if not configs:
+        raise ConfigError("cross-validation needs at least one model: --model NAME")
+    return configs
+
+
+def _of_fold(config: Config, seed: int, fold: int) -> Config:
+    pairs = [
+        "data.split=folds",
+        f"data.split_seed={seed}",
+        f"train.seed={seed}",
+        f"data.fold={fold}",
+    ]
+    return load_config(None, pairs, base=copy.deepcopy(config))
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for pair in overrides:
+        key = pair.partition("=")[0].strip()
+        # A bare "model" is what --model takes.
+        full = "model.name" if key == "model" else resolve_key(key)
+        if full in _SET_HERE:
+            raise ConfigError(f"{pair}: cross-validation sets {full} itself; use {_SET_HERE[full]}")
+
+
+def _check_shared(configs: dict[str, Config]) -> None:
+    (first, reference), *others = configs.items()
+    wanted = reference.flat()
+    for name, config in others:
+        values = config.flat()
+        for key in _SHARED:
+            if values[key] != wanted[key]:
+                raise ConfigError(
+                    f"models must share their folds: {key} is {wanted[key]} for {first}, "
+                    f"{values[key]} for {name}; set it for all of them by {key}=VALUE"
+                )
+
+
+def _check_numbers(option: str, numbers: Sequence[int], below: int | None = None) -> None:
+    wrong = [n for n in numbers if n < 0 or (below is not None and n >= below)]
+    if wrong or not numbers or len(set(numbers)) < len(numbers):
+        limits = "of at least 0" if below is None else f"from 0 to {below - 1}"
+        given = ",".join(map(str, numbers))
+        raise ConfigError(f"{option} {given}: expected different whole numbers {limits}")
+
+
+def _check_unchanged(run: PlannedRun) -> None:
+    if not run.folder.is_run():
+        return
+    values = changed_values(run.folder.load_config(), run.config)
+    changed = [text for key, text in values.items() if key not in _FREE]
+    if changed:
+        raise ConfigError(
+            f"{run.folder.root} holds a run of another configuration: {'; '.join(changed)}; "
+            "choose another --out, or remove that folder"
+        )

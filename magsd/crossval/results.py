@@ -1,0 +1,78 @@
+"""What a finished run of a cross-validation left in its folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+
+from magsd.crossval.plan import PlannedRun
+from magsd.errors import RunError
+from magsd.training.checkpoint import load_checkpoint
+
+# The false-positive rate is left out: its macro mean is one minus that of the specificity.
+METRICS = ("accuracy", "precision", "recall", "f1", "specificity", "auroc")
+LOGITS = ("raw", "refined")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Validation metrics of one run.
+
+    train_images: number of images trained on. validation: keys of the others. scores: for "raw"
+    logits and, where the run has them, "refined" ones: metric -> value in 0..1, NaN if undefined.
+    """
+
+    train_images: int
+    validation: frozenset[str]
+    scores: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A planned run with its result, or with the reason why it has none."""
+
+    run: PlannedRun
+    result: RunResult | None
+    reason: str = ""
+
+
+def is_finished(run: PlannedRun) -> bool:
+    """True if all epochs were trained and the best weights evaluated.
+
+    Raises `RunError` for a corrupt checkpoint.
+    """
+    folder = run.folder
+    if not (folder.is_run() and folder.last.is_file() and _report(run) is not None):
+        return False
+    # A report alone may be older than the last epochs, if the run was lengthened by hand.
+    return int(load_checkpoint(folder.last)["epoch"]) == run.config.train.epochs
+
+
+def read_result(run: PlannedRun) -> RunResult:
+    """The result of a finished run; `RunError` where its report is missing or damaged."""
+    report = _report(run)
+    if report is None:
+        raise RunError(f"no report of an evaluation at {run.folder.evaluation}")
+    with open(run.folder.split, newline="", encoding="utf-8") as file:
+        sides = {row["key"]: row["split"] for row in csv.DictReader(file)}
+    scores = {
+        kind: {name: _number(report[kind][name]) for name in METRICS}
+        for kind in LOGITS
+        if report.get(kind) is not None
+    }
+    validation = frozenset(key for key, side in sides.items() if side == "validation")
+    return RunResult(len(sides) - len(validation), validation, scores)
+
+
+def _report(run: PlannedRun) -> dict[str, dict[str, float | None]] | None:
+    """The run's evaluation.json, or None where it is missing or was cut off by a kill."""
+    try:
+        report = json.loads(run.folder.evaluation.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report if isinstance(report, dict) and "raw" in report else None
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)

@@ -1,0 +1,110 @@
+"""`magsd crossval` over tiny runs: failures, interruptions, and calls that go on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from magsd import cli
+from magsd.crossval import execute
+from magsd.errors import ConfigError, DataError
+from magsd.training.trainer import Trainer
+
+
+@pytest.fixture
+def crossval(small_pairs: list[str], tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """Exit code and output of the command over two folds, in `tmp_path / "out"`."""
+
+    def call(*arguments: str) -> tuple[int, str]:
+        options = ["crossval", "--out", str(tmp_path / "out"), *small_pairs, "epochs=1", *arguments]
+        result = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, [*options])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.output
+
+    return call
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Folders of the runs that training was started for, of which "plain/seed0/fold0" fails."""
+    train_run, started = execute.train_run, []
+
+    def watched(config: Any, out: Path, **options: Any) -> Any:
+        started.append("/".join(out.parts[-3:]))
+        if started == ["plain/seed0/fold0"]:
+            raise ValueError("no such luck\nat all")
+        return train_run(config, out, **options)
+
+    monkeypatch.setattr(execute, "train_run", watched)
+    return started
+
+
+def test_failed_fold_leaves_the_others_and_is_tried_again(
+    crossval: Callable[..., tuple[int, str]], trained: list[str], tmp_path: Path
+) -> None:
+    models = ["--model", "plain", "--model", "magsd"]
+    code, output = crossval(*models)
+    assert code == 1
+    assert len(trained) == 4
+    assert "1 of 4 runs are missing" in output
+    assert "plain, seed 0, fold 0: ValueError: no such luck" in output
+    failed = tmp_path / "out" / "plain" / "seed0" / "fold0" / "failed.txt"
+    assert failed.read_text().startswith("ValueError: no such luck\n\nTraceback")
+    with open(tmp_path / "out" / "results.csv") as file:
+        states = [row["state"] for row in csv.DictReader(file)]
+    assert states == ["failed", "finished", "finished", "finished"]
+
+    code, output = crossval(*models)
+    assert code == 0
+    assert trained[4:] == ["plain/seed0/fold0"]
+    assert not failed.exists()
+    assert output.count("finished before") == 3
+    report = json.loads((failed.parent / "evaluation.json").read_text())
+    with open(tmp_path / "out" / "results.csv") as file:
+        row = next(csv.DictReader(file))
+    assert float(row["accuracy"]) == report["raw"]["accuracy"]
+    assert int(row["validation_images"]) == report["raw"]["images"]
+    for name in ("summary.csv", "summary.md", "summary.tex", "scores.png"):
+        assert (tmp_path / "out" / name).is_file(), name
+
+
+def test_interrupted_run_goes_on(
+    crossval: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_step = Trainer._one_step
+
+    def signalled(self: Trainer, *arguments: Any) -> None:
+        one_step(self, *arguments)
+        if self.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_one_step", signalled)
+    code, output = crossval("--model", "plain", "--folds", "1")
+    assert code == 128 + signal.SIGINT
+    assert "the same command goes on" in output
+    assert not list((tmp_path / "out").rglob("failed.txt"))
+    monkeypatch.undo()
+    # Cut off while it was written, or left from before: no result.
+    (tmp_path / "out" / "plain" / "seed0" / "fold1" / "evaluation.json").write_text('{"raw":')
+    code, output = crossval("--model", "plain", "--folds", "1")
+    assert code == 0
+    assert "going on after epoch 0, step 2" in output
+
+
+def test_refusals_come_before_any_training(
+    crossval: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="--seeds a: expected whole numbers"):
+        crossval("--model", "plain", "--seeds", "a")
+    with pytest.raises(DataError, match="no/where"):
+        crossval("--model", "plain", "data.source=folder:no/where")
+    assert not (tmp_path / "out").exists()
