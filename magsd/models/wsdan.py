@@ -84,11 +84,11 @@ def center_loss(pooled: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
     """Mean over the images of the squared distance to the center of their class.
 
     pooled (B, D), labels (B,) int64, centers (K, D) float32, brought to length 1. The centers get
-    no gradient. Returns a float32 scalar.
+    no gradient. Returns a scalar of the centers' dtype.
     """
     with torch.autocast(pooled.device.type, enabled=False):
         own = F.normalize(centers, dim=1).index_select(0, labels)
-        return (pooled.float() - own).square().sum(1).mean()
+        return (pooled.to(centers.dtype) - own).square().sum(1).mean()
 
 
 @torch.no_grad()
@@ -107,9 +107,9 @@ def move_centers(
     stays. total: sums a tensor over the processes that share the batch.
     """
     with torch.autocast(pooled.device.type, enabled=False):
-        member = F.one_hot(labels, len(centers)).to(torch.float32)
+        member = F.one_hot(labels, len(centers)).to(centers.dtype)
         # A product with the memberships: unlike index_add_ it is deterministic on a GPU.
-        sums = total(member.T @ pooled.float())
+        sums = total(member.T @ pooled.to(centers.dtype))
         counts = total(member.sum(0))[:, None]
     towards = sums / counts.clamp_min(1)
     centers.add_((towards - centers) * (counts > 0), alpha=rate)

@@ -80,6 +80,13 @@ class ViewLoss(Protocol):
         ...
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None) -> Tensor:
+    """Cross entropy of logits (B, K), in float32 or, of float64, in that."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    weights = None if class_weights is None else class_weights.to(logits.dtype)
+    return nn.functional.cross_entropy(logits, targets, weight=weights)
+
+
 class MeanCrossEntropy(nn.Module):
     """Mean of the cross entropies of the images and of each of their views."""
 
@@ -92,8 +99,7 @@ class MeanCrossEntropy(nn.Module):
     ) -> SoftDistance:
         """See `ViewLoss`."""
         entropies = [
-            nn.functional.cross_entropy(each.float(), targets, weight=self.class_weights)
-            for each in (logits, *view_logits)
+            cross_entropy(each, targets, self.class_weights) for each in (logits, *view_logits)
         ]
         entropy = torch.stack(entropies).mean()
         return SoftDistance(entropy, entropy, torch.zeros_like(entropy))
@@ -170,8 +176,8 @@ def plain_step(
     class_weights: Tensor | None = None,
 ) -> StepResult:
     """One forward pass and cross entropy: the baseline on the same path. Nothing is drawn."""
-    logits = model(images).logits.float()
-    loss = nn.functional.cross_entropy(logits, labels, weight=class_weights)
+    logits = model(images).logits
+    loss = cross_entropy(logits, labels, class_weights)
     if share is not None:
         loss = _scaled(loss, share.cross_entropy, logits)
     correct = (logits.detach().argmax(1) == labels).sum()
