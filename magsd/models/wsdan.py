@@ -107,7 +107,9 @@ def move_centers(
     stays. total: sums a tensor over the processes that share the batch.
     """
     with torch.autocast(pooled.device.type, enabled=False):
-        member = F.one_hot(labels, len(centers)).to(centers.dtype)
+        # Not one_hot, which looks at its values on some devices.
+        classes = torch.arange(len(centers), device=labels.device)
+        member = (labels[:, None] == classes).to(centers.dtype)
         # A product with the memberships: unlike index_add_ it is deterministic on a GPU.
         sums = total(member.T @ pooled.to(centers.dtype))
         counts = total(member.sum(0))[:, None]

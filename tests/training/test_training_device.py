@@ -1,0 +1,124 @@
+"""The training loop on each device: what waits, and that a recorded step trains as a plain one.
+
+The kernels' own tests run on every device; here it is the loop around them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks.harness.device import HostReads
+from magsd.config import Config
+from magsd.data import split_by_patient
+from magsd.models import build_model
+from magsd.training.metrics_log import MetricsLog
+from magsd.training.progress import TrainingProgress
+from magsd.training.run import (
+    open_images,
+    plain_loader,
+    precision_of,
+    training_loader,
+)
+from magsd.training.run_folder import RunFolder
+from magsd.training.signals import StopRequest
+from magsd.training.trainer import Trainer
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+
+
+def make_trainer(config: Config, folder: Path, said: list[str]) -> Trainer:
+    torch.manual_seed(0)
+    classes, cache = open_images(config, config.data.source)
+    split = split_by_patient(cache.records, folds=2, seed=0)
+    return Trainer(
+        config,
+        build_model(config.model, len(classes)),
+        training_loader(config, cache, split.train, classes),
+        plain_loader(config, cache, split.validation, classes),
+        RunFolder(folder),
+        precision_of(config),
+        said.append,
+    )
+
+
+def one_epoch(trainer: Trainer) -> None:
+    progress = TrainingProgress(Console(quiet=True), 1, len(trainer.train_loader), 0)
+    trainer._train_epoch(MetricsLog(None, None), progress, StopRequest())
+
+
+@contextlib.contextmanager
+def no_waits(device: str) -> Iterator[None]:
+    """Raises where the host waits for a GPU; elsewhere, where it would read what a GPU holds."""
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return
+    with HostReads() as reads:
+        yield
+    assert reads.count == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model", ["magsd", "magsd-cascade", "wsdan", "plain"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_epoch_between_two_reports_waits_for_nothing(
+    device: str, model: str, precision: str, small_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    """From the loader to the optimiser, at a new learning rate each step."""
+    config = small_config(
+        f"model={model}",
+        f"train.device={device}",
+        f"precision={precision}",
+        "log_interval=1000",
+        "schedule=cosine",
+        "cuda_graph=false",
+        "clip_norm=5",
+    )
+    said: list[str] = []
+    trainer = make_trainer(config, tmp_path, said)
+    one_epoch(trainer)  # what happens once: libraries' choices, the optimiser's state
+    trainer.epoch, trainer.step = 1, 0
+    with no_waits(device):
+        one_epoch(trainer)
+    assert trainer.read_sums()["train_loss"] > 0
+
+
+@needs_gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("model", ["magsd", "magsd-cascade", "wsdan"])
+def test_recorded_and_plain_steps_lose_alike_over_50_steps(
+    model: str, optimizer: str, small_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    losses = {}
+    for graph in (False, True):
+        config = small_config(
+            f"model={model}",
+            f"optim.name={optimizer}",
+            "train.device=cuda",
+            "source=phantom:n=408,size=32",
+            "log_interval=1000",
+            f"cuda_graph={graph}",
+        )
+        said: list[str] = []
+        trainer = make_trainer(config, tmp_path / str(graph), said)
+        steps = []
+        for batch in trainer.train_loader.epoch(0):
+            trainer._one_step(batch.images, batch.labels)
+            steps.append(trainer.sums.values[:2].tolist())
+        assert said == []
+        if graph:
+            assert trainer._captured is not None
+            assert trainer._captured._graph is not None
+        losses[graph] = torch.tensor(steps)
+    assert len(losses[True]) >= 50
+    torch.testing.assert_close(losses[True], losses[False], rtol=1e-4, atol=0)
