@@ -48,7 +48,7 @@ from benchmarks.reporting.train_step import render
 from magsd.config import LossConfig, ViewsConfig
 from magsd.models import MAGSD as Network
 from magsd.training.step import make_step
-from magsd_kernels import AttentionViews
+from magsd.training.views import MAGSDViews
 from magsd_kernels.backends import ENVIRONMENT_VARIABLE
 
 _HERE = Path(__file__).parent
@@ -162,7 +162,7 @@ def both_losses(
     with torch.no_grad():
         attention = copy.deepcopy(ours)(batch.images).attention
     assert attention is not None
-    drawn = AttentionViews(**asdict(ViewsConfig())).draw(attention, _generator(device))
+    drawn = MAGSDViews(ViewsConfig()).views.draw(attention, _generator(device))
     replayed = HostDraws(drawn.index, drawn.theta.tolist(), drawn.offsets.tolist())
     published = published_step(theirs, *batch, lambda _: replayed)
     step = make_step("magsd", ViewsConfig(), LossConfig(), None)
