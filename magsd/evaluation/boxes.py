@@ -36,8 +36,8 @@ def hot_region(heat: NDArray[np.floating], threshold: float) -> NDArray[np.bool_
 
     Empty for a map that is zero everywhere.
     """
-    top = heat.max()
-    return (heat >= threshold * top) & (top > 0)
+    top = float(heat.max())
+    return np.asarray(heat >= threshold * top) if top > 0 else np.zeros(heat.shape, dtype=bool)
 
 
 def component_boxes(region: NDArray[np.bool_], heat: NDArray[np.floating]) -> list[Box]:
