@@ -76,7 +76,10 @@ def test_help_is_quick_and_lists_commands() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     done = process("--help")
     assert done.returncode == 0
-    assert all(word in done.stdout for word in ("train", "evaluate", "predict", "info"))
+    assert all(
+        word in done.stdout
+        for word in ("train", "evaluate", "predict", "localize", "crossval", "info")
+    )
 
 
 def test_errors_are_one_message_and_exit_code_2(tmp_path: Path) -> None:
@@ -184,6 +187,21 @@ def test_evaluate_refuses_a_label_it_was_not_trained_on(trained: Path, tmp_path:
         cv2.imwrite(str(tmp_path / label / "a.png"), np.zeros((40, 40), np.uint8))
     with pytest.raises(DataError, match=r"'fracture'.*ground-glass"):
         run("evaluate", trained, "--data", f"folder:{tmp_path}")
+
+
+def test_localize(trained: Path, tmp_path: Path) -> None:
+    code, output = run("localize", trained, "--out", tmp_path / "maps", "--overlays", "3")
+    assert code == 0
+    for words in ("validation images of the run's own source", "IoU of best box", "pointing game"):
+        assert words in output, words
+    report = json.loads((tmp_path / "maps" / "localisation.json").read_text())
+    evaluation = json.loads((trained / "evaluation.json").read_text())["localisation"]["overall"]
+    means = report["overall"]["means"]
+    assert report["overall"]["images"] == evaluation["images"]
+    assert means["values"]["inside"] == pytest.approx(evaluation["inside"], rel=1e-4)
+    assert means["uniform"]["inside"] == pytest.approx(evaluation["uniform"], rel=1e-4)
+    assert (tmp_path / "maps" / "boxes.csv").read_text().count("phantom/0/") > 0
+    assert len(list((tmp_path / "maps" / "overlays").glob("0*.png"))) == 3
 
 
 def test_predict(trained: Path, tmp_path: Path) -> None:

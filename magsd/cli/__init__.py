@@ -1,4 +1,4 @@
-"""The command `magsd`: train, evaluate, predict, crossval, info."""
+"""The command `magsd`: train, evaluate, predict, localize, crossval, info."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from magsd.cli.common import SOURCES, make_console, report_bad, training_config
+from magsd.cli.common import SOURCES, make_console, report_bad, select_images, training_config
 from magsd.errors import ConfigError, DataError, MagsdError
 from magsd.training.launch import launched, process_rank
 
@@ -22,6 +22,7 @@ except ImportError as _error:  # the base install holds the kernels alone
     ) from None
 
 from magsd.cli.cross_validation import crossval
+from magsd.cli.localisation import localize
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -151,33 +152,13 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a run's best model: raw and refined logits, and attention inside masks."""
-    from magsd.data import read_split
     from magsd.training.checkpoint import disk_full_as_error
     from magsd.training.report import draw_confusion, evaluate_run
-    from magsd.training.run import load_run, open_images, same_source, trained_on
+    from magsd.training.run import load_run
 
     console = make_console()
     loaded = load_run(run, overrides=tuple(overrides or ()))
-    spec = data or loaded.config.data.source
-    own = same_source(spec, loaded.config.data.source)
-    _, cache = open_images(loaded.config, spec, classes=loaded.classes)
-    report_bad(console, cache.bad)
-    if own:
-        indices = read_split(loaded.folder.split, cache.records).validation
-        what = "validation images of the run's own source"
-    else:
-        indices, what = list(range(len(cache.records))), f"images of {spec}"
-        seen = trained_on(loaded.folder.split).intersection(r.key for r in cache.records)
-        if seen:
-            console.print(
-                f"[yellow]warning:[/] {len(seen)} of them have names that the run trained on, "
-                f"e.g. {min(seen)}; the figures may flatter",
-                highlight=False,
-                soft_wrap=True,
-            )
-    console.print(
-        f"epoch {loaded.epoch} of {run}: {len(indices)} {what}", highlight=False, soft_wrap=True
-    )
+    cache, indices, own = select_images(console, loaded, data)
     report = evaluate_run(loaded, cache, indices)
     console.print(report)
     folder = plots or loaded.folder.plots / ("validation" if own else "evaluation")
@@ -264,6 +245,7 @@ def _print_predictions(console: Console, predictions: list[Any], loaded: LoadedR
     console.print(table)
 
 
+app.command()(localize)
 app.command()(crossval)
 
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from magsd.config import Config
+    from magsd.data import ImageCache
+    from magsd.training.run import LoadedRun
 
 SOURCES = (
     "folder:DIR, csv:FILE, phantom[:n=..,seed=..,size=..], or a public set (docs/data.md): v7:DIR, "
@@ -48,6 +50,42 @@ def configuration_file(config: str | None, overrides: list[str]) -> str | None:
     source = named_source(overrides)
     drawn = source is None or source.startswith("phantom")
     return "phantom" if config is None and drawn else config
+
+
+def select_images(
+    console: Console, loaded: LoadedRun, data: str | None
+) -> tuple[ImageCache, list[int], bool]:
+    """Images that a run's model is measured on: cache, rows, whether it is the run's own source.
+
+    Of the run's own source, or without any, its validation images; of another source all. Says
+    which they are, and warns of names that the run was trained on.
+    """
+    from magsd.data import read_split
+    from magsd.training.run import open_images, same_source, trained_on
+
+    spec = data or loaded.config.data.source
+    own = same_source(spec, loaded.config.data.source)
+    _, cache = open_images(loaded.config, spec, classes=loaded.classes)
+    report_bad(console, cache.bad)
+    if own:
+        indices = read_split(loaded.folder.split, cache.records).validation
+        what = "validation images of the run's own source"
+    else:
+        indices, what = list(range(len(cache.records))), f"images of {spec}"
+        seen = trained_on(loaded.folder.split).intersection(r.key for r in cache.records)
+        if seen:
+            console.print(
+                f"[yellow]warning:[/] {len(seen)} of them have names that the run trained on, "
+                f"e.g. {min(seen)}; the figures may flatter",
+                highlight=False,
+                soft_wrap=True,
+            )
+    console.print(
+        f"epoch {loaded.epoch} of {loaded.folder.root}: {len(indices)} {what}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return cache, indices, own
 
 
 def report_bad(console: Console, bad: list[tuple[str, str]]) -> None:

@@ -61,7 +61,9 @@ def summary_table(summary: Summary) -> Table:
     """Rows are models, by kind of logits; columns are metrics, in per cent."""
     table = Table(title="Cross-validation", title_justify="left", title_style="bold")
     for k, name in enumerate(_HEADER):
-        table.add_column(name, justify="left" if k < 2 else "right", no_wrap=k >= 2)
+        table.add_column(
+            name, justify="left" if k < 2 else "right", no_wrap=k >= 2, overflow="fold"
+        )
     for model in summary.models:
         for row in _rows(model, summary):
             table.add_row(*map(escape, row))

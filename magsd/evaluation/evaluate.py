@@ -56,12 +56,12 @@ class EvaluationReport:
         """Everything but the predictions, as JSON types; an undefined number is None."""
         return {
             "classes": list(self.classes),
-            "raw": _jsonable(asdict(self.raw)),
-            "refined": None if self.refined is None else _jsonable(asdict(self.refined)),
+            "raw": jsonable(asdict(self.raw)),
+            "refined": None if self.refined is None else jsonable(asdict(self.refined)),
             "localisation": (
-                None if self.localisation is None else _jsonable(asdict(self.localisation))
+                None if self.localisation is None else jsonable(asdict(self.localisation))
             ),
-            "images_per_second": _jsonable(self.images_per_second),
+            "images_per_second": jsonable(self.images_per_second),
         }
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -211,10 +211,10 @@ def _read(values: list[Tensor]) -> NDArray:
     return torch.cat(values).cpu().numpy()
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """The same with every NaN as None, since JSON has no NaN."""
     if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
+        return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -50,11 +50,16 @@ def attention_inside(saliency: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"saliency: expected (B, 1, h, w), got {tuple(saliency.shape)}")
     if masks.ndim != 3 or len(masks) != len(saliency):
         raise ValueError(f"masks: expected ({len(saliency)}, H, W), got {tuple(masks.shape)}")
-    maps = F.interpolate(saliency.float(), masks.shape[1:], mode="bilinear", align_corners=False)
-    maps = maps[:, 0]
+    maps = upsampled(saliency, masks.shape[1:])
     covered = (masks > 0).float()
     inside = (maps * covered).sum(dim=(1, 2)) / maps.sum(dim=(1, 2))
     return inside, covered.mean(dim=(1, 2))
+
+
+def upsampled(saliency: Tensor, shape: Sequence[int]) -> Tensor:
+    """Maps (B, 1, h, w) at H x W, (B, H, W) float32: bilinear, align_corners=False."""
+    maps = F.interpolate(saliency.float(), tuple(shape), mode="bilinear", align_corners=False)
+    return maps[:, 0]
 
 
 def summarise(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +13,14 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from magsd.evaluation.boxes import Box
+
 # Perceptually uniform, and its dark end fades into a radiograph's.
 COLORMAP = "inferno"
 # Opacity of the hottest pixel; below it opacity falls with the heat, so that anatomy stays legible.
 OPACITY = 0.7
 OUTLINE = (90, 230, 215)
+BOX = (255, 255, 255)
 # Shorter side of a drawn picture in pixels: outlines of small inputs are smooth in print, too.
 DRAW_SIZE = 672
 
@@ -28,6 +31,7 @@ class OverlayItem:
 
     image: (H, W) or (H, W, 3) uint8. saliency: (h, w), not negative. mask: (H, W), nonzero inside,
     or None. inside and uniform: shares of attention and of area inside the mask, where known.
+    boxes: in pixels of the image.
     """
 
     image: NDArray[np.uint8]
@@ -39,6 +43,7 @@ class OverlayItem:
     inside: float | None = None
     uniform: float | None = None
     name: str | None = None
+    boxes: Sequence[Box] = ()
 
     def caption(self) -> str:
         """One or two lines: true and predicted class, share of attention inside the mask."""
@@ -58,13 +63,14 @@ def overlay_image(
     saliency: NDArray[np.floating],
     mask: NDArray | None = None,
     *,
+    boxes: Sequence[Box] = (),
     size: int = DRAW_SIZE,
 ) -> NDArray[np.uint8]:
-    """Image with its heat map and the mask's outline, RGB uint8.
+    """Image with its heat map, the mask's outline and boxes, RGB uint8.
 
     image: (H, W) or (H, W, 3) uint8, resized so that its shorter side has `size` pixels.
     saliency: (h, w), shown from its minimum (transparent) to its maximum; a constant map leaves the
-    image as it is. mask: of any size, nonzero inside.
+    image as it is. mask: of any size, nonzero inside. boxes: in pixels of `image`.
     """
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
         raise ValueError(f"image: expected (H, W[, 3]) uint8, got {image.shape} {image.dtype}")
@@ -73,7 +79,10 @@ def overlay_image(
     colours = colormaps[COLORMAP](heat)[..., :3].astype(np.float32) * 255.0
     opacity = OPACITY * heat[..., None]
     picture = (base + opacity * (colours - base)).round().clip(0, 255).astype(np.uint8)
-    return picture if mask is None else with_outline(picture, mask)
+    if mask is not None:
+        picture = with_outline(picture, mask)
+    scales = picture.shape[1] / image.shape[1], picture.shape[0] / image.shape[0]
+    return with_boxes(picture, [box.scaled(*scales) for box in boxes])
 
 
 def heat_map(saliency: NDArray[np.floating], shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -113,6 +122,23 @@ def with_outline(picture: NDArray[np.uint8], mask: NDArray) -> NDArray[np.uint8]
     return drawn
 
 
+def with_boxes(picture: NDArray[np.uint8], boxes: Sequence[Box]) -> NDArray[np.uint8]:
+    """A copy of the picture (H, W, 3) with boxes, in its pixels, drawn on it."""
+    height, width = picture.shape[:2]
+    thickness = max(round(min(height, width) / 300), 1)
+    drawn = picture.copy()
+    for colour, extra in (((0, 0, 0), thickness), (BOX, 0)):
+        for box in boxes:
+            # A box ends where its last pixel does; at the picture's edge the line stays inside.
+            first = (max(round(box.x0), thickness), max(round(box.y0), thickness))
+            last = (
+                min(round(box.x1), width - 1 - thickness),
+                min(round(box.y1), height - 1 - thickness),
+            )
+            cv2.rectangle(drawn, first, last, colour, thickness + extra, cv2.LINE_AA)
+    return drawn
+
+
 def fitted(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """RGB version whose shorter side has `size` pixels."""
     rgb = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if image.ndim == 2 else image
@@ -125,7 +151,7 @@ def fitted(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 def save_overlay(path: str | Path, item: OverlayItem, *, size: int = DRAW_SIZE) -> Path:
     """Write one overlay as PNG and return its path; raises OSError where it cannot be written."""
-    picture = overlay_image(item.image, item.saliency, item.mask, size=size)
+    picture = overlay_image(item.image, item.saliency, item.mask, boxes=item.boxes, size=size)
     done, buffer = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     if not done:
         raise OSError(f"OpenCV could not encode {path}")
@@ -133,6 +159,17 @@ def save_overlay(path: str | Path, item: OverlayItem, *, size: int = DRAW_SIZE) 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(buffer.tobytes())
     return path
+
+
+def save_items(
+    folder: str | Path, items: Sequence[OverlayItem], *, title: str | None = None
+) -> Path:
+    """Write one PNG an item, named by number and class, and `contact_sheet.png`; its path."""
+    folder = Path(folder)
+    for number, item in enumerate(items):
+        label = "".join(c if c.isalnum() or c in "-_" else "-" for c in item.label or "")
+        save_overlay(folder / f"{number:03d}_{label}.png", item)
+    return contact_sheet(folder / "contact_sheet.png", items, title=title)
 
 
 def contact_sheet(
@@ -163,7 +200,7 @@ def contact_sheet(
         # At 7 points some 38 characters stand over a picture; long class names are set smaller.
         points = 7.0 * min(1.0, 38 / max(map(len, text.split("\n"))))
         _text(figure, x + side / 2, y - 0.05, text, points, "bottom", color=colour)
-        overlay = overlay_image(item.image, item.saliency, item.mask)
+        overlay = overlay_image(item.image, item.saliency, item.mask, boxes=item.boxes)
         for picture in (fitted(item.image, DRAW_SIZE), overlay):
             axes = figure.add_axes(_place(figure, x, y, side, side))
             axes.imshow(picture, interpolation="antialiased")
@@ -171,29 +208,32 @@ def contact_sheet(
             y += side + gap
     if title:
         _text(figure, width / 2, 0.12, title, 10.5, "top")
-    _legend(figure, outlined=any(item.mask is not None for item in items))
+    marks = {"mask": OUTLINE} if any(item.mask is not None for item in items) else {}
+    marks |= {"box": BOX} if any(item.boxes for item in items) else {}
+    _legend(figure, marks)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi)
     return path
 
 
-def _legend(figure: Figure, *, outlined: bool) -> None:
-    """Colour scale of the attention, and what the outline is, along the lower edge."""
-    y, bar = figure.get_figheight() - 0.2, 1.1
-    x = figure.get_figwidth() / 2 - bar / 2 + (0.35 if outlined else 0.0)
+def _legend(figure: Figure, marks: Mapping[str, tuple[int, int, int]]) -> None:
+    """Colour scale of the attention, and what the lines' colours are, along the lower edge."""
+    y, bar, each = figure.get_figheight() - 0.2, 1.1, 0.65
+    x = figure.get_figwidth() / 2 - bar / 2 + each / 2 * len(marks)
     axes = figure.add_axes(_place(figure, x, y, bar, 0.1))
     axes.imshow(np.linspace(0, 1, 256)[None], aspect="auto", cmap=COLORMAP)
     axes.set_axis_off()
     _text(figure, x - 0.06, y + 0.05, "least attention", 7.0, "center", ha="right")
     _text(figure, x + bar + 0.06, y + 0.05, "most", 7.0, "center", ha="left")
-    if outlined:
-        colour = tuple(channel / 255 for channel in OUTLINE)
-        axes = figure.add_axes(_place(figure, x - 1.55, y + 0.035, 0.22, 0.03))
-        axes.set_facecolor(colour)
+    x -= 0.9 + each * len(marks)
+    for name, colour in marks.items():
+        axes = figure.add_axes(_place(figure, x, y + 0.035, 0.22, 0.03))
+        axes.set_facecolor(tuple(channel / 255 for channel in colour))
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(color="black", linewidth=0.6)
-        _text(figure, x - 1.27, y + 0.05, "mask", 7.0, "center", ha="left")
+        _text(figure, x + 0.28, y + 0.05, name, 7.0, "center", ha="left")
+        x += each
 
 
 def _place(

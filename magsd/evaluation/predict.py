@@ -18,7 +18,7 @@ from magsd.data.images import read_image_file
 from magsd.errors import DataError, RunError
 from magsd.evaluation.evaluate import inference, probabilities_of, refined_logits
 from magsd.evaluation.localisation import attention_inside
-from magsd.evaluation.overlay import OverlayItem, contact_sheet, save_overlay
+from magsd.evaluation.overlay import OverlayItem, save_items, save_overlay
 from magsd.models.classifier import Classifier
 from magsd.models.config import Preprocessing
 
@@ -100,11 +100,11 @@ def write_overlays(
 ) -> Path:
     """Write overlays of up to `limit` of the cache's images, the classes in turn, into a folder.
 
-    One PNG an image, named by number and class, and `contact_sheet.png`, whose path is returned.
+    Returns the path of their contact sheet.
     """
     if limit < 1 or not len(indices):
         raise ValueError(f"expected at least one image, got limit {limit} of {len(indices)}")
-    chosen = _in_turn(cache, indices, classes, limit)
+    chosen = in_turn(cache, indices, classes, limit)
     loader = BatchLoader(
         cache,
         chosen,
@@ -121,13 +121,10 @@ def write_overlays(
         for batch in loader:
             probabilities, saliency = _run(model, batch.images, refine)
             items += [
-                _cached_item(cache, index, classes, probabilities[k], saliency[k])
+                cached_item(cache, index, classes, probabilities[k], saliency[k])
                 for k, index in enumerate(batch.indices)
             ]
-    folder = Path(folder)
-    for number, item in enumerate(items):
-        save_overlay(folder / f"{number:03d}_{_file_name(item.label or '')}.png", item)
-    return contact_sheet(folder / "contact_sheet.png", items, title=title)
+    return save_items(folder, items, title=title)
 
 
 def _run(
@@ -211,7 +208,7 @@ def _overlay_names(files: Sequence[Path], folder: Path) -> list[Path]:
     return names
 
 
-def _in_turn(
+def in_turn(
     cache: ImageCache, indices: Sequence[int], classes: Sequence[str], limit: int
 ) -> list[int]:
     """Up to `limit` of the indices, one of each class after the other."""
@@ -220,13 +217,14 @@ def _in_turn(
     return [i for i in rounds if i is not None][:limit]
 
 
-def _cached_item(
+def cached_item(
     cache: ImageCache,
     index: int,
     classes: Sequence[str],
     probabilities: NDArray[np.float64],
     saliency: NDArray[np.float32],
 ) -> OverlayItem:
+    """Picture of a cached image: probabilities (K,), saliency (1, h, w)."""
     best = int(probabilities.argmax())
     mask = inside = uniform = None
     if cache.masks is not None and cache.has_mask[index]:
@@ -244,7 +242,3 @@ def _cached_item(
         uniform=uniform,
         name=cache.records[index].key,
     )
-
-
-def _file_name(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_" else "-" for c in text)

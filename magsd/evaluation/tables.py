@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
 
 from magsd.evaluation.localisation import Localisation, LocalisationScore
 from magsd.evaluation.metrics import AVERAGED, Metrics
+
+if TYPE_CHECKING:
+    from magsd.evaluation.localise import GroupScores, LocalisationReport
 
 HEADINGS = {
     "accuracy": "accuracy",
@@ -19,6 +23,14 @@ HEADINGS = {
     "specificity": "specificity",
     "false_positive_rate": "false-positive rate",
     "auroc": "AUROC",
+}
+
+MEASURE_HEADINGS = {
+    "inside": "attention in mask",
+    "region_iou": "IoU of region",
+    "boxes_iou": "IoU of boxes",
+    "best_box_iou": "IoU of best box",
+    "pointing": "pointing game",
 }
 
 
@@ -77,6 +89,31 @@ def localisation_table(localisation: Localisation) -> Table:
     table.add_section()
     table.add_row("all", *_score_cells(localisation.overall))
     return table
+
+
+def map_scores_table(report: LocalisationReport) -> Table:
+    """What maps reach by class; in brackets a uniform map, or a point without aim."""
+    title = f"Maps against masks (boxes from {report.threshold:g} of the maximum"
+    title += f", pointing within {report.tolerance:g} pixels)" if report.tolerance else ")"
+    table = _table(title, ["images", "left out", *MEASURE_HEADINGS.values()])
+    table.caption = "in brackets: a uniform map; pointing: a random point, then the image's centre"
+    table.caption_justify = "left"
+    for name, group in report.per_class.items():
+        table.add_row(escape(name), *_group_cells(group))
+    table.add_section()
+    table.add_row("all", *_group_cells(report.overall))
+    return table
+
+
+def _group_cells(group: GroupScores) -> list[str]:
+    counts = [str(group.images), str(group.left_out)]
+    means = group.means
+    if means is None:
+        return [*counts, *["-"] * len(MEASURE_HEADINGS)]
+    chance = {name: percent(means.uniform[name]) for name in MEASURE_HEADINGS}
+    chance["pointing"] += f", {percent(means.centre)}"
+    cells = [f"{percent(means.values[name])} ({chance[name]})" for name in MEASURE_HEADINGS]
+    return [*counts, *cells]
 
 
 def percent(value: float) -> str:

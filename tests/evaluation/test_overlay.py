@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from magsd.evaluation import OverlayItem, contact_sheet, overlay_image, save_overlay
-from magsd.evaluation.overlay import OUTLINE, heat_map
+from magsd.evaluation.boxes import Box
+from magsd.evaluation.overlay import BOX, OUTLINE, heat_map
 
 GREY = np.full((64, 64), 100, np.uint8)
 
@@ -80,6 +81,17 @@ def test_outline_of_a_mask_at_the_edge_and_of_an_empty_one():
     assert (full[20:-20, 20:-20] == 100).all()
     empty = overlay_image(GREY, np.zeros((4, 4)), np.zeros((64, 64)), size=128)
     assert (empty == 100).all()
+
+
+def test_box_is_drawn_in_the_images_pixels():
+    boxes = [Box(8, 16, 40, 48, 1.0), Box(60, 0, 64, 4, 0.1)]
+    picture = overlay_image(GREY, np.zeros((4, 4)), boxes=boxes, size=640)
+    drawn = (picture == BOX).all(axis=2)
+    rows, columns = np.nonzero(drawn[100:, :500])
+    assert (columns.min(), columns.max()) == pytest.approx((80, 400), abs=3)
+    assert (100 + rows.min(), 100 + rows.max()) == pytest.approx((160, 480), abs=3)
+    assert not drawn[170:470, 90:390].any()
+    assert drawn[:50, 590:].sum() > 80  # the one in the corner lies in the picture
 
 
 def test_inputs_are_not_changed():

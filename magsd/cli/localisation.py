@@ -1,0 +1,82 @@
+"""The command `magsd localize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from magsd.cli.common import SOURCES, make_console, select_images
+
+
+def localize(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where scores, boxes and PNGs go.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help=f"Images: {SOURCES}. The run's own source, or none: its validation images.",
+        ),
+    ] = None,
+    threshold: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Boxes hold pixels from this share of the maximum on."),
+    ] = 0.5,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="How far beside a mask the maximum may lie in the pointing game, in pixels of the "
+            "network's input; often 15.",
+        ),
+    ] = 0.0,
+    overlays: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Number of overlays, the classes in turn.")
+    ] = 16,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="E.g. train.device=cpu.")
+    ] = None,
+) -> None:
+    """Boxes around what a run's model looks at, and how well they meet the masks."""
+    from magsd.data import open_source
+    from magsd.evaluation.localise import draw_boxes, localisation_report, localise, write_boxes
+    from magsd.evaluation.tables import map_scores_table
+    from magsd.training.checkpoint import disk_full_as_error
+    from magsd.training.run import kernels, load_run, plain_loader
+
+    console = make_console()
+    loaded = load_run(run, overrides=tuple(overrides or ()))
+    cache, indices, _ = select_images(console, loaded, data)
+    settings = {"threshold": threshold, "tolerance": tolerance}
+    with kernels(loaded.config):
+        found = localise(
+            loaded.model,
+            plain_loader(loaded.config, cache, indices, loaded.classes),
+            cache,
+            device=loaded.precision.device,
+            precision=loaded.config.train.precision,
+            **settings,
+        )
+    report = localisation_report(
+        found, cache.records, loaded.classes, image_size=cache.image_size, **settings
+    )
+    source = open_source(data or loaded.config.data.source, classes=loaded.classes)
+    with disk_full_as_error(out, "free some space and run the command again"):
+        out.mkdir(parents=True, exist_ok=True)
+        report.to_json(out / "localisation.json")
+        write_boxes(
+            out / "boxes.csv",
+            found,
+            cache,
+            loaded.classes,
+            size_of=lambda record: source.read_image(record).shape[:2],
+        )
+        if overlays:
+            draw_boxes(out / "overlays", found, cache, loaded.classes, overlays)
+    if report.overall.means is None:
+        console.print("no mask to compare the maps with: boxes alone were written")
+    else:
+        console.print(map_scores_table(report))
+    console.print(f"boxes, scores and overlays: {out}", highlight=False, soft_wrap=True)
