@@ -142,17 +142,44 @@ def test_steps_agree(
     which float32 may stand on either side; so there the median step is judged. In float64 no step
     comes that near to one, and each is.
     """
+    gradients = compared(config, images, dtype, tmp_path, steps=STEPS)
+    judged = statistics.median(gradients) if dtype == torch.float32 else max(gradients)
+    assert judged <= BOUNDS[dtype].gradient, gradients
+
+
+@pytest.mark.parametrize("model", ["magsd-up", "magsd-cascade", "magsd-max", "wsdan"])
+def test_steps_of_other_models_agree(
+    model: str,
+    config: Config,
+    images: tuple[tuple[str, ...], ImageCache],
+    tmp_path: Path,
+) -> None:
+    """In float64; other layers around the same operations, or other operations."""
+    pairs = [f"model={model}", "backbone_args={output_stride: 16}"]
+    other = load_config(None, pairs, base=deepcopy(config))
+    gradients = compared(other, images, torch.float64, tmp_path, steps=4)
+    assert max(gradients) <= BOUNDS[torch.float64].gradient, gradients
+
+
+def compared(
+    config: Config,
+    images: tuple[tuple[str, ...], ImageCache],
+    dtype: torch.dtype,
+    folder: Path,
+    *,
+    steps: int,
+) -> list[float]:
+    """Check losses and statistics of the first steps; relative differences of their gradients."""
     bounds = BOUNDS[dtype]
-    reference = Run("reference", config, images, dtype, tmp_path / "reference")
-    cpu = Run("cpu", config, images, dtype, tmp_path / "cpu")
+    reference = Run("reference", config, images, dtype, folder / "reference")
+    cpu = Run("cpu", config, images, dtype, folder / "cpu")
     gradients = []
-    for number, batch in zip(range(STEPS), reference.trainer.train_loader.epoch(0), strict=False):
+    for number, batch in zip(range(steps), reference.trainer.train_loader.epoch(0), strict=False):
         cpu.follow(reference)
         for run in (reference, cpu):
             run.step(batch.images.to(dtype), batch.labels)
         assert difference(cpu.losses(), reference.losses()) <= bounds.loss, number
         assert difference(cpu.statistics(), reference.statistics()) <= bounds.statistics, number
         gradients.append(difference(cpu.gradient(), reference.gradient()))
-    assert len(gradients) == STEPS
-    judged = statistics.median(gradients) if dtype == torch.float32 else max(gradients)
-    assert judged <= bounds.gradient, gradients
+    assert len(gradients) == steps
+    return gradients
