@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from magsd.config import Config
+    from magsd.evaluation import EvaluationReport
     from magsd.training.run import LoadedRun
 
 # torch, timm and the rest are imported by the command that needs them: help must be quick.
@@ -37,7 +38,7 @@ app = typer.Typer(
 
 SOURCES = (
     "folder:DIR, csv:FILE, phantom[:n=..,seed=..,size=..], or a public set (docs/data.md): v7:DIR, "
-    "nih:DIR, cohen:DIR, covidx:DIR, cub:DIR, aircraft:DIR, cars:DIR, dogs:DIR"
+    "nih:DIR, cohen:DIR, covidx:DIR, cub:DIR, aircraft:DIR, cars:DIR, dogs:DIR; or shards:PATTERN"
 )
 
 
@@ -179,15 +180,38 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a run's best model: raw and refined logits, and attention inside masks."""
-    from magsd.data import read_split
+    from magsd.data.shards import is_shards
     from magsd.training.checkpoint import disk_full_as_error
-    from magsd.training.report import draw_confusion, evaluate_run
-    from magsd.training.run import load_run, open_images, same_source, trained_on
+    from magsd.training.report import draw_confusion, evaluate_shards
+    from magsd.training.run import load_run
+    from magsd.training.run_data import same_source
 
     console = _console()
     loaded = load_run(run, overrides=tuple(overrides or ()))
-    spec = data or loaded.config.data.source
-    own = same_source(spec, loaded.config.data.source)
+    held = loaded.config.data.validation or loaded.config.data.source
+    spec = data or held
+    own = same_source(spec, held)
+    if is_shards(spec):
+        console.print(f"epoch {loaded.epoch} of {run}: {spec}", highlight=False, soft_wrap=True)
+        report = evaluate_shards(loaded, spec)
+    else:
+        report = _evaluate_cached(console, loaded, spec, own)
+    console.print(report)
+    folder = plots or loaded.folder.plots / ("validation" if own else "evaluation")
+    with disk_full_as_error(folder, "free some space and run the command again"):
+        draw_confusion(report, folder)
+        if json_file is not None:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            report.to_json(json_file)
+    console.print(f"plots: {folder}", highlight=False, soft_wrap=True)
+
+
+def _evaluate_cached(console: Console, loaded: LoadedRun, spec: str, own: bool) -> EvaluationReport:
+    """Metrics over a source's images; over the validation images where it is the run's own."""
+    from magsd.data import read_split
+    from magsd.training.report import evaluate_run
+    from magsd.training.run_data import open_images, trained_on
+
     _, cache = open_images(loaded.config, spec, classes=loaded.classes)
     _report_bad(console, cache.bad)
     if own:
@@ -204,17 +228,11 @@ def evaluate(
                 soft_wrap=True,
             )
     console.print(
-        f"epoch {loaded.epoch} of {run}: {len(indices)} {what}", highlight=False, soft_wrap=True
+        f"epoch {loaded.epoch} of {loaded.folder.root}: {len(indices)} {what}",
+        highlight=False,
+        soft_wrap=True,
     )
-    report = evaluate_run(loaded, cache, indices)
-    console.print(report)
-    folder = plots or loaded.folder.plots / ("validation" if own else "evaluation")
-    with disk_full_as_error(folder, "free some space and run the command again"):
-        draw_confusion(report, folder)
-        if json_file is not None:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            report.to_json(json_file)
-    console.print(f"plots: {folder}", highlight=False, soft_wrap=True)
+    return evaluate_run(loaded, cache, indices)
 
 
 @app.command()
@@ -237,7 +255,8 @@ def predict(
     """Classify image files: probabilities, and where the model looked."""
     from magsd.evaluation import predict_images
     from magsd.training.checkpoint import disk_full_as_error
-    from magsd.training.run import kernels, load_run, preprocessing_of
+    from magsd.training.run import kernels, load_run
+    from magsd.training.run_data import preprocessing_of
 
     console = _console()
     loaded = load_run(run, overrides=() if device is None else (f"train.device={device}",))

@@ -18,7 +18,7 @@ from magsd import cli
 from magsd.cli import training_config
 from magsd.config import load_config
 from magsd.errors import ConfigError, DataError, RunError
-from magsd.training.run import same_source
+from magsd.training.run_data import same_source
 
 SMALL = [
     "data.source=phantom:n=24,size=32",
