@@ -29,6 +29,8 @@ class DataConfig:
     """Where images come from, how they are prepared and split.
 
     split: "auto" takes the split that a data set publishes, where it does, else a fold by patient.
+    validation: shards to validate on, where `source` names shards.
+    shuffle_buffer: images that each process shuffles at a time, where `source` names shards.
     """
 
     source: str = "phantom"
@@ -38,6 +40,8 @@ class DataConfig:
     clahe_tiles: int = 4
     cache_dir: str | None = None
     skip_bad: bool = False
+    validation: str | None = None
+    shuffle_buffer: int = 1000
     split: Literal["auto", "published", "folds"] = "auto"
     folds: int = 5
     fold: int = 0
@@ -183,8 +187,8 @@ _RULES: list[tuple[str, Any, str]] = [
     ("data.image_size", lambda v: 16 <= v <= 4096, "16 to 4096"),
     ("data.folds train.batch_size", lambda v: v >= 2, "at least 2"),
     (
-        "train.epochs train.eval_batch_size train.log_interval data.clahe_tiles model.in_channels "
-        "model.attention_maps model.scales",
+        "train.epochs train.eval_batch_size train.log_interval data.clahe_tiles "
+        "data.shuffle_buffer model.in_channels model.attention_maps model.scales",
         lambda v: v >= 1,
         "at least 1",
     ),

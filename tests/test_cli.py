@@ -18,7 +18,7 @@ from magsd import cli
 from magsd.cli import training_config
 from magsd.config import load_config
 from magsd.errors import ConfigError, DataError, RunError
-from magsd.training.run import same_source
+from magsd.training.run_data import same_source
 
 SMALL = [
     "data.source=phantom:n=24,size=32",
@@ -265,3 +265,26 @@ def test_info() -> None:
     assert code == 0
     for words in ("torch", "timm", "kernels reference", "available", "phantom"):
         assert words in output, words
+
+
+def test_shards_that_training_reads(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset", reason="needs the shards extra")
+    out = tmp_path / "shards"
+    code, output = run(
+        "shards", "--data", "phantom:n=24,size=32", "--out", out, "--shard-size", "5", "folds=2"
+    )
+    assert code == 0, output
+    names = sorted(path.name for path in out.glob("*.tar"))
+    assert names == [f"{side}-{number:06}.tar" for side in ("train", "val") for number in range(3)]
+    code, output = run(
+        "train",
+        "--out",
+        tmp_path / "run",
+        *SMALL,
+        f"source=shards:{out}/train-{{000000..000002}}.tar",
+        f"data.validation=shards:{out}/val-{{000000..000002}}.tar",
+    )
+    assert code == 0, output
+    assert "12 training and 12 validation images" in output
+    with pytest.raises(DataError, match="hold no masks"):
+        run("localize", tmp_path / "run", "--out", tmp_path / "boxes")

@@ -1,4 +1,4 @@
-"""The command `magsd`: train, evaluate, predict, localize, crossval, info."""
+"""The command `magsd`: train, evaluate, predict, localize, crossval, shards, info."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ except ImportError as _error:  # the base install holds the kernels alone
 
 from magsd.cli.cross_validation import crossval
 from magsd.cli.localisation import localize
+from magsd.cli.shards import shards
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,14 +153,23 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a run's best model: raw and refined logits, and attention inside masks."""
+    from magsd.data.shards import is_shards
     from magsd.training.checkpoint import disk_full_as_error
-    from magsd.training.report import draw_confusion, evaluate_run
+    from magsd.training.report import draw_confusion, evaluate_run, evaluate_shards
     from magsd.training.run import load_run
+    from magsd.training.run_data import same_source
 
     console = make_console()
     loaded = load_run(run, overrides=tuple(overrides or ()))
-    cache, indices, own = select_images(console, loaded, data)
-    report = evaluate_run(loaded, cache, indices)
+    held = loaded.config.data.validation or loaded.config.data.source
+    spec = data or held
+    if is_shards(spec):
+        own = same_source(spec, held)
+        console.print(f"epoch {loaded.epoch} of {run}: {spec}", highlight=False, soft_wrap=True)
+        report = evaluate_shards(loaded, spec)
+    else:
+        cache, indices, own = select_images(console, loaded, data)
+        report = evaluate_run(loaded, cache, indices)
     console.print(report)
     folder = plots or loaded.folder.plots / ("validation" if own else "evaluation")
     with disk_full_as_error(folder, "free some space and run the command again"):
@@ -190,7 +200,8 @@ def predict(
     """Classify image files: probabilities, and where the model looked."""
     from magsd.evaluation import predict_images
     from magsd.training.checkpoint import disk_full_as_error
-    from magsd.training.run import kernels, load_run, preprocessing_of
+    from magsd.training.run import kernels, load_run
+    from magsd.training.run_data import preprocessing_of
 
     console = make_console()
     loaded = load_run(run, overrides=() if device is None else (f"train.device={device}",))
@@ -247,6 +258,7 @@ def _print_predictions(console: Console, predictions: list[Any], loaded: LoadedR
 
 app.command()(localize)
 app.command()(crossval)
+app.command()(shards)
 
 
 @app.command()

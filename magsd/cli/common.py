@@ -6,6 +6,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from magsd.errors import DataError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 SOURCES = (
     "folder:DIR, csv:FILE, phantom[:n=..,seed=..,size=..], or a public set (docs/data.md): v7:DIR, "
-    "nih:DIR, cohen:DIR, covidx:DIR, cub:DIR, aircraft:DIR, cars:DIR, dogs:DIR"
+    "nih:DIR, cohen:DIR, covidx:DIR, cub:DIR, aircraft:DIR, cars:DIR, dogs:DIR; or shards:PATTERN"
 )
 
 
@@ -58,13 +60,18 @@ def select_images(
     """Images that a run's model is measured on: cache, rows, whether it is the run's own source.
 
     Of the run's own source, or without any, its validation images; of another source all. Says
-    which they are, and warns of names that the run was trained on.
+    which they are, and warns of names that the run was trained on. Raises `DataError` for shards,
+    which are read once and in their own order.
     """
     from magsd.data import read_split
-    from magsd.training.run import open_images, same_source, trained_on
+    from magsd.data.shards import is_shards
+    from magsd.training.run_data import open_images, same_source, trained_on
 
-    spec = data or loaded.config.data.source
-    own = same_source(spec, loaded.config.data.source)
+    held = loaded.config.data.validation or loaded.config.data.source
+    spec = data or held
+    if is_shards(spec):
+        raise DataError(f"{spec}: shards hold no masks; name another source: --data SOURCE")
+    own = same_source(spec, held)
     _, cache = open_images(loaded.config, spec, classes=loaded.classes)
     report_bad(console, cache.bad)
     if own:

@@ -44,7 +44,8 @@ def localize(
     from magsd.evaluation.localise import draw_boxes, localisation_report, localise, write_boxes
     from magsd.evaluation.tables import map_scores_table
     from magsd.training.checkpoint import disk_full_as_error
-    from magsd.training.run import kernels, load_run, plain_loader
+    from magsd.training.run import kernels, load_run
+    from magsd.training.run_data import plain_loader
 
     console = make_console()
     loaded = load_run(run, overrides=tuple(overrides or ()))

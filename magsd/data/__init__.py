@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from magsd.data.augment import AugmentConfig, Part, augment_images, z_score
 from magsd.data.cache import ImageCache, load_cache
-from magsd.data.loader import Batch, BatchLoader, share_bounds
+from magsd.data.loader import Batch, BatchLoader, Loader, share_bounds
 from magsd.data.random import step_generator, step_seed
 from magsd.data.record import Record
 from magsd.data.sources import Source, open_source
@@ -15,6 +15,7 @@ __all__ = [
     "Batch",
     "BatchLoader",
     "ImageCache",
+    "Loader",
     "Part",
     "Record",
     "Source",

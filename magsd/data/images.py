@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from io import BytesIO
+from pathlib import Path, PurePath
 from typing import Any
 
 import cv2
@@ -21,26 +22,29 @@ def read_image_file(path: Path) -> np.ndarray:
     Deeper images are brought to 8 bits between their 0.5th and 99.5th percentiles. Raises
     DataError where the file is missing, truncated or no image.
     """
-    path = Path(path)
-    if path.suffix.lower() in DICOM_SUFFIXES:
-        return _read_dicom(path)
     try:
-        data = path.read_bytes()
+        data = Path(path).read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    return decode_image(data, str(path))
+
+
+def decode_image(data: bytes, name: str) -> np.ndarray:
+    """Decode the content of an image file as `read_image_file`; `name` stands in errors."""
     if not data:
-        raise DataError(f"{path}: the file is empty")
-    if data[128:132] == b"DICM":  # archives often name DICOM files without a suffix
-        return _read_dicom(path)
-    _check_complete(path, data)
+        raise DataError(f"{name}: the file is empty")
+    # Archives often name DICOM files without a suffix.
+    if PurePath(name).suffix.lower() in DICOM_SUFFIXES or data[128:132] == b"DICM":
+        return _read_dicom(name, data)
+    _check_complete(name, data)
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
-        raise DataError(f"{path}: cannot be decoded ({error.err})") from error
+        raise DataError(f"{name}: cannot be decoded ({error.err})") from error
     if image is None:
-        raise DataError(f"{path}: not a PNG, JPEG or DICOM image, or damaged")
+        raise DataError(f"{name}: not a PNG, JPEG or DICOM image, or damaged")
     return _tidy_channels(to_uint8(image))
 
 
@@ -79,38 +83,36 @@ def _tidy_channels(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image[..., 2::-1])
 
 
-def _check_complete(path: Path, data: bytes) -> None:
+def _check_complete(name: str, data: bytes) -> None:
     """Raise DataError on a truncated file: opencv fills what is missing with grey, unasked."""
     if data.startswith(b"\xff\xd8") and b"\xff\xd9" not in data[-4096:]:
-        raise DataError(f"{path}: truncated JPEG (no end marker)")
+        raise DataError(f"{name}: truncated JPEG (no end marker)")
     if data.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" not in data[-4096:]:
-        raise DataError(f"{path}: truncated PNG (no end chunk)")
+        raise DataError(f"{name}: truncated PNG (no end chunk)")
 
 
-def _read_dicom(path: Path) -> np.ndarray:
+def _read_dicom(name: str, data: bytes) -> np.ndarray:
     try:
         import pydicom
     except ImportError:
-        raise DataError(f"{path}: reading DICOM needs pydicom (pip install pydicom)") from None
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{name}: reading DICOM needs pydicom (pip install pydicom)") from None
     try:
-        dataset = pydicom.dcmread(path)
-        return _dicom_to_uint8(path, dataset, np.asarray(dataset.pixel_array))
+        dataset = pydicom.dcmread(BytesIO(data))
+        return _dicom_to_uint8(name, dataset, np.asarray(dataset.pixel_array))
     except DataError:
         raise
     except Exception as error:  # pydicom and its decoders raise many kinds of their own
-        raise DataError(f"{path}: DICOM image cannot be read ({error})") from error
+        raise DataError(f"{name}: DICOM image cannot be read ({error})") from error
 
 
-def _dicom_to_uint8(path: Path, dataset: Any, pixels: np.ndarray) -> np.ndarray:
+def _dicom_to_uint8(name: str, dataset: Any, pixels: np.ndarray) -> np.ndarray:
     """Rescaled, windowed and, for MONOCHROME1, inverted, so that bone comes out bright."""
     if int(dataset.get("NumberOfFrames", 1) or 1) > 1:
-        raise DataError(f"{path}: DICOM with several frames is not a radiograph")
+        raise DataError(f"{name}: DICOM with several frames is not a radiograph")
     photometric = str(dataset.get("PhotometricInterpretation", "MONOCHROME2"))
     if not photometric.startswith("MONOCHROME"):
         if pixels.ndim != 3:
-            raise DataError(f"{path}: DICOM with {photometric} pixels is not supported")
+            raise DataError(f"{name}: DICOM with {photometric} pixels is not supported")
         return _tidy_channels(to_uint8(pixels)[..., ::-1])
     from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 

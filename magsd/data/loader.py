@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
@@ -17,10 +18,12 @@ from magsd.errors import DataError
 
 
 class Batch(NamedTuple):
-    """images (B, C, S, S) float32 z-scored; labels (B,) int64; indices into the cache.
+    """images (B, C, S, S) float32 z-scored; labels (B,) int64; indices into the cache, or
+    numbers in the shards.
 
-    places: of the whole batch, in the loader's `indices` and `labels`; part: which of them are
-    here, all of them where one process takes every batch.
+    places: of the whole batch, in the loader's `indices` and `labels`; of shards, whose labels are
+    not known before they are read, those that are here. part: which of the batch are here, all
+    where one process takes every batch.
     """
 
     images: Tensor
@@ -35,15 +38,86 @@ def share_bounds(count: int, rank: int, ranks: int) -> tuple[int, int]:
     return rank * count // ranks, (rank + 1) * count // ranks
 
 
-class BatchLoader:
+class Loader(ABC):
+    """Batches of labelled images on a device, the same ones again after a resume.
+
+    count: images in an epoch. classes: label names in the order of the model's outputs. augment:
+    None leaves the images as they are. channels: 1, or 3, which repeats a grey image. Order and
+    every random number depend on seed, epoch and step alone. rank, ranks: of every batch this
+    loader brings part `rank` of `ranks`, which differ by one image at most.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        classes: Sequence[str],
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        augment: AugmentConfig | None,
+        device: torch.device | str,
+        channels: int,
+        drop_last: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        if batch_size < 1:
+            raise DataError(f"batch_size must be at least 1, not {batch_size}")
+        self.count = count
+        self.classes = tuple(classes)
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.augment = augment if augment is not None and augment.enabled else None
+        self.device = torch.device(device)
+        self.channels = channels
+        self.drop_last = drop_last
+        self.rank, self.ranks = rank, ranks
+
+    def __len__(self) -> int:
+        """Batches in an epoch, whatever part of them is brought."""
+        size = self.batch_size
+        return self.count // size if self.drop_last else -(-self.count // size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.epoch(0)
+
+    @abstractmethod
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from `start_step` on."""
+
+    @abstractmethod
+    def class_counts(self) -> list[int]:
+        """Images of each class. Raises DataError where that is not known."""
+
+    @abstractmethod
+    def describe(self, places: Sequence[int]) -> list[str]:
+        """Names for a person of the images at a batch's `places`."""
+
+    def whole_labels(self, batch: Batch) -> list[int] | None:
+        """Labels of the whole batch, of which this loader brought a part; None: not known here."""
+        return None
+
+    def _prepare(self, pixels: Tensor, epoch: int, step: int, part: Part) -> Tensor:
+        """Augmented and z-scored images (B, C, S, S) of uint8 pixels."""
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        images = pixels.to(torch.float32).div_(255).contiguous()
+        if self.augment is not None:
+            generator = step_generator(self.seed, epoch, step, "augment", self.device)
+            images = augment_images(images, self.augment, generator, part)
+        images = z_score(images)
+        if images.shape[1] != self.channels:
+            images = images.expand(-1, self.channels, -1, -1).contiguous()
+        return images
+
+
+class BatchLoader(Loader):
     """Batches of some of a cache's images.
 
-    indices: positions in the cache. classes: label names in the order of the model's outputs.
-    augment: None leaves the images as they are. channels: 3 repeats a grey image; None takes
-    the cache's. on_device: "on" keeps all images of the cache on a GPU, as uint8, "auto" does where
-    they take less than half of its free memory, "off" brings each batch from pinned memory, one
-    batch ahead. Order and every random number depend on seed, epoch and step alone. rank, ranks:
-    of every batch this loader brings part `rank` of `ranks`, which differ by one image at most.
+    indices: positions in the cache. channels: None takes the cache's. on_device: "on" keeps all
+    images of the cache on a GPU, as uint8, "auto" does where they take less than half of its free
+    memory, "off" brings each batch from pinned memory, one batch ahead. The rest as in `Loader`.
     """
 
     def __init__(
@@ -63,22 +137,24 @@ class BatchLoader:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        if batch_size < 1:
-            raise DataError(f"batch_size must be at least 1, not {batch_size}")
         if channels not in (None, cache.channels) and cache.channels != 1:
             raise DataError(f"{channels} channels cannot be made of {cache.channels}")
+        super().__init__(
+            len(indices),
+            classes,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            augment=augment,
+            device=device,
+            channels=channels or cache.channels,
+            drop_last=drop_last,
+            rank=rank,
+            ranks=ranks,
+        )
         self.cache = cache
         self.indices = [int(i) for i in indices]
-        self.classes = tuple(classes)
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.augment = augment if augment is not None and augment.enabled else None
-        self.device = torch.device(device)
-        self.drop_last = drop_last
-        self.channels = channels or cache.channels
         self.on_device = on_device
-        self.rank, self.ranks = rank, ranks
         self.labels = self._number_labels()
 
     def _number_labels(self) -> list[int]:
@@ -94,13 +170,18 @@ class BatchLoader:
             labels.append(number[record.label])
         return labels
 
-    def __len__(self) -> int:
-        """Batches in an epoch, whatever part of them is brought."""
-        count = len(self.indices)
-        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
+    def class_counts(self) -> list[int]:
+        """Images of each class."""
+        counts = torch.bincount(torch.tensor(self.labels), minlength=len(self.classes))
+        return [int(count) for count in counts]
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self.epoch(0)
+    def describe(self, places: Sequence[int]) -> list[str]:
+        """The images' keys."""
+        return [self.cache.records[self.indices[place]].key for place in places]
+
+    def whole_labels(self, batch: Batch) -> list[int]:
+        """Labels of the whole batch."""
+        return [self.labels[place] for place in batch.places]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from `start_step` on."""
@@ -162,15 +243,3 @@ class BatchLoader:
                 return None
             copies[self.device] = torch.from_numpy(np.array(self.cache.images)).to(self.device)
         return copies[self.device]
-
-    def _prepare(self, pixels: Tensor, epoch: int, step: int, part: Part) -> Tensor:
-        """Augmented and z-scored images (B, C, S, S) of uint8 pixels."""
-        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-        images = pixels.to(torch.float32).div_(255).contiguous()
-        if self.augment is not None:
-            generator = step_generator(self.seed, epoch, step, "augment", self.device)
-            images = augment_images(images, self.augment, generator, part)
-        images = z_score(images)
-        if images.shape[1] != self.channels:
-            images = images.expand(-1, self.channels, -1, -1).contiguous()
-        return images

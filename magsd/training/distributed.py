@@ -114,17 +114,24 @@ class Team:
             **{_BUFFERS: False},
         )
 
-    def share(self, batch: Batch, weights: Tensor) -> Share:
+    def share(self, batch: Batch, weights: Tensor | None, labels: list[int] | None) -> Share:
         """What this process has of a batch.
 
-        weights: (N,) float64 on the host, what each of the loader's images weighs in the cross
-        entropy. DistributedDataParallel divides the sum of gradients by the number of processes,
-        and each process's own losses are means over its part; the factors undo both.
+        weights: (K,) float64 on the host, of the classes in the cross entropy; None: all alike.
+        labels: of the whole batch; None where they are not known here: then the processes add up
+        what theirs weigh, which waits for the device.
+        DistributedDataParallel divides the sum of gradients by the number of processes, and each
+        process's own losses are means over its part; the factors undo both.
         """
         images, (first, total) = len(batch.indices), batch.part
-        whole = weights[batch.places]
-        own = whole[first : first + images].sum() / whole.sum()
-        return Share(batch.part, self.size * float(own), self.size * images / total, self.sum)
+        own = images / total
+        if weights is not None and labels is not None:
+            whole = weights[labels]
+            own = float(whole[first : first + images].sum() / whole.sum())
+        elif weights is not None:
+            here = weights[batch.labels.cpu()].sum()
+            own = float(here / self.sum(here.clone()))
+        return Share(batch.part, self.size * own, self.size * images / total, self.sum)
 
 
 ALONE = Team()

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from magsd.config import Config
-from magsd.data import ImageCache
+from magsd.data import ImageCache, Loader
+from magsd.data.shards import open_shards
 from magsd.evaluation import (
     EvaluationReport,
     evaluate,
@@ -18,12 +19,22 @@ from magsd.evaluation import (
     write_overlays,
 )
 from magsd.training.checkpoint import disk_full_as_error
-from magsd.training.run import LoadedRun, TrainedRun, kernels, load_run, plain_loader
+from magsd.training.run import LoadedRun, TrainedRun, kernels, load_run
+from magsd.training.run_data import plain_loader, shard_loader
 
 
 def evaluate_run(run: LoadedRun, cache: ImageCache, indices: list[int]) -> EvaluationReport:
     """Metrics of a run's model over some images of a cache."""
-    loader = plain_loader(run.config, cache, indices, run.classes)
+    return _evaluate(run, plain_loader(run.config, cache, indices, run.classes), cache)
+
+
+def evaluate_shards(run: LoadedRun, spec: str) -> EvaluationReport:
+    """Metrics of a run's model over all images of the shards that `spec` names."""
+    index = open_shards(spec, classes=run.classes)
+    return _evaluate(run, shard_loader(run.config, index), None)
+
+
+def _evaluate(run: LoadedRun, loader: Loader, cache: ImageCache | None) -> EvaluationReport:
     with kernels(run.config):
         return evaluate(
             run.model,
@@ -40,14 +51,13 @@ def finish_run(trained: TrainedRun, console: Console) -> EvaluationReport:
     folder = trained.folder
     with disk_full_as_error(folder.root, "the checkpoints are kept; free some space and --resume"):
         run = load_run(folder.root)
-        cache, validation = trained.data.cache, trained.data.split.validation
-        report = evaluate_run(run, cache, validation)
+        report = _evaluate(run, *trained.data.held(run.config))
         report.to_json(folder.evaluation)
         draw_confusion(report, folder.plots)
         plot_curves(folder.plots / "curves.png", folder.metrics)
         sheet = None
         if run.config.train.overlays:
-            sheet = draw_overlays(run, cache, validation, folder.overlays)
+            sheet = draw_overlays(run, *trained.data.shown(run.config), folder.overlays)
     console.print(report)
     console.print(closing_table(report, run.config, trained, sheet))
     return report

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +13,10 @@ from rich.console import Console
 
 import magsd_kernels
 from magsd.config import Config, load_config
-from magsd.data import (
-    BatchLoader,
-    ImageCache,
-    Split,
-    choose_split,
-    load_cache,
-    open_source,
-    read_split,
-    share_bounds,
-)
-from magsd.errors import ConfigError, DataError, RunError
-from magsd.models import Classifier, Preprocessing, build_model
+from magsd.errors import ConfigError, RunError
+from magsd.models import Classifier, build_model
 from magsd.training.checkpoint import disk_full_as_error, load_checkpoint, load_weights
-from magsd.training.distributed import ALONE, Team, restarted, team_of
+from magsd.training.distributed import Team, restarted, team_of
 from magsd.training.metrics_log import MetricsLog
 from magsd.training.precision import (
     Precision,
@@ -37,19 +25,11 @@ from magsd.training.precision import (
     tf32_products,
 )
 from magsd.training.progress import TrainingProgress
+from magsd.training.run_data import RunData, prepare_data, preprocessing_of
 from magsd.training.run_folder import RunFolder
 from magsd.training.run_start import begin, claim, stored_state
 from magsd.training.signals import StopRequest
 from magsd.training.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class RunData:
-    """Images of a run and the side of the split on which each stands."""
-
-    classes: tuple[str, ...]
-    cache: ImageCache
-    split: Split
 
 
 @dataclass(frozen=True)
@@ -73,14 +53,6 @@ class TrainedRun:
     data: RunData
     best_epoch: int
     images_per_second: float
-
-
-def preprocessing_of(config: Config) -> Preprocessing:
-    """What happens to an image before the z-score."""
-    data = config.data
-    return Preprocessing(
-        data.image_size, (data.clahe_clip, data.clahe_tiles) if data.clahe else None
-    )
 
 
 def precision_of(config: Config) -> Precision:
@@ -110,92 +82,6 @@ def kernels(config: Config) -> Iterator[None]:
         raise ConfigError(f"train.kernels={name} cannot run here: {states[name]}")
     with magsd_kernels.use_backend(name):
         yield
-
-
-def open_images(
-    config: Config,
-    spec: str,
-    *,
-    classes: tuple[str, ...] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[tuple[str, ...], ImageCache]:
-    """Class names and cached images of a source, prepared as `config` says."""
-    source = open_source(spec, classes=classes)
-    cache = load_cache(
-        source,
-        image_size=config.data.image_size,
-        channels=config.model.in_channels,
-        clahe=preprocessing_of(config).clahe,
-        cache_dir=config.data.cache_dir,
-        skip_bad=config.data.skip_bad,
-        progress=progress,
-    )
-    return tuple(source.classes), cache
-
-
-def same_source(first: str, second: str) -> bool:
-    """True if two specs name the same images, however their paths are written."""
-    (kind, _, place), (other_kind, _, other_place) = first.partition(":"), second.partition(":")
-    if kind != other_kind or kind == "phantom":
-        return first == second
-    return Path(place).expanduser().resolve() == Path(other_place).expanduser().resolve()
-
-
-def trained_on(split: Path) -> set[str]:
-    """Keys of the training images in a run's split.csv."""
-    with open(split, newline="", encoding="utf-8") as file:
-        return {row["key"] for row in csv.DictReader(file) if row["split"] == "train"}
-
-
-def plain_loader(
-    config: Config, cache: ImageCache, indices: list[int], classes: tuple[str, ...]
-) -> BatchLoader:
-    """Batches in order, without augmentation."""
-    return BatchLoader(
-        cache,
-        indices,
-        classes,
-        batch_size=config.train.eval_batch_size,
-        shuffle=False,
-        seed=config.train.seed,
-        augment=None,
-        device=choose_device(config.train.device),
-        on_device=config.train.images_on_device,
-    )
-
-
-def training_loader(
-    config: Config,
-    cache: ImageCache,
-    indices: list[int],
-    classes: tuple[str, ...],
-    team: Team = ALONE,
-) -> BatchLoader:
-    """Shuffled and augmented batches; of each, this process's part.
-
-    Raises `DataError` where there are fewer images than the processes need.
-    """
-    size = config.train.batch_size
-    fewest = 2 * team.size
-    if team.size > 1 and len(indices) < fewest:
-        raise DataError(
-            f"{len(indices)} training images for {team.size} processes: expected at least {fewest}"
-        )
-    return BatchLoader(
-        cache,
-        indices,
-        classes,
-        batch_size=size,
-        shuffle=True,
-        seed=config.train.seed,
-        augment=config.data.augment,
-        device=choose_device(config.train.device),
-        on_device=config.train.images_on_device,
-        # Batch statistics of a single image are no statistics.
-        drop_last=len(indices) > size and 0 < len(indices) % size < fewest,
-        rank=team.rank,
-        ranks=team.size,
-    )
 
 
 def train_run(
@@ -246,14 +132,13 @@ def _train_run(
             payload = team.tell(stored_state(folder) if resume and team.leads else None)
             # Images or weights that cannot be used are told before the folder is touched: a run
             # that is to be overwritten still stands then.
-            data = _prepare_data(config, folder.split if resume else None, payload, console, team)
+            data = prepare_data(config, folder.split if resume else None, payload, console, team)
             trainer = _build_trainer(config, data, folder, precision, payload, console, team)
             if team.leads:
                 begin(
                     folder,
                     config,
-                    data.cache.records,
-                    data.split,
+                    data,
                     resume=resume,
                     overwrite=overwrite,
                 )
@@ -281,13 +166,12 @@ def _build_trainer(
         classes=data.classes,
         preprocessing=preprocessing_of(config),
     )
-    validation = data.split.validation
-    own = share_bounds(len(validation), team.rank, team.size)
+    train, validation = data.loaders(config, team)
     trainer = Trainer(
         config,
         model,
-        training_loader(config, data.cache, data.split.train, data.classes, team),
-        plain_loader(config, data.cache, validation[slice(*own)], data.classes),
+        train,
+        validation,
         folder,
         precision,
         console.print,
@@ -315,60 +199,6 @@ def _fit(trainer: Trainer, console: Console, *, resumed: bool) -> None:
             trainer.fit(log, progress, stop)
     finally:
         log.close()
-
-
-def _prepare_data(
-    config: Config,
-    stored_split: Path | None,
-    payload: dict[str, Any] | None,
-    console: Console,
-    team: Team,
-) -> RunData:
-    """Images and their split: the stored one, where there is one; the leader's for a team.
-
-    Raises `DataError` where this process sees other images than the leader.
-    """
-    classes = tuple(payload["classes"]) if payload is not None else None
-    with console.status(f"preparing images of {config.data.source}") as status:
-        classes, cache = open_images(
-            config,
-            config.data.source,
-            classes=classes,
-            progress=lambda done, total: status.update(f"preparing images: {done}/{total}"),
-        )
-    images = _digest(cache)
-    if team.tell(images) != images:
-        raise DataError(f"{config.data.source} holds other images or labels here than elsewhere")
-    if not team.leads:
-        split = Split([], [])
-    elif stored_split is not None and stored_split.is_file():
-        split = read_split(stored_split, cache.records)
-    else:
-        data = config.data
-        split = choose_split(
-            cache.records,
-            how=data.split,
-            folds=data.folds,
-            fold=data.fold,
-            seed=data.split_seed,
-        )
-    split = team.tell(split)
-    console.print(
-        f"{config.data.source}: {len(split.train)} training and {len(split.validation)} validation "
-        f"images of {len(classes)} classes ({', '.join(classes)})",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if cache.bad:
-        keys = ", ".join(key for key, _ in cache.bad[:10])
-        console.print(f"[yellow]left out {len(cache.bad)} images that cannot be read:[/] {keys}")
-    return RunData(classes, cache, split)
-
-
-def _digest(cache: ImageCache) -> str:
-    """The same for the same keys and labels in the same order."""
-    text = repr([(record.key, record.label) for record in cache.records])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def load_run(root: str | Path, *, overrides: tuple[str, ...] = ()) -> LoadedRun:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from magsd.config import Config
-from magsd.data import Record, Split, write_split
 from magsd.errors import ConfigError, RunError
 from magsd.training.checkpoint import load_checkpoint
 from magsd.training.distributed import note_launch
+from magsd.training.run_data import RunData
 from magsd.training.run_folder import RunFolder
 
 # What the stored state depends on; any other value may change when a run goes on.
@@ -20,6 +19,7 @@ FIXED_ON_RESUME = (
     "data.folds",
     "data.fold",
     "data.split",
+    "data.shuffle_buffer",
     "train.seed",
     "train.batch_size",
     "optim.name",
@@ -40,8 +40,7 @@ def claim(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool) -
 def begin(
     folder: RunFolder,
     config: Config,
-    records: Sequence[Record],
-    split: Split,
+    data: RunData,
     *,
     resume: bool,
     overwrite: bool,
@@ -54,7 +53,7 @@ def begin(
         folder.create(config, overwrite=overwrite)
     note_launch(folder.root)
     if not folder.split.is_file():
-        write_split(folder.split, records, split)
+        data.write_split(folder.split)
 
 
 def stored_state(folder: RunFolder) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from magsd.config import Config
-from magsd.data import BatchLoader, step_seed
+from magsd.data import Loader, step_seed
 from magsd.errors import ConfigError, TrainingDiverged
 from magsd.training.captured import CapturedStep
 from magsd.training.checkpoint import (
@@ -71,8 +71,8 @@ class Trainer:
         self,
         config: Config,
         model: nn.Module,
-        train: BatchLoader,
-        validation: BatchLoader,
+        train: Loader,
+        validation: Loader,
         folder: RunFolder,
         precision: Precision,
         say: Callable[[str], None] = print,
@@ -102,12 +102,12 @@ class Trainer:
             weights,
             merged=config.train.views == "merged",
         )
+        self._class_weights = None if weights is None else weights.cpu().double()
         self._joined = None
         if team.size > 1:
             self._joined = team.join(
                 self.model, self.step_function, sync_batchnorm=config.train.sync_batchnorm
             )
-            self._image_weights = _image_weights(weights, train.labels)
         self._share: Share | None = None
         self._captured = CapturedStep(self._update, precision.device, say) if captured else None
         self.sums = StepSums(precision.device, team)
@@ -153,9 +153,10 @@ class Trainer:
         self.model.train()
         self._clock = time.perf_counter()
         for batch in self.train_loader.epoch(self.epoch, self.step):
-            self._recent[self.step] = [self.train_loader.indices[place] for place in batch.places]
+            self._recent[self.step] = batch.places
             if self.team.size > 1:
-                self._share = self.team.share(batch, self._image_weights)
+                labels = self.train_loader.whole_labels(batch)
+                self._share = self.team.share(batch, self._class_weights, labels)
             self._one_step(batch.images, batch.labels)
             progress.step(self.epoch)
             report = self.global_step % train.log_interval == 0
@@ -242,8 +243,7 @@ class Trainer:
         return values
 
     def _diverged(self, what: str, step: int) -> str:
-        records = self.train_loader.cache.records
-        keys = [records[index].key for index in self._recent.get(step, [])]
+        keys = self.train_loader.describe(self._recent.get(step, []))
         more = f" and {len(keys) - _NAMED_IMAGES} more" if len(keys) > _NAMED_IMAGES else ""
         return (
             f"{what} at epoch {self.epoch + 1}, step {step + 1} of {len(self.train_loader)}; "
@@ -304,7 +304,7 @@ class Trainer:
         return [first, -loss]
 
     def _images_in_epoch(self) -> int:
-        return min(self.step * self.train_loader.batch_size, len(self.train_loader.indices))
+        return min(self.step * self.train_loader.batch_size, self.train_loader.count)
 
     def _tick(self) -> float:
         """Seconds of training in this epoch, those before a resume included."""
@@ -370,7 +370,7 @@ class Trainer:
         self._saved = True
 
 
-def class_weights(choice: str | list[float], loader: BatchLoader) -> Tensor | None:
+def class_weights(choice: str | list[float], loader: Loader) -> Tensor | None:
     """Weights (K,) float32 of the cross entropy on the loader's device, or None.
 
     "balanced": images / (classes * images of the class).
@@ -379,8 +379,8 @@ def class_weights(choice: str | list[float], loader: BatchLoader) -> Tensor | No
         return None
     classes = loader.classes
     if isinstance(choice, str):
-        counts = torch.bincount(torch.tensor(loader.labels), minlength=len(classes))
-        weights = len(loader.labels) / (len(classes) * counts.clamp(min=1).double())
+        counts = torch.tensor(loader.class_counts(), dtype=torch.float64)
+        weights = loader.count / (len(classes) * counts.clamp(min=1))
     elif len(choice) != len(classes):
         raise ConfigError(
             f"loss.class_weights has {len(choice)} numbers; the classes are {', '.join(classes)}"
@@ -388,10 +388,3 @@ def class_weights(choice: str | list[float], loader: BatchLoader) -> Tensor | No
     else:
         weights = torch.tensor(choice, dtype=torch.float64)
     return weights.to(dtype=torch.float32, device=loader.device)
-
-
-def _image_weights(class_weights: Tensor | None, labels: list[int]) -> Tensor:
-    """What each image weighs in the cross entropy, (N,) float64 on the host."""
-    if class_weights is None:
-        return torch.ones(len(labels), dtype=torch.float64)
-    return class_weights.cpu().double()[labels]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from magsd.data import BatchLoader
+from magsd.data import Loader
 from magsd.training.distributed import ALONE, Team
 from magsd.training.precision import Precision
 
@@ -15,7 +15,7 @@ from magsd.training.precision import Precision
 @torch.no_grad()
 def validate(
     model: nn.Module,
-    loader: BatchLoader,
+    loader: Loader,
     precision: Precision,
     *,
     each_batch: Callable[[], None] = lambda: None,

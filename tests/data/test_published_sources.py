@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from magsd.data import Source, choose_split, load_cache, open_source
+from magsd.data import Source, load_cache, open_source
 from magsd.errors import DataError
 
 
@@ -384,23 +383,3 @@ class TestDogs:
         (folder / "lists" / "train_list.mat").unlink()
         with pytest.raises(DataError, match=r"no lists/train_list\.mat .*ImageNetDogs"):
             open_source(f"dogs:{folder}")
-
-
-def test_published_split_is_taken_unless_folds_are_asked_for(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    names = [f"{side}{label}{i}" for side in ("r", "t") for label in "ab" for i in range(4)]
-    lists = {"train": names[:8], "test": names[8:]}
-    for part, chosen in lists.items():
-        write(tmp_path / f"{part}.txt", *(f"{n[1:]} {n}.png {n[1]} s" for n in chosen))
-        write_images(tmp_path / part, [f"{name}.png" for name in chosen])
-    records = open_source(f"covidx:{tmp_path}").records
-    with caplog.at_level(logging.WARNING):
-        split = choose_split(records, folds=2)
-    assert (split.train, split.validation) == (list(range(8)), list(range(8, 16)))
-    assert "8 patients stand on both sides" in caplog.text
-    assert choose_split(records, how="published") == split
-    folded = choose_split(records, how="folds", folds=2, fold=1)
-    held = {records[i].patient for i in folded.validation}
-    assert len(folded.validation) == 8
-    assert not held & {records[i].patient for i in folded.train}

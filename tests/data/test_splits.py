@@ -108,6 +108,11 @@ class TestPublished:
         plain = make_records({"a": 5, "b": 5})
         assert choose_split(plain, fold=2) == split_by_patient(plain, fold=2)
 
+    def test_patients_on_both_sides(self, caplog: pytest.LogCaptureFixture) -> None:
+        records = [dataclasses.replace(record, patient=record.label) for record in self.RECORDS]
+        assert choose_split(records) == Split([0, 1, 3, 4], [2, 5])
+        assert "2 patients stand on both sides of the published split, e.g. a" in caplog.text
+
     def test_refusals(self) -> None:
         with pytest.raises(DataError, match=r"fold 1 is asked for.*data\.split=folds"):
             choose_split(self.RECORDS, fold=1)

@@ -50,7 +50,7 @@ def test_every_package_that_is_imported_is_required():
     # Which distribution provides an import is known of installed ones only.
     pytest.importorskip("timm", reason="needs the train extra")
     requirements = importlib.metadata.requires("magsd") or []
-    extras = re.compile(r"""extra == ['"](train|dicom)['"]""")
+    extras = re.compile(r"""extra == ['"](train|dicom|shards)['"]""")
     wanted = [r for r in requirements if "extra ==" not in r or extras.search(r)]
     required = {re.split(r"[<>=\[; ]", r)[0].lower().replace("-", "_") for r in wanted}
     providers = importlib.metadata.packages_distributions()

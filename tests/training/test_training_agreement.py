@@ -17,7 +17,8 @@ from magsd.config import Config, load_config
 from magsd.data import split_by_patient
 from magsd.data.cache import ImageCache
 from magsd.models import build_model
-from magsd.training.run import open_images, plain_loader, precision_of, training_loader
+from magsd.training.run import precision_of
+from magsd.training.run_data import open_images, plain_loader, training_loader
 from magsd.training.run_folder import RunFolder
 from magsd.training.step import StepResult
 from magsd.training.trainer import Trainer

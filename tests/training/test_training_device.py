@@ -19,12 +19,8 @@ from magsd.data import split_by_patient
 from magsd.models import build_model
 from magsd.training.metrics_log import MetricsLog
 from magsd.training.progress import TrainingProgress
-from magsd.training.run import (
-    open_images,
-    plain_loader,
-    precision_of,
-    training_loader,
-)
+from magsd.training.run import precision_of
+from magsd.training.run_data import open_images, plain_loader, training_loader
 from magsd.training.run_folder import RunFolder
 from magsd.training.signals import StopRequest
 from magsd.training.trainer import Trainer

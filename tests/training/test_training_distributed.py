@@ -24,7 +24,8 @@ from magsd.training.distributed import Team, team_of
 from magsd.training.metrics_log import COLUMNS, MetricsLog, read_metrics
 from magsd.training.precision import Precision
 from magsd.training.progress import TrainingProgress
-from magsd.training.run import open_images, plain_loader, precision_of, train_run, training_loader
+from magsd.training.run import precision_of, train_run
+from magsd.training.run_data import open_images, plain_loader, training_loader
 from magsd.training.run_folder import RunFolder
 from magsd.training.signals import StopRequest
 from magsd.training.trainer import Interrupted, Trainer

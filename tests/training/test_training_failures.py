@@ -27,7 +27,7 @@ def break_loss(monkeypatch: pytest.MonkeyPatch, at: int) -> list[list[int]]:
 
     def broken(self: Trainer, images: torch.Tensor, labels: torch.Tensor) -> None:
         if self.global_step == at:
-            seen.append(self._recent[self.step])
+            seen.append([self.train_loader.indices[p] for p in self._recent[self.step]])
             images = images * float("nan")
         one_step(self, images, labels)
 

@@ -21,7 +21,7 @@ from magsd.training.distributed import (
     synchronise_batchnorm,
     team_of,
 )
-from magsd.training.run import open_images, training_loader
+from magsd.training.run_data import open_images, training_loader
 from magsd.training.step import Share, make_step
 from magsd_kernels import AttentionViews
 

@@ -22,7 +22,8 @@ from magsd.training.checkpoint import load_checkpoint
 from magsd.training.metrics_log import COLUMNS, MetricsLog, read_metrics
 from magsd.training.precision import Precision, choose_device, deterministic_algorithms
 from magsd.training.report import evaluate_run, finish_run
-from magsd.training.run import kernels, train_run, training_loader
+from magsd.training.run import kernels, train_run
+from magsd.training.run_data import training_loader
 from magsd.training.run_folder import RunFolder, default_run_folder
 from magsd.training.signals import StopRequest
 from magsd.training.trainer import class_weights

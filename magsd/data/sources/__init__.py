@@ -60,6 +60,11 @@ def open_source(
     kind, _, rest = spec.partition(":")
     if kind == "phantom":
         return PhantomSource(rest, classes=classes, limit=limit)
+    if kind == "shards":
+        raise DataError(
+            f"{spec}: shards are streamed by `magsd train` and `magsd evaluate` alone, which take"
+            " data.source and data.validation, or --data"
+        )
     if kind not in _FILES or not rest:
         places = ", ".join(f"{name}:{'FILE' if name == 'csv' else 'DIR'}" for name in _FILES)
         raise DataError(f"data source {spec!r} is not known; use {places} or phantom")

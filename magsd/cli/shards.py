@@ -1,0 +1,59 @@
+"""The command `magsd shards`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from magsd.cli.common import SOURCES, make_console, training_config
+
+
+def shards(
+    data: Annotated[str, typer.Option(metavar="SOURCE", help=f"Images: {SOURCES}.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A folder without shards.")],
+    shard_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Images of a shard at most.")
+    ] = 1000,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="How images are divided, e.g. fold=2 or skip_bad=true."
+        ),
+    ] = None,
+) -> None:
+    """Write images as tar shards, train-*.tar and val-*.tar, to be streamed in training."""
+    from magsd.data import choose_split, open_source
+    from magsd.data.shards import write_shards
+    from magsd.training.checkpoint import disk_full_as_error
+
+    settings = training_config(list(overrides or ()), None, data, None).data
+    source = open_source(settings.source)
+    split = choose_split(
+        source.records,
+        how=settings.split,
+        folds=settings.folds,
+        fold=settings.fold,
+        seed=settings.split_seed,
+    )
+    console = make_console()
+    with (
+        disk_full_as_error(out, "free some space and run the command again"),
+        console.status("writing shards") as status,
+    ):
+        written = write_shards(
+            source,
+            out,
+            split=split,
+            shard_size=shard_size,
+            seed=settings.split_seed,
+            skip_bad=settings.skip_bad,
+            progress=lambda done, total: status.update(f"writing shards: {done}/{total}"),
+        )
+    console.print(
+        f"{len(split.train)} training and {len(split.validation)} validation images: "
+        f"{len(written)} shards in {out}",
+        highlight=False,
+        soft_wrap=True,
+    )
