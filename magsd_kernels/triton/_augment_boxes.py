@@ -25,7 +25,7 @@ from magsd_kernels.triton._guide import (
 # Pixels in flight, and warps: many, because there are few programs.
 _CONFIGS = [
     *with_warps(16, TILE=tile(2048)),
-    *with_warps(8, registers=96, TILE=tile(2048)),
+    *with_warps(8, registers=144, TILE=tile(2048)),
     *with_warps(16, TILE=tile(4096)),
 ]
 _COLUMNS = tile(2048)
