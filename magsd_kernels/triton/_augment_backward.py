@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from magsd_kernels.triton._common import tile, tunable, with_warps
 from magsd_kernels.triton._guide import box_of, factor_of, paste_start, step_of
 
 
@@ -88,6 +89,15 @@ def _crop_adjoint(
     return total
 
 
+# As many warps as there are groups of 128 elements, in more registers than the 96 or 128 that ptxas
+# would choose: there what the adjoint keeps of every column spills.
+_CONFIGS = [
+    *with_warps(8, registers=144, TILE=tile(1024)),
+    *with_warps(4, registers=144, TILE=tile(512)),
+]
+
+
+@tunable(_CONFIGS, ["planes", "height", "row"])
 @triton.jit
 def backward_kernel(
     mixed, dimmed, patched, result, mix_boxes, patch_boxes, offsets, attention, index, theta,
@@ -95,10 +105,10 @@ def backward_kernel(
     patched_b, patched_plane, patched_y, offset_b, offset_axis,
     maps, low_height, low_width, step_b, step_m, step_y, step_x, step_index, step_theta,
     INNER: tl.constexpr, WEIGHT: tl.constexpr, FLOOR: tl.constexpr, ALIGN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr, MAP_TILE: tl.constexpr,
-    REAL: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, MAP_TILE: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """One program per image, tile of its rows (those of all planes), and tile of columns."""
+    ROWS: tl.constexpr = TILE // COLUMNS
     tiles = tl.cdiv(planes * height, ROWS)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     r = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)[:, None]
@@ -115,7 +125,7 @@ def backward_kernel(
             total += own * tl.full([], 1 - WEIGHT, REAL)
         crop = _crop_adjoint(
             grad, mix_boxes, b, tl.where(present, y, -1), x, c, height, width, row, mixed_y,
-            INNER, ALIGN, OUTPUTS, REAL,
+            INNER, ALIGN, COLUMNS, REAL,
         )  # fmt: skip
         total += crop * tl.full([], WEIGHT, REAL)
     if dimmed is not None:

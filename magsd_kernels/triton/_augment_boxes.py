@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from magsd_kernels.triton._common import block, tile
+from magsd_kernels.triton._common import block, tile, tunable, with_warps
 from magsd_kernels.triton._guide import (
     MAP_TILE,
     blended,
@@ -22,18 +22,25 @@ from magsd_kernels.triton._guide import (
     threshold_of,
 )
 
-_TILE = tile(2048)  # pixels in flight
-_WARPS = 16  # there are few programs
+# Pixels in flight, and warps: many, because there are few programs.
+_CONFIGS = [
+    *with_warps(16, TILE=tile(2048)),
+    *with_warps(8, registers=144, TILE=tile(2048)),
+    *with_warps(16, TILE=tile(4096)),
+]
+_COLUMNS = tile(2048)
 _FAR: tl.constexpr = tl.constexpr(2147483647)  # the first row or column where none is found
 
 
+@tunable(_CONFIGS, ["height", "width", "low_height", "low_width"])
 @triton.jit
 def _boxes_kernel(
     attention, index, theta, boxes, batch, maps, low_height, low_width, height, width,
     step_b, step_m, step_y, step_x, step_index, step_index_view, step_theta, step_theta_view,
     FIRST: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, ALIGN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MAP_TILE: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, MAP_TILE: tl.constexpr,
 ):  # fmt: skip
+    ROWS: tl.constexpr = TILE // COLUMNS
     b = tl.program_id(0).to(tl.int64)
     view = FIRST + STRIDE * tl.program_id(1)
     if index is not None:
@@ -88,14 +95,12 @@ def find_boxes(
     boxes = theta.new_empty((len(views), batch, 4), dtype=torch.int32)
     if batch == 0:
         return boxes
-    columns = block(width, _TILE)
     of_index = (0, 0) if index is None else (*index.stride(), 0)[:2]
     _boxes_kernel[(batch, len(views))](
         attention, index, theta, boxes, batch, maps, low_height, low_width, height, width,
         *attention.stride(), *of_index, *(*theta.stride(), 0)[:2],
         FIRST=views.start, STRIDE=views.step, PADDING=padding, ALIGN=align_corners,
-        ROWS=block(height, _TILE // columns), COLUMNS=columns,
-        MAP_TILE=block(low_height * low_width, MAP_TILE), enable_fp_fusion=False,
-        num_warps=_WARPS,
+        COLUMNS=block(width, _COLUMNS), MAP_TILE=block(low_height * low_width, MAP_TILE),
+        enable_fp_fusion=False,
     )  # fmt: skip
     return boxes

@@ -43,16 +43,22 @@ from magsd_kernels.triton._resampling import first_output, most_outputs, share
 _ENOUGH_PROGRAMS = 1024  # to fill a GPU several times over
 _GRADIENT_TILE = tile(512)  # elements of a program that adds up the shares of the attention
 _CONFIGS = with_warps(8, 4)
-_IMAGE_CONFIGS = with_warps(8, 16)
-_KEY = ["maps", "channels", "pixels", "KIND", "PRECISION"]
+# By 16 warps, 14 x 14 pixels spill. Fewer stages leave a multiprocessor room for more programs.
+_IMAGE_CONFIGS = [
+    *with_warps(8),
+    *with_warps(8, stages=2),
+    *with_warps(8, stages=1, registers=255),
+]
+_KEY = ["maps", "channels", "pixels", "step_p", "RESIZE", "KIND", "PRECISION"]
 
 
 @tunable(_CONFIGS, [*_KEY, "MAXIMUM"])
 @triton.jit
 def _along_kernel(
     features, attention, grad, norm, parts,
-    maps, channels, pixels, width, height, low_height, low_width,
-    feature_b, step_c, step_p, attention_b, step_m, step_y, step_x,
+    maps: tl.constexpr, channels: tl.constexpr, pixels: tl.constexpr,
+    width, height, low_height, low_width, feature_b, step_c: tl.constexpr, step_p: tl.constexpr,
+    attention_b, step_m: tl.constexpr, step_y, step_x,
     MAXIMUM: tl.constexpr, SIGNED_SQRT: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
     SMALLEST: tl.constexpr, RESIZE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     MAPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,
@@ -122,8 +128,10 @@ def _w_times(
 @triton.jit
 def _image_backward_kernel(
     features, attention, grad, norm, parts, grad_features, shares,
-    maps, channels, pixels, width, height, low_height, low_width,
-    feature_b, step_c, step_p, attention_b, step_m, step_y, step_x, to_b, to_c, to_p, tiles, span,
+    maps: tl.constexpr, channels: tl.constexpr, pixels: tl.constexpr,
+    width, height, low_height, low_width, feature_b, step_c: tl.constexpr, step_p: tl.constexpr,
+    attention_b, step_m: tl.constexpr, step_y, step_x,
+    to_b, to_c: tl.constexpr, to_p: tl.constexpr, tiles, span,
     NORMALIZE: tl.constexpr, SIGNED_SQRT: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
     SMALLEST: tl.constexpr, RESIZE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, MAPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
@@ -170,8 +178,10 @@ def _image_backward_kernel(
 @triton.jit
 def _average_backward_kernel(
     features, attention, grad, norm, parts, grad_features, shares,
-    maps, channels, pixels, width, height, low_height, low_width,
-    feature_b, step_c, step_p, attention_b, step_m, step_y, step_x, to_b, to_c, to_p, tiles,
+    maps: tl.constexpr, channels: tl.constexpr, pixels: tl.constexpr,
+    width, height, low_height, low_width, feature_b, step_c: tl.constexpr, step_p: tl.constexpr,
+    attention_b, step_m: tl.constexpr, step_y, step_x,
+    to_b, to_c: tl.constexpr, to_p: tl.constexpr, tiles,
     NORMALIZE: tl.constexpr, SIGNED_SQRT: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
     SMALLEST: tl.constexpr, RESIZE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, ONE_TILE: tl.constexpr, MAPS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -316,7 +326,7 @@ def bilinear_attention_pool_backward(
     span = _spans(call, batch, tile["CHANNELS"]) if whole else tile["CHANNELS"]
     count = triton.cdiv(call.channels, span)
     shares = features.new_empty((batch, count, call.maps, call.pixels), dtype=dtype)
-    inputs = (call.features, attention, grad, norm, parts)
+    inputs = (call.features, call.attention, grad, norm, parts)
     targets = (to if needs[0] else None, shares if needs[1] else None)
     sizes = (*call.sizes, *(pixel_steps(to) if needs[0] else (0, 0, 0)), parts.shape[1])
     settings = {

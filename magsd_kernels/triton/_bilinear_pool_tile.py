@@ -32,9 +32,9 @@ def attention_tile(
 ):  # fmt: skip
     """Maps m at pixels p of the features' size, which broadcast; 0 outside; of type KIND."""
     inside = (m < maps) & (p < pixels)
-    y, x = p // width, p % width
     corner = attention + m * step_m
     if RESIZE:
+        y, x = p // width, p % width
         top, bottom, down = sample_at(y, low_height, step_of(low_height, height, True, ACC), True)
         left, right, across = sample_at(x, low_width, step_of(low_width, width, True, ACC), True)
         a = tl.load(corner + (top * step_y + left * step_x), mask=inside, other=0.0).to(ACC)
@@ -45,7 +45,7 @@ def attention_tile(
         lower = c * (1.0 - across) + d * across
         value = upper * (1.0 - down) + lower * down
     else:
-        value = tl.load(corner + (y * step_y + x * step_x), mask=inside, other=0.0)
+        value = tl.load(corner + p * step_x, mask=inside, other=0.0)
     return value.to(KIND)
 
 
@@ -193,10 +193,10 @@ class Call:
     ) -> None:
         _, channels, height, width = features.shape
         self.features = with_rows(features)
-        self.attention = attention
         self.maps, self.channels, self.pixels = attention.shape[1], channels, height * width
         self.maximum = pool == "max"
         resize = attention.shape[2:] != features.shape[2:]
+        self.attention = attention if resize else with_rows(attention)
         half = features.dtype in (torch.float16, torch.bfloat16)
         interpreted = triton.knobs.runtime.interpret
         allow_tf32 = allow_tf32 and not interpreted  # The interpreter has no TF32.
@@ -215,12 +215,13 @@ class Call:
         self.map_tiles = triton.cdiv(self.maps, self.map_tile)
         self.sizes = (
             self.maps, channels, self.pixels, width, height, *attention.shape[2:],
-            *pixel_steps(self.features), *attention.stride(),
+            *pixel_steps(self.features), *self.attention.stride()[:3],
+            self.attention.stride(3) if resize else pixel_steps(self.attention)[2],
         )  # fmt: skip
         self.settings = {
             "SIGNED_SQRT": signed_sqrt, "SCALE": scale, "EPS": eps, "SMALLEST": _SMALLEST_NORM,
             "RESIZE": resize, "KIND": kind, "PRECISION": self.precision, "MAPS": self.map_tile,
-            "INDEX": offset_type(self.features, attention, first=1), "ACC": acc,
+            "INDEX": offset_type(self.features, self.attention, first=1), "ACC": acc,
         }  # fmt: skip
 
     def product_tile(self) -> dict[str, int]:

@@ -61,23 +61,67 @@ def with_rows(maps: torch.Tensor) -> torch.Tensor:
     return maps.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def with_warps(*counts: int, **constants: object) -> list[triton.Config]:
-    """A configuration per number of warps, with the same constants; pipelined as by default."""
-    return [triton.Config(constants, num_warps=count, num_stages=None) for count in counts]
+def with_warps(
+    *counts: int, stages: int | None = None, registers: int | None = None, **constants: object
+) -> list[triton.Config]:
+    """A configuration per number of warps, with the same constants.
+
+    stages: of pipelined loops, or the compiler's own number. registers: how many a thread may have,
+    where the compiler's own choice on NVIDIA is too few.
+    """
+    return [
+        triton.Config(constants, num_warps=count, num_stages=stages, maxnreg=registers)
+        for count in counts
+    ]
+
+
+def _fitting(configs: list[triton.Config]) -> list[triton.Config]:
+    """The configurations as the GPUs of this build of torch take them, each once.
+
+    A limit of registers is NVIDIA's. AMD's warps have 64 threads each, so that half as many do the
+    work; a block of more of them than the default's leaves a thread too few registers.
+    """
+    if not (torch.version.hip or torch.version.xpu):
+        return configs
+    share, most = (2, max(configs[0].num_warps // 2, 4)) if torch.version.hip else (1, 32)
+    fitted = (
+        triton.Config(
+            config.kwargs, min(max(config.num_warps // share, 1), most), config.num_stages
+        )
+        for config in configs
+    )
+    return list(dict.fromkeys(fitted))
+
+
+Grid = tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]
 
 
 class Tunable:
-    """A kernel that runs with the first of its configurations."""
+    """A kernel that runs with the first of its configurations.
 
-    def __init__(self, kernel: Any, configs: list[triton.Config]) -> None:
+    It may be run several times in a row by who times it, so it adds nothing to what it is given.
+    """
+
+    def __init__(self, kernel: Any, configs: list[triton.Config], key: list[str]) -> None:
         self.kernel = kernel
         self.configs = configs
+        self.key = key
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        launch, settings = self.kernel[grid], self.configs[0].all_kwargs()
-        if torch.version.hip:
-            settings["num_warps"] = min(settings["num_warps"], 4)  # They have 64 threads each.
+    def __getitem__(self, grid: Grid) -> Callable[..., Any]:
+        return self.configured(self.fitting()[0], grid)
+
+    def configured(self, config: triton.Config, grid: Grid) -> Callable[..., Any]:
+        """The launch of the grid with this configuration."""
+        launch, settings = self.kernel[grid], config.all_kwargs()
         return lambda *arguments, **options: launch(*arguments, **settings, **options)
+
+    def fitting(self) -> list[triton.Config]:
+        """The configurations that this build's GPUs take."""
+        return _fitting(self.configs)
+
+    def tuned(self, do_bench: Callable[..., list[float]] | None = None) -> Any:
+        """The kernel that times its configurations; `do_bench` stands in for a clock."""
+        return triton.autotune(self.fitting(), self.key, do_bench=do_bench)(self.kernel)
 
 
 def tunable(
@@ -86,12 +130,12 @@ def tunable(
     """A kernel that runs with the first of a few configurations, or, tuned, with the fastest.
 
     Tuning is asked for by the environment variable. It times every configuration at the first call
-    for each value of the arguments in `key`; that call cannot be captured in a CUDA graph.
+    for each value of the arguments in `key` and their dtypes; that call cannot be captured in a
+    CUDA graph. Triton's interpreter has nothing to time.
     """
 
     def wrap(kernel: Any) -> Any:
-        if autotune and not triton.knobs.runtime.interpret:
-            return triton.autotune(configs=configs, key=key)(kernel)
-        return Tunable(kernel, configs)
+        choice = Tunable(kernel, configs, key)
+        return choice.tuned() if autotune and not triton.knobs.runtime.interpret else choice
 
     return wrap

@@ -32,8 +32,8 @@ from magsd_kernels.triton._scales import (
 
 _SUMS_TILE = 2048  # elements in flight
 _GRADIENT_TILE = 4096
-_CONFIGS = with_warps(8, 16)
-_KEY = ["maps", "height", "width", "heights", "widths", "PARTS"]
+_CONFIGS = [*with_warps(8), *with_warps(16, registers=128)]
+_KEY = ["maps", "height", "width", "heights", "widths", "steps", "PARTS"]
 
 
 @triton.jit
@@ -81,7 +81,8 @@ def _parameters(weight, bias, mean, rstd, scale, m, maps, steps, ACC: tl.constex
 @tunable(_CONFIGS, _KEY)
 @triton.jit
 def _sums_kernel(
-    grad, xs, weights, biases, mean, rstd, sums, batch, maps, height, width,
+    grad, xs, weights, biases, mean, rstd, sums,
+    batch, maps: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
     grad_b, grad_c, grad_p, heights, widths, steps, lengths, parameter_steps,
     MODES: tl.constexpr, ALIGN: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.constexpr,
     PARTS: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr, INDEX: tl.constexpr,

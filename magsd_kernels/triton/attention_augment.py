@@ -15,6 +15,7 @@ Rows are 64-bit pointers, what lies along a row is a 32-bit offset. The backward
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -23,22 +24,32 @@ import triton.language as tl
 from magsd_kernels._layout import empty_like_format, is_channels_last
 from magsd_kernels.triton._augment_backward import backward_kernel
 from magsd_kernels.triton._augment_boxes import find_boxes
-from magsd_kernels.triton._common import accumulation, block, tile
+from magsd_kernels.triton._common import (
+    Grid,
+    accumulation,
+    block,
+    tile,
+    tunable,
+    with_warps,
+)
 from magsd_kernels.triton._guide import MAP_TILE, box_of, factor_of, paste_start, sample_at, step_of
 
-_TILE = tile(1024)  # elements of a program
-_COLUMNS = tile(256)  # elements of a row that it takes at the most
+_COLUMNS = tile(256)  # elements of a row that a program takes at the most
+# Elements of a program, and warps.
+_CONFIGS = [*with_warps(4, TILE=tile(1024)), *with_warps(8, 4, TILE=tile(2048))]
 
 
+@tunable(_CONFIGS, ["planes", "height", "row"])
 @triton.jit
 def _views_kernel(
     images, mixed, dimmed, patched, mix_boxes, patch_boxes, offsets, attention, index, theta,
     planes, height, width, row, image_b, image_plane, image_y, offset_b, offset_axis,
     maps, low_height, low_width, step_b, step_m, step_y, step_x, step_index, step_theta,
     INNER: tl.constexpr, WEIGHT: tl.constexpr, FLOOR: tl.constexpr, ALIGN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MAP_TILE: tl.constexpr, REAL: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, MAP_TILE: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """One program per image, tile of its rows (those of all planes), and tile of columns."""
+    ROWS: tl.constexpr = TILE // COLUMNS
     tiles = tl.cdiv(planes * height, ROWS)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     r = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)[:, None]
@@ -155,14 +166,16 @@ class _Plan:
         }  # fmt: skip
 
 
-def _cut(images: _Images) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and tile of a kernel that has a program for a tile of rows and columns of an image."""
-    rows = images.planes * images.height
+def _cut(images: _Images) -> tuple[Grid, int]:
+    """Grid and columns of a kernel that has a program for a tile of an image's rows and columns."""
     # In float64, what a kernel keeps of every column takes twice the registers.
     columns = block(images.row, _COLUMNS // (2 if images.tensor.dtype == torch.float64 else 1))
-    together = block(rows, _TILE // columns)
-    grid = (images.batch * triton.cdiv(rows, together), triton.cdiv(images.row, columns))
-    return grid, {"ROWS": together, "COLUMNS": columns}
+
+    def grid(settings: dict[str, Any]) -> tuple[int, int]:
+        tiles = triton.cdiv(images.planes * images.height, settings["TILE"] // columns)
+        return images.batch * tiles, triton.cdiv(images.row, columns)
+
+    return grid, columns
 
 
 def _make(images: torch.Tensor, plan: _Plan, views: tuple[torch.Tensor | None, ...]) -> None:
@@ -170,18 +183,12 @@ def _make(images: torch.Tensor, plan: _Plan, views: tuple[torch.Tensor | None, .
     given = _rows_of(images)
     if given.batch == 0:
         return
-    grid, tiles = _cut(given)
+    grid, columns = _cut(given)
     _views_kernel[grid](
         given.tensor, *views, *plan.tensors(),
         given.planes, given.height, given.width, given.row, *given.steps, *plan.offset_steps(),
-        *plan.guide_sizes, **tiles, **plan.settings(given),
+        *plan.guide_sizes, COLUMNS=columns, **plan.settings(given),
     )  # fmt: skip
-
-
-def _backward_options() -> dict[str, int]:
-    # By four warps, or by eight in the 128 registers that ptxas would choose, what the adjoint
-    # keeps of every column spills.
-    return {"num_warps": 8} if torch.version.hip else {"num_warps": 8, "maxnreg": 144}
 
 
 def _make_gradient(grads: tuple[torch.Tensor | None, ...], plan: _Plan) -> torch.Tensor:
@@ -193,13 +200,12 @@ def _make_gradient(grads: tuple[torch.Tensor | None, ...], plan: _Plan) -> torch
     result = empty_like_format(like)
     if main.batch == 0:
         return result
-    grid, tiles = _cut(main)
+    grid, columns = _cut(main)
     backward_kernel[grid](
         *(None if layout is None else layout.tensor for layout in layouts), result,
         *plan.tensors(), main.planes, main.height, main.width, main.row,
         *(step for layout in layouts for step in (layout.steps if layout else (0, 0, 0))),
-        *plan.offset_steps(), *plan.guide_sizes,
-        OUTPUTS=tiles["COLUMNS"], **tiles, **plan.settings(main), **_backward_options(),
+        *plan.offset_steps(), *plan.guide_sizes, COLUMNS=columns, **plan.settings(main),
     )  # fmt: skip
     return result
 

@@ -25,16 +25,17 @@ from magsd_kernels.triton._common import tunable, with_warps
 
 __all__ = ["bilinear_attention_pool", "bilinear_attention_pool_backward"]
 
-_CONFIGS = with_warps(8, 16)
-_KEY = ["maps", "channels", "pixels", "STAGE", "MAXIMUM", "KIND", "PRECISION"]
+_CONFIGS = [*with_warps(8), *with_warps(16, registers=128)]
+_KEY = ["maps", "channels", "pixels", "step_p", "STAGE", "MAXIMUM", "RESIZE", "KIND", "PRECISION"]
 
 
 @tunable(_CONFIGS, _KEY)
 @triton.jit
 def _forward_kernel(
     features, attention, output, norm, argmax, parts,
-    maps, channels, pixels, width, height, low_height, low_width,
-    feature_b, step_c, step_p, attention_b, step_m, step_y, step_x,
+    maps: tl.constexpr, channels: tl.constexpr, pixels: tl.constexpr,
+    width, height, low_height, low_width, feature_b, step_c: tl.constexpr, step_p: tl.constexpr,
+    attention_b, step_m: tl.constexpr, step_y, step_x,
     STAGE: tl.constexpr, MAXIMUM: tl.constexpr, SIGNED_SQRT: tl.constexpr,
     SCALE: tl.constexpr, EPS: tl.constexpr, SMALLEST: tl.constexpr,
     RESIZE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
@@ -102,7 +103,7 @@ def bilinear_attention_pool(
     parts = features.new_empty((batch, count) if normalize else (0,), dtype=dtype)
     for stage in ("norm", "write") if normalize else ("plain",):
         _forward_kernel[(batch * tiles[0], tiles[1])](
-            call.features, attention, output, norm, argmax, parts, *call.sizes,
+            call.features, call.attention, output, norm, argmax, parts, *call.sizes,
             STAGE=stage, MAXIMUM=call.maximum, PARTS=triton.next_power_of_2(count),
             **call.settings, **tile,
         )  # fmt: skip

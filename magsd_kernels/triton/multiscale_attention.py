@@ -102,7 +102,7 @@ def _statistics_part(
     tl.store(to + maps, deviation, mask=present)
 
 
-@tunable(_STATISTICS_CONFIGS, ["maps", "pixels", "PARTS", "PIXELS"])
+@tunable(_STATISTICS_CONFIGS, ["maps", "pixels", "steps", "PARTS", "PIXELS"])
 @triton.jit
 def _statistics_kernel(
     xs, parts, batch, maps, pixels, lengths, steps,
@@ -200,6 +200,7 @@ def _gathered(
     return total
 
 
+# Fixed, because it adds to the running statistics: timing would run it many times.
 @triton.jit
 def _apply_kernel(
     xs, out, weights, biases, running_means, running_vars, parts, mean_out, rstd_out,

@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 
 from magsd_kernels._layout import accumulation_dtype
-from magsd_kernels.triton._common import accumulation, block
+from magsd_kernels.triton._common import accumulation, block, tunable, with_warps
 
 _TILE = 2048  # logits in flight
 _MOST_GROUPS = 16  # every group is a loop of its own in the compiled kernel
+_CONFIGS = with_warps(4, 1, 8)
+_KEY = ["classes", "ROWS"]
 
 
 @triton.jit
@@ -61,6 +63,7 @@ def _targets(targets, class_weights, rows, classes, step_target, step_weight, AC
     return valid, safe, weight
 
 
+@tunable(_CONFIGS, _KEY)
 @triton.jit
 def _forward_kernel(
     logits, groups, targets, class_weights, loss, cross_entropy, distance, batch, classes,
@@ -108,6 +111,7 @@ def _add_scalar(total, grad):
     return total
 
 
+@tunable(_CONFIGS, _KEY)
 @triton.jit
 def _backward_kernel(
     grad_loss, grad_cross_entropy, grad_distance, logits, groups, targets, class_weights,

@@ -142,7 +142,7 @@ def compiled(gpu: str, launch: Callable[[], Any], every_config: bool = False) ->
     `every_config`: in every configuration that tuning may choose, not in the default alone.
     """
     kernels = []
-    run, one = JITFunction.run, Tunable.__getitem__
+    run = JITFunction.run
 
     def keep(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         binary = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -150,15 +150,15 @@ def compiled(gpu: str, launch: Callable[[], Any], every_config: bool = False) ->
 
     def each(self: Tunable, grid: Any) -> Callable[..., None]:
         def call(*args: Any, **kwargs: Any) -> None:
-            for config in self.configs:
-                one(Tunable(self.kernel, [config]), grid)(*args, **kwargs)
+            for config in self.fitting() if every_config else self.fitting()[:1]:
+                self.configured(config, grid)(*args, **kwargs)
 
         return call
 
     with (
         _target(gpu),
         mock.patch.object(JITFunction, "run", keep),
-        mock.patch.object(Tunable, "__getitem__", each if every_config else one),
+        mock.patch.object(Tunable, "__getitem__", each),
     ):
         launch()
     assert kernels
