@@ -87,6 +87,7 @@ def test_every_group_gets_the_rate() -> None:
 def test_a_learning_rate_on_the_device_survives_a_resume() -> None:
     """What a stored state says of rates as numbers, fused or not, does not undo the capture."""
     plain = build_optimizer(net(), OptimConfig(lr=0.5))
+    plain.param_groups[0]["fused"] = None  # as on a device without
     captured = build_optimizer(net(), OptimConfig(lr=0.1), capturable=True)
     load_optimizer(captured, plain.state_dict())
     (group,) = captured.param_groups
