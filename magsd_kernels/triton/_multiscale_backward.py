@@ -32,7 +32,7 @@ from magsd_kernels.triton._scales import (
 
 _SUMS_TILE = 2048  # elements in flight
 _GRADIENT_TILE = 4096
-_CONFIGS = [*with_warps(8), *with_warps(16, registers=128)]
+_CONFIGS = [*with_warps(8, registers=144), *with_warps(16, registers=128)]
 _KEY = ["maps", "height", "width", "heights", "widths", "steps", "PARTS"]
 
 
