@@ -53,11 +53,12 @@ def crossval(
     seed_numbers, fold_numbers = numbers("--seeds", seeds), numbers("--folds", folds)
 
     # timm, torchvision and the like take seconds: a wrong key is told before.
-    from magsd.crossval.execute import execute
+    from magsd.crossval.execute import check_images, execute
     from magsd.crossval.plan import plan_runs
     from magsd.crossval.report import print_report, write_results, write_summary
     from magsd.crossval.summary import summarise
     from magsd.training.checkpoint import disk_full_as_error
+    from magsd.training.run_folder import RunFolder
     from magsd.training.trainer import Interrupted
 
     runs = plan_runs(
@@ -65,8 +66,15 @@ def crossval(
     )
     console = make_console()
     console.print(f"cross-validation: {len(runs)} runs in {out}", highlight=False, soft_wrap=True)
+    check_images(runs)
+    whole = RunFolder(out)
+    whole.lock()  # a second call would take the first one's runs for failed
     try:
         outcomes = execute(runs, console)
+        with disk_full_as_error(out, "every run is kept; free some space, give the command again"):
+            write_results(out / "results.csv", outcomes)
+            summary = summarise(outcomes)
+            write_summary(out, summary)
     except Interrupted as stopped:
         console.print(
             f"{signal.Signals(stopped.signum).name}: the run's state is saved; the same command "
@@ -74,10 +82,8 @@ def crossval(
             soft_wrap=True,
         )
         raise typer.Exit(128 + stopped.signum) from None
-    with disk_full_as_error(out, "every run is kept; free some space and give the command again"):
-        write_results(out / "results.csv", outcomes)
-        summary = summarise(outcomes)
-        write_summary(out, summary)
+    finally:
+        whole.unlock()
     print_report(console, outcomes, summary)
     console.print(f"tables and plot: {out}", highlight=False, soft_wrap=True)
     if any(outcome.result is None for outcome in outcomes):

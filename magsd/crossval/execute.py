@@ -23,15 +23,18 @@ from magsd.training.trainer import Interrupted
 FAILED = "failed.txt"
 
 
+def check_images(runs: Sequence[PlannedRun]) -> None:
+    """Raises `DataError` where no run could read the images: told once, not by every run."""
+    if not all(run.folder.evaluation.is_file() for run in runs):
+        open_source(runs[0].config.data.source)
+
+
 def execute(runs: Sequence[PlannedRun], console: Console) -> list[Outcome]:
     """Train and evaluate every run that is not finished; go on with those that were begun.
 
     A run that fails leaves its reason in `failed.txt` in its folder, and is tried again by the next
-    call. Raises `DataError` where no run could read the images, and `Interrupted` after SIGINT or
-    SIGTERM while a run trains, once its state is saved.
+    call. Raises `Interrupted` after SIGINT or SIGTERM while a run trains, once its state is saved.
     """
-    if not all(run.folder.evaluation.is_file() for run in runs):
-        open_source(runs[0].config.data.source)  # told once, not by every run
     outcomes = []
     for number, run in enumerate(runs, start=1):
         outcome = _attempt(run, f"[bold]{number}/{len(runs)}[/] {escape(run.title)}", console)

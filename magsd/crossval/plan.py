@@ -105,17 +105,14 @@ def model_config(base: Config, model: str, overrides: Sequence[str]) -> Config:
     return load_config(None, [f"model={model}", *overrides], base=copy.deepcopy(base))
 
 
-def _is_file(model: str) -> bool:
-    return Path(model).suffix in (".yaml", ".yml")
-
-
 def _model_configs(
     base: Config, models: Sequence[str], overrides: Sequence[str]
 ) -> dict[str, Config]:
     """Name in tables and folders -> configuration, in the given order."""
     configs: dict[str, Config] = {}
     for model in models:
-        name = Path(model).stem if _is_file(model) else model
+        # Never a path, which would lead out of the folder of the cross-validation.
+        name = Path(model).name.removesuffix(".yaml").removesuffix(".yml")
         if name in configs:
             raise ConfigError(f"--model {model}: there is a model {name} already; rename the file")
         configs[name] = model_config(base, model, overrides)

@@ -37,6 +37,8 @@ def write_summary(out: Path, summary: Summary) -> None:
     _write(out / "summary.tex", _latex(summary))
     if any(model.finished for model in summary.models):
         plot_scores(out / "scores.png", summary)
+    else:
+        (out / "scores.png").unlink(missing_ok=True)
 
 
 def write_results(path: Path, outcomes: Sequence[Outcome]) -> None:

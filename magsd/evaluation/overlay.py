@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ OUTLINE = (90, 230, 215)
 BOX = (255, 255, 255)
 # Shorter side of a drawn picture in pixels: outlines of small inputs are smooth in print, too.
 DRAW_SIZE = 672
+# The names that `save_items` gives its pictures.
+_NUMBERED = re.compile(r"\d{3,}_[\w-]*\.png")
 
 
 @dataclass(frozen=True)
@@ -164,12 +167,20 @@ def save_overlay(path: str | Path, item: OverlayItem, *, size: int = DRAW_SIZE) 
 def save_items(
     folder: str | Path, items: Sequence[OverlayItem], *, title: str | None = None
 ) -> Path:
-    """Write one PNG an item, named by number and class, and `contact_sheet.png`; its path."""
+    """Write one PNG an item, named by number and class, and `contact_sheet.png`; its path.
+
+    Pictures that an earlier call left beside a contact sheet are removed.
+    """
     folder = Path(folder)
+    sheet = folder / "contact_sheet.png"
+    if sheet.is_file():
+        for path in folder.glob("*.png"):
+            if _NUMBERED.fullmatch(path.name):
+                path.unlink()
     for number, item in enumerate(items):
         label = "".join(c if c.isalnum() or c in "-_" else "-" for c in item.label or "")
         save_overlay(folder / f"{number:03d}_{label}.png", item)
-    return contact_sheet(folder / "contact_sheet.png", items, title=title)
+    return contact_sheet(sheet, items, title=title)
 
 
 def contact_sheet(

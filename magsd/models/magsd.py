@@ -66,6 +66,8 @@ class MAGSD(AttentiveClassifier):
             raise ValueError(f"attention_maps: expected at least 1, got {attention_maps}")
         if fusion not in FUSIONS:
             raise ConfigError(f"unknown fusion {fusion!r}; known: {', '.join(FUSIONS)}")
+        if regulariser not in ("l2", "dropout"):
+            raise ConfigError(f"unknown regulariser {regulariser!r}; known: l2, dropout")
         if fusion == "cascade" and scales != 3:
             raise ConfigError(f"fusion=cascade needs scales=3, got scales={scales}")
         super().__init__(

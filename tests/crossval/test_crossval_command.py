@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from magsd import cli
 from magsd.crossval import execute
-from magsd.errors import ConfigError, DataError
+from magsd.errors import ConfigError, DataError, RunError
+from magsd.training.run_folder import RunFolder
 from magsd.training.trainer import Trainer
 
 
@@ -108,3 +109,16 @@ def test_refusals_come_before_any_training(
     with pytest.raises(DataError, match="no/where"):
         crossval("--model", "plain", "data.source=folder:no/where")
     assert not (tmp_path / "out").exists()
+
+
+def test_second_call_into_the_folder_is_refused(
+    crossval: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    first = RunFolder(tmp_path / "out")
+    first.lock()
+    try:
+        with pytest.raises(RunError, match=r"another process is training in .*out"):
+            crossval("--model", "plain")
+    finally:
+        first.unlock()
+    assert [path.name for path in first.root.iterdir()] == [".lock"]

@@ -60,6 +60,13 @@ def test_refusals(changes: dict, message: str, base: Config, tmp_path: Path) -> 
         plan_runs(**({"out": tmp_path, "base": base, "models": ["plain"]} | changes))
 
 
+def test_model_file_of_any_name_keeps_its_runs_in_the_folder(base: Config, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("model.scales: 1\n")
+    (run, *_) = plan_runs(tmp_path / "out", base, [str(tmp_path / "mine")])
+    assert (run.model, run.config.model.scales) == ("mine", 1)
+    assert run.folder.root == tmp_path / "out" / "mine" / "seed0" / "fold0"
+
+
 def test_models_must_share_their_folds(base: Config, tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text("data.folds: 3\n")
     models = ["plain", str(tmp_path / "other.yaml")]

@@ -122,6 +122,7 @@ def test_files(tmp_path: Path) -> None:
 
 def test_nothing_finished(tmp_path: Path) -> None:
     summary = summarise([outcome("base_1", 0, None), outcome("new", 0, None)])
+    (tmp_path / "scores.png").touch()  # of an earlier call
     write_summary(tmp_path, summary)
     assert "| new | - | 0/1 | - |" in (tmp_path / "summary.md").read_text()
     assert not (tmp_path / "scores.png").exists()

@@ -8,7 +8,7 @@ import pytest
 
 from magsd.evaluation import OverlayItem, contact_sheet, overlay_image, save_overlay
 from magsd.evaluation.boxes import Box
-from magsd.evaluation.overlay import BOX, OUTLINE, heat_map
+from magsd.evaluation.overlay import BOX, OUTLINE, heat_map, save_items
 
 GREY = np.full((64, 64), 100, np.uint8)
 
@@ -107,6 +107,19 @@ def test_saved_file_is_the_picture(tmp_path):
     path = save_overlay(tmp_path / "new" / "one.png", item, size=128)
     read = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
     assert np.array_equal(read, overlay_image(item.image, item.saliency, item.mask, size=128))
+
+
+def test_fewer_pictures_replace_more(tmp_path):
+    own = tmp_path / "001_mine.png"
+    own.touch()
+    save_items(tmp_path, [_item()])
+    assert own.exists()  # no earlier call had written here
+    own.unlink()
+    save_items(tmp_path, [_item(), _item(label="other"), _item()])
+    (tmp_path / "mine.png").touch()
+    save_items(tmp_path, [_item()])
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["000_pneumonia.png", "contact_sheet.png", "mine.png"]
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])

@@ -209,6 +209,7 @@ def test_crop_is_refined_by_the_crop_alone() -> None:
     ("arguments", "message"),
     [
         ({"fusion": "sideways"}, "fusion 'sideways'; known: down, up"),
+        ({"regulariser": "L2"}, "regulariser 'L2'; known: l2, dropout"),
         ({"fusion": "cascade", "scales": 2}, "cascade needs scales=3, got scales=2"),
     ],
 )
