@@ -36,7 +36,7 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     if not data:
         raise DataError(f"{name}: the file is empty")
     # Archives often name DICOM files without a suffix.
-    if PurePath(name).suffix.lower() in DICOM_SUFFIXES or data[128:132] == b"DICM":
+    if PurePath(name).suffix.lower() in DICOM_SUFFIXES or is_dicom(data):
         return _read_dicom(name, data)
     _check_complete(name, data)
     try:
@@ -46,6 +46,11 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     if image is None:
         raise DataError(f"{name}: not a PNG, JPEG or DICOM image, or damaged")
     return _tidy_channels(to_uint8(image))
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether the content of a file says that it is DICOM."""
+    return data[128:132] == b"DICM"
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:

@@ -122,7 +122,27 @@ class StreamedData(RunData):
         return cache, list(range(len(cache)))
 
     def write_split(self, path: Path) -> None:
-        """Nothing: the two lists of shards are the split; see `RunData`."""
+        """Write the shards of the two sides, by which a resumed run knows them; see `RunData`."""
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["key", "images", "split"], *self._rows()])
+
+    def check_split(self, path: Path) -> None:
+        """Raise DataError where `write_split` wrote other shards; folders may differ."""
+        with path.open(newline="", encoding="utf-8") as file:
+            stored = list(csv.reader(file))[1:]
+        if stored != self._rows():
+            raise DataError(
+                f"{path}: the run was trained on other shards, or in another order, than"
+                f" {self.train.spec} and {self.validation.spec}; a run goes on with the same"
+            )
+
+    def _rows(self) -> list[list[str]]:
+        sides = {"train": self.train, "validation": self.validation}
+        return [
+            [shard.url.rpartition("/")[2], str(shard.samples), side]
+            for side, index in sides.items()
+            for shard in index.shards
+        ]
 
     def counts(self) -> tuple[int, int]:
         """Images of the two lists of shards; see `RunData`."""
@@ -177,7 +197,7 @@ def same_source(first: str, second: str) -> bool:
 
 
 def trained_on(split: Path) -> set[str]:
-    """Keys of the training images in a run's split.csv; none where it was trained on shards."""
+    """Keys of the training images in a run's split.csv; of shards, the files' names."""
     if not split.is_file():
         return set()
     with open(split, newline="", encoding="utf-8") as file:
@@ -277,7 +297,7 @@ def prepare_data(
     classes = tuple(payload["classes"]) if payload is not None else None
     streams = is_shards(config.data.source)
     data = (
-        _open_streams(config, classes, team)
+        _open_streams(config, stored_split, classes, team)
         if streams
         else _open_cached(config, stored_split, classes, console, team)
     )
@@ -310,14 +330,19 @@ def _check_settings(config: Config) -> None:
         )
 
 
-def _open_streams(config: Config, classes: tuple[str, ...] | None, team: Team) -> StreamedData:
+def _open_streams(
+    config: Config, stored_split: Path | None, classes: tuple[str, ...] | None, team: Team
+) -> StreamedData:
     train = open_shards(config.data.source, classes=classes)
     validation = open_shards(str(config.data.validation), classes=train.classes)
     both = {shard.url for shard in train.shards} & {shard.url for shard in validation.shards}
     if both:
         raise DataError(f"{min(both)} is both trained and validated on")
     _compare(config.data.source, train.digest() + validation.digest(), team)
-    return StreamedData(train.classes, train, validation)
+    data = StreamedData(train.classes, train, validation)
+    if team.leads and stored_split is not None and stored_split.is_file():
+        data.check_split(stored_split)
+    return data
 
 
 def _compare(source: str, digest: str, team: Team) -> None:

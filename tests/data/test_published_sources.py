@@ -91,9 +91,10 @@ class TestNih:
         again = open_source(f"nih:{folder}")
         assert again.fingerprint(again.records[2]) != before
 
-    def test_view(self, folder: Path) -> None:
+    def test_view(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         labels = [r.label for r in open_source(f"nih:{folder},view=AP").records]
         assert labels == ["No Finding", "No Finding"]
+        assert "3 images that are not of the view AP are left out" in caplog.text
 
     def test_what_is_missing(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         (folder / "images_001" / "images" / "00000001_000.png").unlink()

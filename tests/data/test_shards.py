@@ -25,6 +25,7 @@ from magsd.errors import DataError
 pytest.importorskip("webdataset", reason="needs the shards extra")
 
 IMAGES, SHARD = 23, 5
+OPEN_FILES = Path("/proc/self/fd")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ class TestWriting:
         with pytest.raises(DataError, match=r"holds train-000000\.tar already"):
             write_shards(source, tmp_path / "out")
 
-    def test_bad_images(self, tmp_path: Path) -> None:
+    def test_bad_images(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         for label in "ab":
             (tmp_path / "in" / label).mkdir(parents=True)
             cv2.imwrite(str(tmp_path / "in" / label / "1.png"), np.zeros((8, 8), np.uint8))
@@ -101,6 +102,21 @@ class TestWriting:
         assert list((tmp_path / "out").iterdir()) == []
         write_shards(source, tmp_path / "out", skip_bad=True)
         assert len(members(tmp_path / "out")) == 2
+        assert "1 of 3 images cannot be read and are left out, the first a/0.png" in caplog.text
+
+    def test_files_of_other_suffixes_can_be_read_again(self, tmp_path: Path) -> None:
+        names = [("0.BMP", "a"), ("1.tif", "b")]
+        for name, _ in names:
+            cv2.imwrite(str(tmp_path / name), np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+        lines = ["file,label", *(f"{name},{label}" for name, label in names)]
+        (tmp_path / "t.csv").write_text("\n".join(lines))
+        source = open_source(f"csv:{tmp_path / 't.csv'}")
+        path = write_shards(source, tmp_path / "out")[0]
+        index = open_shards(f"shards:{path}")
+        read = ShardReader(index.shards[0], 2, index.classes, 8, 3, None).take([0, 1])
+        expected = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)[..., ::-1]
+        for pixels, _ in read:
+            np.testing.assert_array_equal(pixels, expected)
 
 
 class TestPlan:
@@ -204,6 +220,21 @@ class TestLoader:
         batches.close()  # type: ignore[attr-defined]
         assert len(list(loader(folder).epoch(0))) == 6
 
+    @pytest.mark.skipif(not OPEN_FILES.is_dir(), reason="no /proc to count open files in")
+    def test_an_error_leaves_no_shard_open(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(self: ShardReader, sample: object) -> None:
+            raise DataError("bad image")
+
+        monkeypatch.setattr(ShardReader, "_decode", fail)
+        with pytest.raises(DataError) as caught:
+            list(loader(folder).epoch(0))
+        # The error holds the frames it came through, and what they hold.
+        assert caught.value.__traceback__ is not None
+        names = [str(file.readlink()) for file in OPEN_FILES.iterdir() if file.is_symlink()]
+        assert not [name for name in names if name.startswith(str(folder))]
+
     def test_no_more_is_held_than_two_buffers(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -252,6 +283,13 @@ class TestForeignShards:
             "k3.seg.png": self.PNG, "k3.json": b'{"label": 1}',
         }  # fmt: skip
         assert self.read(self.make(tmp_path, files, 3)) == [1, 0, 1]
+
+    def test_masks_beside_an_image_are_not_taken_for_it(self, tmp_path: Path) -> None:
+        black = cv2.imencode(".png", np.zeros((8, 8), np.uint8))[1].tobytes()
+        files = {"k.mask.png": black, "k.png": self.PNG, "k.cls": b"1"}
+        index = open_shards(self.make(tmp_path, files))
+        ((pixels, _),) = ShardReader(index.shards[0], 1, index.classes, 8, 1, None).take([0])
+        assert pixels.max() == 63
 
     def test_refusals(self, tmp_path: Path) -> None:
         good = {"k.png": self.PNG, "k.cls": b"1"}

@@ -90,6 +90,9 @@ def test_stopped_and_resumed_is_one_run(
     )
     one.pop("config"), other.pop("config")
     same_state(one, other)
+    fewer = whole.config.data.source.replace("000003", "000002")
+    with pytest.raises(DataError, match="the run was trained on other shards"):
+        train(tmp_path / "parted", f"data.source={fewer}", "epochs=3", resume=True)
 
 
 def test_whole_command(train: Callable[..., TrainedRun], tmp_path: Path, console: Console) -> None:

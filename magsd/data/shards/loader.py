@@ -157,21 +157,23 @@ class ShardLoader(Loader):
     def _stream(self, plan: Plan, skip: int) -> Generator[_Sample, None, None]:
         """The plan's images after the first `skip`, one block read while the last is emitted."""
         readers = [self._reader(*piece) for piece in plan.pieces]
-        with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(TOGETHER) as pool:
-            last: tuple[NDArray[np.int64], Future[dict[int, _Sample]]] | None = None
-            try:
-                for places in plan.blocks(skip):
-                    coming = ahead.submit(self._read, plan, readers, places, pool)
+        try:
+            with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(TOGETHER) as pool:
+                last: tuple[NDArray[np.int64], Future[dict[int, _Sample]]] | None = None
+                try:
+                    for places in plan.blocks(skip):
+                        coming = ahead.submit(self._read, plan, readers, places, pool)
+                        if last is not None:
+                            yield from _emit(*last)
+                        last = places, coming
                     if last is not None:
                         yield from _emit(*last)
-                    last = places, coming
-                if last is not None:
-                    yield from _emit(*last)
-            finally:
-                for reader in readers:
-                    reader.stop()
-        for reader in readers:
-            reader.close()
+                finally:
+                    for reader in readers:
+                        reader.stop()
+        finally:
+            for reader in readers:
+                reader.close()
 
     def _reader(self, shard: int, end: int) -> ShardReader:
         form = (self.image_size, self.channels, self.clahe)

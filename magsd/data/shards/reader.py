@@ -84,7 +84,8 @@ class ShardReader:
 
     def _decode(self, sample: dict[str, Any]) -> tuple[np.ndarray, int]:
         where = f"{self._shard.url}, {sample['__key__']}"
-        for name, data in sample.items():
+        # KEY.png before KEY.mask.png, whichever comes first in the tar.
+        for name, data in sorted(sample.items(), key=lambda item: item[0].count(".")):
             suffix = f".{name.rpartition('.')[2]}"
             if suffix in IMAGE_SUFFIXES:
                 pixels = prepare_image(decode_image(data, f"{where}{suffix}"), *self._form)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from magsd.data.images import DICOM_SUFFIXES, IMAGE_SUFFIXES, decode_image
+from magsd.data.images import IMAGE_SUFFIXES, decode_image, is_dicom
 from magsd.data.record import Record
 from magsd.data.shards.index import INDEX, webdataset
 from magsd.data.sources.base import FileSource, Source
@@ -21,6 +22,7 @@ from magsd.errors import DataError
 
 _AHEAD = 16  # images read while others are written
 _NAMED_BAD = 10
+_log = logging.getLogger(__name__)
 
 
 def write_shards(
@@ -39,8 +41,8 @@ def write_shards(
     `choose_split`); None writes all to train-NNNNNN.tar. shard_size: images of a shard at most.
     Files go in as they are, other images as PNG, each with ``.cls`` (the place of its class) and
     ``.json`` (label, key, patient); masks are left out. Images are dealt to shards by `seed`, so
-    that each holds all classes. skip_bad: leave images out that cannot be read, rather than raise.
-    progress: called with images done and images in all.
+    that each holds all classes. skip_bad: leave images out that cannot be read, with a warning that
+    counts them, rather than raise. progress: called with images done and images in all.
 
     Raises DataError where `out` holds shards already, or naming images that cannot be read; what
     was written is removed then.
@@ -118,6 +120,11 @@ class _Job:
             lines = [f"{len(self.bad)} of {self.total} images cannot be read:"]
             lines += [f"  {reason}" for reason in self.bad[:_NAMED_BAD]]
             raise DataError("\n".join([*lines, "Repair or remove them, or leave them out."]))
+        if self.bad:
+            _log.warning(
+                "%d of %d images cannot be read and are left out, the first %s",
+                len(self.bad), self.total, self.bad[0],
+            )  # fmt: skip
         content = {"classes": list(self.source.classes), "shards": self.entries}
         temporary = self.folder / f"{INDEX}.tmp{os.getpid()}"
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -147,15 +154,21 @@ def _encoded(source: Source, record: Record) -> tuple[str, bytes]:
     """Suffix and bytes of an image, which were found readable."""
     as_it_is = type(source).read_image is FileSource.read_image and isinstance(source, FileSource)
     if not as_it_is or record.path is None:
-        image = source.read_image(record)
-        if image.ndim == 3:
-            image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-        return "png", cv2.imencode(".png", image)[1].tobytes()
+        return "png", _png(source.read_image(record))
     try:
         data = record.path.read_bytes()
     except OSError as error:
         raise DataError(f"{record.path}: cannot be read ({error.strerror})") from error
-    decode_image(data, str(record.path))
+    image = decode_image(data, str(record.path))
     suffix = record.path.suffix.lower()
-    known = suffix if suffix in IMAGE_SUFFIXES else min(DICOM_SUFFIXES)
-    return known.removeprefix("."), data
+    if suffix in IMAGE_SUFFIXES:
+        return suffix.removeprefix("."), data
+    # Of what a table may list beyond these (BMP, TIFF), readers of shards know no suffix.
+    return ("dcm", data) if is_dicom(data) else ("png", _png(image))
+
+
+def _png(image: np.ndarray) -> bytes:
+    """A grey or RGB image as the content of a PNG file."""
+    if image.ndim == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".png", image)[1].tobytes()

@@ -37,10 +37,11 @@ class NihSource(PublishedSource):
     def _find(self) -> Iterator[Record]:
         table = self._need("Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv")
         files, sides, boxes = self._find_files(), self._read_sides(), self._read_boxes()
-        several = 0
+        others = several = 0
         for _, row in read_rows(table, _COLUMNS):
             name, label = row["image index"].strip(), row["finding labels"].strip()
             if not shows_view(row["view position"], self.choice["view"]):
+                others += 1
                 continue
             if "|" in label:
                 several += 1
@@ -53,6 +54,7 @@ class NihSource(PublishedSource):
                 split=sides.get(name),
                 boxes=boxes.get((name, label), ()),
             )
+        self._left_out(others, f"that are not of the view {self.choice['view']}")
         self._left_out(several, "with several findings")
 
     def _find_files(self) -> dict[str, Path]:
