@@ -41,8 +41,13 @@ def localize(
 ) -> None:
     """Boxes around what a run's model looks at, and how well they meet the masks."""
     from magsd.data import open_source
-    from magsd.evaluation.localise import draw_boxes, localisation_report, localise, write_boxes
-    from magsd.evaluation.tables import map_scores_table
+    from magsd.evaluation.localise import (
+        draw_boxes,
+        localisation_report,
+        localise,
+        map_scores_table,
+        write_boxes,
+    )
     from magsd.training.checkpoint import disk_full_as_error
     from magsd.training.run import kernels, load_run
     from magsd.training.run_data import plain_loader

@@ -24,19 +24,14 @@ def shards(
     ] = None,
 ) -> None:
     """Write images as tar shards, train-*.tar and val-*.tar, to be streamed in training."""
-    from magsd.data import choose_split, open_source
+    from magsd.data import open_source
     from magsd.data.shards import write_shards
     from magsd.training.checkpoint import disk_full_as_error
+    from magsd.training.run_data import split_of
 
-    settings = training_config(list(overrides or ()), None, data, None).data
-    source = open_source(settings.source)
-    split = choose_split(
-        source.records,
-        how=settings.split,
-        folds=settings.folds,
-        fold=settings.fold,
-        seed=settings.split_seed,
-    )
+    settings = training_config(list(overrides or ()), None, data, None)
+    source = open_source(settings.data.source)
+    split = split_of(settings, source.records)
     console = make_console()
     with (
         disk_full_as_error(out, "free some space and run the command again"),
@@ -47,8 +42,8 @@ def shards(
             out,
             split=split,
             shard_size=shard_size,
-            seed=settings.split_seed,
-            skip_bad=settings.skip_bad,
+            seed=settings.data.split_seed,
+            skip_bad=settings.data.skip_bad,
             progress=lambda done, total: status.update(f"writing shards: {done}/{total}"),
         )
     console.print(

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.markup import escape
+from rich.table import Table
 
 from magsd.data import Batch, ImageCache, Record
 from magsd.evaluation.boxes import (
@@ -27,9 +29,17 @@ from magsd.evaluation.evaluate import inference, jsonable, probabilities_of
 from magsd.evaluation.localisation import upsampled
 from magsd.evaluation.overlay import save_items
 from magsd.evaluation.predict import cached_item, in_turn
+from magsd.evaluation.tables import new_table, percent
 from magsd.models.classifier import Classifier
 
-MEASURES = ("inside", "region_iou", "boxes_iou", "best_box_iou", "pointing")
+# Name and heading.
+MEASURES = {
+    "inside": "attention in mask",
+    "region_iou": "IoU of region",
+    "boxes_iou": "IoU of boxes",
+    "best_box_iou": "IoU of best box",
+    "pointing": "pointing game",
+}
 _BOX_COLUMNS = [
     *("key", "label", "predicted", "number", "x0", "y0", "x1", "y1", "share"),
     *("image_width", "image_height"),
@@ -216,6 +226,31 @@ def _group(images: Sequence[LocalisedImage]) -> GroupScores:
             float(np.mean([s.centre for s in scores])),
         )
     return GroupScores(len(scores), len(images) - len(scores), means)
+
+
+def map_scores_table(report: LocalisationReport) -> Table:
+    """What maps reach by class; in brackets a uniform map, or a point without aim."""
+    title = f"Maps against masks (boxes from {report.threshold:g} of the maximum"
+    title += f", pointing within {report.tolerance:g} pixels)" if report.tolerance else ")"
+    table = new_table(title, ["images", "left out", *MEASURES.values()])
+    table.caption = "in brackets: a uniform map; pointing: a random point, then the image's centre"
+    table.caption_justify = "left"
+    for name, group in report.per_class.items():
+        table.add_row(escape(name), *_group_cells(group))
+    table.add_section()
+    table.add_row("all", *_group_cells(report.overall))
+    return table
+
+
+def _group_cells(group: GroupScores) -> list[str]:
+    counts = [str(group.images), str(group.left_out)]
+    means = group.means
+    if means is None:
+        return [*counts, *["-"] * len(MEASURES)]
+    chance = {name: percent(means.uniform[name]) for name in MEASURES}
+    chance["pointing"] += f", {percent(means.centre)}"
+    cells = [f"{percent(means.values[name])} ({chance[name]})" for name in MEASURES]
+    return [*counts, *cells]
 
 
 def write_boxes(

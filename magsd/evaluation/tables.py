@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
 
 from magsd.evaluation.localisation import Localisation, LocalisationScore
 from magsd.evaluation.metrics import AVERAGED, Metrics
-
-if TYPE_CHECKING:
-    from magsd.evaluation.localise import GroupScores, LocalisationReport
 
 HEADINGS = {
     "accuracy": "accuracy",
@@ -23,14 +19,6 @@ HEADINGS = {
     "specificity": "specificity",
     "false_positive_rate": "false-positive rate",
     "auroc": "AUROC",
-}
-
-MEASURE_HEADINGS = {
-    "inside": "attention in mask",
-    "region_iou": "IoU of region",
-    "boxes_iou": "IoU of boxes",
-    "best_box_iou": "IoU of best box",
-    "pointing": "pointing game",
 }
 
 
@@ -52,7 +40,7 @@ def report_tables(
 
 def means_table(raw: Metrics, refined: Metrics | None) -> Table:
     """Accuracy and macro means, a column for each kind of logits."""
-    table = _table(f"{raw.images} images, means over classes", ["raw"])
+    table = new_table(f"{raw.images} images, means over classes", ["raw"])
     if refined is not None:
         table.add_column("raw + refined", justify="right")
     for name, heading in HEADINGS.items():
@@ -63,7 +51,7 @@ def means_table(raw: Metrics, refined: Metrics | None) -> Table:
 
 def classes_table(metrics: Metrics, title: str) -> Table:
     """One row a class, against the rest."""
-    table = _table(title, ["images", *(HEADINGS[name] for name in AVERAGED)])
+    table = new_table(title, ["images", *(HEADINGS[name] for name in AVERAGED)])
     for name, scores in metrics.per_class.items():
         values = [percent(getattr(scores, column)) for column in AVERAGED]
         table.add_row(escape(name), str(scores.images), *values)
@@ -72,7 +60,7 @@ def classes_table(metrics: Metrics, title: str) -> Table:
 
 def confusion_table(metrics: Metrics, classes: Sequence[str], title: str) -> Table:
     """Rows are the true classes, columns the predicted ones."""
-    table = _table(title, list(classes), first="true \\ predicted")
+    table = new_table(title, list(classes), first="true \\ predicted")
     for k, (name, row) in enumerate(zip(classes, metrics.confusion, strict=True)):
         cells = [f"[bold]{n}[/]" if j == k else str(n) for j, n in enumerate(row)]
         table.add_row(escape(name), *cells)
@@ -81,7 +69,7 @@ def confusion_table(metrics: Metrics, classes: Sequence[str], title: str) -> Tab
 
 def localisation_table(localisation: Localisation) -> Table:
     """Share of the attention inside the masks against that of a uniform map."""
-    table = _table(
+    table = new_table(
         "Attention inside the masks", ["images", "attention", "uniform map", "ratio", "left out"]
     )
     for name, score in localisation.per_class.items():
@@ -89,31 +77,6 @@ def localisation_table(localisation: Localisation) -> Table:
     table.add_section()
     table.add_row("all", *_score_cells(localisation.overall))
     return table
-
-
-def map_scores_table(report: LocalisationReport) -> Table:
-    """What maps reach by class; in brackets a uniform map, or a point without aim."""
-    title = f"Maps against masks (boxes from {report.threshold:g} of the maximum"
-    title += f", pointing within {report.tolerance:g} pixels)" if report.tolerance else ")"
-    table = _table(title, ["images", "left out", *MEASURE_HEADINGS.values()])
-    table.caption = "in brackets: a uniform map; pointing: a random point, then the image's centre"
-    table.caption_justify = "left"
-    for name, group in report.per_class.items():
-        table.add_row(escape(name), *_group_cells(group))
-    table.add_section()
-    table.add_row("all", *_group_cells(report.overall))
-    return table
-
-
-def _group_cells(group: GroupScores) -> list[str]:
-    counts = [str(group.images), str(group.left_out)]
-    means = group.means
-    if means is None:
-        return [*counts, *["-"] * len(MEASURE_HEADINGS)]
-    chance = {name: percent(means.uniform[name]) for name in MEASURE_HEADINGS}
-    chance["pointing"] += f", {percent(means.centre)}"
-    cells = [f"{percent(means.values[name])} ({chance[name]})" for name in MEASURE_HEADINGS]
-    return [*counts, *cells]
 
 
 def percent(value: float) -> str:
@@ -132,7 +95,8 @@ def _score_cells(score: LocalisationScore) -> list[str]:
     ]
 
 
-def _table(title: str, columns: Sequence[str], first: str = "") -> Table:
+def new_table(title: str, columns: Sequence[str], first: str = "") -> Table:
+    """A table of numbers; `first` heads the column of their names."""
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column(first)
     for name in columns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from magsd.data import (
     BatchLoader,
     ImageCache,
     Loader,
+    Record,
     Split,
     choose_split,
     load_cache,
@@ -372,14 +373,16 @@ def _open_cached(
     elif stored_split is not None and stored_split.is_file():
         split = read_split(stored_split, cache.records)
     else:
-        split = choose_split(
-            cache.records,
-            how=data.split,
-            folds=data.folds,
-            fold=data.fold,
-            seed=data.split_seed,
-        )
+        split = split_of(config, cache.records)
     return CachedData(classes, cache, team.tell(split))
+
+
+def split_of(config: Config, records: Sequence[Record]) -> Split:
+    """The two sides into which a run divides images. Raises `DataError` as `choose_split`."""
+    data = config.data
+    return choose_split(
+        records, how=data.split, folds=data.folds, fold=data.fold, seed=data.split_seed
+    )
 
 
 def _digest(cache: ImageCache) -> str:
