@@ -74,6 +74,9 @@ def torchrun(
             "PYTHONPATH": str(Path(magsd.__file__).parents[1]),
             **{name: str(value) for name, value in environment.items()},
         },
+        # -m looks in the current folder first: a checkout there may lack the native kernels that
+        # the installed package has, whose last digits are others.
+        cwd=Path(magsd.__file__).parents[1],
         capture_output=True,
         text=True,
         timeout=300,
@@ -222,12 +225,7 @@ def test_validation_of_two_is_that_of_its_checkpoint(two: tuple[Path, str]) -> N
 def test_a_killed_process_ends_in_the_same_run(
     tmp_path: Path, broken: Path, two: tuple[Path, str], small_pairs: list[str]
 ) -> None:
-    """torchrun starts both again, and they go on from the first epoch's end.
-
-    Nearly always bit for bit; but once, on a machine with much other work, the last digits
-    differed, which AdamW enlarges to some 1e-4 of a weight. A step more or less would move them by
-    1e-2.
-    """
+    """torchrun starts both again; they go on from the first epoch's end, bit for bit."""
     out = tmp_path / "run"
     done = train_on_two(
         ["--out", str(out), *small_pairs],
@@ -244,11 +242,7 @@ def test_a_killed_process_ends_in_the_same_run(
         assert one[name] == other[name], name
     assert one["model"].keys() == other["model"].keys()
     for name, value in one["model"].items():
-        if value.is_floating_point():
-            apart = (value - other["model"][name]).norm()
-            assert apart <= 3e-3 * value.norm().clamp_min(1.0), name
-        else:
-            assert torch.equal(value, other["model"][name]), name
+        assert torch.equal(value, other["model"][name]), name
 
 
 def test_a_signal_to_one_stops_both_and_one_goes_on(
