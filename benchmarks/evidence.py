@@ -45,9 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = Device(options.device)
     out = options.out or _HERE / "results" / folder(device)
     out.mkdir(parents=True, exist_ok=True)
+    commit = get_commit_info()
     told = {
         "machine_info": describe(device, get_cpu_info().get("brand_raw", "unknown")),
-        "commit_info": {name: get_commit_info().get(name) for name in ("id", "dirty")},
+        "commit_info": {name: commit.get(name) for name in ("id", "dirty")},
     }
     chosen = [s for s in stages(options, out) if options.only is None or s.name in options.only]
     done = []

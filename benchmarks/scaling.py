@@ -24,7 +24,7 @@ from benchmarks.harness.machine import describe, folder
 from benchmarks.harness.sizes import CLASSES, MAGSD
 from benchmarks.harness.steps import BFLOAT16, FLOAT32, network
 from benchmarks.harness.timing import quartiles
-from benchmarks.reporting.scaling import Constants, bandwidth_of, render
+from benchmarks.reporting.scaling import Constants, bandwidth_of, hops, render
 from benchmarks.train_step import draw_batch
 from magsd.config import LossConfig, TrainConfig, ViewsConfig
 from magsd.data import Part
@@ -85,7 +85,6 @@ def measure(team: Team, options: argparse.Namespace) -> dict[str, object]:
         for work in [dist.all_reduce(part, async_op=True) for part in parts]:
             work.wait()
 
-    hops = 2 * torch.tensor(float(team.size)).log2().item()
     alone, joined = _steps(team, model, options)
     calls = {
         "alone": alone,
@@ -94,7 +93,7 @@ def measure(team: Team, options: argparse.Namespace) -> dict[str, object]:
         "small": lambda: dist.all_reduce(one),
     }
     times = {name: _seconds(call, device, options.rounds) for name, call in calls.items()}
-    latency = times["small"] / hops
+    latency = times["small"] / hops(team.size)
     bandwidth = bandwidth_of(times["exchange"], team.size, gradient, buckets, latency)
     passes = Constants.passes
     constants = Constants(

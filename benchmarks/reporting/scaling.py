@@ -53,19 +53,24 @@ def predict(constants: Constants, processes: int, images: int) -> Cost:
     compute = constants.passes * images / constants.rate
     if processes == 1:
         return Cost(compute, 0.0, 0.0)
-    hops = 2 * math.log2(processes)
     moved = 2 * (processes - 1) / processes * constants.gradient
-    exchange = moved / constants.bandwidth + constants.buckets * hops * constants.latency
+    waiting = constants.buckets * hops(processes) * constants.latency
+    exchange = moved / constants.bandwidth + waiting
     # Only the raw image's backward, the last of all, is left to hide behind.
     exposed = max(exchange - compute / 6, exchange / constants.buckets)
     return Cost(compute, exchange, exposed)
+
+
+def hops(processes: int) -> float:
+    """Messages after one another in the exchange of a bucket."""
+    return 2 * math.log2(processes)
 
 
 def bandwidth_of(
     exchange: float, processes: int, gradient: float, buckets: int, latency: float
 ) -> float:
     """The bandwidth with which the model explains a measured exchange."""
-    waiting = buckets * 2 * math.log2(processes) * latency
+    waiting = buckets * hops(processes) * latency
     return 2 * (processes - 1) / processes * gradient / max(exchange - waiting, 1e-9)
 
 

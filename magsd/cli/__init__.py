@@ -263,14 +263,14 @@ app.command()(shards)
 
 @app.command()
 def info() -> None:
-    """Versions, devices, kernel backends and packaged configurations."""
+    """Versions, devices, kernel backends, packaged configurations and models."""
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
     import magsd_kernels
     from magsd import __version__
-    from magsd.config import packaged_configs
+    from magsd.config import packaged_configs, packaged_models
 
     lines = [
         ("magsd", __version__),
@@ -286,5 +286,6 @@ def info() -> None:
     lines += [(f"cuda:{i}", torch.cuda.get_device_name(i)) for i in range(count)]
     lines += [(f"kernels {name}", state) for name, state in magsd_kernels.backends().items()]
     lines.append(("configurations", ", ".join(packaged_configs())))
+    lines.append(("models", ", ".join(packaged_models())))
     for name, value in lines:
         typer.echo(f"{name:24} {value}")
