@@ -45,9 +45,9 @@ _GRADIENT_TILE = tile(512)  # elements of a program that adds up the shares of t
 _CONFIGS = with_warps(8, 4)
 # By 16 warps, 14 x 14 pixels spill. Fewer stages leave a multiprocessor room for more programs.
 _IMAGE_CONFIGS = [
-    *with_warps(8),
-    *with_warps(8, stages=2),
-    *with_warps(8, stages=1, registers=255),
+    *with_warps(8, STAGES=3),
+    *with_warps(8, STAGES=2),
+    *with_warps(8, STAGES=1, registers=255),
 ]
 _KEY = ["maps", "channels", "pixels", "step_p", "RESIZE", "KIND", "PRECISION"]
 
@@ -135,7 +135,7 @@ def _image_backward_kernel(
     NORMALIZE: tl.constexpr, SIGNED_SQRT: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
     SMALLEST: tl.constexpr, RESIZE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     SPLIT: tl.constexpr, MAPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
-    PARTS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    PARTS: tl.constexpr, STAGES: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """All maps and pixels of an image in one tile, and `span` channels."""
     b = tl.program_id(0).to(tl.int64)
@@ -150,7 +150,8 @@ def _image_backward_kernel(
     )  # fmt: skip
     of_attention = tl.zeros([MAPS, PIXELS], ACC)
     first = tl.program_id(1) * span
-    for start in range(first, tl.minimum(first + span, channels), CHANNELS):
+    end = tl.minimum(first + span, channels)
+    for start in tl.range(first, end, CHANNELS, num_stages=STAGES):
         c = (start + tl.arange(0, CHANNELS)).to(INDEX)
         f = feature_tile(features, p[:, None], c[None, :], pixels, channels, step_c, step_p, KIND)
         pooled = tl.zeros([MAPS, CHANNELS], ACC)
@@ -336,7 +337,8 @@ def bilinear_attention_pool_backward(
     if call.maximum:
         for name in ("KIND", "PRECISION", "MAPS"):
             del settings[name]
-        maximum_backward_kernel[(batch, count)](*inputs, argmax, *targets, *sizes, **settings)
+        grid = (batch, count, triton.cdiv(call.pixels, tile["PIXELS"]))
+        maximum_backward_kernel[grid](*inputs, argmax, *targets, *sizes, **settings)
     elif whole:
         _image_backward_kernel[(batch, count)](
             *inputs, *targets, *sizes, span, SPLIT=call.split, **settings

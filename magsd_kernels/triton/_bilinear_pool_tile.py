@@ -240,8 +240,11 @@ class Call:
         """Channels and pixels of a tile of the backward."""
         if self.whole_image():
             pixels = block(max(self.pixels, 16), 256)
-            return {"CHANNELS": 64 if pixels <= 64 else 32, "PIXELS": pixels}
-        pixels = tile(32 if self.matrix or self.maximum else 16)
+            few = pixels <= 64 and not torch.version.hip  # AMD's scalar registers do not suffice.
+            return {"CHANNELS": 64 if few else 32, "PIXELS": pixels}
+        if self.maximum:  # Every tile of pixels reads all entries of P.
+            return {"CHANNELS": tile(32), "PIXELS": 64}
+        pixels = tile(32 if self.matrix else 16)
         return {"CHANNELS": tile(64 if self.matrix else 32), "PIXELS": pixels}
 
     def tiles(self, channels: int) -> tuple[int, int]:

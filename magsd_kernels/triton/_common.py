@@ -62,34 +62,38 @@ def with_rows(maps: torch.Tensor) -> torch.Tensor:
 
 
 def with_warps(
-    *counts: int, stages: int | None = None, registers: int | None = None, **constants: object
+    *counts: int, registers: int | None = None, **constants: object
 ) -> list[triton.Config]:
     """A configuration per number of warps, with the same constants.
 
-    stages: of pipelined loops, or the compiler's own number. registers: how many a thread may have,
-    where the compiler's own choice on NVIDIA is too few.
+    registers: how many a thread may have, where the compiler's own choice on NVIDIA is too few.
     """
-    return [
-        triton.Config(constants, num_warps=count, num_stages=stages, maxnreg=registers)
+    return [  # As many stages as the compiler chooses, 3 on NVIDIA and 2 on AMD.
+        triton.Config(constants, num_warps=count, num_stages=None, maxnreg=registers)
         for count in counts
     ]
 
 
-def _fitting(configs: list[triton.Config]) -> list[triton.Config]:
-    """The configurations as the GPUs of this build of torch take them, each once.
+def _on_amd(config: triton.Config, most: int) -> triton.Config:
+    """The configuration for AMD's warps of 64 threads, of which half as many do the work.
 
-    A limit of registers is NVIDIA's. AMD's warps have 64 threads each, so that half as many do the
-    work; a block of more of them than the default's leaves a thread too few registers.
+    At most `most` warps: a block of more leaves a thread too few registers. What loops over large
+    tiles load ahead would wait in registers too: they have one of their STAGES.
     """
-    if not (torch.version.hip or torch.version.xpu):
+    constants = dict(config.kwargs)
+    if "STAGES" in constants:
+        constants["STAGES"] = 1
+    return triton.Config(constants, min(max(config.num_warps // 2, 1), most), config.num_stages)
+
+
+def _fitting(configs: list[triton.Config]) -> list[triton.Config]:
+    """The configurations as the GPUs of this build of torch take them, each once."""
+    if torch.version.hip:
+        fitted = [_on_amd(config, max(configs[0].num_warps // 2, 4)) for config in configs]
+    elif torch.version.xpu:  # A limit of registers is NVIDIA's.
+        fitted = [triton.Config(c.kwargs, min(c.num_warps, 32), c.num_stages) for c in configs]
+    else:
         return configs
-    share, most = (2, max(configs[0].num_warps // 2, 4)) if torch.version.hip else (1, 32)
-    fitted = (
-        triton.Config(
-            config.kwargs, min(max(config.num_warps // share, 1), most), config.num_stages
-        )
-        for config in configs
-    )
     return list(dict.fromkeys(fitted))
 
 

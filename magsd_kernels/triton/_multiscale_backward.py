@@ -32,7 +32,7 @@ from magsd_kernels.triton._scales import (
 
 _SUMS_TILE = 2048  # elements in flight
 _GRADIENT_TILE = 4096
-_CONFIGS = [*with_warps(8, registers=144), *with_warps(16, registers=128)]
+_CONFIGS = [*with_warps(8, registers=168), *with_warps(16, registers=128)]
 _KEY = ["maps", "height", "width", "heights", "widths", "steps", "PARTS"]
 
 
@@ -43,20 +43,25 @@ def _resized_back(
     OUTPUTS_Y: tl.constexpr, OUTPUTS_X: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one scale's input pixels: what the outputs that read them give back."""
+    # Begun earlier at the far end, every walk stays inside.
     first_y = first_output(y, low_height, height, MODE, TAPS_Y, ALIGN).to(INDEX)
+    first_y = tl.minimum(first_y, height - OUTPUTS_Y)
     first_x = first_output(x, low_width, width, MODE, TAPS_X, ALIGN).to(INDEX)
-    place = grad + (b * grad_b + m * grad_c)
+    first_x = tl.minimum(first_x, width - OUTPUTS_X)
+    place = b * grad_b + m * grad_c + (first_y * width + first_x) * grad_p
     total = tl.zeros(inside.shape, ACC)
-    for k in range(OUTPUTS_Y * OUTPUTS_X):
-        o_y = first_y + k // OUTPUTS_X
-        o_x = first_x + k % OUTPUTS_X
-        part = share(o_y, y, low_height, height, MODE, TAPS_Y, ALIGN, ACC)
-        part *= share(o_x, x, low_width, width, MODE, TAPS_X, ALIGN, ACC)
-        read = inside
-        if MODE != "blocks":
-            read = read & (o_y < height) & (o_x < width) & (part != 0)
-        value = tl.load(place + (o_y * width + o_x) * grad_p, mask=read, other=0.0).to(ACC)
-        total += tl.where(read, value * part, 0.0)
+    for k_y in range(OUTPUTS_Y):
+        o_y = first_y + k_y
+        row = share(o_y, y, low_height, height, MODE, TAPS_Y, ALIGN, ACC)
+        for k_x in range(OUTPUTS_X):
+            o_x = first_x + k_x
+            part = row * share(o_x, x, low_width, width, MODE, TAPS_X, ALIGN, ACC)
+            read = inside
+            if MODE != "blocks":
+                read = read & (part != 0)
+            at = place + (k_y * width + k_x) * grad_p
+            value = tl.load(grad + at, mask=read, other=0.0).to(ACC)
+            total += value * part
     return total
 
 
@@ -137,7 +142,8 @@ def _added(sums, scale, m, maps, PARTS: tl.constexpr):
 @triton.jit
 def _gradient_kernel(
     grad, xs, weights, biases, mean, rstd, sums, grads, grad_weights, grad_biases,
-    batch, maps, height, width, grad_b, grad_c, grad_p, heights, widths, steps, to_steps,
+    batch, maps: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
+    grad_b, grad_c, grad_p, heights: tl.constexpr, widths: tl.constexpr, steps, to_steps,
     parameter_steps, NORM: tl.constexpr, TRAINING: tl.constexpr,
     MODES: tl.constexpr, ALIGN: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.constexpr,
     PARTS: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr, INDEX: tl.constexpr,
