@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from benchmarks.harness.machine import describe
 from benchmarks.harness.recording import Entry, Recorder, rounded
 from benchmarks.harness.session import Session
 from benchmarks.harness.sizes import PRECISIONS
-from magsd_kernels.backends import ENVIRONMENT_VARIABLE
+from magsd_kernels import environment
 
 _SESSION = pytest.StashKey[Session]()
 #: Not for pytest, and with needs of their own: the train extra.
@@ -33,8 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if os.environ.get(ENVIRONMENT_VARIABLE):
-        raise pytest.UsageError(f"{ENVIRONMENT_VARIABLE} is set: benchmarks name their backends")
+    if environment.value(environment.BACKEND):
+        raise pytest.UsageError(f"{environment.BACKEND} is set: benchmarks name their backends")
     device = config.getoption("--device")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -49,7 +48,7 @@ from magsd.config import LossConfig, ViewsConfig
 from magsd.models import MAGSD as Network
 from magsd.training.step import make_step
 from magsd.training.views import MAGSDViews
-from magsd_kernels.backends import ENVIRONMENT_VARIABLE
+from magsd_kernels import environment
 
 _HERE = Path(__file__).parent
 _BATCHES = 2
@@ -62,8 +61,8 @@ _PROFILER_SECONDS = 10.0  # of which the profiler's own work may be most
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     options = _options(arguments)
-    if os.environ.get(ENVIRONMENT_VARIABLE):
-        raise SystemExit(f"{ENVIRONMENT_VARIABLE} is set: what is measured is the automatic choice")
+    if environment.value(environment.BACKEND):
+        raise SystemExit(f"{environment.BACKEND} is set: what is measured is the automatic choice")
     device = Device(options.device)
     commit = get_commit_info()  # of what runs, whatever is committed meanwhile
     steps = [measure(device, batch, options) for batch in options.batch]

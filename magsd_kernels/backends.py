@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import threading
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from magsd_kernels import native
+from magsd_kernels import environment, native
 
 OPERATIONS = (
     "multiscale_attention",
@@ -26,7 +25,6 @@ OPERATIONS = (
 )
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 NAMES = (*BACKENDS, "auto")
-ENVIRONMENT_VARIABLE = "MAGSD_BACKEND"
 
 #: (backend, operation) that has no implementation, and why.
 MISSING: dict[tuple[str, str], str] = {}
@@ -40,8 +38,8 @@ ON_NVIDIA: dict[str, tuple[tuple[str, ...], str]] = {
     "soft_distance": (("cuda", "triton"), "not measured"),
 }
 
-#: Triton's own variable: its kernels run in Triton's interpreter, on the CPU.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+#: Triton's kernels run in its interpreter, on the CPU. Triton asks when it is imported.
+_INTERPRETED = environment.on(environment.TRITON_INTERPRET)
 
 #: Device types whose tensors a backend takes; the reference takes any.
 _DEVICES = {
@@ -96,7 +94,7 @@ def select(operation: str, backend: str | None, tensor: torch.Tensor) -> str:
     if name is None and _context.names:
         name = _context.names[-1]
     if name is None:
-        name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+        name = environment.value(environment.BACKEND) or "auto"
     if _known(name) == "reference":
         return name
     return _resolve(operation, name, tensor.device.type, tensor.dtype)

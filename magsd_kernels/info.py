@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import sys
 
 import torch
 
-from magsd_kernels import __version__, native
-from magsd_kernels.backends import ENVIRONMENT_VARIABLE, backends
+from magsd_kernels import __version__, environment, native
+from magsd_kernels.backends import backends
 
 
 def report() -> dict[str, dict[str, str]]:
@@ -22,12 +21,7 @@ def report() -> dict[str, dict[str, str]]:
         "backends": backends(),
         **{f"build of {name}": _build(name) for name in ("cpu", "cuda")},
         "environment": {
-            name: os.environ.get(name, "not set")
-            for name in (
-                ENVIRONMENT_VARIABLE,
-                native.CAPABILITY_VARIABLE,
-                native.EMULATION_VARIABLE,
-            )
+            name: environment.value(name) or "not set" for name in environment.VARIABLES
         },
     }
 

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-CAPABILITY_VARIABLE = "MAGSD_CPU_CAPABILITY"
+from magsd_kernels import environment
+
 CAPABILITIES = ("baseline", "avx2", "avx512")
-EMULATION_VARIABLE = "MAGSD_EMULATE_CUDA"
 
 _FOLDER = Path(__file__).parent / "lib"
 _states: dict[str, str | None] = {}
@@ -42,7 +41,7 @@ _operators = {backend: _Operators(backend) for backend in ("cpu", "cuda")}
 
 def emulates_cuda() -> bool:
     """Whether the "cuda" backend is its emulation on the CPU."""
-    return os.environ.get(EMULATION_VARIABLE) == "1"
+    return environment.on(environment.EMULATE_CUDA)
 
 
 def library(backend: str) -> Path:
@@ -90,9 +89,10 @@ def _load(backend: str) -> str | None:
     if not path.is_file():
         reason = build(backend).get("not built", "this installation holds no compiled library")
         return f"not built: {reason}"
-    wanted = os.environ.get(CAPABILITY_VARIABLE)
+    wanted = environment.value(environment.CPU_CAPABILITY)
     if backend == "cpu" and wanted and wanted not in CAPABILITIES:
-        return f"{CAPABILITY_VARIABLE} must be one of {', '.join(CAPABILITIES)}; got {wanted!r}"
+        names = ", ".join(CAPABILITIES)
+        return f"{environment.CPU_CAPABILITY} must be one of {names}; got {wanted!r}"
     if backend == "cuda" and not emulates_cuda():
         why = _no_device(build(backend))
         if why is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from magsd_kernels import environment
 from magsd_kernels._layout import is_channels_last
 
-AUTOTUNE_VARIABLE = "MAGSD_TRITON_AUTOTUNE"
-_AUTOTUNE = os.environ.get(AUTOTUNE_VARIABLE) == "1"
+_AUTOTUNE = environment.on(environment.TRITON_AUTOTUNE)
 
 _MOST_SIDE = 46340  # the largest number whose square 32 bits hold
 

@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import magsd_kernels
-from magsd_kernels import native
+from magsd_kernels import environment, native
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted")
 
 #: Triton's interpreter takes tens of microseconds for every operation of every program, a thousand
 #: times what the other targets take: under it, what repeats a test with other numbers repeats less.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = environment.on(environment.TRITON_INTERPRET)
 
 
 def dtype_id(value: object) -> str | None:
@@ -311,14 +311,14 @@ class Library:
             return "torch sees no CUDA device"
         return None
 
-    def run(self, code: str, **environment: str) -> str:
+    def run(self, code: str, **variables: str) -> str:
         """What code, in which `library` is this one, prints in a fresh interpreter."""
         if reason := self.why_not():
             pytest.skip(reason)
         if self.name == "cuda_emulated":
-            environment[native.EMULATION_VARIABLE] = "1"
+            variables[environment.EMULATE_CUDA] = "1"
         code = f"from tests.kernels.support import Library\nlibrary = {self!r}\n{code}"
-        result = fresh_python(with_tests(code), **environment)
+        result = fresh_python(with_tests(code), **variables)
         assert result.returncode == 0, result.stderr[-4000:]
         return result.stdout
 

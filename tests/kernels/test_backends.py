@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import magsd_kernels as mk
-from magsd_kernels import native
+from magsd_kernels import environment, native
 from magsd_kernels.backends import OPERATIONS, preference
 
 from .cases import CASES, all_cases, differentiable_cases
@@ -348,7 +348,7 @@ def test_available_means_that_something_runs(target):
 
 def test_info_prints_what_a_bug_report_needs():
     run = "import runpy; runpy.run_module('magsd_kernels.info', run_name='__main__')"
-    result = fresh_python(run, **{native.EMULATION_VARIABLE: str(int(native.emulates_cuda()))})
+    result = fresh_python(run, **{environment.EMULATE_CUDA: str(int(native.emulates_cuda()))})
     assert result.returncode == 0, result.stderr
     out = result.stdout
     assert mk.__version__ in out

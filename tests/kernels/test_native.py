@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from magsd_kernels import native
+from magsd_kernels import environment, native
 
 from .support import Library, every_library, fresh_python
 
@@ -89,7 +89,7 @@ def test_states_are_told_apart(
 ):
     monkeypatch.setattr(native, "_FOLDER", tmp_path)
     monkeypatch.setattr(native, "_states", {})
-    monkeypatch.setenv(native.EMULATION_VARIABLE, emulates)
+    monkeypatch.setenv(environment.EMULATE_CUDA, emulates)
     assert str(native.why_not(backend)).startswith("not built: this installation holds no")
     (tmp_path / "build.json").write_text(f'{{"{name}": {{"not built": "no compiler at all"}}}}')
     native._states.clear()
