@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from magsd.data.phantom import anatomy as body
 from magsd.data.phantom.anatomy import Anatomy
@@ -38,10 +39,11 @@ class Canvas:
         self.x = inverse[0, 0] * columns + inverse[0, 1] * rows + inverse[0, 2]
         self.y = inverse[1, 0] * columns + inverse[1, 1] * rows + inverse[1, 2]
 
-    def _points(self, curve: np.ndarray) -> np.ndarray:
+    def _points(self, curve: np.ndarray) -> NDArray[np.int32]:
         plane = curve @ self._matrix[:, :2].T + self._matrix[:, 2]
         pixels = (plane + 1) * (self.size / 2) - 0.5
-        return np.rint(pixels * (1 << _BITS)).astype(np.int32)
+        points: NDArray[np.int32] = np.rint(pixels * (1 << _BITS)).astype(np.int32)
+        return points
 
     def fill(self, outlines: list[np.ndarray]) -> np.ndarray:
         """(S, S) uint8, 255 inside any of the outlines."""
@@ -68,7 +70,7 @@ class Canvas:
         cv2.polylines(picture, points, False, value, thickness, cv2.LINE_AA, _BITS)
         return picture
 
-    def soft(self, picture: np.ndarray, sigma: float) -> np.ndarray:
+    def soft(self, picture: np.ndarray, sigma: float) -> NDArray[np.float32]:
         """The picture as float32 in 0..1, blurred by sigma in the plane's units."""
         return blur(picture, sigma * self.size / 2).astype(np.float32) * np.float32(1 / 255)
 
@@ -153,21 +155,22 @@ def _lung_tissue(
     air: np.ndarray,
     lesion: Lesion | None,
     random: np.random.Generator,
-) -> np.ndarray:
+) -> NDArray[np.floating]:
     """What vessels add, and what the air that is left takes away."""
     vessels = _vessels(canvas, anatomy, random) * chest.lungs * (1 - 0.8 * chest.dense)
     if lesion is not None:
         air = air * (1 - lesion.alpha)
         vessels *= 1 - lesion.solid * lesion.alpha
-    return 0.10 * vessels - 0.62 * air - _airways(canvas, anatomy)
+    tissue: NDArray[np.floating] = 0.10 * vessels - 0.62 * air - _airways(canvas, anatomy)
+    return tissue
 
 
 def _chest_wall(
     canvas: Canvas, anatomy: Anatomy, pose: Pose, random: np.random.Generator
-) -> np.ndarray:
+) -> NDArray[np.floating]:
     """Soft tissue and bone."""
     ratio = canvas.x / body.body_half_width(anatomy, canvas.y)
-    tissue = np.sqrt(np.maximum(0, 1 - ratio * ratio))
+    tissue: NDArray[np.floating] = np.sqrt(np.maximum(0, 1 - ratio * ratio))
     tissue *= 0.86 + 0.16 * np.tanh(1.5 * canvas.y)
     inside = tissue > 0
     tissue += _soft_parts(canvas, anatomy, pose)
@@ -175,7 +178,7 @@ def _chest_wall(
     return tissue + _bones(canvas, anatomy, pose) * (0.35 + 0.65 * inside)
 
 
-def _bones(canvas: Canvas, anatomy: Anatomy, pose: Pose) -> np.ndarray:
+def _bones(canvas: Canvas, anatomy: Anatomy, pose: Pose) -> NDArray[np.floating]:
     pairs = [pair for side in _SIDES for pair in body.ribs(anatomy, side)]
     back, front = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     # A tube of cortex round marrow: the rim stops more of the beam than the middle.
@@ -192,7 +195,7 @@ def _bones(canvas: Canvas, anatomy: Anatomy, pose: Pose) -> np.ndarray:
     return (total + _spine(canvas, anatomy)) * np.float32(anatomy.bone)
 
 
-def _spine(canvas: Canvas, anatomy: Anatomy) -> np.ndarray:
+def _spine(canvas: Canvas, anatomy: Anatomy) -> NDArray[np.floating]:
     """A column of vertebrae with darker discs and the knobs of their arches."""
     x, y = canvas.x, canvas.y
     column = sigmoid((0.075 * anatomy.width - np.abs(x)) * 90)
@@ -201,13 +204,14 @@ def _spine(canvas: Canvas, anatomy: Anatomy) -> np.ndarray:
     knobs = np.exp(-np.square(np.abs(x) - 0.045) / 0.0004)
     knobs *= np.square(np.square(np.maximum(0, np.cos(phase))))
     ridge = np.exp(-np.square(x) / 0.0003) * np.square(np.maximum(0, np.cos(phase + 1.5)))
-    return 0.10 * vertebra * column + 0.04 * knobs + 0.03 * ridge
+    spine: NDArray[np.floating] = 0.10 * vertebra * column + 0.04 * knobs + 0.03 * ridge
+    return spine
 
 
-def _soft_parts(canvas: Canvas, anatomy: Anatomy, pose: Pose) -> np.ndarray:
+def _soft_parts(canvas: Canvas, anatomy: Anatomy, pose: Pose) -> NDArray[np.floating]:
     """Breasts, shoulder blades, heads of the arm bones, liver and the gas in the stomach."""
     x, y = canvas.x, canvas.y
-    total = np.zeros_like(x)
+    total: NDArray[np.floating] = np.zeros_like(x)
     if anatomy.breasts:
         size = anatomy.breasts
         radius = ((np.abs(x) - 0.44) / (0.34 * size)) ** 2 + ((y - 0.30) / (0.30 * size)) ** 2
@@ -228,7 +232,7 @@ def _soft_parts(canvas: Canvas, anatomy: Anatomy, pose: Pose) -> np.ndarray:
     return total
 
 
-def _airways(canvas: Canvas, anatomy: Anatomy) -> np.ndarray:
+def _airways(canvas: Canvas, anatomy: Anatomy) -> NDArray[np.floating]:
     """Windpipe and main bronchi."""
     fork = -0.30 * anatomy.height
     pipe = body.smooth_open(np.array([[0.0, -1.3], [0.005, -0.7], [-0.012, fork]]))
@@ -239,7 +243,7 @@ def _airways(canvas: Canvas, anatomy: Anatomy) -> np.ndarray:
     return canvas.soft(picture, 0.012) * 0.13
 
 
-def _vessels(canvas: Canvas, anatomy: Anatomy, random: np.random.Generator) -> np.ndarray:
+def _vessels(canvas: Canvas, anatomy: Anatomy, random: np.random.Generator) -> NDArray[np.floating]:
     """Branching vessels from each hilum, thinner with every branching, (S, S) in 0..1."""
     total = np.zeros((canvas.size, canvas.size), np.float32)
     side = np.repeat(_SIDES, 9)
@@ -278,7 +282,7 @@ def _expose(attenuation: np.ndarray, canvas: Canvas, random: np.random.Generator
     film = (film - low) / (high - low)
     grain = random.standard_normal((size, size), np.float32)
     film += blur(grain, 0.5) * (random.uniform(0.010, 0.024) * (0.5 + film))
-    image = np.clip(film * 245 + 4, 0, 255).astype(np.uint8)
+    image: NDArray[np.uint8] = np.clip(film * 245 + 4, 0, 255).astype(np.uint8)
     _mark(image, random)
     return image
 
