@@ -54,13 +54,13 @@ def is_dicom(data: bytes) -> bool:
     return data[128:132] == b"DICM"
 
 
-def to_uint8(image: np.ndarray) -> NDArray[np.uint8]:
+def to_uint8(image: NDArray[np.bool_ | np.number]) -> NDArray[np.uint8]:
     """Bring any real-valued image to uint8; uint8 passes unchanged.
 
     The range between the percentiles 0.5 and 99.5 becomes 0..255; a constant image becomes 0.
     """
     if image.dtype == np.uint8:
-        return image
+        return image.astype(np.uint8, copy=False)
     values = image.astype(np.float32)
     low, high = np.percentile(values, _PERCENTILES)
     if high <= low:
@@ -76,7 +76,7 @@ def to_grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(H, W) from (H, W) or (H, W, 3) RGB, uint8."""
     if image.ndim == 2:
         return image
-    # OpenCV keeps the dtype; its types do not say so.
+    # Opencv keeps the dtype; its types do not say so.
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
 
 
@@ -115,7 +115,7 @@ def _read_dicom(name: str, data: bytes) -> NDArray[np.uint8]:
         raise DataError(f"{name}: DICOM image cannot be read ({error})") from error
 
 
-def _dicom_to_uint8(name: str, dataset: Any, pixels: np.ndarray) -> NDArray[np.uint8]:
+def _dicom_to_uint8(name: str, dataset: Any, pixels: NDArray[np.number]) -> NDArray[np.uint8]:
     """Rescaled, windowed and, for MONOCHROME1, inverted, so that bone comes out bright."""
     if int(dataset.get("NumberOfFrames", 1) or 1) > 1:
         raise DataError(f"{name}: DICOM with several frames is not a radiograph")

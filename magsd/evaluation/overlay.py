@@ -151,9 +151,9 @@ def with_boxes(picture: NDArray[np.uint8], boxes: Sequence[Box]) -> NDArray[np.u
 
 def fitted(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """RGB version whose shorter side has `size` pixels."""
-    # OpenCV keeps the dtype; its types do not say so.
     rgb = image
     if image.ndim == 2:
+        # Opencv keeps the dtype, here and below; its types do not say so.
         rgb = np.asarray(cv2.cvtColor(image, cv2.COLOR_GRAY2RGB), np.uint8)
     factor = size / min(rgb.shape[:2])
     if factor == 1:

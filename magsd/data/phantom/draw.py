@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magsd.data.phantom import anatomy as body
-from magsd.data.phantom.anatomy import Anatomy
+from magsd.data.phantom.anatomy import Anatomy, Points
 from magsd.data.phantom.lesions import Chest, Lesion, cloud, draw_lesion
 
+Picture = NDArray[np.integer | np.floating]
 VERSION = 3  # part of the cache's key: raise it when a picture changes
 _BITS = 4  # of the subpixel in opencv's drawing
 _SIDES = (-1, 1)
@@ -22,7 +23,7 @@ _SIDES = (-1, 1)
 class Pose:
     """What differs between images of one patient: place in the picture, breath, shoulders."""
 
-    matrix: np.ndarray  # (2, 3), from the anatomy's plane to the picture's, both -1..1
+    matrix: NDArray[np.float64]  # (2, 3), from the anatomy's plane to the picture's, both -1..1
     breath: float
     lift: float
 
@@ -39,13 +40,13 @@ class Canvas:
         self.x = inverse[0, 0] * columns + inverse[0, 1] * rows + inverse[0, 2]
         self.y = inverse[1, 0] * columns + inverse[1, 1] * rows + inverse[1, 2]
 
-    def _points(self, curve: np.ndarray) -> NDArray[np.int32]:
+    def _points(self, curve: Points) -> NDArray[np.int32]:
         plane = curve @ self._matrix[:, :2].T + self._matrix[:, 2]
         pixels = (plane + 1) * (self.size / 2) - 0.5
         points: NDArray[np.int32] = np.rint(pixels * (1 << _BITS)).astype(np.int32)
         return points
 
-    def fill(self, outlines: list[np.ndarray]) -> np.ndarray:
+    def fill(self, outlines: list[Points]) -> NDArray[np.uint8]:
         """(S, S) uint8, 255 inside any of the outlines."""
         picture = np.zeros((self.size, self.size), np.uint8)
         for outline in outlines:
@@ -54,11 +55,11 @@ class Canvas:
 
     def lines(
         self,
-        curves: Sequence[np.ndarray] | np.ndarray,
+        curves: Sequence[Points] | Points,
         width: float,
-        picture: np.ndarray | None = None,
+        picture: NDArray[np.uint8] | None = None,
         value: int = 255,
-    ) -> np.ndarray:
+    ) -> NDArray[np.uint8]:
         """(S, S) uint8 with the curves in the width (in the plane's units) and value given."""
         if picture is None:
             picture = np.zeros((self.size, self.size), np.uint8)
@@ -70,12 +71,12 @@ class Canvas:
         cv2.polylines(picture, points, False, value, thickness, cv2.LINE_AA, _BITS)
         return picture
 
-    def soft(self, picture: np.ndarray, sigma: float) -> NDArray[np.float32]:
+    def soft(self, picture: NDArray[np.uint8], sigma: float) -> NDArray[np.float32]:
         """The picture as float32 in 0..1, blurred by sigma in the plane's units."""
         return blur(picture, sigma * self.size / 2).astype(np.float32) * np.float32(1 / 255)
 
 
-def blur(picture: np.ndarray, sigma: float) -> np.ndarray:
+def blur(picture: Picture, sigma: float) -> Picture:
     """Gaussian blur of sigma pixels; wide ones are done at a quarter of the size."""
     if sigma < 0.3:
         return picture
@@ -86,14 +87,15 @@ def blur(picture: np.ndarray, sigma: float) -> np.ndarray:
     return cv2.GaussianBlur(picture, (0, 0), sigma)
 
 
-def sigmoid(values: np.ndarray) -> np.ndarray:
+def sigmoid(values: NDArray[np.floating]) -> NDArray[np.floating]:
     """1 / (1 + exp(-values)), by tanh, which does not overflow."""
-    return 0.5 + 0.5 * np.tanh(0.5 * values)
+    share: NDArray[np.floating] = 0.5 + 0.5 * np.tanh(0.5 * values)
+    return share
 
 
 def draw_phantom(
     label: str, *, size: int, seed: int, patient: int, number: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """One image (size, size) uint8 and its lesion's mask (size, size) bool.
 
     The patient's anatomy depends on (seed, patient), all else on (seed, number).
@@ -126,8 +128,8 @@ def _draw_pose(random: np.random.Generator) -> Pose:
 
 
 def _lungs(
-    canvas: Canvas, anatomy: Anatomy, pose: Pose, dense: np.ndarray
-) -> tuple[Chest, np.ndarray]:
+    canvas: Canvas, anatomy: Anatomy, pose: Pose, dense: NDArray[np.floating]
+) -> tuple[Chest, NDArray[np.floating]]:
     """The lungs as lesions need them, and the air along the beam (S, S) in 0..1."""
     outlines = [body.lung_outline(anatomy, side, pose.breath) for side in _SIDES]
     filled = canvas.fill(outlines)
@@ -152,7 +154,7 @@ def _lung_tissue(
     canvas: Canvas,
     anatomy: Anatomy,
     chest: Chest,
-    air: np.ndarray,
+    air: NDArray[np.floating],
     lesion: Lesion | None,
     random: np.random.Generator,
 ) -> NDArray[np.floating]:
@@ -270,7 +272,9 @@ def _vessels(canvas: Canvas, anatomy: Anatomy, random: np.random.Generator) -> N
     return np.minimum(total, 1.6)
 
 
-def _expose(attenuation: np.ndarray, canvas: Canvas, random: np.random.Generator) -> np.ndarray:
+def _expose(
+    attenuation: NDArray[np.floating], canvas: Canvas, random: np.random.Generator
+) -> NDArray[np.uint8]:
     """Film of the beam that is left: scatter, noise, exposure, contrast, marker."""
     size = canvas.size
     scatter = blur(attenuation, 0.09 * size)
@@ -287,7 +291,7 @@ def _expose(attenuation: np.ndarray, canvas: Canvas, random: np.random.Generator
     return image
 
 
-def _mark(image: np.ndarray, random: np.random.Generator) -> None:
+def _mark(image: NDArray[np.uint8], random: np.random.Generator) -> None:
     """A letter at the side, as radiographers lay it on the plate."""
     side = random.random()
     if side > 0.5:
