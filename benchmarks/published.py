@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 _EPSILON = 1e-12
@@ -68,7 +69,7 @@ def bilinear_attention_pool(features: Tensor, attention: Tensor, pool: str = "av
     return F.normalize(matrix, dim=-1) * 100.0
 
 
-def sample_attention(attention: Tensor, uniforms: np.ndarray) -> Tensor:
+def sample_attention(attention: Tensor, uniforms: NDArray[np.float64]) -> Tensor:
     """Maps per image drawn as `numpy.random.choice(M, K, p=...)` does, from given uniforms."""
     rows = []
     for image, uniform in zip(attention, uniforms, strict=True):

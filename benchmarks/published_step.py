@@ -9,11 +9,12 @@ that cost time are here, and none that would change the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import timm
 import torch
+from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from benchmarks import published
@@ -45,7 +46,8 @@ class _Scale(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.relu(self.norm(self.projection(features)))
+        attention: Tensor = self.relu(self.norm(self.projection(features)))
+        return attention
 
 
 class PublishedNetwork(nn.Module):
@@ -67,7 +69,7 @@ class PublishedNetwork(nn.Module):
             in_chans=in_channels,
             out_indices=tuple(range(-scales, 0)),
         )
-        channels = self.backbone.feature_info.channels()
+        channels = cast(FeatureInfo, self.backbone.feature_info).channels()
         self.scales = nn.ModuleList(_Scale(count, maps) for count in channels)
         self.head = nn.Linear(maps * channels[-1], classes, bias=False)
 

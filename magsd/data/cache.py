@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 import torch
 from filelock import FileLock
+from numpy.typing import NDArray
 
 from magsd.data.images import to_grey
 from magsd.data.record import Record
@@ -39,9 +40,9 @@ class ImageCache:
     of the images that were left out. copies: the images on other devices, for loaders to share.
     """
 
-    images: np.ndarray
-    masks: np.ndarray | None
-    has_mask: np.ndarray
+    images: NDArray[np.uint8]
+    masks: NDArray[np.uint8] | None
+    has_mask: NDArray[np.bool_]
     records: tuple[Record, ...]
     bad: list[tuple[str, str]]
     path: Path | None = None
@@ -64,11 +65,11 @@ class ImageCache:
 
 
 def prepare_image(
-    image: np.ndarray,
+    image: NDArray[np.uint8],
     image_size: int,
     channels: int = 1,
     clahe: tuple[float, int] | None = None,
-) -> np.ndarray:
+) -> NDArray[np.uint8]:
     """Resize to a square of `image_size`, then CLAHE (clip limit, tiles a side).
 
     image: (H, W) or (H, W, 3) RGB uint8. Returns (S, S), or (S, S, 3) for three channels.
@@ -83,27 +84,28 @@ def prepare_image(
     return image
 
 
-def prepare_mask(mask: np.ndarray, image_size: int) -> np.ndarray:
+def prepare_mask(mask: NDArray[np.bool_], image_size: int) -> NDArray[np.uint8]:
     """(S, S) uint8 of 0 and 1: 1 where the mask (H, W) covers at least half of the pixel."""
     shares = _resize(mask.astype(np.uint8) * 255, image_size)
     return (shares >= 128).astype(np.uint8)
 
 
-def _resize(image: np.ndarray, size: int) -> np.ndarray:
+def _resize(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     if image.shape[:2] == (size, size):
         return image
     shrinks = min(image.shape[:2]) >= size
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return cv2.resize(image, (size, size), interpolation=interpolation)
+    # Opencv keeps the dtype, here and below; its types do not say so.
+    return np.asarray(cv2.resize(image, (size, size), interpolation=interpolation), np.uint8)
 
 
-def _equalise(image: np.ndarray, clip: float, tiles: int) -> np.ndarray:
+def _equalise(image: NDArray[np.uint8], clip: float, tiles: int) -> NDArray[np.uint8]:
     equaliser = cv2.createCLAHE(clipLimit=float(clip), tileGridSize=(int(tiles), int(tiles)))
     if image.ndim == 2:
-        return equaliser.apply(image)
+        return np.asarray(equaliser.apply(image), np.uint8)
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
     lab[..., 0] = equaliser.apply(np.ascontiguousarray(lab[..., 0]))
-    return cv2.cvtColor(lab, cv2.COLOR_LAB2RGB)
+    return np.asarray(cv2.cvtColor(lab, cv2.COLOR_LAB2RGB), np.uint8)
 
 
 def default_cache_dir() -> Path:
@@ -228,7 +230,7 @@ def _write_files(
     size = settings.image_size
     masks = _allocate(folder / "masks.bin", (count, size, size)) if with_masks else None
 
-    def prepare(record: Record) -> tuple[np.ndarray, np.ndarray | None] | str:
+    def prepare(record: Record) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None] | str:
         try:
             image = source.read_image(record)
             mask = source.read_mask(record) if record.mask_kind else None
@@ -259,7 +261,7 @@ def _write_files(
     return {"kept": kept, "has_mask": has_mask, "bad": bad, "masks": with_masks}
 
 
-def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
+def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.uint8]]:
     """A zeroed file mapped for writing, its blocks reserved.
 
     Writing through a map into blocks that a full disk cannot give would end the process by
@@ -276,7 +278,7 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
     return np.memmap(path, np.uint8, "r+", shape=shape)
 
 
-def _shrink(path: Path, array: np.memmap, rows: int) -> None:
+def _shrink(path: Path, array: np.memmap[Any, np.dtype[np.uint8]], rows: int) -> None:
     array.flush()
     os.truncate(path, rows * int(np.prod(array.shape[1:])))
 

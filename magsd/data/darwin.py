@@ -9,6 +9,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from magsd.errors import DataError
 
@@ -31,7 +32,7 @@ class DarwinAnnotation:
     height: int
     names: tuple[str, ...]
     tags: frozenset[str]
-    lungs: tuple[np.ndarray, ...]
+    lungs: tuple[NDArray[np.float64], ...]
     folder: str = ""
 
     @property
@@ -47,7 +48,7 @@ class DarwinAnnotation:
         scale = min(height / self.height, width / self.width)
         return abs(self.height * scale - height) <= 1 and abs(self.width * scale - width) <= 1
 
-    def lung_mask(self, height: int, width: int) -> np.ndarray | None:
+    def lung_mask(self, height: int, width: int) -> NDArray[np.bool_] | None:
         """(height, width) bool of the lungs on the image scaled to that size, or None."""
         if not self.lungs or not self.same_shape(height, width):
             return None
@@ -94,7 +95,7 @@ def _image_entry(content: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ..
     return image, tuple(str(name) for name in found if name)
 
 
-def _polygons(annotation: dict[str, Any]) -> list[np.ndarray]:
+def _polygons(annotation: dict[str, Any]) -> list[NDArray[np.float64]]:
     polygon = annotation.get("polygon") or annotation.get("complex_polygon")
     if not polygon:
         return []

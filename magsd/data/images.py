@@ -8,6 +8,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from magsd.errors import DataError
 
@@ -16,7 +17,7 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"}) | DICOM_SUFFIXES
 _PERCENTILES = (0.5, 99.5)
 
 
-def read_image_file(path: Path) -> np.ndarray:
+def read_image_file(path: Path) -> NDArray[np.uint8]:
     """Decode a PNG, JPEG or DICOM file to (H, W) or (H, W, 3) RGB, uint8.
 
     Deeper images are brought to 8 bits between their 0.5th and 99.5th percentiles. Raises
@@ -31,7 +32,7 @@ def read_image_file(path: Path) -> np.ndarray:
     return decode_image(data, str(path))
 
 
-def decode_image(data: bytes, name: str) -> np.ndarray:
+def decode_image(data: bytes, name: str) -> NDArray[np.uint8]:
     """Decode the content of an image file as `read_image_file`; `name` stands in errors."""
     if not data:
         raise DataError(f"{name}: the file is empty")
@@ -53,13 +54,13 @@ def is_dicom(data: bytes) -> bool:
     return data[128:132] == b"DICM"
 
 
-def to_uint8(image: np.ndarray) -> np.ndarray:
+def to_uint8(image: NDArray[np.bool_ | np.number]) -> NDArray[np.uint8]:
     """Bring any real-valued image to uint8; uint8 passes unchanged.
 
     The range between the percentiles 0.5 and 99.5 becomes 0..255; a constant image becomes 0.
     """
     if image.dtype == np.uint8:
-        return image
+        return image.astype(np.uint8, copy=False)
     values = image.astype(np.float32)
     low, high = np.percentile(values, _PERCENTILES)
     if high <= low:
@@ -67,15 +68,19 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
     if high <= low:
         return np.zeros(image.shape, np.uint8)
     scaled = (values - low) * (255.0 / (high - low))
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    levels: NDArray[np.uint8] = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    return levels
 
 
-def to_grey(image: np.ndarray) -> np.ndarray:
+def to_grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(H, W) from (H, W) or (H, W, 3) RGB, uint8."""
-    return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    if image.ndim == 2:
+        return image
+    # Opencv keeps the dtype; its types do not say so.
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
 
 
-def _tidy_channels(image: np.ndarray) -> np.ndarray:
+def _tidy_channels(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(H, W) or (H, W, 3) RGB from opencv's channel orders; equal channels become one."""
     if image.ndim == 2:
         return image
@@ -96,7 +101,7 @@ def _check_complete(name: str, data: bytes) -> None:
         raise DataError(f"{name}: truncated PNG (no end chunk)")
 
 
-def _read_dicom(name: str, data: bytes) -> np.ndarray:
+def _read_dicom(name: str, data: bytes) -> NDArray[np.uint8]:
     try:
         import pydicom
     except ImportError:
@@ -110,7 +115,7 @@ def _read_dicom(name: str, data: bytes) -> np.ndarray:
         raise DataError(f"{name}: DICOM image cannot be read ({error})") from error
 
 
-def _dicom_to_uint8(name: str, dataset: Any, pixels: np.ndarray) -> np.ndarray:
+def _dicom_to_uint8(name: str, dataset: Any, pixels: NDArray[np.number]) -> NDArray[np.uint8]:
     """Rescaled, windowed and, for MONOCHROME1, inverted, so that bone comes out bright."""
     if int(dataset.get("NumberOfFrames", 1) or 1) > 1:
         raise DataError(f"{name}: DICOM with several frames is not a radiograph")
@@ -135,7 +140,8 @@ def _dicom_to_uint8(name: str, dataset: Any, pixels: np.ndarray) -> np.ndarray:
     grey = np.clip((values.astype(np.float32) - low) / (high - low), 0, 1)
     if photometric == "MONOCHROME1":
         grey = 1 - grey
-    return np.rint(grey * 255).astype(np.uint8)
+    levels: NDArray[np.uint8] = np.rint(grey * 255).astype(np.uint8)
+    return levels
 
 
 def _dicom_window(dataset: Any) -> tuple[float, float] | None:

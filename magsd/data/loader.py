@@ -201,7 +201,8 @@ class BatchLoader(Loader):
         if not self.shuffle:
             return list(range(len(self.indices)))
         random = np.random.default_rng(step_seed(self.seed, epoch, 0, "order"))
-        return random.permutation(len(self.indices)).tolist()
+        order: list[int] = random.permutation(len(self.indices)).tolist()
+        return order
 
     def _fetch(self, chosen: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """uint8 pixels and labels of each batch, on the device."""
@@ -229,8 +230,11 @@ class BatchLoader(Loader):
             ahead = [pool.submit(gather, places) for places in chosen[:1]]
             for place in range(len(chosen)):
                 ahead += [pool.submit(gather, places) for places in chosen[place + 1 : place + 2]]
-                pinned = ahead.pop(0).result()
-                yield tuple(part.to(self.device, non_blocking=True) for part in pinned)
+                images_here, labels_here = ahead.pop(0).result()
+                yield (
+                    images_here.to(self.device, non_blocking=True),
+                    labels_here.to(self.device, non_blocking=True),
+                )
 
     def _images_on_device(self) -> Tensor | None:
         """All images of the cache on the GPU, copied at the first call, or None."""

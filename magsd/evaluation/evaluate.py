@@ -174,7 +174,8 @@ def refined_logits(
 ) -> Tensor:
     """Mean of the logits of `images` (B, C, H, W) and of the model's refined view, (B, K)."""
     view = model.refined_view(images, saliency)
-    return (output.logits + model(view).logits) / 2
+    viewed: ClassifierOutput = model(view)
+    return (output.logits + viewed.logits) / 2
 
 
 @contextmanager
@@ -197,7 +198,9 @@ def probabilities_of(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     return torch.from_numpy(np.asarray(logits, dtype=np.float64)).softmax(dim=-1).numpy()
 
 
-def _metrics(targets: NDArray, logits: NDArray, classes: Sequence[str]) -> Metrics:
+def _metrics(
+    targets: NDArray[np.int64], logits: NDArray[np.float32], classes: Sequence[str]
+) -> Metrics:
     if not np.isfinite(logits).all():
         bad = int((~np.isfinite(logits)).any(axis=1).sum())
         raise MagsdError(
@@ -207,7 +210,8 @@ def _metrics(targets: NDArray, logits: NDArray, classes: Sequence[str]) -> Metri
     return compute_metrics(targets, probabilities_of(logits), classes)
 
 
-def _read(values: list[Tensor]) -> NDArray:
+def _read(values: list[Tensor]) -> NDArray[Any]:
+    """One array of all, in their dtype."""
     return torch.cat(values).cpu().numpy()
 
 

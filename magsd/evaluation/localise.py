@@ -258,7 +258,7 @@ def write_boxes(
     found: Sequence[LocalisedImage],
     cache: ImageCache,
     classes: Sequence[str],
-    size_of: Callable[[Record], tuple[int, int]],
+    size_of: Callable[[Record], tuple[int, ...]],
 ) -> None:
     """Write a CSV with one row a box, in pixels of the image as it was before it was resized.
 

@@ -91,7 +91,7 @@ def compute_metrics(
     )
 
 
-def _check(truth: NDArray, scores: NDArray, num_classes: int) -> None:
+def _check(truth: NDArray[np.integer], scores: NDArray[np.float64], num_classes: int) -> None:
     if truth.ndim != 1 or len(truth) == 0:
         raise ValueError(f"targets: expected (N,) with N >= 1, got shape {truth.shape}")
     if scores.shape != (len(truth), num_classes):
@@ -105,14 +105,14 @@ def _check(truth: NDArray, scores: NDArray, num_classes: int) -> None:
         raise ValueError(f"probabilities: not finite for {bad} of {len(truth)} images")
 
 
-def _specificity(confusion: NDArray, k: int) -> float:
+def _specificity(confusion: NDArray[np.integer], k: int) -> float:
     """Share of the images of other classes that were not taken for class k."""
     others = confusion.sum() - confusion[k].sum()
     false_positives = confusion[:, k].sum() - confusion[k, k]
     return float(1.0 - false_positives / others) if others else NAN
 
 
-def _auroc(positive: NDArray, score: NDArray) -> float:
+def _auroc(positive: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
     return float(roc_auc_score(positive, score)) if 0 < positive.sum() < len(positive) else NAN
 
 

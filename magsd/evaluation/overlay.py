@@ -6,16 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import cv2
 import numpy as np
-from contourpy import contour_generator
+from contourpy import LineType, contour_generator
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from magsd.evaluation.boxes import Box
 
+# Nonzero inside.
+Mask = NDArray[np.bool_ | np.number]
 # Perceptually uniform, and its dark end fades into a radiograph's.
 COLORMAP = "inferno"
 # Opacity of the hottest pixel; below it opacity falls with the heat, so that anatomy stays legible.
@@ -42,7 +45,7 @@ class OverlayItem:
     predicted: str
     probability: float
     label: str | None = None
-    mask: NDArray | None = None
+    mask: Mask | None = None
     inside: float | None = None
     uniform: float | None = None
     name: str | None = None
@@ -64,7 +67,7 @@ class OverlayItem:
 def overlay_image(
     image: NDArray[np.uint8],
     saliency: NDArray[np.floating],
-    mask: NDArray | None = None,
+    mask: Mask | None = None,
     *,
     boxes: Sequence[Box] = (),
     size: int = DRAW_SIZE,
@@ -101,11 +104,13 @@ def heat_map(saliency: NDArray[np.floating], shape: tuple[int, ...]) -> NDArray[
     if not np.isfinite(top - bottom) or top - bottom <= 1e-6 * abs(top):
         return np.zeros(shape, dtype=np.float32)
     scaled = (low - bottom) / (top - bottom)
-    heat = cv2.resize(scaled, shape[::-1], interpolation=cv2.INTER_CUBIC).clip(0.0, None)
-    return heat / heat.max()
+    resized = cv2.resize(scaled, shape[::-1], interpolation=cv2.INTER_CUBIC)
+    heat: NDArray[np.float32] = resized.clip(0.0, None)
+    heat /= heat.max()
+    return heat
 
 
-def with_outline(picture: NDArray[np.uint8], mask: NDArray) -> NDArray[np.uint8]:
+def with_outline(picture: NDArray[np.uint8], mask: Mask) -> NDArray[np.uint8]:
     """A copy of the picture (H, W, 3) with the outline of a mask of any size drawn on it."""
     height, width = picture.shape[:2]
     soft = (np.asarray(mask) > 0).astype(np.float32)
@@ -114,7 +119,9 @@ def with_outline(picture: NDArray[np.uint8], mask: NDArray) -> NDArray[np.uint8]
     steps = max(height / soft.shape[0], width / soft.shape[1])
     smooth = cv2.GaussianBlur(smooth, (0, 0), sigmaX=max(0.8 * steps, 0.5))
     # A rim of zeros closes the outline where the mask reaches the picture's edge.
-    lines = contour_generator(z=np.pad(smooth, 1)).lines(0.5)
+    separate = contour_generator(z=np.pad(smooth, 1), line_type=LineType.Separate)
+    # Its type is that of all kinds of lines.
+    lines = cast("list[NDArray[np.float64]]", separate.lines(0.5))
     bits = 4  # fixed-point fraction of the coordinates: the line runs between pixels
     points = [np.round((line - 1.0) * (1 << bits)).astype(np.int32) for line in lines]
     thickness = max(round(min(height, width) / 300), 1)
@@ -144,12 +151,16 @@ def with_boxes(picture: NDArray[np.uint8], boxes: Sequence[Box]) -> NDArray[np.u
 
 def fitted(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """RGB version whose shorter side has `size` pixels."""
-    rgb = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if image.ndim == 2 else image
+    rgb = image
+    if image.ndim == 2:
+        # Opencv keeps the dtype, here and below; its types do not say so.
+        rgb = np.asarray(cv2.cvtColor(image, cv2.COLOR_GRAY2RGB), np.uint8)
     factor = size / min(rgb.shape[:2])
     if factor == 1:
         return rgb
     shape = (round(rgb.shape[1] * factor), round(rgb.shape[0] * factor))
-    return cv2.resize(rgb, shape, interpolation=cv2.INTER_CUBIC if factor > 1 else cv2.INTER_AREA)
+    interpolation = cv2.INTER_CUBIC if factor > 1 else cv2.INTER_AREA
+    return np.asarray(cv2.resize(rgb, shape, interpolation=interpolation), np.uint8)
 
 
 def save_overlay(path: str | Path, item: OverlayItem, *, size: int = DRAW_SIZE) -> Path:
@@ -240,7 +251,8 @@ def _legend(figure: Figure, marks: Mapping[str, tuple[int, int, int]]) -> None:
     x -= 0.9 + each * len(marks)
     for name, colour in marks.items():
         axes = figure.add_axes(_place(figure, x, y + 0.035, 0.22, 0.03))
-        axes.set_facecolor(tuple(channel / 255 for channel in colour))
+        red, green, blue = (channel / 255 for channel in colour)
+        axes.set_facecolor((red, green, blue))
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(color="black", linewidth=0.6)
         _text(figure, x + 0.28, y + 0.05, name, 7.0, "center", ha="left")

@@ -7,13 +7,13 @@ import difflib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import adapt_input_conv
+from timm.models import FeatureInfo, adapt_input_conv
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -61,8 +61,9 @@ class Backbone(nn.Module):
             load_backbone_weights(self.net, pretrained, name=name, in_channels=in_channels)
         self.recompute = False
         self.in_channels = in_channels
-        self.channels: list[int] = list(self.net.feature_info.channels())
-        self.reductions: list[int] = list(self.net.feature_info.reduction())
+        info = cast(FeatureInfo, self.net.feature_info)  # whichever of timm's extractors it is
+        self.channels: list[int] = list(info.channels())
+        self.reductions: list[int] = list(info.reduction())
         self._channels_last = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from magsd.models.backbone import Backbone
 from magsd.models.config import Preprocessing
 from magsd_kernels import attention_mixup
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 class ClassifierOutput(NamedTuple):
@@ -95,8 +98,10 @@ class Classifier(
 
     def hub_config(self) -> dict[str, Any]:
         """Name of this model, and the arguments that rebuild it from a random start."""
-        config = dict(self._hub_mixin_config or {})
-        return config | {
+        arguments = self._hub_mixin_config or {}
+        # The mixin holds a dataclass only for a class that takes one as its `config`.
+        assert isinstance(arguments, dict)
+        return arguments | {
             "name": self.name,
             "pretrained": False,
             "classes": None if self.classes is None else list(self.classes),
@@ -104,7 +109,11 @@ class Classifier(
         }
 
     def save_pretrained(
-        self, save_directory: str | Path, *, config: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        *,
+        config: dict[str, Any] | DataclassInstance | None = None,
+        **kwargs: Any,
     ) -> str | None:
         """Write weights (safetensors), config.json and a model card into a folder."""
         return super().save_pretrained(
@@ -121,4 +130,5 @@ class Classifier(
         # The mixin's own default accepts a file in which weights are missing, and it prints on
         # standard output, where a program's result may be.
         with contextlib.redirect_stdout(io.StringIO()):
-            return super()._from_pretrained(strict=strict, **kwargs)
+            model: Classifier = super()._from_pretrained(strict=strict, **kwargs)
+        return model

@@ -104,5 +104,5 @@ class SelfAttention(nn.Module):
         )
         # One head, which the fused kernels want as a dimension of its own.
         mixed = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
-        exchanged = mixed.transpose(1, 2).unflatten(2, features.shape[2:])
+        exchanged: Tensor = mixed.transpose(1, 2).unflatten(2, features.shape[2:])
         return features + self.share.to(features.dtype) * exchanged

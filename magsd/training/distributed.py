@@ -15,12 +15,13 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from timm.layers import convert_sync_batchnorm
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,12 +41,12 @@ from magsd.training.step import Share, StepFunction, StepResult
 
 T = TypeVar("T")
 _LAUNCH = ".launch"
-# Whether buffers are given out before each forward; torch 2.14 renamed the argument.
-_BUFFERS = (
+# No buffers are given out before each forward; torch 2.14 renamed the argument.
+_BUFFERS_STAY: dict[str, Any] = {
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
+    else "broadcast_buffers": False
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Team:
             gradient_as_bucket_view=True,
             # The same parameters take part in every step.
             static_graph=True,
-            **{_BUFFERS: False},
+            **_BUFFERS_STAY,
         )
 
     def share(self, batch: Batch, weights: Tensor | None, labels: list[int] | None) -> Share:
@@ -192,10 +193,14 @@ def team_of(train: TrainConfig) -> Iterator[Team]:
 
 def _connect(device: torch.device) -> None:
     """Join the process group: NCCL on GPUs, gloo for hosts."""
+    # Here, since a torch that was built without torch.distributed trains in one process.
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     rank, size = process_rank(), process_count()
-    store, _, _ = next(dist.rendezvous("env://", rank, size))
+    store, _, _ = next(rendezvous("env://", rank, size))
     # torchrun's store outlives a restart, with the addresses of processes that are dead.
-    store = dist.PrefixStore(f"magsd/{_name_of_this_try(store, rank, size)}", store)
+    store = PrefixStore(f"magsd/{_name_of_this_try(store, rank, size)}", store)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group(
@@ -211,7 +216,17 @@ def _disconnect() -> None:
     dist.destroy_process_group()
 
 
-def _name_of_this_try(store: dist.Store, rank: int, size: int) -> str:
+class _Store(Protocol):
+    """What is used of torch.distributed.Store, whose own types lack the timeout."""
+
+    @property
+    def timeout(self) -> timedelta: ...
+    def set(self, key: str, value: str, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+    def check(self, keys: list[str], /) -> bool: ...
+
+
+def _name_of_this_try(store: _Store, rank: int, size: int) -> str:
     """A name that only the processes that live now share, over a store full of older ones' keys.
 
     Everyone writes a new name under its rank; the leader answers each name it sees with its own,

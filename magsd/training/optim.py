@@ -60,7 +60,7 @@ def place_learning_rate(optimizer: torch.optim.Optimizer) -> None:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Take over a stored state; how a step runs (fused, captured) stays as it was built."""
-    kept = [
+    kept: list[dict[str, Any]] = [
         {key: group[key] for key in ("fused", "capturable", "foreach") if key in group}
         for group in optimizer.param_groups
     ]

@@ -7,11 +7,14 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from magsd.errors import ConfigError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def choose_device(name: str) -> torch.device:
@@ -50,7 +53,7 @@ class Precision:
             return images.contiguous(memory_format=torch.channels_last)
         return images
 
-    def model(self, model: nn.Module) -> nn.Module:
+    def model(self, model: M) -> M:
         """The model on the device, in the run's memory format."""
         model = model.to(self.device)
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
@@ -62,7 +65,8 @@ def tf32_products(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    cudnn: Any = torch.backends.cudnn  # torch puts an object with more attributes in its place
+    settings = (torch.backends.cuda.matmul, cudnn.conv)
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
         setting.fp32_precision = "tf32"

@@ -90,6 +90,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None)
 class MeanCrossEntropy(nn.Module):
     """Mean of the cross entropies of the images and of each of their views."""
 
+    class_weights: Tensor | None
+
     def __init__(self, class_weights: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("class_weights", class_weights)
@@ -151,10 +153,12 @@ def attention_step(
     correct = (raw.logits.detach().argmax(1) == labels).sum()
     entropy, distance = result.cross_entropy, result.distance
     if center is not None:
+        centers = model.centers
         assert raw.pooled is not None
-        distance = distance + center.weight * center_loss(raw.pooled, labels, model.centers)
+        assert isinstance(centers, Tensor)
+        distance = distance + center.weight * center_loss(raw.pooled, labels, centers)
         move_centers(
-            model.centers,
+            centers,
             raw.pooled,
             labels,
             rate=center.rate,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from magsd.config import Config
 from magsd.data import Loader, step_seed
 from magsd.errors import ConfigError, TrainingDiverged
+from magsd.models import Classifier
 from magsd.training.captured import CapturedStep
 from magsd.training.checkpoint import (
     all_finite,
@@ -70,7 +71,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        model: nn.Module,
+        model: Classifier,
         train: Loader,
         validation: Loader,
         folder: RunFolder,
@@ -216,7 +217,8 @@ class Trainer:
     def _losses(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> StepResult:
         if self._joined is None:
             return self.step_function(self.model, images, labels, generator)
-        return self._joined(images, labels, generator, self._share)
+        result: StepResult = self._joined(images, labels, generator, self._share)
+        return result
 
     def current_lr(self) -> float:
         """Learning rate of the next step."""

@@ -9,10 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
+Points = NDArray[np.float64]
 
 # Lateral distance from the midline and height; the doubled point is the sharp angle between
 # chest wall and diaphragm.
-_LUNG = np.array([
+_LUNG: Points = np.array([
     [0.27, -0.79], [0.41, -0.73], [0.53, -0.55], [0.61, -0.28], [0.665, 0.02], [0.69, 0.32],
     [0.695, 0.58], [0.695, 0.58], [0.60, 0.475], [0.47, 0.40], [0.34, 0.385], [0.22, 0.43],
     [0.13, 0.50], [0.10, 0.40], [0.105, 0.10], [0.10, -0.25], [0.12, -0.52], [0.17, -0.71],
@@ -29,7 +32,9 @@ _MEDIASTINUM = np.array([
     [0.165, -0.47], [0.13, -0.52], [0.125, -0.75], [0.12, -1.05],
 ])  # fmt: skip
 _BODY_Y = np.array([-1.6, -1.0, -0.92, -0.85, -0.78, -0.70, -0.58, -0.4, -0.2, 0.0, 0.3, 1.0, 1.6])
-_BODY_W = np.array([0.20, 0.23, 0.27, 0.42, 0.66, 0.88, 1.04, 1.08, 0.98, 0.90, 0.87, 0.90, 0.92])
+_BODY_W: Points = np.array(
+    [0.20, 0.23, 0.27, 0.42, 0.66, 0.88, 1.04, 1.08, 0.98, 0.90, 0.87, 0.90, 0.92]
+)
 RIBS = 10
 
 
@@ -69,23 +74,21 @@ def draw_anatomy(random: np.random.Generator) -> Anatomy:
     )
 
 
-def smooth_closed(points: np.ndarray, steps: int = 8) -> np.ndarray:
+def smooth_closed(points: Points, steps: int = 8) -> Points:
     """A closed Catmull-Rom curve through points (P, 2), as (P * steps, 2)."""
     return _catmull_rom(
         np.roll(points, 1, 0), points, np.roll(points, -1, 0), np.roll(points, -2, 0), steps
     )
 
 
-def smooth_open(points: np.ndarray, steps: int = 8) -> np.ndarray:
+def smooth_open(points: Points, steps: int = 8) -> Points:
     """A Catmull-Rom curve from the first of points (P, 2) to the last."""
     padded = np.vstack([2 * points[:1] - points[1:2], points, 2 * points[-1:] - points[-2:-1]])
     curve = _catmull_rom(padded[:-3], padded[1:-2], padded[2:-1], padded[3:], steps)
     return np.vstack([curve, points[-1:]])
 
 
-def _catmull_rom(
-    before: np.ndarray, start: np.ndarray, end: np.ndarray, after: np.ndarray, steps: int
-) -> np.ndarray:
+def _catmull_rom(before: Points, start: Points, end: Points, after: Points, steps: int) -> Points:
     t = (np.arange(steps) / steps)[None, :, None]
     before, start, end, after = (p[:, None] for p in (before, start, end, after))
     curve = start + 0.5 * t * (
@@ -96,36 +99,36 @@ def _catmull_rom(
     return curve.reshape(-1, 2)
 
 
-def lung_outline(anatomy: Anatomy, side: int, breath: float) -> np.ndarray:
+def lung_outline(anatomy: Anatomy, side: int, breath: float) -> Points:
     """The lung's outline (P, 2). breath: how far the diaphragm stands lower."""
     points = _LUNG * [anatomy.width, anatomy.height]
     points[_LOWER, 1] += anatomy.diaphragm[(side + 1) // 2] + breath
     return smooth_closed(points * [side, 1])
 
 
-def heart_outline(anatomy: Anatomy, breath: float) -> np.ndarray:
+def heart_outline(anatomy: Anatomy, breath: float) -> Points:
     """Heart and great vessels' root (P, 2)."""
     shape = [anatomy.heart * anatomy.width, anatomy.height]
     return smooth_closed(_HEART * shape + [0, breath + anatomy.diaphragm[1] / 2])
 
 
-def mediastinum_outline(anatomy: Anatomy) -> np.ndarray:
+def mediastinum_outline(anatomy: Anatomy) -> Points:
     """Upper mediastinum with the aortic knob (P, 2)."""
     return smooth_closed(_MEDIASTINUM * [anatomy.width, anatomy.height])
 
 
-def body_half_width(anatomy: Anatomy, y: np.ndarray) -> np.ndarray:
+def body_half_width(anatomy: Anatomy, y: NDArray[np.float32]) -> NDArray[np.floating]:
     """Half of the body's width at heights y."""
     return np.interp(y, _BODY_Y, _BODY_W).astype(np.float32) * anatomy.stout * anatomy.width
 
 
-def cage_half_width(anatomy: Anatomy, y: np.ndarray) -> np.ndarray:
+def cage_half_width(anatomy: Anatomy, y: NDArray[np.float64]) -> NDArray[np.float64]:
     """Half of the rib cage's width at heights y."""
     wall = _LUNG[:7]
     return np.interp(y / anatomy.height, wall[:, 1], wall[:, 0]) * anatomy.width
 
 
-def ribs(anatomy: Anatomy, side: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def ribs(anatomy: Anatomy, side: int) -> list[tuple[Points, Points]]:
     """Back and front part of each rib, (P, 2) each.
 
     A rib is half a ring round the chest, from the spine (angle 0) by the side to the breastbone
@@ -148,7 +151,7 @@ def ribs(anatomy: Anatomy, side: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return curves
 
 
-def clavicle(anatomy: Anatomy, side: int, lift: float) -> np.ndarray:
+def clavicle(anatomy: Anatomy, side: int, lift: float) -> Points:
     """The collar bone's axis (P, 2). lift: how high the shoulder stands."""
     points = np.array([[0.07, -0.50], [0.20, -0.545], [0.36, -0.60], [0.52, -0.66], [0.72, -0.70]])
     points[:, 1] -= lift * np.array([0, 0.1, 0.4, 0.8, 1.0])

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from magsd.data.phantom import anatomy as body
-from magsd.data.phantom.anatomy import Anatomy
+from magsd.data.phantom.anatomy import Anatomy, Points
 from magsd.data.phantom.lesions import Chest, Lesion, cloud, draw_lesion
 
+Picture = NDArray[np.integer | np.floating]
 VERSION = 3  # part of the cache's key: raise it when a picture changes
 _BITS = 4  # of the subpixel in opencv's drawing
 _SIDES = (-1, 1)
@@ -21,7 +23,7 @@ _SIDES = (-1, 1)
 class Pose:
     """What differs between images of one patient: place in the picture, breath, shoulders."""
 
-    matrix: np.ndarray  # (2, 3), from the anatomy's plane to the picture's, both -1..1
+    matrix: NDArray[np.float64]  # (2, 3), from the anatomy's plane to the picture's, both -1..1
     breath: float
     lift: float
 
@@ -38,12 +40,13 @@ class Canvas:
         self.x = inverse[0, 0] * columns + inverse[0, 1] * rows + inverse[0, 2]
         self.y = inverse[1, 0] * columns + inverse[1, 1] * rows + inverse[1, 2]
 
-    def _points(self, curve: np.ndarray) -> np.ndarray:
+    def _points(self, curve: Points) -> NDArray[np.int32]:
         plane = curve @ self._matrix[:, :2].T + self._matrix[:, 2]
         pixels = (plane + 1) * (self.size / 2) - 0.5
-        return np.rint(pixels * (1 << _BITS)).astype(np.int32)
+        points: NDArray[np.int32] = np.rint(pixels * (1 << _BITS)).astype(np.int32)
+        return points
 
-    def fill(self, outlines: list[np.ndarray]) -> np.ndarray:
+    def fill(self, outlines: list[Points]) -> NDArray[np.uint8]:
         """(S, S) uint8, 255 inside any of the outlines."""
         picture = np.zeros((self.size, self.size), np.uint8)
         for outline in outlines:
@@ -52,11 +55,11 @@ class Canvas:
 
     def lines(
         self,
-        curves: Sequence[np.ndarray] | np.ndarray,
+        curves: Sequence[Points] | Points,
         width: float,
-        picture: np.ndarray | None = None,
+        picture: NDArray[np.uint8] | None = None,
         value: int = 255,
-    ) -> np.ndarray:
+    ) -> NDArray[np.uint8]:
         """(S, S) uint8 with the curves in the width (in the plane's units) and value given."""
         if picture is None:
             picture = np.zeros((self.size, self.size), np.uint8)
@@ -68,12 +71,12 @@ class Canvas:
         cv2.polylines(picture, points, False, value, thickness, cv2.LINE_AA, _BITS)
         return picture
 
-    def soft(self, picture: np.ndarray, sigma: float) -> np.ndarray:
+    def soft(self, picture: NDArray[np.uint8], sigma: float) -> NDArray[np.float32]:
         """The picture as float32 in 0..1, blurred by sigma in the plane's units."""
         return blur(picture, sigma * self.size / 2).astype(np.float32) * np.float32(1 / 255)
 
 
-def blur(picture: np.ndarray, sigma: float) -> np.ndarray:
+def blur(picture: Picture, sigma: float) -> Picture:
     """Gaussian blur of sigma pixels; wide ones are done at a quarter of the size."""
     if sigma < 0.3:
         return picture
@@ -84,14 +87,15 @@ def blur(picture: np.ndarray, sigma: float) -> np.ndarray:
     return cv2.GaussianBlur(picture, (0, 0), sigma)
 
 
-def sigmoid(values: np.ndarray) -> np.ndarray:
+def sigmoid(values: NDArray[np.floating]) -> NDArray[np.floating]:
     """1 / (1 + exp(-values)), by tanh, which does not overflow."""
-    return 0.5 + 0.5 * np.tanh(0.5 * values)
+    share: NDArray[np.floating] = 0.5 + 0.5 * np.tanh(0.5 * values)
+    return share
 
 
 def draw_phantom(
     label: str, *, size: int, seed: int, patient: int, number: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """One image (size, size) uint8 and its lesion's mask (size, size) bool.
 
     The patient's anatomy depends on (seed, patient), all else on (seed, number).
@@ -124,8 +128,8 @@ def _draw_pose(random: np.random.Generator) -> Pose:
 
 
 def _lungs(
-    canvas: Canvas, anatomy: Anatomy, pose: Pose, dense: np.ndarray
-) -> tuple[Chest, np.ndarray]:
+    canvas: Canvas, anatomy: Anatomy, pose: Pose, dense: NDArray[np.floating]
+) -> tuple[Chest, NDArray[np.floating]]:
     """The lungs as lesions need them, and the air along the beam (S, S) in 0..1."""
     outlines = [body.lung_outline(anatomy, side, pose.breath) for side in _SIDES]
     filled = canvas.fill(outlines)
@@ -150,24 +154,25 @@ def _lung_tissue(
     canvas: Canvas,
     anatomy: Anatomy,
     chest: Chest,
-    air: np.ndarray,
+    air: NDArray[np.floating],
     lesion: Lesion | None,
     random: np.random.Generator,
-) -> np.ndarray:
+) -> NDArray[np.floating]:
     """What vessels add, and what the air that is left takes away."""
     vessels = _vessels(canvas, anatomy, random) * chest.lungs * (1 - 0.8 * chest.dense)
     if lesion is not None:
         air = air * (1 - lesion.alpha)
         vessels *= 1 - lesion.solid * lesion.alpha
-    return 0.10 * vessels - 0.62 * air - _airways(canvas, anatomy)
+    tissue: NDArray[np.floating] = 0.10 * vessels - 0.62 * air - _airways(canvas, anatomy)
+    return tissue
 
 
 def _chest_wall(
     canvas: Canvas, anatomy: Anatomy, pose: Pose, random: np.random.Generator
-) -> np.ndarray:
+) -> NDArray[np.floating]:
     """Soft tissue and bone."""
     ratio = canvas.x / body.body_half_width(anatomy, canvas.y)
-    tissue = np.sqrt(np.maximum(0, 1 - ratio * ratio))
+    tissue: NDArray[np.floating] = np.sqrt(np.maximum(0, 1 - ratio * ratio))
     tissue *= 0.86 + 0.16 * np.tanh(1.5 * canvas.y)
     inside = tissue > 0
     tissue += _soft_parts(canvas, anatomy, pose)
@@ -175,7 +180,7 @@ def _chest_wall(
     return tissue + _bones(canvas, anatomy, pose) * (0.35 + 0.65 * inside)
 
 
-def _bones(canvas: Canvas, anatomy: Anatomy, pose: Pose) -> np.ndarray:
+def _bones(canvas: Canvas, anatomy: Anatomy, pose: Pose) -> NDArray[np.floating]:
     pairs = [pair for side in _SIDES for pair in body.ribs(anatomy, side)]
     back, front = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     # A tube of cortex round marrow: the rim stops more of the beam than the middle.
@@ -192,7 +197,7 @@ def _bones(canvas: Canvas, anatomy: Anatomy, pose: Pose) -> np.ndarray:
     return (total + _spine(canvas, anatomy)) * np.float32(anatomy.bone)
 
 
-def _spine(canvas: Canvas, anatomy: Anatomy) -> np.ndarray:
+def _spine(canvas: Canvas, anatomy: Anatomy) -> NDArray[np.floating]:
     """A column of vertebrae with darker discs and the knobs of their arches."""
     x, y = canvas.x, canvas.y
     column = sigmoid((0.075 * anatomy.width - np.abs(x)) * 90)
@@ -201,13 +206,14 @@ def _spine(canvas: Canvas, anatomy: Anatomy) -> np.ndarray:
     knobs = np.exp(-np.square(np.abs(x) - 0.045) / 0.0004)
     knobs *= np.square(np.square(np.maximum(0, np.cos(phase))))
     ridge = np.exp(-np.square(x) / 0.0003) * np.square(np.maximum(0, np.cos(phase + 1.5)))
-    return 0.10 * vertebra * column + 0.04 * knobs + 0.03 * ridge
+    spine: NDArray[np.floating] = 0.10 * vertebra * column + 0.04 * knobs + 0.03 * ridge
+    return spine
 
 
-def _soft_parts(canvas: Canvas, anatomy: Anatomy, pose: Pose) -> np.ndarray:
+def _soft_parts(canvas: Canvas, anatomy: Anatomy, pose: Pose) -> NDArray[np.floating]:
     """Breasts, shoulder blades, heads of the arm bones, liver and the gas in the stomach."""
     x, y = canvas.x, canvas.y
-    total = np.zeros_like(x)
+    total: NDArray[np.floating] = np.zeros_like(x)
     if anatomy.breasts:
         size = anatomy.breasts
         radius = ((np.abs(x) - 0.44) / (0.34 * size)) ** 2 + ((y - 0.30) / (0.30 * size)) ** 2
@@ -228,7 +234,7 @@ def _soft_parts(canvas: Canvas, anatomy: Anatomy, pose: Pose) -> np.ndarray:
     return total
 
 
-def _airways(canvas: Canvas, anatomy: Anatomy) -> np.ndarray:
+def _airways(canvas: Canvas, anatomy: Anatomy) -> NDArray[np.floating]:
     """Windpipe and main bronchi."""
     fork = -0.30 * anatomy.height
     pipe = body.smooth_open(np.array([[0.0, -1.3], [0.005, -0.7], [-0.012, fork]]))
@@ -239,7 +245,7 @@ def _airways(canvas: Canvas, anatomy: Anatomy) -> np.ndarray:
     return canvas.soft(picture, 0.012) * 0.13
 
 
-def _vessels(canvas: Canvas, anatomy: Anatomy, random: np.random.Generator) -> np.ndarray:
+def _vessels(canvas: Canvas, anatomy: Anatomy, random: np.random.Generator) -> NDArray[np.floating]:
     """Branching vessels from each hilum, thinner with every branching, (S, S) in 0..1."""
     total = np.zeros((canvas.size, canvas.size), np.float32)
     side = np.repeat(_SIDES, 9)
@@ -266,7 +272,9 @@ def _vessels(canvas: Canvas, anatomy: Anatomy, random: np.random.Generator) -> n
     return np.minimum(total, 1.6)
 
 
-def _expose(attenuation: np.ndarray, canvas: Canvas, random: np.random.Generator) -> np.ndarray:
+def _expose(
+    attenuation: NDArray[np.floating], canvas: Canvas, random: np.random.Generator
+) -> NDArray[np.uint8]:
     """Film of the beam that is left: scatter, noise, exposure, contrast, marker."""
     size = canvas.size
     scatter = blur(attenuation, 0.09 * size)
@@ -278,12 +286,12 @@ def _expose(attenuation: np.ndarray, canvas: Canvas, random: np.random.Generator
     film = (film - low) / (high - low)
     grain = random.standard_normal((size, size), np.float32)
     film += blur(grain, 0.5) * (random.uniform(0.010, 0.024) * (0.5 + film))
-    image = np.clip(film * 245 + 4, 0, 255).astype(np.uint8)
+    image: NDArray[np.uint8] = np.clip(film * 245 + 4, 0, 255).astype(np.uint8)
     _mark(image, random)
     return image
 
 
-def _mark(image: np.ndarray, random: np.random.Generator) -> None:
+def _mark(image: NDArray[np.uint8], random: np.random.Generator) -> None:
     """A letter at the side, as radiographers lay it on the plate."""
     side = random.random()
     if side > 0.5:

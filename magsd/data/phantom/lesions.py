@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 CLASSES = ("normal", "focal", "diffuse", "ground-glass")
+_Drawn = tuple[NDArray[np.floating], float, float]  # shape, strength, how far vessels vanish
 _MASK_LEVEL = 0.3  # share of the lesion's own strength from which a pixel counts as lesion
 
 
@@ -19,11 +21,11 @@ class Chest:
     innermost. dense: 1 behind heart and mediastinum. top, bottom: the lungs' ends in y.
     """
 
-    x: np.ndarray
-    y: np.ndarray
-    lungs: np.ndarray
-    depth: np.ndarray
-    dense: np.ndarray
+    x: NDArray[np.floating]
+    y: NDArray[np.floating]
+    lungs: NDArray[np.floating]
+    depth: NDArray[np.floating]
+    dense: NDArray[np.floating]
     top: float
     bottom: float
 
@@ -35,9 +37,9 @@ class Lesion:
     mask: (S, S) bool, where the lesion is plain to see.
     """
 
-    alpha: np.ndarray
+    alpha: NDArray[np.floating]
     solid: float
-    mask: np.ndarray
+    mask: NDArray[np.bool_]
 
 
 def draw_lesion(label: str, chest: Chest, random: np.random.Generator) -> Lesion | None:
@@ -50,23 +52,27 @@ def draw_lesion(label: str, chest: Chest, random: np.random.Generator) -> Lesion
     return Lesion(shape * strength, solid, shape * (1 - chest.dense) > _MASK_LEVEL)
 
 
-def cloud(size: int, cells: int, random: np.random.Generator, octaves: int = 3) -> np.ndarray:
+def cloud(
+    size: int, cells: int, random: np.random.Generator, octaves: int = 3
+) -> NDArray[np.float32]:
     """(size, size) float32 smooth noise of about unit deviation, `cells` waves across."""
     total = np.zeros((size, size), np.float32)
     for octave in range(octaves):
         count = min(size, cells << octave) + 1
         grid = random.standard_normal((count, count), np.float32) * 0.6**octave
-        total += cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)
+        waves = cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)
+        total += waves.astype(np.float32, copy=False)  # its type has no dtype
     return total
 
 
-def _ramp(values: np.ndarray, low: float, high: float) -> np.ndarray:
+def _ramp(values: NDArray[np.floating], low: float, high: float) -> NDArray[np.floating]:
     """0 below low, 1 above high, smooth between."""
-    t = np.clip((values - low) / (high - low), 0, 1)
-    return t * t * (3 - 2 * t)
+    t: NDArray[np.floating] = np.clip((values - low) / (high - low), 0, 1)
+    ramp: NDArray[np.floating] = t * t * (3 - 2 * t)
+    return ramp
 
 
-def _focal(chest: Chest, random: np.random.Generator) -> tuple[np.ndarray, float, float]:
+def _focal(chest: Chest, random: np.random.Generator) -> _Drawn:
     """One dense consolidation with an uneven edge."""
     inside = np.flatnonzero(chest.depth * (1 - chest.dense) > 0.5)
     place = inside[random.integers(len(inside))]
@@ -83,7 +89,7 @@ def _focal(chest: Chest, random: np.random.Generator) -> tuple[np.ndarray, float
     return _ramp(-distance, -1.35, -0.35) * patches, random.uniform(0.8, 0.95), 0.75
 
 
-def _diffuse(chest: Chest, random: np.random.Generator) -> tuple[np.ndarray, float, float]:
+def _diffuse(chest: Chest, random: np.random.Generator) -> _Drawn:
     """Patches all over both lungs, denser towards hila and bases."""
     size = len(chest.x)
     patches = 0.62 + 0.24 * cloud(size, 8, random, octaves=4)
@@ -92,7 +98,7 @@ def _diffuse(chest: Chest, random: np.random.Generator) -> tuple[np.ndarray, flo
     return _ramp(patches * weight, -0.1, 1.0), random.uniform(0.58, 0.74), 0.55
 
 
-def _ground_glass(chest: Chest, random: np.random.Generator) -> tuple[np.ndarray, float, float]:
+def _ground_glass(chest: Chest, random: np.random.Generator) -> _Drawn:
     """Haze along the chest wall of both lungs, mostly low; vessels stay visible."""
     size = len(chest.x)
     wall = np.abs(chest.x) - (0.40 + 0.16 * _ramp(chest.y, -0.7, 0.2))

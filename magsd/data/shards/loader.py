@@ -19,7 +19,7 @@ from magsd.data.shards.plan import TOGETHER, Plan, make_plan
 from magsd.data.shards.reader import ShardReader
 from magsd.errors import DataError
 
-_Sample = tuple[np.ndarray, int, int]  # pixels, label, number in the index
+_Sample = tuple[NDArray[np.uint8], int, int]  # pixels, label, number in the index
 
 
 class ShardLoader(Loader):

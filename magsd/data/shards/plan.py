@@ -40,7 +40,7 @@ class Plan:
         """Places in the order of emission, a buffer at a time; the first `skip` are gone."""
         for number in range(skip // self.buffer, -(-len(self.piece) // self.buffer)):
             first = number * self.buffer
-            places = np.arange(first, min(first + self.buffer, len(self.piece)))
+            places: NDArray[np.int64] = np.arange(first, min(first + self.buffer, len(self.piece)))
             if self.shuffle:
                 stream = f"shuffle {self.rank}"
                 random = np.random.default_rng(step_seed(self.seed, self.epoch, number, stream))

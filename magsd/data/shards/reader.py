@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from magsd.data.cache import prepare_image
 from magsd.data.images import IMAGE_SUFFIXES, decode_image
@@ -35,11 +36,11 @@ class ShardReader:
         self._end = end
         self._classes = list(classes)
         self._form = (image_size, channels, clahe)
-        self._stream: Iterator[dict[str, Any]] | None = None
+        self._stream: Generator[dict[str, Any], None, None] | None = None
         self._next = 0
         self._stopped = False
 
-    def take(self, numbers: Sequence[int]) -> list[tuple[np.ndarray, int]]:
+    def take(self, numbers: Sequence[int]) -> list[tuple[NDArray[np.uint8], int]]:
         """Pixels, (S, S) or (S, S, 3) uint8, and label of each; the numbers rise from call to call.
 
         Raises DataError where the shard cannot be read, is shorter than its index says, or holds an
@@ -61,7 +62,7 @@ class ShardReader:
     def close(self) -> None:
         """Leave the shard."""
         if self._stream is not None:
-            self._stream.close()  # type: ignore[attr-defined]  # a generator
+            self._stream.close()
             self._stream = None
 
     def _advance(self, number: int) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class ShardReader:
             if self._stream is None:
                 self._stream = iter(library.tariterators.tarfile_samples([{"url": url}]))
             while True:
-                sample = next(self._stream)
+                sample: dict[str, Any] = next(self._stream)
                 self._next += 1
                 if self._next > number:
                     return sample
@@ -82,7 +83,7 @@ class ShardReader:
         except (OSError, ValueError, EOFError, tarfile.TarError) as error:
             raise DataError(f"{url}: cannot be read as a tar of images ({error})") from error
 
-    def _decode(self, sample: dict[str, Any]) -> tuple[np.ndarray, int]:
+    def _decode(self, sample: dict[str, Any]) -> tuple[NDArray[np.uint8], int]:
         where = f"{self._shard.url}, {sample['__key__']}"
         # KEY.png before KEY.mask.png, whichever comes first in the tar.
         for name, data in sorted(sample.items(), key=lambda item: item[0].count(".")):

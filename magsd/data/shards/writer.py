@@ -12,6 +12,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from magsd.data.images import IMAGE_SUFFIXES, decode_image, is_dicom
 from magsd.data.record import Record
@@ -167,8 +168,8 @@ def _encoded(source: Source, record: Record) -> tuple[str, bytes]:
     return ("dcm", data) if is_dicom(data) else ("png", _png(image))
 
 
-def _png(image: np.ndarray) -> bytes:
+def _png(image: NDArray[np.uint8]) -> bytes:
     """A grey or RGB image as the content of a PNG file."""
     if image.ndim == 3:
-        image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
     return cv2.imencode(".png", image)[1].tobytes()

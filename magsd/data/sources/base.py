@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from magsd.data.images import read_image_file
 from magsd.data.record import Record
@@ -34,11 +35,11 @@ class Source(ABC):
     records: tuple[Record, ...]
 
     @abstractmethod
-    def read_image(self, record: Record) -> np.ndarray:
+    def read_image(self, record: Record) -> NDArray[np.uint8]:
         """The image, (H, W) or (H, W, 3) RGB, uint8. Raises DataError when it cannot be read."""
 
     @abstractmethod
-    def read_mask(self, record: Record) -> np.ndarray | None:
+    def read_mask(self, record: Record) -> NDArray[np.bool_] | None:
         """The mask, (H, W) bool of the image's size, or None."""
 
     @abstractmethod
@@ -79,13 +80,13 @@ class FileSource(Source):
         """The file that holds the record's mask."""
         return None
 
-    def read_image(self, record: Record) -> np.ndarray:
+    def read_image(self, record: Record) -> NDArray[np.uint8]:
         """The decoded image file; see `Source.read_image`."""
         if record.path is None:
             raise DataError(f"{record.key}: the record has no image file")
         return read_image_file(record.path)
 
-    def read_mask(self, record: Record) -> np.ndarray | None:
+    def read_mask(self, record: Record) -> NDArray[np.bool_] | None:
         """None: images without masks; see `Source.read_mask`."""
         return None
 

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from magsd.data.darwin import DarwinAnnotation, read_darwin
 from magsd.data.record import MaskKind, Record
@@ -94,7 +95,7 @@ class DarwinSource(FileSource):
         """The annotation's file."""
         return self._annotations[record.key].path
 
-    def read_mask(self, record: Record) -> np.ndarray | None:
+    def read_mask(self, record: Record) -> NDArray[np.bool_] | None:
         """The lungs, or None where there are none or where the image was cropped."""
         if record.mask_kind is None:
             return None

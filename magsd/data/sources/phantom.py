@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from magsd.data.phantom import CLASSES, VERSION, draw_phantom
 from magsd.data.record import Record
@@ -52,7 +53,7 @@ class PhantomSource(Source):
             mask_kind=None if label == "normal" else "lesion",
         )
 
-    def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def _draw(self, number: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         record = self._record(number)
         patient = int(record.patient.rpartition("-")[2])
         image, mask = draw_phantom(
@@ -61,11 +62,11 @@ class PhantomSource(Source):
         image.flags.writeable = mask.flags.writeable = False  # they are shared by callers
         return image, mask
 
-    def read_image(self, record: Record) -> np.ndarray:
+    def read_image(self, record: Record) -> NDArray[np.uint8]:
         """(size, size) uint8, read-only."""
         return self._drawn(self._number[record.key])[0]
 
-    def read_mask(self, record: Record) -> np.ndarray | None:
+    def read_mask(self, record: Record) -> NDArray[np.bool_] | None:
         """(size, size) bool of the lesion, read-only; None for a normal image."""
         return None if record.mask_kind is None else self._drawn(self._number[record.key])[1]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from magsd.data.record import MaskKind, Record, Side
 from magsd.data.sources.base import FileSource
@@ -122,7 +123,7 @@ class PublishedSource(FileSource):
         if count:
             _log.warning("%s: %d images %s are left out", self.folder, count, why)
 
-    def read_mask(self, record: Record) -> np.ndarray | None:
+    def read_mask(self, record: Record) -> NDArray[np.bool_] | None:
         """(H, W) bool, True within the record's boxes; None where it has none."""
         boxes = self._boxes.get(record.key)
         if boxes is None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from numpy.typing import NDArray
 
 from magsd.data.darwin import DarwinAnnotation, read_darwin
 from magsd.data.images import read_image_file, to_grey
@@ -77,7 +78,7 @@ class TableSource(FileSource):
         """The file of the record's mask."""
         return self._masks.get(record.key)
 
-    def read_mask(self, record: Record) -> np.ndarray | None:
+    def read_mask(self, record: Record) -> NDArray[np.bool_] | None:
         """Lesion or lungs; None where there are none or where the image was cropped."""
         if record.mask_kind is None:
             return None

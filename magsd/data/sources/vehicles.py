@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from magsd.data.record import Record, Side
 from magsd.data.sources.base import Options
@@ -74,7 +75,7 @@ class AircraftSource(_TorchvisionSource):
             dataset = FGVCAircraft(self._root(), part, level, loader=str)
             yield from self._records_of(dataset, side)
 
-    def read_image(self, record: Record) -> np.ndarray:
+    def read_image(self, record: Record) -> NDArray[np.uint8]:
         """The image without the strip under it; see `Source.read_image`."""
         return super().read_image(record)[:-_BANNER]
 
