@@ -21,6 +21,7 @@ from magsd.data import Part
 from magsd.models import ClassifierOutput
 from magsd.models.wsdan import center_loss, move_centers
 from magsd.training.views import GuidedViews, MAGSDViews, WSDANViews, draw_uniforms
+from magsd.unread import loss_of
 from magsd_kernels import SoftDistance, SoftDistanceLoss
 
 
@@ -205,12 +206,11 @@ def make_step(
     if model_name == "plain":
         return partial(plain_step, class_weights=class_weights)
     wsdan = model_name == "wsdan"
-    mean = loss.name == "cross_entropy" or (loss.name == "published" and wsdan)
     return partial(
         attention_step,
         views=WSDANViews(views) if wsdan else MAGSDViews(views),
         loss=MeanCrossEntropy(class_weights)
-        if mean
+        if loss_of(model_name, loss) == "cross_entropy"
         else SoftDistanceLoss(
             confidence=loss.confidence, smoothing=loss.smoothing, class_weights=class_weights
         ),
