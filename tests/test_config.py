@@ -216,6 +216,25 @@ def test_a_packaged_model_keeps_data_and_recipe(name: str) -> None:
     assert config.model.name == ("plain" if name in BASELINES else name.partition("-")[0])
 
 
+@pytest.mark.parametrize("name", sorted(packaged_models()))
+def test_a_packaged_model_is_the_same_over_any_base(name: str, tmp_path: Path) -> None:
+    """But for what goes with the images and the backbone: sizes, and which of its maps is taken."""
+    other = tmp_path / "other.yaml"
+    other.write_text(
+        "model: {name: magsd, scales: 3, fusion: up, pool: max, regulariser: dropout, dropout: 0.9,"
+        " refine_weight: 1.0}\nloss.name: cross_entropy\nviews.weight: 1.0\n"
+    )
+    kept = ("model.backbone", "model.in_channels", "model.attention_maps", "model.level")
+    kept += ("model.pretrained",)
+    found = []
+    for base in (None, other, "wsdan"):
+        config = load_config(base, [f"model={name}"])
+        read = config.flat().keys() - unread_keys(config).keys() - set(kept)
+        makers = {key for key in read if key.startswith(("model.", "loss.", "views."))}
+        found.append({key: config.flat()[key] for key in makers})
+    assert found[0] == found[1] == found[2]
+
+
 def test_single_values_win_over_the_model_whatever_their_order() -> None:
     config = load_config(None, ["scales=2", "model=magsd-3-scales", "lr=0.5"])
     assert (config.model.scales, config.optim.lr) == (2, 0.5)
