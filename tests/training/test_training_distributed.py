@@ -16,7 +16,7 @@ from rich.console import Console
 
 import magsd
 from magsd.config import Config, load_config
-from magsd.data import BatchLoader, share_bounds, split_by_patient
+from magsd.data import Batch, BatchLoader, Part, share_bounds, split_by_patient
 from magsd.models import build_model
 from magsd.training import load_run
 from magsd.training.checkpoint import load_checkpoint
@@ -191,6 +191,15 @@ def test_gradients_of_two_are_those_of_one(tmp_path: Path, small_pairs: list[str
 
 def counts(row: dict[str, str]) -> float:
     return float(row["train_accuracy"]) * IMAGES
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_share_of_a_batch_of_no_weight_is_a_number(known: bool) -> None:
+    labels = [1, 1]
+    batch = Batch(torch.zeros(2, 1, 4, 4), torch.tensor(labels), [0, 1], [0, 1], Part(0, 2))
+    weights = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    share = Team().share(batch, weights, labels if known else None)
+    assert (share.cross_entropy, share.distance) == (0.0, 1.0)
 
 
 def test_run_of_two(two: tuple[Path, str]) -> None:
