@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
+from timm.models.efficientnet import EfficientNetFeatures
+from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -59,6 +61,7 @@ class Backbone(nn.Module):
             self.net = _create_pretrained(name, arguments)
         elif pretrained:
             load_backbone_weights(self.net, pretrained, name=name, in_channels=in_channels)
+        _drop_later_stages(self.net)
         self.recompute = False
         self.in_channels = in_channels
         self.channels: list[int] = list(self.net.feature_info.channels())
@@ -129,6 +132,18 @@ def _create_pretrained(name: str, arguments: dict[str, Any]) -> nn.Module:
             "random weights with model.pretrained=false, or give a safetensors file with timm's "
             "parameter names: model.pretrained=/path/to/weights.safetensors"
         ) from error
+
+
+def _drop_later_stages(net: nn.Module) -> None:
+    """Remove, in place, the stages after the last map that is taken.
+
+    timm keeps them in its EfficientNet and MobileNet families: they would run for nothing, and
+    their parameters would get no gradient, which several processes that train together refuse.
+    """
+    if not isinstance(net, EfficientNetFeatures | MobileNetV3Features):
+        return
+    if net.feature_hooks is None:  # else maps come from within stages
+        net.blocks = net.blocks[: max(info["stage"] for info in net.feature_info.get_dicts())]
 
 
 def load_backbone_weights(
