@@ -14,8 +14,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
-from timm.models.efficientnet import EfficientNetFeatures
-from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -140,9 +138,11 @@ def _drop_later_stages(net: nn.Module) -> None:
     timm keeps them in its EfficientNet and MobileNet families: they would run for nothing, and
     their parameters would get no gradient, which several processes that train together refuse.
     """
-    if not isinstance(net, EfficientNetFeatures | MobileNetV3Features):
-        return
-    if net.feature_hooks is None:  # else maps come from within stages
+    families = (
+        timm.models.efficientnet.EfficientNetFeatures,
+        timm.models.mobilenetv3.MobileNetV3Features,
+    )
+    if isinstance(net, families) and net.feature_hooks is None:  # else maps come from within stages
         net.blocks = net.blocks[: max(info["stage"] for info in net.feature_info.get_dicts())]
 
 
