@@ -56,6 +56,7 @@ def unread_keys(config: Config) -> dict[str, str]:
     unread: dict[str, str] = {}
     for choice, readers, keys in _READERS:
         if choices[choice] not in readers:
-            why = f"{choice} is {choices[choice]}, and only {' and '.join(readers)} read it"
+            only = f"{' and '.join(readers)} read{'s' if len(readers) == 1 else ''} it"
+            why = f"{choice} is {choices[choice]}, and only {only}"
             unread = dict.fromkeys(keys.split(), why) | unread
     return unread

@@ -257,10 +257,14 @@ def test_crop_model_has_no_mixup() -> None:
     ("pairs", "key", "why"),
     [
         (["model=plain", "attention_maps=64"], "model.attention_maps=64", "model.name is plain"),
-        (["scales=3", "model=wsdan"], "model.scales=3", "only magsd read"),
-        (["level=-2"], "model.level=-2", "only wsdan read"),
+        (["scales=3", "model=wsdan"], "model.scales=3", "only magsd reads it"),
+        (["level=-2"], "model.level=-2", "only wsdan reads it"),
         (["model=wsdan", "confidence=0.5"], "loss.confidence=0.5", "the loss is cross_entropy"),
-        (["model=plain", "train.views=merged"], "train.views=merged", "magsd and wsdan"),
+        (
+            ["model=plain", "train.views=merged"],
+            "train.views=merged",
+            "only magsd and wsdan read it",
+        ),
         (["dropout=0.2"], "model.dropout=0.2", "model.regulariser is l2"),
         (["optim.name=adamw", "momentum=0.8"], "optim.momentum=0.8", "optim.name is adamw"),
     ],
