@@ -7,6 +7,7 @@ section has may stand alone (`lr`). Unknown keys are refused with the nearest va
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
@@ -19,8 +20,11 @@ from magsd.coerce import coerce, describe
 from magsd.data.augment import AugmentConfig
 from magsd.errors import ConfigError
 from magsd.models import ModelConfig
+from magsd.ranges import RANGES
+from magsd.unread import unread_keys
 
 RUN_MARK = "# magsd run"
+_log = logging.getLogger(__name__)
 _PACKAGED = Path(str(resources.files("magsd") / "configs"))
 
 
@@ -167,7 +171,7 @@ class Config:
 
     def validate(self) -> Config:
         """Check ranges. Raises `ConfigError` that names key, value and what was expected."""
-        for keys, holds, expected in _RULES:
+        for keys, holds, expected in RANGES:
             for key in keys.split():
                 value = _get(self, key)
                 if value is not None and not holds(value):
@@ -177,48 +181,6 @@ class Config:
                 f"data.fold={self.data.fold}: expected 0 to data.folds - 1 = {self.data.folds - 1}"
             )
         return self
-
-
-def _range_ok(pair: tuple[float, float]) -> bool:
-    return 0 <= pair[0] <= pair[1] <= 1
-
-
-_RULES: list[tuple[str, Any, str]] = [
-    ("data.image_size", lambda v: 16 <= v <= 4096, "16 to 4096"),
-    ("data.folds train.batch_size", lambda v: v >= 2, "at least 2"),
-    (
-        "train.epochs train.eval_batch_size train.log_interval data.clahe_tiles "
-        "data.shuffle_buffer model.in_channels model.attention_maps model.scales",
-        lambda v: v >= 1,
-        "at least 1",
-    ),
-    (
-        "data.fold train.checkpoint_interval train.overlays optim.warmup_epochs optim.final_lr "
-        "optim.weight_decay views.padding loss.center_weight data.split_seed train.seed",
-        lambda v: v >= 0,
-        "at least 0",
-    ),
-    ("model.level", lambda v: v < 0, "-1 for the last map, or less"),
-    ("optim.lr data.clahe_clip optim.clip_norm", lambda v: v > 0, "more than 0"),
-    (
-        "optim.momentum optim.gamma loss.confidence loss.smoothing loss.center_rate views.weight "
-        "views.floor model.refine_weight",
-        lambda v: 0 <= v <= 1,
-        "0 to 1",
-    ),
-    (
-        "views.mixup_theta views.dim_theta views.patch_theta views.crop_theta views.drop_theta",
-        _range_ok,
-        "0 <= low <= high <= 1",
-    ),
-    ("model.dropout", lambda v: 0 <= v < 1, "0 to below 1"),
-    ("optim.betas", lambda v: all(0 <= b < 1 for b in v), "two numbers in [0, 1)"),
-    (
-        "loss.class_weights",
-        lambda v: isinstance(v, str) or all(w >= 0 for w in v),
-        "none, balanced, or numbers of at least 0",
-    ),
-]
 
 
 def valid_keys(cls: type = Config, prefix: str = "") -> list[str]:
@@ -270,20 +232,33 @@ def load_config(
     """`base` (else the published recipe), then a YAML file, then `key=value` pairs.
 
     `file` is a path or the name of a packaged configuration. A pair `model=NAME` applies a packaged
-    model, or the YAML file of that path, before the other pairs. Raises `ConfigError`.
+    model, or the YAML file of that path, before the other pairs. Warns of keys that a user's own
+    file or pairs set and the chosen model, loss or optimiser never reads. Raises `ConfigError`.
     """
     config = base if base is not None else Config()
+    chosen: list[str] = []
     if file is not None:
-        apply_mapping(config, _read_yaml(_find(file, packaged_configs())), where=str(file))
+        chosen += _apply_file(config, _find(file, packaged_configs()), where=str(file))
     pairs = [_pair(text) for text in overrides]
     for key, text in pairs:
         if key == "model":
-            values = _read_yaml(_find(text, packaged_models(), "model"))
-            apply_mapping(config, values, where=f"model={text}")
+            path = _find(text, packaged_models(), "model")
+            chosen += _apply_file(config, path, where=f"model={text}")
     for key, text in pairs:
         if key != "model":
-            _set(config, resolve_key(key), text, where="command line", from_text=True)
-    return config.validate()
+            chosen.append(resolve_key(key))
+            _set(config, chosen[-1], text, where="command line", from_text=True)
+    config.validate()
+    for key, why in unread_keys(config).items():
+        if key in chosen:
+            _log.warning("%s=%s has no effect: %s", key, _plain(_get(config, key)), why)
+    return config
+
+
+def _apply_file(config: Config, path: Path, *, where: str) -> list[str]:
+    """Set what a file says; returns its keys where a user wrote it, no run nor this package."""
+    keys = apply_mapping(config, _read_yaml(path), where=where)
+    return [] if path.is_relative_to(_PACKAGED) or is_of_run(path) else keys
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -323,14 +298,26 @@ def dump_yaml(config: Config) -> str:
     return f"{RUN_MARK}: every value that this run used\n{body}"
 
 
-def apply_mapping(config: Config, values: Mapping[str, Any], *, where: str) -> None:
-    """Set nested or dotted keys of `values` on `config` in place."""
+def is_of_run(path: Path) -> bool:
+    """True for the config.yaml that a run wrote."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.readline().startswith(RUN_MARK)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def apply_mapping(config: Config, values: Mapping[str, Any], *, where: str) -> list[str]:
+    """Set nested or dotted keys of `values` on `config` in place; returns their full names."""
+    keys = []
     for key, value in _flatten(values, where):
         try:
             full = resolve_key(key)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
         _set(config, full, value, where=where)
+        keys.append(full)
+    return keys
 
 
 def _flatten(values: Any, where: str, prefix: str = "") -> list[tuple[str, Any]]:

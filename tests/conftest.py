@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,3 +48,34 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_pairs(cache_dir: Path) -> list[str]:
     """key=value pairs of the small run: three steps an epoch."""
     return [*SMALL, f"cache_dir={cache_dir}"]
+
+
+def _run_python(*arguments: str | Path, **environment: object) -> subprocess.CompletedProcess[str]:
+    import magsd  # not where the kernels alone are installed
+
+    variables = {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    variables |= {name: str(value) for name, value in environment.items()}
+    package = str(Path(magsd.__file__).parents[1])
+    paths = [variables.get("PYTHONPATH"), package, os.environ.get("PYTHONPATH")]
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    # -m looks in the current folder first: a checkout there may lack the native kernels that the
+    # installed package has, whose last digits are others.
+    with tempfile.TemporaryDirectory() as empty:
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            env={**os.environ, **variables},
+            cwd=empty,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python with arguments, and the package under test, in a process of its own.
+
+    Keywords are environment variables; PYTHONPATH comes before the package's folder.
+    """
+    return _run_python

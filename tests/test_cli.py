@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -20,20 +20,7 @@ from magsd.config import load_config
 from magsd.errors import ConfigError, DataError, RunError
 from magsd.training.run_data import same_source
 
-SMALL = [
-    "data.source=phantom:n=24,size=32",
-    "image_size=32",
-    "folds=2",
-    "backbone=test_resnet",
-    "backbone_args={output_stride: 16}",
-    "attention_maps=4",
-    "pretrained=false",
-    "batch_size=4",
-    "epochs=1",
-    "tensorboard=false",
-    "train.device=cpu",
-    "overlays=2",
-]
+Process = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def run(*arguments: str | Path) -> tuple[int, str]:
@@ -45,35 +32,26 @@ def run(*arguments: str | Path) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.mktemp("cli")
-    code, output = run(
-        "train",
-        "--out",
-        base / "run",
-        *SMALL,
-        f"cache_dir={base / 'cache'}",
-        "--kernels",
-        "reference",
-    )
+def pairs(small_pairs: list[str]) -> list[str]:
+    return [*small_pairs, "epochs=1", "overlays=2"]
+
+
+@pytest.fixture(scope="module")
+def trained(pairs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    code, output = run("train", "--out", out, *pairs, "--kernels", "reference")
     assert code == 0, output
-    return base / "run"
+    return out
 
 
-def process(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "magsd", *map(str, arguments)],
-        env={**os.environ, "COLUMNS": "200", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+@pytest.fixture
+def process(run_python: Process) -> Process:
+    return partial(run_python, "-m", "magsd")
 
 
-def test_help_is_quick_and_lists_commands() -> None:
+def test_help_is_quick_and_lists_commands(process: Process, run_python: Process) -> None:
     code = "import sys, magsd.cli; assert not {'torch', 'timm', 'cv2'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert run_python("-c", code).returncode == 0
     done = process("--help")
     assert done.returncode == 0
     assert all(
@@ -82,22 +60,33 @@ def test_help_is_quick_and_lists_commands() -> None:
     )
 
 
-def test_errors_are_one_message_and_exit_code_2(tmp_path: Path) -> None:
+def test_processes_run_the_package_under_test(
+    process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not a checkout in the current folder, which may lack the compiled kernels."""
+    (tmp_path / "magsd").mkdir()
+    (tmp_path / "magsd" / "__init__.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    assert process("--help").returncode == 0
+
+
+def test_errors_are_one_message_and_exit_code_2(process: Process, tmp_path: Path) -> None:
     done = process("train", "--out", tmp_path / "run", "epoch=3")
     assert done.returncode == 2
     assert done.stderr.strip() == "magsd: unknown key 'epoch'; did you mean 'train.epochs'?"
     assert not (tmp_path / "run").exists()
 
 
-def test_missing_extra_says_what_to_install(tmp_path: Path) -> None:
+def test_missing_extra_says_what_to_install(
+    process: Process, pairs: list[str], tmp_path: Path
+) -> None:
     """Stand-ins that fail to import, as on a machine with the base install alone."""
     (tmp_path / "timm.py").write_text("raise ModuleNotFoundError('no', name='timm')")
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = process("train", "--out", tmp_path / "run", *SMALL, PYTHONPATH=path)
+    done = process("train", "--out", tmp_path / "run", *pairs, PYTHONPATH=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "pip install 'magsd[train]'" in done.stderr
     (tmp_path / "typer.py").write_text("raise ModuleNotFoundError('no', name='typer')")
-    done = process("--help", PYTHONPATH=path)
+    done = process("--help", PYTHONPATH=tmp_path)
     assert done.returncode != 0
     assert "pip install 'magsd[train]'" in done.stderr
     assert "Traceback" not in done.stderr
@@ -135,9 +124,9 @@ def test_train_writes_a_run_and_a_table(trained: Path) -> None:
         assert words in output, words
 
 
-def test_train_refuses_another_runs_folder(trained: Path) -> None:
+def test_train_refuses_another_runs_folder(trained: Path, pairs: list[str]) -> None:
     with pytest.raises(RunError, match="holds another run"):
-        run("train", "--out", trained, *SMALL)
+        run("train", "--out", trained, *pairs)
 
 
 def test_evaluate_own_validation(trained: Path, tmp_path: Path) -> None:
@@ -249,7 +238,7 @@ def test_folder_that_is_no_run(command: str, tmp_path: Path) -> None:
         run(command, tmp_path, *extra)
 
 
-def test_corrupt_checkpoint_is_said(trained: Path, tmp_path: Path) -> None:
+def test_corrupt_checkpoint_is_said(process: Process, trained: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
     best = copy / "checkpoints" / "best.pt"
@@ -267,7 +256,7 @@ def test_info() -> None:
         assert words in output, words
 
 
-def test_shards_that_training_reads(tmp_path: Path) -> None:
+def test_shards_that_training_reads(pairs: list[str], tmp_path: Path) -> None:
     pytest.importorskip("webdataset", reason="needs the shards extra")
     out = tmp_path / "shards"
     code, output = run(
@@ -280,7 +269,7 @@ def test_shards_that_training_reads(tmp_path: Path) -> None:
         "train",
         "--out",
         tmp_path / "run",
-        *SMALL,
+        *pairs,
         f"source=shards:{out}/train-{{000000..000002}}.tar",
         f"data.validation=shards:{out}/val-{{000000..000002}}.tar",
     )

@@ -19,6 +19,7 @@ from magsd.config import (
     valid_keys,
 )
 from magsd.errors import ConfigError
+from magsd.unread import unread_keys
 
 BASELINES = ("plain", "resnet18", "resnet50", "vgg16", "inception_v3", "densenet121")
 
@@ -215,6 +216,25 @@ def test_a_packaged_model_keeps_data_and_recipe(name: str) -> None:
     assert config.model.name == ("plain" if name in BASELINES else name.partition("-")[0])
 
 
+@pytest.mark.parametrize("name", sorted(packaged_models()))
+def test_a_packaged_model_is_the_same_over_any_base(name: str, tmp_path: Path) -> None:
+    """But for what goes with the images and the backbone: sizes, and which of its maps is taken."""
+    other = tmp_path / "other.yaml"
+    other.write_text(
+        "model: {name: magsd, scales: 3, fusion: up, pool: max, regulariser: dropout, dropout: 0.9,"
+        " refine_weight: 1.0}\nloss.name: cross_entropy\nviews.weight: 1.0\n"
+    )
+    kept = ("model.backbone", "model.in_channels", "model.attention_maps", "model.level")
+    kept += ("model.pretrained",)
+    found = []
+    for base in (None, other, "wsdan"):
+        config = load_config(base, [f"model={name}"])
+        read = config.flat().keys() - unread_keys(config).keys() - set(kept)
+        makers = {key for key in read if key.startswith(("model.", "loss.", "views."))}
+        found.append({key: config.flat()[key] for key in makers})
+    assert found[0] == found[1] == found[2]
+
+
 def test_single_values_win_over_the_model_whatever_their_order() -> None:
     config = load_config(None, ["scales=2", "model=magsd-3-scales", "lr=0.5"])
     assert (config.model.scales, config.optim.lr) == (2, 0.5)
@@ -231,3 +251,60 @@ def test_a_model_may_be_a_file(tmp_path: Path) -> None:
 def test_crop_model_has_no_mixup() -> None:
     config = load_config(None, ["model=magsd-crop"])
     assert (config.views.weight, config.model.refine_weight) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "key", "why"),
+    [
+        (["model=plain", "attention_maps=64"], "model.attention_maps=64", "model.name is plain"),
+        (["scales=3", "model=wsdan"], "model.scales=3", "only magsd reads it"),
+        (["level=-2"], "model.level=-2", "only wsdan reads it"),
+        (["model=wsdan", "confidence=0.5"], "loss.confidence=0.5", "the loss is cross_entropy"),
+        (
+            ["model=plain", "train.views=merged"],
+            "train.views=merged",
+            "only magsd and wsdan read it",
+        ),
+        (["dropout=0.2"], "model.dropout=0.2", "model.regulariser is l2"),
+        (["optim.name=adamw", "momentum=0.8"], "optim.momentum=0.8", "optim.name is adamw"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_told(
+    pairs: list[str], key: str, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_config("phantom", pairs)
+    [message] = caplog.messages
+    assert message.startswith(f"{key} has no effect: ")
+    assert why in message
+
+
+def test_a_key_of_a_users_file_that_nothing_reads_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model:\n  name: plain\n  fusion: up\n")
+    for pairs, path in (([], file), ([f"model={file}"], None)):
+        caplog.clear()
+        load_config(path, pairs)
+        assert [text.partition(" ")[0] for text in caplog.messages] == ["model.fusion=up"]
+
+
+def test_keys_that_are_read_or_that_no_user_chose_are_not_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for base in packaged_configs():
+        for model in packaged_models():
+            load_config(base, [f"model={model}"])
+    run = tmp_path / "config.yaml"
+    run.write_text(dump_yaml(load_config("phantom", ["model=plain"])))
+    load_config(run)
+    load_config("wsdan", ["level=-1", "center_rate=0.1"])
+    load_config("published", ["dropout=0.1", "model=magsd-dropout", "mixup_theta=[0.1,0.2]"])
+    assert not caplog.messages
+
+
+def test_every_model_key_that_not_all_read_is_told() -> None:
+    told = set().union(*(unread_keys(load_config(None, [f"model={m}"])) for m in packaged_models()))
+    common = {"name", "backbone", "in_channels", "pretrained", "backbone_args"}
+    rest = {key for key in valid_keys() if key.startswith("model.")} - told
+    assert rest == {f"model.{key}" for key in common}

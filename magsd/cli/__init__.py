@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import signal
@@ -46,6 +47,9 @@ def main() -> None:
         # OpenMP's threads otherwise spin for long while they wait for one another; beside another
         # busy process single training steps then take ten times their time.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    if process_rank():  # the first process says for all what is to be noted
+        logging.getLogger("magsd").setLevel(logging.ERROR)
     try:
         app()
     except MagsdError as error:

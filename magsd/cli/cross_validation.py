@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from magsd.cli.common import SOURCES, configuration_file, make_console
 from magsd.errors import ConfigError
 from magsd.training.launch import launched
+
+if TYPE_CHECKING:
+    from magsd.crossval.plan import PlannedRun
 
 
 def crossval(
@@ -53,17 +56,26 @@ def crossval(
     seed_numbers, fold_numbers = numbers("--seeds", seeds), numbers("--folds", folds)
 
     # timm, torchvision and the like take seconds: a wrong key is told before.
-    from magsd.crossval.execute import check_images, execute
     from magsd.crossval.plan import plan_runs
+
+    runs = plan_runs(
+        out, base, model, seeds=seed_numbers or (), folds=fold_numbers, overrides=pairs
+    )
+    _compare(out, runs)
+
+
+def _compare(out: Path, runs: list[PlannedRun]) -> None:
+    """Train what is planned and not finished, then write and print the comparison.
+
+    Raises `typer.Exit` where training was interrupted or a run failed.
+    """
+    from magsd.crossval.execute import check_images, execute
     from magsd.crossval.report import print_report, write_results, write_summary
     from magsd.crossval.summary import summarise
     from magsd.training.checkpoint import disk_full_as_error
     from magsd.training.run_folder import RunFolder
     from magsd.training.trainer import Interrupted
 
-    runs = plan_runs(
-        out, base, model, seeds=seed_numbers or (), folds=fold_numbers, overrides=pairs
-    )
     console = make_console()
     console.print(f"cross-validation: {len(runs)} runs in {out}", highlight=False, soft_wrap=True)
     check_images(runs)

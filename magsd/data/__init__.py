@@ -8,7 +8,14 @@ from magsd.data.loader import Batch, BatchLoader, Loader, share_bounds
 from magsd.data.random import step_generator, step_seed
 from magsd.data.record import Record
 from magsd.data.sources import Source, open_source
-from magsd.data.splits import Split, choose_split, read_split, split_by_patient, write_split
+from magsd.data.splits import (
+    Split,
+    choose_split,
+    read_split,
+    split_by_patient,
+    split_of_rest,
+    write_split,
+)
 
 __all__ = [
     "AugmentConfig",
@@ -27,6 +34,7 @@ __all__ = [
     "read_split",
     "share_bounds",
     "split_by_patient",
+    "split_of_rest",
     "step_generator",
     "step_seed",
     "write_split",

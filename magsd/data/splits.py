@@ -117,6 +117,28 @@ def split_by_patient(
     return split
 
 
+def split_of_rest(records: Sequence[Record], split: Split, rest: Sequence[Record]) -> Split:
+    """The sides on which those records stand that are left, as positions in these.
+
+    No image changes sides because another cannot be read. Raises DataError where there is nothing
+    left to validate on, or training lacks a class.
+    """
+    place = {record.key: position for position, record in enumerate(rest)}
+    train, validation = (
+        [place[key] for key in (records[i].key for i in side) if key in place]
+        for side in (split.train, split.validation)
+    )
+    lacking = {record.label for record in records} - {rest[i].label for i in train}
+    if lacking or not validation:
+        of_classes = f"training image of class {', '.join(sorted(lacking))}"
+        side = of_classes if lacking else "validation image"
+        raise DataError(
+            f"{len(records) - len(rest)} of {len(records)} images cannot be read, and no {side} is"
+            " left; repair them, or choose another fold"
+        )
+    return Split(train, validation)
+
+
 def _check_classes(found: Iterable[str]) -> None:
     names = sorted(found)
     if len(names) < 2:

@@ -59,6 +59,7 @@ class Backbone(nn.Module):
             self.net = _create_pretrained(name, arguments)
         elif pretrained:
             load_backbone_weights(self.net, pretrained, name=name, in_channels=in_channels)
+        _drop_later_stages(self.net)
         self.recompute = False
         self.in_channels = in_channels
         info = cast(FeatureInfo, self.net.feature_info)  # whichever of timm's extractors it is
@@ -130,6 +131,20 @@ def _create_pretrained(name: str, arguments: dict[str, Any]) -> nn.Module:
             "random weights with model.pretrained=false, or give a safetensors file with timm's "
             "parameter names: model.pretrained=/path/to/weights.safetensors"
         ) from error
+
+
+def _drop_later_stages(net: nn.Module) -> None:
+    """Remove, in place, the stages after the last map that is taken.
+
+    timm keeps them in its EfficientNet and MobileNet families: they would run for nothing, and
+    their parameters would get no gradient, which several processes that train together refuse.
+    """
+    families = (
+        timm.models.efficientnet.EfficientNetFeatures,
+        timm.models.mobilenetv3.MobileNetV3Features,
+    )
+    if isinstance(net, families) and net.feature_hooks is None:  # else maps come from within stages
+        net.blocks = net.blocks[: max(info["stage"] for info in net.feature_info.get_dicts())]
 
 
 def load_backbone_weights(

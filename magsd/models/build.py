@@ -12,27 +12,12 @@ from safetensors import SafetensorError
 
 from magsd.errors import ConfigError, MagsdError
 from magsd.models.classifier import Classifier
-from magsd.models.config import ModelConfig, Preprocessing
+from magsd.models.config import MODEL_KEYS, ModelConfig, Preprocessing
 from magsd.models.magsd import MAGSD
 from magsd.models.plain import PlainClassifier
 from magsd.models.wsdan import WSDAN
 
 MODELS: dict[str, type[Classifier]] = {"magsd": MAGSD, "wsdan": WSDAN, "plain": PlainClassifier}
-
-# What each takes of the configuration besides what all take.
-_OWN = {
-    "magsd": (
-        "attention_maps",
-        "scales",
-        "fusion",
-        "pool",
-        "regulariser",
-        "dropout",
-        "refine_weight",
-    ),
-    "wsdan": ("attention_maps", "level", "pool"),
-    "plain": (),
-}
 
 
 def build_model(
@@ -57,7 +42,7 @@ def build_model(
         "preprocessing": preprocessing,
     }
     model_class = _model_class(config.name)
-    arguments |= {key: getattr(config, key) for key in _OWN[config.name]}
+    arguments |= {key: getattr(config, key) for key in MODEL_KEYS[config.name]}
     return model_class(**arguments)
 
 

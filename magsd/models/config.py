@@ -5,6 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+# What each model takes of the configuration besides what all take.
+MODEL_KEYS: dict[str, tuple[str, ...]] = {
+    "magsd": (
+        "attention_maps",
+        "scales",
+        "fusion",
+        "pool",
+        "regulariser",
+        "dropout",
+        "refine_weight",
+    ),
+    "wsdan": ("attention_maps", "level", "pool"),
+    "plain": (),
+}
+
 
 @dataclass
 class ModelConfig:

@@ -126,12 +126,14 @@ class Team:
         """
         images, (first, total) = len(batch.indices), batch.part
         own = images / total
-        if weights is not None and labels is not None:
-            whole = weights[labels]
-            own = float(whole[first : first + images].sum() / whole.sum())
-        elif weights is not None:
-            here = weights[batch.labels.cpu()].sum()
-            own = float(here / self.sum(here.clone()))
+        if weights is not None:
+            if labels is not None:
+                each = weights[labels]
+                here, whole = each[first : first + images].sum(), each.sum()
+            else:
+                here = weights[batch.labels.cpu()].sum()
+                whole = self.sum(here.clone())
+            own = float(here / whole) if whole else 0.0  # a batch may weigh nothing
         return Share(batch.part, self.size * own, self.size * images / total, self.sum)
 
 

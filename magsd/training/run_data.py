@@ -18,12 +18,14 @@ from magsd.data import (
     ImageCache,
     Loader,
     Record,
+    Source,
     Split,
     choose_split,
     load_cache,
     open_source,
     read_split,
     share_bounds,
+    split_of_rest,
     write_split,
 )
 from magsd.data.shards import ShardIndex, ShardLoader, is_shards, open_shards
@@ -169,15 +171,17 @@ def _form(config: Config) -> dict[str, Any]:
 
 
 def open_images(
-    config: Config,
-    spec: str,
-    *,
-    classes: tuple[str, ...] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    config: Config, spec: str, *, classes: tuple[str, ...] | None = None
 ) -> tuple[tuple[str, ...], ImageCache]:
     """Class names and cached images of a source, prepared as `config` says."""
     source = open_source(spec, classes=classes)
-    cache = load_cache(
+    return tuple(source.classes), _cache(config, source)
+
+
+def _cache(
+    config: Config, source: Source, progress: Callable[[int, int], None] | None = None
+) -> ImageCache:
+    return load_cache(
         source,
         image_size=config.data.image_size,
         channels=config.model.in_channels,
@@ -186,7 +190,6 @@ def open_images(
         skip_bad=config.data.skip_bad,
         progress=progress,
     )
-    return tuple(source.classes), cache
 
 
 def same_source(first: str, second: str) -> bool:
@@ -359,26 +362,28 @@ def _open_cached(
     console: Console,
     team: Team,
 ) -> CachedData:
-    data = config.data
-    with console.status(f"preparing images of {data.source}") as status:
-        classes, cache = open_images(
-            config,
-            data.source,
-            classes=classes,
-            progress=lambda done, total: status.update(f"preparing images: {done}/{total}"),
+    spec = config.data.source
+    with console.status(f"preparing images of {spec}") as status:
+        source = open_source(spec, classes=classes)
+        cache = _cache(
+            config, source, lambda n, total: status.update(f"preparing images: {n}/{total}")
         )
-    _compare(data.source, _digest(cache), team)
+    _compare(spec, _digest(cache), team)
     if not team.leads:
         split = Split([], [])
     elif stored_split is not None and stored_split.is_file():
         split = read_split(stored_split, cache.records)
     else:
-        split = split_of(config, cache.records)
-    return CachedData(classes, cache, team.tell(split))
+        whole = split_of(config, source.records)
+        split = split_of_rest(source.records, whole, cache.records)
+    return CachedData(tuple(source.classes), cache, team.tell(split))
 
 
 def split_of(config: Config, records: Sequence[Record]) -> Split:
-    """The two sides into which a run divides images. Raises `DataError` as `choose_split`."""
+    """The two sides into which a run divides a source, its unreadable images among them.
+
+    Raises `DataError` as `choose_split`.
+    """
     data = config.data
     return choose_split(
         records, how=data.split, folds=data.folds, fold=data.fold, seed=data.split_seed

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from magsd.config import RUN_MARK, Config, dump_yaml, load_config
+from magsd.config import Config, dump_yaml, is_of_run, load_config
 from magsd.errors import RunError
 from magsd.training.checkpoint import remove_leftovers, write_atomically
 
@@ -42,11 +42,7 @@ class RunFolder:
 
     def is_run(self) -> bool:
         """True if a run of this project wrote the folder."""
-        try:
-            with open(self.config, encoding="utf-8") as file:
-                return file.readline().startswith(RUN_MARK)
-        except (OSError, UnicodeDecodeError):
-            return False
+        return is_of_run(self.config)
 
     def require_run(self) -> None:
         """Raises `RunError` if no run lies here."""

@@ -21,7 +21,8 @@ from magsd.data import Part
 from magsd.models import ClassifierOutput
 from magsd.models.wsdan import center_loss, move_centers
 from magsd.training.views import GuidedViews, MAGSDViews, WSDANViews, draw_uniforms
-from magsd_kernels import SoftDistance, SoftDistanceLoss
+from magsd.unread import loss_of
+from magsd_kernels import SoftDistance, SoftDistanceLoss, soft_distance_loss
 
 
 class StepResult(NamedTuple):
@@ -80,11 +81,26 @@ class ViewLoss(Protocol):
         ...
 
 
+def countable(class_weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (K,) under which the mean over the targets exists, and whether it counts.
+
+    Where all targets weigh nothing the mean would be 0 / 0, NaN in value and gradient: the weights
+    are then 1, and the factor, a bool scalar on the device, makes value and gradient 0.
+    """
+    counts = class_weights.index_select(0, targets).sum() != 0
+    return class_weights + ~counts, counts
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None) -> Tensor:
-    """Cross entropy of logits (B, K), in float32 or, of float64, in that."""
+    """Cross entropy of logits (B, K), in float32 or, of float64, in that.
+
+    0 where the classes of all targets have weight 0.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    weights = None if class_weights is None else class_weights.to(logits.dtype)
-    return nn.functional.cross_entropy(logits, targets, weight=weights)
+    if class_weights is None:
+        return nn.functional.cross_entropy(logits, targets)
+    weights, counts = countable(class_weights.to(logits.dtype), targets)
+    return nn.functional.cross_entropy(logits, targets, weight=weights) * counts
 
 
 class MeanCrossEntropy(nn.Module):
@@ -105,6 +121,29 @@ class MeanCrossEntropy(nn.Module):
         ]
         entropy = torch.stack(entropies).mean()
         return SoftDistance(entropy, entropy, torch.zeros_like(entropy))
+
+
+class CountableSoftDistance(SoftDistanceLoss):
+    """The soft distance loss, its cross entropy 0 where all targets' classes have weight 0."""
+
+    def forward(
+        self, logits: Tensor, view_logits: Tensor | Sequence[Tensor], targets: Tensor
+    ) -> SoftDistance:
+        """See `ViewLoss`."""
+        if self.class_weights is None:
+            return super().forward(logits, view_logits, targets)
+        weights, counts = countable(self.class_weights, targets)
+        _, entropy, distance = soft_distance_loss(
+            logits,
+            view_logits,
+            targets,
+            confidence=self.confidence,
+            smoothing=self.smoothing,
+            class_weights=weights,
+            backend=self.backend,
+        )
+        entropy = entropy * counts
+        return SoftDistance(entropy + distance, entropy, distance)
 
 
 @dataclass(frozen=True)
@@ -147,9 +186,7 @@ def attention_step(
         view_logits = list(model(batch).logits.chunk(len(guided)))
     else:
         view_logits = [model(view).logits for view in guided]
-    # Without weight there is no cross entropy (0 / 0), and its gradient would be as undefined.
-    weightless = share is not None and not share.cross_entropy
-    result = loss(raw.logits.detach() if weightless else raw.logits, view_logits, labels)
+    result = loss(raw.logits, view_logits, labels)
     correct = (raw.logits.detach().argmax(1) == labels).sum()
     entropy, distance = result.cross_entropy, result.distance
     if center is not None:
@@ -165,7 +202,7 @@ def attention_step(
             total=_as_it_is if share is None else share.total,
         )
     if share is not None:
-        entropy = _scaled(entropy, share.cross_entropy, torch.cat([raw.logits, *view_logits]))
+        entropy = entropy * share.cross_entropy
         distance = distance * share.distance
     return StepResult(entropy + distance, entropy.detach(), distance.detach(), correct)
 
@@ -183,18 +220,9 @@ def plain_step(
     logits = model(images).logits
     loss = cross_entropy(logits, labels, class_weights)
     if share is not None:
-        loss = _scaled(loss, share.cross_entropy, logits)
+        loss = loss * share.cross_entropy
     correct = (logits.detach().argmax(1) == labels).sum()
     return StepResult(loss, loss.detach(), torch.zeros_like(loss.detach()), correct)
-
-
-def _scaled(entropy: Tensor, factor: float, logits: Tensor) -> Tensor:
-    """The cross entropy times its factor.
-
-    Images whose classes all have weight 0 have none (0 / 0); they count for nothing in the whole
-    batch, but their process must still take part in its backward.
-    """
-    return entropy * factor if factor else logits.float().sum() * 0
 
 
 def make_step(
@@ -209,13 +237,12 @@ def make_step(
     if model_name == "plain":
         return partial(plain_step, class_weights=class_weights)
     wsdan = model_name == "wsdan"
-    mean = loss.name == "cross_entropy" or (loss.name == "published" and wsdan)
     return partial(
         attention_step,
         views=WSDANViews(views) if wsdan else MAGSDViews(views),
         loss=MeanCrossEntropy(class_weights)
-        if mean
-        else SoftDistanceLoss(
+        if loss_of(model_name, loss) == "cross_entropy"
+        else CountableSoftDistance(
             confidence=loss.confidence, smoothing=loss.smoothing, class_weights=class_weights
         ),
         center=CenterLoss(loss.center_weight, loss.center_rate) if wsdan else None,

@@ -17,6 +17,7 @@ from magsd.data import (
     open_source,
     read_split,
     split_by_patient,
+    split_of_rest,
     write_split,
 )
 from magsd.errors import DataError
@@ -128,6 +129,17 @@ class TestPublished:
             choose_split([*self.RECORDS[:3], self.RECORDS[5]])
         with pytest.raises(DataError, match="two classes"):
             choose_split(self.RECORDS[:3])
+
+
+def test_what_cannot_be_read_leaves_its_side_and_moves_nothing() -> None:
+    records, split = TestPublished.RECORDS, Split([0, 1, 3, 4], [2, 5])
+    rest = [record for record in records if record.key not in ("a1", "b2")]
+    assert split_of_rest(records, split, records) == split
+    assert split_of_rest(records, split, rest) == Split([0, 2, 3], [1])
+    with pytest.raises(DataError, match=r"2 of 6 .* no training image of class b is left"):
+        split_of_rest(records, split, [r for r in records if r.key not in ("b0", "b1")])
+    with pytest.raises(DataError, match="no validation image is left"):
+        split_of_rest(records, split, [r for r in records if r.split == "train"])
 
 
 def test_write_and_read(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -34,6 +35,20 @@ def test_shapes_on_each_backbone(backbone: str, level: int, channels: int, side:
     assert output.features.shape == (1, channels, side, side)
     assert output.pooled.shape == (1, 8 * channels)
     assert model.centers.shape == (5, 8 * channels)
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "mobilenetv3_small_050"])
+def test_no_layer_runs_after_the_map_that_is_taken(name: str) -> None:
+    """A parameter without a gradient is an error where several processes train together."""
+    model = WSDAN(name, 3, attention_maps=2, level=-2)
+    images = torch.randn(2, 3, 64, 64)
+    model(images).logits.sum().backward()
+    assert not [key for key, value in model.named_parameters() if value.grad is None]
+    whole = timm.create_model(name, features_only=True, pretrained=False).eval()
+    loaded = whole.load_state_dict(model.backbone.net.state_dict(), strict=False)
+    assert loaded.missing_keys
+    assert not loaded.unexpected_keys
+    torch.testing.assert_close(model.eval().backbone(images)[-1], whole(images)[-2])
 
 
 @torch.no_grad()

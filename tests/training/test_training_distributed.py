@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ import pytest
 import torch
 from rich.console import Console
 
-import magsd
 from magsd.config import Config, load_config
-from magsd.data import BatchLoader, share_bounds, split_by_patient
+from magsd.data import Batch, BatchLoader, Part, share_bounds, split_by_patient
 from magsd.models import build_model
 from magsd.training import load_run
 from magsd.training.checkpoint import load_checkpoint
@@ -60,35 +59,33 @@ save_gradients(*sys.argv[1:])
 """
 
 
-def torchrun(
-    program: list[str], *, options: tuple[str, ...] = (), **environment: object
-) -> subprocess.CompletedProcess[str]:
-    """Two processes of a program; the options are torchrun's."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
-    return subprocess.run(
-        [sys.executable, *launcher, *program],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "COLUMNS": "200",
-            "PYTHONPATH": str(Path(magsd.__file__).parents[1]),
-            **{name: str(value) for name, value in environment.items()},
-        },
-        # -m looks in the current folder first: a checkout there may lack the native kernels that
-        # the installed package has, whose last digits are others.
-        cwd=Path(magsd.__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+Two = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def train_on_two(
-    arguments: list[str], *, script: Path | None = None, **how: Any
-) -> subprocess.CompletedProcess[str]:
-    program = ["-m", "magsd"] if script is None else [str(script)]
-    return torchrun([*program, "train", *arguments], **how)
+@pytest.fixture(scope="module")
+def torchrun(run_python: Two) -> Two:
+    """Runs a program in two processes; the options are torchrun's."""
+
+    def run(
+        program: list[str], *, options: tuple[str, ...] = (), **environment: object
+    ) -> subprocess.CompletedProcess[str]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+        return run_python(*launcher, *program, **environment)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def train_on_two(torchrun: Two) -> Two:
+    """Runs `magsd train`, or a script in its place, in two processes."""
+
+    def run(
+        arguments: list[str], *, script: Path | None = None, **how: Any
+    ) -> subprocess.CompletedProcess[str]:
+        program = ["-m", "magsd"] if script is None else [str(script)]
+        return torchrun([*program, "train", *arguments], **how)
+
+    return run
 
 
 @pytest.fixture
@@ -99,7 +96,9 @@ def broken(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(small_pairs: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def two(
+    train_on_two: Two, small_pairs: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
     """A whole run of two processes, and what it printed."""
     out = tmp_path_factory.mktemp("two") / "run"
     done = train_on_two(["--out", str(out), *small_pairs])
@@ -169,7 +168,9 @@ def part_of_validation(
     return plain_loader(config, cache, indices[first:last], classes)
 
 
-def test_gradients_of_two_are_those_of_one(tmp_path: Path, small_pairs: list[str]) -> None:
+def test_gradients_of_two_are_those_of_one(
+    torchrun: Two, tmp_path: Path, small_pairs: list[str]
+) -> None:
     pairs = [*small_pairs, "data.source=phantom:n=32,size=32", "batch_size=7"]
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS)
@@ -191,6 +192,15 @@ def test_gradients_of_two_are_those_of_one(tmp_path: Path, small_pairs: list[str
 
 def counts(row: dict[str, str]) -> float:
     return float(row["train_accuracy"]) * IMAGES
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_share_of_a_batch_of_no_weight_is_a_number(known: bool) -> None:
+    labels = [1, 1]
+    batch = Batch(torch.zeros(2, 1, 4, 4), torch.tensor(labels), [0, 1], [0, 1], Part(0, 2))
+    weights = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    share = Team().share(batch, weights, labels if known else None)
+    assert (share.cross_entropy, share.distance) == (0.0, 1.0)
 
 
 def test_run_of_two(two: tuple[Path, str]) -> None:
@@ -223,7 +233,7 @@ def test_validation_of_two_is_that_of_its_checkpoint(two: tuple[Path, str]) -> N
 
 
 def test_a_killed_process_ends_in_the_same_run(
-    tmp_path: Path, broken: Path, two: tuple[Path, str], small_pairs: list[str]
+    train_on_two: Two, tmp_path: Path, broken: Path, two: tuple[Path, str], small_pairs: list[str]
 ) -> None:
     """torchrun starts both again; they go on from the first epoch's end, bit for bit."""
     out = tmp_path / "run"
@@ -246,7 +256,7 @@ def test_a_killed_process_ends_in_the_same_run(
 
 
 def test_a_signal_to_one_stops_both_and_one_goes_on(
-    tmp_path: Path, broken: Path, small_pairs: list[str], console: Console
+    train_on_two: Two, tmp_path: Path, broken: Path, small_pairs: list[str], console: Console
 ) -> None:
     out = tmp_path / "run"
     stopped = train_on_two(
@@ -261,7 +271,12 @@ def test_a_signal_to_one_stops_both_and_one_goes_on(
 
 
 def test_two_go_on_where_one_stopped(
-    tmp_path: Path, small_pairs: list[str], small_config, console: Console, monkeypatch
+    train_on_two: Two,
+    tmp_path: Path,
+    small_pairs: list[str],
+    small_config,
+    console: Console,
+    monkeypatch,
 ) -> None:
     out = tmp_path / "run"
     one_step = Trainer._one_step
@@ -290,7 +305,7 @@ def check_rows(out: Path) -> None:
 
 
 def test_another_run_in_the_folder_is_neither_replaced_nor_gone_on_with(
-    tmp_path: Path, two: tuple[Path, str], small_pairs: list[str]
+    train_on_two: Two, tmp_path: Path, two: tuple[Path, str], small_pairs: list[str]
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(two[0], out)

@@ -94,8 +94,6 @@ def test_a_part_without_weight_takes_part_without_a_nan(name: str) -> None:
     result.loss.backward()
     gradients = [p.grad for p in model.parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
-    alone = step(model, images, labels, torch.Generator().manual_seed(0))
-    assert alone.cross_entropy.isnan()
 
 
 def test_views_of_given_uniforms() -> None:

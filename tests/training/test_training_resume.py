@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,24 +37,23 @@ main()
 """
 
 
-def run_command(arguments: list[str], **send: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    program = ["-m", "magsd"]
-    if send:
-        environment |= {key: str(value) for key, value in send.items()}
-        program = ["-c", CHILD]
-    return subprocess.run(
-        [sys.executable, *program, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def whole_run(small_pairs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_command(run_python: Command) -> Command:
+    """Runs the command; with SEND and AT it sends itself that signal in the step after AT steps."""
+
+    def run(arguments: list[str], **send: object) -> subprocess.CompletedProcess[str]:
+        return run_python(*(["-c", CHILD] if send else ["-m", "magsd"]), *arguments, **send)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole_run(
+    run_command: Command, small_pairs: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """An uninterrupted run in its own process."""
     out = tmp_path_factory.mktemp("whole") / "run"
     done = run_command(["train", "--out", str(out), *small_pairs])
@@ -92,6 +90,7 @@ def test_signal_then_resume_in_real_processes(
     number: signal.Signals,
     at: int,
     stored: tuple[int, int],
+    run_command: Command,
     tmp_path: Path,
     small_pairs: list[str],
     whole_run: Path,
@@ -109,7 +108,7 @@ def test_signal_then_resume_in_real_processes(
 
 
 def test_kill_then_resume_in_real_processes(
-    tmp_path: Path, small_pairs: list[str], whole_run: Path, same_state
+    run_command: Command, tmp_path: Path, small_pairs: list[str], whole_run: Path, same_state
 ) -> None:
     """SIGKILL in the middle of the second epoch: the end of the first is what remains."""
     out = tmp_path / "run"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -18,10 +22,11 @@ from magsd.data import AugmentConfig, choose_split, open_source
 from magsd.data.shards import ShardLoader, open_shards, write_shards
 from magsd.errors import ConfigError, DataError
 from magsd.training.checkpoint import load_checkpoint
-from magsd.training.distributed import Team
+from magsd.training.distributed import ALONE, Team
 from magsd.training.metrics_log import read_metrics
 from magsd.training.report import finish_run
 from magsd.training.run import TrainedRun, train_run
+from magsd.training.run_data import prepare_data, trained_on
 from magsd.training.trainer import Interrupted, Trainer
 
 pytest.importorskip("webdataset", reason="needs the shards extra")
@@ -149,3 +154,29 @@ def test_shares_of_two_processes_are_the_whole_batch(pairs: list[str]) -> None:
         assert share.cross_entropy == pytest.approx(2 * own[rank] / sum(own))
         assert share.distance == 1.0
     assert own[0] != own[1]
+
+
+def test_shards_are_divided_as_training_divides_their_source(
+    tmp_path: Path, small_config: Callable[..., Config], console: Console
+) -> None:
+    """Although training leaves unreadable images out before it starts, and shards as they go."""
+    for label in ("a", "b"):
+        for number in range(8):
+            path = tmp_path / "data" / label / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), np.full((8, 8), number, np.uint8))
+    (tmp_path / "data" / "a" / "3.png").write_bytes(b"no image")
+    settings = ["folds=2", "skip_bad=true", f"source=folder:{tmp_path / 'data'}"]
+    data = prepare_data(small_config(*settings), None, None, console, ALONE)
+    data.write_split(tmp_path / "split.csv")
+    out = tmp_path / "shards"
+    command = ["shards", "--data", f"folder:{tmp_path / 'data'}", "--out", str(out), *settings[:2]]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    written: dict[str, set[str]] = {}
+    for path in out.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            about = [json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")]
+        written.setdefault(path.name.partition("-")[0], set()).update(a["key"] for a in about)
+    trained = trained_on(tmp_path / "split.csv")
+    assert written["train"] == trained
+    assert len(trained | written["val"]) == 15

@@ -219,3 +219,22 @@ def test_recomputed_activations_change_nothing() -> None:
         torch.testing.assert_close(mine, other, msg=name)
     for (name, mine), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, msg=name)
+
+
+@pytest.mark.parametrize("name", ["magsd", "plain", "cross_entropy", "wsdan"])
+def test_a_batch_of_no_weight_has_no_cross_entropy(name: str) -> None:
+    """Where torch's mean is 0 / 0: what is left is what the views or the centers add."""
+    loss = LossConfig("cross_entropy") if name == "cross_entropy" else LossConfig(center_weight=0)
+    kind = "magsd" if name == "cross_entropy" else name
+    images, labels, generator = make_batch()
+    weights = torch.ones(CLASSES)
+    weights[labels] = 0
+    model = make_model(kind)
+    result = make_step(kind, ViewsConfig(), loss, weights)(model, images, labels, generator)
+    assert float(result.cross_entropy) == 0
+    assert torch.equal(result.loss, result.distance)
+    result.loss.backward()
+    for key, parameter in model.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), key
+        assert name == "magsd" or not parameter.grad.any(), key
+    assert (float(result.loss.detach()) > 0) == (name == "magsd")
