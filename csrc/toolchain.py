@@ -18,14 +18,14 @@ import platform
 import re
 import shlex
 import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import nvcc as nvidia
+from commands import NotBuilt, failure, gist, jobs, output, run, words_of
 from setuptools.errors import CompileError, PlatformError
 
 SOURCES = Path(__file__).resolve().parent
@@ -41,17 +41,11 @@ INSTRUCTION_SETS = {"baseline": (), "avx2": _AVX2, "avx512": (*_AVX2, *_AVX512)}
 #: must round as they are written, without fused products.
 UNFUSED = ("attention_augment", "attention_sampling", "soft_distance")
 
-ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
-OLDEST_ARCHITECTURE = 80  # the first with TF32 products
 NVCC_FLAGS = (
     "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden",
     "-Xptxas", "-v", "-DUSE_CUDA", "-DMAGSD_DEVICE_CUDA", "-DMAGSD_ISA=cuda",
     f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
 )  # fmt: skip
-
-
-class NotBuilt(Exception):
-    """Why this machine cannot build a library."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +62,20 @@ class Plan:
         folder.mkdir(parents=True, exist_ok=True)
         for log in set(folder.glob("*.log")) - {Path(f"{o}.log") for o in self.compiles}:
             log.unlink()  # of a source that is gone
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         ninja = shutil.which("ninja")
         if ninja is not None:
             self._write_ninja_file(folder / "build.ninja")
-            _run([ninja, "-C", str(folder), "-j", str(jobs)])
+            run([ninja, "-C", str(folder), "-j", str(jobs())])
         else:
-            with ThreadPoolExecutor(jobs) as pool:
-                list(pool.map(lambda o: _run([*self.compiles[o], "-o", str(o)], o), self.compiles))
+            with ThreadPoolExecutor(jobs()) as pool:
+                list(pool.map(lambda o: run([*self.compiles[o], "-o", str(o)], o), self.compiles))
 
     def link_to(self, library: Path) -> None:
         """Make the library of the objects."""
         library.parent.mkdir(parents=True, exist_ok=True)
         search = [f"-L{path}" for path in _torch().library_paths]
         objects = map(str, self.compiles)
-        _run([*self.link, *objects, "-o", str(library), *search, *self.libraries])
+        run([*self.link, *objects, "-o", str(library), *search, *self.libraries])
 
     def _write_ninja_file(self, path: Path) -> None:
         """Recompiles, in the file's folder, what has changed: commands, sources, any header."""
@@ -93,9 +86,9 @@ class Plan:
             "  depfile = $out.d",
             "  deps = gcc",
         ]
-        for output, command in self.compiles.items():
+        for target, command in self.compiles.items():
             source = command[-1].replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-            lines += [f"build {output.name}: compile {source}"]
+            lines += [f"build {target.name}: compile {source}"]
             lines += [f"  line = {shlex.join(command).replace('$', '$$')}"]
         path.write_text("\n".join(lines) + "\n")
 
@@ -135,8 +128,8 @@ def cuda_plan(folder: Path) -> Plan:
     torch = _torch()
     if torch.cuda is None:
         raise NotBuilt(f"torch {torch.version} is not a CUDA build")
-    nvcc = _find_nvcc()
-    version = _output([nvcc, "--version"])
+    nvcc = nvidia.find_nvcc()
+    version = output([nvcc, "--version"])
     release = re.search(r"release (\d+)\.(\d+), V([\d.]+)", version)
     if release is None:
         raise NotBuilt(f"{nvcc} --version was not understood: {version}")
@@ -147,15 +140,18 @@ def cuda_plan(folder: Path) -> Plan:
         )
     host = _host_compiler()
     words = (nvcc, *(["-ccbin", host] if host else []))
-    failure = _failure(words, (), "__global__ void kernel() {}", ".cu")
-    if failure is not None:
+    problem = failure(words, (), "__global__ void kernel() {}", ".cu")
+    if problem is not None:
         raise NotBuilt(
             f"{nvcc} cannot compile an empty kernel with the C++ compiler "
-            f"{host or 'of its choice'}: {_gist(failure)}"
+            f"{host or 'of its choice'}: {gist(problem)}"
         )
-    architectures, left_out = _architectures(nvcc)
+    architectures, left_out = nvidia.architectures(nvcc, torch.gpus)
+    sources = sorted((SOURCES / "cuda").glob("*.cu"))
+    # Where there are more processors than files, those of one file compile beside each other.
+    threads = min(max(jobs() // max(len(sources), 1), 1), len(architectures))
     command = [
-        *words, *NVCC_FLAGS, *_generate(architectures), f"-I{SOURCES}",
+        *words, *NVCC_FLAGS, f"--threads={threads}", *nvidia.flags(architectures), f"-I{SOURCES}",
         *(flag for path in torch.includes for flag in ("-isystem", path)),
     ]  # fmt: skip
     compiles = {
@@ -163,7 +159,7 @@ def cuda_plan(folder: Path) -> Plan:
             *command, f"-fmad={'false' if source.stem.startswith(UNFUSED) else 'true'}",
             "-c", str(source),
         ]
-        for source in sorted((SOURCES / "cuda").glob("*.cu"))
+        for source in sources
     }  # fmt: skip
     report = {
         "compiler": f"nvcc {release[3]}",
@@ -173,9 +169,9 @@ def cuda_plan(folder: Path) -> Plan:
         "architectures": ", ".join(architectures),
     }
     if left_out:
-        report["left out"] = f"{', '.join(left_out)}: the CUDA kernels need at least 8.0"
+        report["left out"] = left_out
     # nvcc hands on what follows -Xcompiler; a comma would part it.
-    given = ["-Xcompiler=" + flag.replace(",", "\\,") for flag in _words_of("LDFLAGS")]
+    given = ["-Xcompiler=" + flag.replace(",", "\\,") for flag in words_of("LDFLAGS")]
     link = [*words, "-shared", "-cudart", "static"]
     return Plan(compiles, link, ["-ltorch_cpu", "-ltorch_cuda", *given], report)
 
@@ -218,6 +214,7 @@ class _Torch:
     cuda: str | None
     includes: tuple[str, ...]
     library_paths: tuple[str, ...]
+    gpus: tuple[str, ...] = ()  # compute capabilities of those that are visible, as "9.0"
 
 
 @functools.cache
@@ -227,9 +224,16 @@ def _torch() -> _Torch:
         from torch.utils import cpp_extension
     except ImportError as error:
         raise NotBuilt(f"torch could not be imported when it was installed: {error}") from error
-    paths = tuple(cpp_extension.library_paths())
+    cuda = torch.cuda if torch.cuda.is_available() else None
+    capabilities = (
+        [cuda.get_device_capability(i) for i in range(cuda.device_count())] if cuda else []
+    )
     return _Torch(
-        torch.__version__, torch.version.cuda, tuple(cpp_extension.include_paths()), paths
+        torch.__version__,
+        torch.version.cuda,
+        tuple(cpp_extension.include_paths()),
+        tuple(cpp_extension.library_paths()),
+        tuple(f"{major}.{minor}" for major, minor in sorted(set(capabilities))),
     )
 
 
@@ -246,20 +250,20 @@ class _Compiler:
         return [
             *self.words, self.standard, *FLAGS, f"-I{SOURCES}",
             *(f"-isystem{path}" for path in _torch().includes),
-            *_words_of("CXXFLAGS"),
+            *words_of("CXXFLAGS"),
         ]  # fmt: skip
 
     def link(self) -> tuple[list[str], list[str]]:
-        command = [*self.words, "-shared", *_words_of("CXXFLAGS")]
+        command = [*self.words, "-shared", *words_of("CXXFLAGS")]
         if sys.platform == "darwin":
-            return [*command, "-undefined", "dynamic_lookup"], _words_of("LDFLAGS")
-        return command, ["-ltorch_cpu", *_words_of("LDFLAGS")]
+            return [*command, "-undefined", "dynamic_lookup"], words_of("LDFLAGS")
+        return command, ["-ltorch_cpu", *words_of("LDFLAGS")]
 
     def report(self) -> dict[str, str]:
         return {
             "compiler": self.version,
             "torch": _torch().version,
-            "flags": " ".join([self.standard, *FLAGS, *_words_of("CXXFLAGS")]),
+            "flags": " ".join([self.standard, *FLAGS, *words_of("CXXFLAGS")]),
         }
 
 
@@ -268,131 +272,38 @@ def _compiler() -> _Compiler:
     """The compiler of CXX, else c++, g++ or clang++."""
     if not sys.platform.startswith(("linux", "darwin")):
         raise NotBuilt(f"the C++ kernels are not built on {sys.platform}")
-    wanted = _words_of("CXX")
+    wanted = words_of("CXX")
     candidates = [wanted] if wanted else [["c++"], ["g++"], ["clang++"]]
     words = next((tuple(c) for c in candidates if shutil.which(c[0])), None)
     if words is None:
         names = ", ".join(c[0] for c in candidates)
         raise NotBuilt(f"no C++ compiler was found when it was installed (looked for {names})")
-    failure = _failure(words, (), "int main() {}")
-    if failure is not None:
-        raise NotBuilt(f"{words[0]} cannot compile an empty program: {_gist(failure)}")
+    problem = failure(words, (), "int main() {}")
+    if problem is not None:
+        raise NotBuilt(f"{words[0]} cannot compile an empty program: {gist(problem)}")
     headers = [f"-isystem{path}" for path in _torch().includes]
     probe = "#include <torch/csrc/stable/library.h>\n#include <torch/csrc/stable/ops.h>\n"
     target = f"-DTORCH_TARGET_VERSION={STABLE_ABI}"
     for standard in ("-std=c++17", "-std=c++20"):
-        failure = _failure(words, [standard, target, *headers], probe)
-        if failure is None:
+        problem = failure(words, [standard, target, *headers], probe)
+        if problem is None:
             break
     else:
-        raise CompileError(f"{words[0]} cannot compile torch's stable headers:\n{failure}")
+        raise CompileError(f"{words[0]} cannot compile torch's stable headers:\n{problem}")
     x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
     sets = tuple(
         name
         for name, flags in INSTRUCTION_SETS.items()
-        if not flags or (x86 and _failure(words, flags, "int main() {}") is None)
+        if not flags or (x86 and failure(words, flags, "int main() {}") is None)
     )
-    return _Compiler(words, _output([*words, "--version"]).partition("\n")[0], standard, sets)
+    return _Compiler(words, output([*words, "--version"]).partition("\n")[0], standard, sets)
 
 
 def _contraction(source: Path) -> str:
     return "-ffp-contract=" + ("off" if source.stem.startswith(UNFUSED) else "fast")
 
 
-def _words_of(variable: str) -> list[str]:
-    return shlex.split(os.environ.get(variable, ""))
-
-
 def _host_compiler() -> str | None:
     """The compiler of CXX for nvcc, which takes it without a launcher."""
-    words = _words_of("CXX")
+    words = words_of("CXX")
     return next((w for w in words if Path(w).name not in ("ccache", "sccache", "distcc")), None)
-
-
-def _find_nvcc() -> str:
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if home and (path := shutil.which("nvcc", path=str(Path(home, "bin")))):
-            return path
-    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if found is None:
-        raise NotBuilt(
-            "nvcc was not found when it was installed (looked in CUDA_HOME, PATH and "
-            "/usr/local/cuda)"
-        )
-    return found
-
-
-def _architectures(nvcc: str) -> tuple[list[str], list[str]]:
-    """TORCH_CUDA_ARCH_LIST, or of the default list what this nvcc knows; and what is too old."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    if not wanted:
-        known = set(_output([nvcc, "--list-gpu-arch"]).split())
-        wanted = [a for a in ARCHITECTURES if f"compute_{_number(a)}" in known]
-        if not wanted:
-            raise NotBuilt(f"{nvcc} knows none of {', '.join(ARCHITECTURES)}")
-        if not any(a.endswith("+PTX") for a in wanted):
-            wanted[-1] += "+PTX"
-    for architecture in wanted:
-        if re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", architecture) is None:
-            raise PlatformError(
-                f"TORCH_CUDA_ARCH_LIST: {architecture!r} is not like '9.0' or '9.0+PTX'"
-            )
-    left_out = [a for a in wanted if int(_number(a).rstrip("af")) < OLDEST_ARCHITECTURE]
-    if left_out == wanted:
-        raise NotBuilt(
-            f"TORCH_CUDA_ARCH_LIST holds {', '.join(wanted)}; the CUDA kernels need at least 8.0"
-        )
-    return [a for a in wanted if a not in left_out], left_out
-
-
-def _number(architecture: str) -> str:
-    return architecture.removesuffix("+PTX").replace(".", "")
-
-
-def _generate(architectures: Iterable[str]) -> list[str]:
-    flags = []
-    for architecture in architectures:
-        number = _number(architecture)
-        code = f"sm_{number}"
-        if architecture.endswith("+PTX"):
-            code = f"[{code},compute_{number}]"
-        flags += ["-gencode", f"arch=compute_{number},code={code}"]
-    return flags
-
-
-def _failure(
-    command: tuple[str, ...], flags: Iterable[str], code: str, suffix: str = ".cpp"
-) -> str | None:
-    """None if the code compiles, else the compiler's message."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe" + suffix)
-        source.write_text(code)
-        result = subprocess.run(
-            [*command, *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    return None if result.returncode == 0 else result.stdout + result.stderr
-
-
-def _gist(message: str) -> str:
-    """The line of a compiler's message that names the error."""
-    lines = message.strip().splitlines() or ["it gave no message"]
-    return next((line for line in lines if re.search("error|fatal", line)), lines[0]).strip()
-
-
-def _output(command: list[str]) -> str:
-    return subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    ).stdout
-
-
-def _run(command: list[str], log_of: Path | None = None) -> None:
-    result = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    if log_of is not None:
-        Path(f"{log_of}.log").write_text(result.stdout)
-    if result.returncode != 0:
-        raise CompileError(f"{shlex.join(command)}\n{result.stdout}")
-    if log_of is None:
-        sys.stdout.write(result.stdout)

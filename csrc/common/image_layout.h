@@ -70,7 +70,7 @@ inline Tensor empty_images(int64_t views, const ImageLayout& layout, ScalarType 
                                           last ? channels : 1};
   const int64_t skip = views > 0 ? 0 : 1;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       5 - skip, sizes.data() + skip, strides.data() + skip, dtype_code(dtype),
       static_cast<int32_t>(kDevice), current_device(), &handle));
   return Tensor(handle);

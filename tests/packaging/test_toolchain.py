@@ -43,6 +43,7 @@ def place_nvcc(folder: Path, code: str = NVCC) -> None:
 def loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A file of csrc/ as a module."""
     pytest.importorskip("setuptools", minversion="77")
+    monkeypatch.syspath_prepend(ROOT / "csrc")
     spec = importlib.util.spec_from_file_location(f"csrc_{name}", ROOT / "csrc" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -65,8 +66,14 @@ def toolchain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def set_torch(module: Any, monkeypatch: pytest.MonkeyPatch, version: str, cuda: str | None) -> None:
-    monkeypatch.setattr(module, "_torch", lambda: module._Torch(version, cuda, (), ()))
+def set_torch(
+    module: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    cuda: str | None,
+    gpus: tuple[str, ...] = (),
+) -> None:
+    monkeypatch.setattr(module, "_torch", lambda: module._Torch(version, cuda, (), (), gpus))
 
 
 def hide(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +116,7 @@ REASONS = {
     "host": "cannot compile an empty kernel with the C++ compiler of its choice: "
     "host_config.h:137: error: unsupported GNU version!",
     "old": "TORCH_CUDA_ARCH_LIST holds 7.0, 7.5+PTX; the CUDA kernels need at least 8.0",
+    "old gpu": "the visible GPUs have 6.1, 7.5; the CUDA kernels need at least 8.0",
     "none": "knows none of 8.0",
     "sources": "this checkout holds no sources of it",
 }
@@ -121,6 +129,8 @@ def test_why_cuda_is_not_built(
 ):
     if case == "torch":
         set_torch(toolchain, monkeypatch, "2.14.0+cpu", None)
+    if case == "old gpu":
+        set_torch(toolchain, monkeypatch, "2.14.0+cu130", "13.0", ("7.5", "6.1"))
     if case == "nvcc":
         hide("nvcc", monkeypatch)
     if case == "sources":
@@ -191,6 +201,79 @@ def test_architectures(
         code = both if architecture.endswith("+PTX") else f"sm_{number}"
         assert f"-gencode arch=compute_{number},code={code} " in command
     assert command.count("-gencode") == len(built.split(", "))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "built"),
+    [
+        (("9.0",), "9.0+PTX"),
+        (("10.0", "8.6", "9.0"), "8.6, 9.0, 10.0+PTX"),
+        (("7.5", "8.9"), "8.9+PTX"),
+        (("8.7",), "8.6+PTX"),  # which this nvcc does not know by itself
+        (("12.1",), "12.0+PTX"),
+        (("13.0",), "12.0+PTX"),
+    ],
+)
+def test_a_visible_gpu_is_what_is_compiled_for(
+    toolchain: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: tuple[str, ...],
+    built: str,
+):
+    known = "compute_75 compute_80 compute_86 compute_89 compute_90 compute_100 compute_120"
+    monkeypatch.setenv("FAKE_ARCHITECTURES", known)
+    set_torch(toolchain, monkeypatch, "2.14.0+cu130", "13.0", gpus)
+    report = build_cuda(toolchain, tmp_path)
+    assert report["architectures"] == built
+    assert report.get("left out", "").startswith("7.5: ") == ("7.5" in gpus)
+
+
+def test_the_list_of_architectures_comes_before_the_visible_gpu(
+    toolchain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    set_torch(toolchain, monkeypatch, "2.14.0+cu130", "13.0", ("9.0",))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 12.0+PTX")
+    assert build_cuda(toolchain, tmp_path)["architectures"] == "8.0, 12.0+PTX"
+
+
+@pytest.mark.parametrize(("jobs", "threads"), [(1, 1), (2, 2), (64, 2)])
+def test_architectures_of_a_file_compile_side_by_side_on_many_processors(
+    toolchain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, threads: int
+):
+    """There is one file here, and two architectures."""
+    monkeypatch.setenv("MAX_JOBS", str(jobs))
+    build_cuda(toolchain, tmp_path)
+    assert f"--threads={threads} " in (tmp_path / "objects" / "kernel.o").read_text()
+
+
+def test_what_a_compiler_prints_is_seen_while_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen = tmp_path / "seen"
+    code = (
+        "import pathlib, sys, time\n"
+        "print('[1/2] one.o', flush=True)\n"
+        "end = time.monotonic() + 20\n"
+        f"while not pathlib.Path({str(seen)!r}).exists():\n"
+        "    time.sleep(0.01)\n"
+        "    if time.monotonic() > end: sys.exit('nobody read')\n"
+        "print('[2/2] two.o')\n"
+    )
+    lines: list[str] = []
+
+    class Terminal:
+        def write(self, text: str) -> None:
+            lines.append(text)
+            seen.touch()
+
+        def flush(self) -> None:
+            pass
+
+    commands = loaded("commands", monkeypatch)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    commands.run([sys.executable, "-c", code])
+    assert lines == ["[1/2] one.o\n", "[2/2] two.o\n"]
 
 
 @pytest.mark.parametrize("wanted", ["Hopper", "9", "sm_90", "9.0,10.0", "native"])
