@@ -40,3 +40,10 @@ def in_format_of(result: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     if is_channels_last(images):
         return result.movedim(-3, -1).contiguous().movedim(-1, -3)
     return result.contiguous()
+
+
+def dense(images: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """(B, C, H, W) images as they are where they are dense in that memory format, else a copy."""
+    return images.contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from magsd_kernels import _checks as check
-from magsd_kernels._layout import empty_like_format
+from magsd_kernels._layout import dense, empty_like_format, is_channels_last
 from magsd_kernels.backends import select
 from magsd_kernels.registry import below_autograd, define
 
@@ -284,10 +284,15 @@ def _views_backward_fake(grad: torch.Tensor, *_: Any) -> torch.Tensor:
     return empty_like_format(grad[0])
 
 
+# The backward operators' results lie as the gradient does, for which a compiler may choose another
+# memory format than that of the images.
+
+
 class _Mixup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
         mixed, boxes = below_autograd(_mixup, images, *rest)
+        ctx.channels_last = is_channels_last(images)
         ctx.save_for_backward(boxes)
         ctx.mark_non_differentiable(boxes)
         ctx.settings = rest[4:]
@@ -296,13 +301,15 @@ class _Mixup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
-        return (_mixup_backward(grad, *ctx.saved_tensors, *ctx.settings), *ctx.nothing)
+        result = _mixup_backward(grad, *ctx.saved_tensors, *ctx.settings)
+        return (dense(result, ctx.channels_last), *ctx.nothing)
 
 
 class _Patch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
         patched, boxes = below_autograd(_patch, images, *rest)
+        ctx.channels_last = is_channels_last(images)
         ctx.save_for_backward(boxes, rest[3])
         ctx.mark_non_differentiable(boxes)
         ctx.backend = rest[-1]
@@ -311,7 +318,8 @@ class _Patch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
-        return (_patch_backward(grad, *ctx.saved_tensors, ctx.backend), *ctx.nothing)
+        result = _patch_backward(grad, *ctx.saved_tensors, ctx.backend)
+        return (dense(result, ctx.channels_last), *ctx.nothing)
 
 
 class _Dim(torch.autograd.Function):
@@ -326,19 +334,22 @@ class _Dim(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(attention, index, theta)
         ctx.settings = settings
+        ctx.channels_last = is_channels_last(images)
         dimmed: torch.Tensor = below_autograd(_dim, images, attention, index, theta, *settings)
         return dimmed
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         nothing = (None,) * (3 + len(ctx.settings))
-        return (_dim(grad, *ctx.saved_tensors, *ctx.settings), *nothing)
+        result = _dim(grad, *ctx.saved_tensors, *ctx.settings)
+        return (dense(result, ctx.channels_last), *nothing)
 
 
 class _Views(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
         views, boxes = below_autograd(_views, images, *rest)
+        ctx.channels_last = is_channels_last(images)
         ctx.save_for_backward(*rest[:4], boxes)
         ctx.mark_non_differentiable(boxes)
         ctx.settings = rest[5:]
@@ -347,7 +358,8 @@ class _Views(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
-        return (_views_backward(grad, *ctx.saved_tensors, *ctx.settings), *ctx.nothing)
+        result = _views_backward(grad, *ctx.saved_tensors, *ctx.settings)
+        return (dense(result, ctx.channels_last), *ctx.nothing)
 
 
 def _images_require_grad(images: torch.Tensor, *_: Any) -> bool:

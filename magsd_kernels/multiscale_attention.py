@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from magsd_kernels import _checks as check
-from magsd_kernels._layout import accumulation_dtype, empty_like_format, is_channels_last
+from magsd_kernels._layout import accumulation_dtype, dense, empty_like_format, is_channels_last
 from magsd_kernels.backends import select
 from magsd_kernels.registry import below_autograd, define
 
@@ -296,6 +296,7 @@ class _Resample(torch.autograd.Function):
         ctx.settings = (mode, align_corners, backend)
         ctx.heights = [m.shape[2] for m in maps]
         ctx.widths = [m.shape[3] for m in maps]
+        ctx.channels_last = [is_channels_last(m) for m in maps]
         result: torch.Tensor = below_autograd(
             _resample, list(maps), size, mode, align_corners, backend
         )
@@ -304,7 +305,7 @@ class _Resample(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         grads = _resample_backward(grad, ctx.heights, ctx.widths, *ctx.settings)
-        return (None, None, None, None, *grads)
+        return (None, None, None, None, *map(dense, grads, ctx.channels_last))
 
 
 class _Multiscale(torch.autograd.Function):

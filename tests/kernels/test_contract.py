@@ -72,6 +72,28 @@ def test_every_dtype_runs_and_gives_its_own(target, case, dtype):
     assert {x.device.type for x in out} == {target.device}
 
 
+@differentiable_cases
+@pytest.mark.parametrize("given", ["contiguous", "channels_last", "expanded"])
+@pytest.mark.parametrize("format_", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_gradient_lies_as_its_input_does(target, case, format_, given):
+    """Whatever the memory format of the gradient that comes in: compilers choose their own."""
+    arguments = case.arguments(device=target.device)
+    leaves = case.leaves(arguments)
+    for leaf in leaves:
+        if leaf.dim() == 4:
+            leaf.data = leaf.data.contiguous(memory_format=format_)
+    out = [x for x in tensors_of(target.call(case.function, **arguments)) if x.requires_grad]
+    grads = [torch.ones_like(x).contiguous() for x in out]
+    if given == "channels_last":
+        grads = [g.movedim(1, -1).contiguous().movedim(-1, 1) if g.dim() == 4 else g for g in grads]
+        grads = [g.movedim(2, -1).contiguous().movedim(-1, 2) if g.dim() == 5 else g for g in grads]
+    if given == "expanded":
+        grads = [g.new_ones(()).expand_as(g) for g in grads]
+    for leaf, grad in zip(leaves, torch.autograd.grad(out, leaves, grads), strict=True):
+        if leaf.dim() == 4:
+            assert grad.is_contiguous(memory_format=format_)
+
+
 @all_cases
 def test_inputs_are_not_modified(target, case):
     arguments = case.arguments(device=target.device)
