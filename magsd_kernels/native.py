@@ -121,10 +121,9 @@ def _no_device(built: dict[str, str]) -> str | None:
     architectures = built.get("architectures", "")
     for i, device in enumerate(devices):
         if architectures and not any(_serves(a, device) for a in architectures.split(", ")):
-            return (
-                f"built for compute capability {architectures}, but cuda:{i} has "
-                f"{device[0]}.{device[1]}"
-            )
+            has = f"{device[0]}.{device[1]}"
+            remedy = f"; reinstall with TORCH_CUDA_ARCH_LIST={has}" if device >= (8, 0) else ""
+            return f"built for compute capability {architectures}, but cuda:{i} has {has}{remedy}"
     return None
 
 

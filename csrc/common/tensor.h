@@ -59,7 +59,9 @@ inline void check_tensor(const Tensor& tensor, const char* name, int64_t dims) {
   }
   STD_TORCH_CHECK(tensor.dim() == dims, name, " must have ", dims, " dimensions, got ",
                   tensor.dim());
-  STD_TORCH_CHECK(tensor.layout() == torch::headeronly::Layout::Strided, name, " must be strided");
+  int32_t layout;  // by the function of torch 2.10, whose Tensor has no member for it
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), name, " must be strided");
 }
 
 inline void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype) {

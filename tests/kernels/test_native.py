@@ -141,9 +141,15 @@ def test_a_cuda_library_that_is_not_built_is_told_without_a_gpu_too(
         ("12.8", [(9, 0)], "built for CUDA 13.0, but torch {} is built for CUDA 12.8"),
         ("13.1", [], "torch sees no CUDA device"),
         ("13.1", [(9, 0), (7, 5)], "built for compute capability 8.0, 9.0, but cuda:1 has 7.5"),
+        (
+            "13.1",
+            [(12, 0)],
+            "built for compute capability 8.0, 9.0, but cuda:0 has 12.0; "
+            "reinstall with TORCH_CUDA_ARCH_LIST=12.0",
+        ),
         ("13.1", [(9, 0), (8, 6)], "built for something else than torch {} (for 2.14.0+cu130): "),
     ],
-    ids=["cpu_torch", "other_major", "no_device", "other_device", "not_loadable"],
+    ids=["cpu_torch", "other_major", "no_device", "too_old", "other_device", "not_loadable"],
 )
 def test_states_of_a_cuda_library_are_told_apart(
     false_library: Path,

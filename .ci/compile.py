@@ -1,0 +1,34 @@
+"""Compiles libraries of csrc/ under the torch of this Python; see --help.
+
+The CUDA library is also compiled where torch is built for another CUDA than nvcc's: what its
+sources include of torch does not depend on CUDA, so that any nvcc can try any torch's headers.
+"""
+
+import argparse
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
+import commands
+import nvcc
+import toolchain
+
+parser = argparse.ArgumentParser(description="Compile libraries of csrc/ under this torch.")
+parser.add_argument("folder", type=Path, help="for the objects and libraries")
+parser.add_argument("names", nargs="+", choices=toolchain.LIBRARIES)
+parser.add_argument("--objects", action="store_true", help="compile, but do not link")
+options = parser.parse_args()
+for name in options.names:
+    if name == "cuda":
+        release = re.search(r"release ([\d.]+)", commands.output([nvcc.find_nvcc(), "--version"]))
+        torch = dataclasses.replace(toolchain._torch(), cuda=release[1])
+        toolchain._torch = lambda torch=torch: torch
+    _, _, plan = toolchain.LIBRARIES[name]
+    objects = options.folder / name
+    made = plan(objects)
+    made.compile(objects)
+    if not options.objects:
+        made.link_to(objects / f"libmagsd_{name}.so")
+    print(f"{name}: compiled under torch {made.report['torch']} by {made.report['compiler']}")
