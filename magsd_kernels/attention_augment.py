@@ -290,12 +290,15 @@ class _Mixup(torch.autograd.Function):
         mixed, boxes = below_autograd(_mixup, images, *rest)
         ctx.save_for_backward(boxes)
         ctx.mark_non_differentiable(boxes)
+        ctx.set_materialize_grads(False)
         ctx.settings = rest[4:]
         ctx.nothing = (None,) * len(rest)
         return mixed, boxes
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None, *ctx.nothing)
         return (_mixup_backward(grad, *ctx.saved_tensors, *ctx.settings), *ctx.nothing)
 
 
@@ -305,12 +308,15 @@ class _Patch(torch.autograd.Function):
         patched, boxes = below_autograd(_patch, images, *rest)
         ctx.save_for_backward(boxes, rest[3])
         ctx.mark_non_differentiable(boxes)
+        ctx.set_materialize_grads(False)
         ctx.backend = rest[-1]
         ctx.nothing = (None,) * len(rest)
         return patched, boxes
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None, *ctx.nothing)
         return (_patch_backward(grad, *ctx.saved_tensors, ctx.backend), *ctx.nothing)
 
 
@@ -341,12 +347,15 @@ class _Views(torch.autograd.Function):
         views, boxes = below_autograd(_views, images, *rest)
         ctx.save_for_backward(*rest[:4], boxes)
         ctx.mark_non_differentiable(boxes)
+        ctx.set_materialize_grads(False)
         ctx.settings = rest[5:]
         ctx.nothing = (None,) * len(rest)
         return views, boxes
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None, *ctx.nothing)
         return (_views_backward(grad, *ctx.saved_tensors, *ctx.settings), *ctx.nothing)
 
 
