@@ -295,12 +295,15 @@ class _Mixup(torch.autograd.Function):
         ctx.channels_last = is_channels_last(images)
         ctx.save_for_backward(boxes)
         ctx.mark_non_differentiable(boxes)
+        ctx.set_materialize_grads(False)
         ctx.settings = rest[4:]
         ctx.nothing = (None,) * len(rest)
         return mixed, boxes
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None, *ctx.nothing)
         result = _mixup_backward(grad, *ctx.saved_tensors, *ctx.settings)
         return (dense(result, ctx.channels_last), *ctx.nothing)
 
@@ -312,12 +315,15 @@ class _Patch(torch.autograd.Function):
         ctx.channels_last = is_channels_last(images)
         ctx.save_for_backward(boxes, rest[3])
         ctx.mark_non_differentiable(boxes)
+        ctx.set_materialize_grads(False)
         ctx.backend = rest[-1]
         ctx.nothing = (None,) * len(rest)
         return patched, boxes
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None, *ctx.nothing)
         result = _patch_backward(grad, *ctx.saved_tensors, ctx.backend)
         return (dense(result, ctx.channels_last), *ctx.nothing)
 
@@ -352,12 +358,15 @@ class _Views(torch.autograd.Function):
         ctx.channels_last = is_channels_last(images)
         ctx.save_for_backward(*rest[:4], boxes)
         ctx.mark_non_differentiable(boxes)
+        ctx.set_materialize_grads(False)
         ctx.settings = rest[5:]
         ctx.nothing = (None,) * len(rest)
         return views, boxes
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None, *ctx.nothing)
         result = _views_backward(grad, *ctx.saved_tensors, *ctx.settings)
         return (dense(result, ctx.channels_last), *ctx.nothing)
 

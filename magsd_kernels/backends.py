@@ -38,6 +38,10 @@ ON_NVIDIA: dict[str, tuple[tuple[str, ...], str]] = {
     "soft_distance": (("cuda", "triton"), "not measured"),
 }
 
+#: The compute capability that Triton's developers name as the oldest. For an older one it still
+#: compiles, but without tensor cores, and what would run on them spills.
+OLDEST_OF_TRITON = (8, 0)
+
 #: Triton's kernels run in its interpreter, on the CPU. Triton asks when it is imported.
 _INTERPRETED = environment.on(environment.TRITON_INTERPRET)
 
@@ -180,6 +184,21 @@ def _column(backend: str) -> str | None:
 def _triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not (_INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available()):
+    if _INTERPRETED:
+        return None
+    if not (torch.cuda.is_available() or torch.xpu.is_available()):
         return "torch sees no GPU"
+    return _too_old() if torch.version.hip is None else None
+
+
+def _too_old() -> str | None:
+    """Names an NVIDIA GPU that Triton does not serve, as far as there is one."""
+    try:
+        devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    except RuntimeError as error:  # in a process forked after CUDA was initialised
+        return f"torch cannot use CUDA: {error}"
+    for i, (major, minor) in enumerate(devices):
+        if (major, minor) < OLDEST_OF_TRITON:
+            oldest = ".".join(map(str, OLDEST_OF_TRITON))
+            return f"Triton needs compute capability {oldest}, but cuda:{i} has {major}.{minor}"
     return None

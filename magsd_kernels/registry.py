@@ -57,7 +57,12 @@ def define(
         if check is not None:
             check(*arguments)
         function = getattr(implementation(arguments[-1], operation), name)
-        return function(*arguments[:-1])
+        if arguments[-1] != "triton":
+            return function(*arguments[:-1])
+        # Triton launches on the current device; torch and the compiled libraries change to their
+        # tensors' device by themselves.
+        with torch.accelerator.device_index(_device_index(arguments)):
+            return function(*arguments[:-1])
 
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"magsd::{name}", fake, lib=_library)
@@ -97,6 +102,16 @@ def _any_requires_grad(*arguments: Any) -> bool:
         if any(isinstance(value, torch.Tensor) and value.requires_grad for value in tensors):
             return True
     return False
+
+
+def _device_index(arguments: Any) -> int | None:
+    """Index of the device of the tensors, which have one in common; None where they have none."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            return argument.device.index
+        if isinstance(argument, (list, tuple)) and argument:
+            return _device_index(argument)
+    return None
 
 
 def below_autograd(operator: Any, *arguments: Any) -> Any:

@@ -26,7 +26,7 @@ from magsd_kernels.triton._guide import (
 _CONFIGS = [
     *with_warps(16, TILE=tile(2048)),
     *with_warps(8, registers=144, TILE=tile(2048)),
-    *with_warps(16, TILE=tile(4096)),
+    *with_warps(16, registers=96, TILE=tile(4096)),
 ]
 _COLUMNS = tile(2048)
 _FAR: tl.constexpr = tl.constexpr(2147483647)  # the first row or column where none is found

@@ -358,8 +358,9 @@ def _attention_gradient(shares: torch.Tensor, grad_attention: torch.Tensor, call
     batch, maps, low_height, low_width = grad_attention.shape
     height, width = call.features.shape[2:]
     resize = (low_height, low_width) != (height, width)
-    pixels = block(low_height * low_width, _GRADIENT_TILE)
-    together = block(maps, _GRADIENT_TILE // pixels)
+    most = _GRADIENT_TILE // (2 if call.double else 1)
+    pixels = block(low_height * low_width, most)
+    together = block(maps, most // pixels)
     outputs = [
         most_outputs(low, size, "bilinear", True) if resize else 1
         for low, size in ((low_height, height), (low_width, width))

@@ -198,6 +198,7 @@ class Call:
         resize = attention.shape[2:] != features.shape[2:]
         self.attention = attention if resize else with_rows(attention)
         half = features.dtype in (torch.float16, torch.bfloat16)
+        self.double = features.dtype == torch.float64  # It takes twice the registers.
         interpreted = triton.knobs.runtime.interpret
         allow_tf32 = allow_tf32 and not interpreted  # The interpreter has no TF32.
         #: Whether products run on tensor cores.
@@ -229,7 +230,8 @@ class Call:
 
         Tensor cores take many pixels at once; without them a thread keeps its factors in registers.
         """
-        return {"CHANNELS": tile(64), "PIXELS": tile(64 if self.matrix else 16)}
+        channels = 32 if self.maximum and self.double else 64
+        return {"CHANNELS": tile(channels), "PIXELS": tile(64 if self.matrix else 16)}
 
     def whole_image(self) -> bool:
         """Whether a tile of the backward holds all maps and pixels of an image."""
@@ -243,7 +245,7 @@ class Call:
             few = pixels <= 64 and not torch.version.hip  # AMD's scalar registers do not suffice.
             return {"CHANNELS": 64 if few else 32, "PIXELS": pixels}
         if self.maximum:  # Every tile of pixels reads all entries of P.
-            return {"CHANNELS": tile(32), "PIXELS": 64}
+            return {"CHANNELS": tile(32), "PIXELS": 32 if self.double else 64}
         pixels = tile(32 if self.matrix else 16)
         return {"CHANNELS": tile(64 if self.matrix else 32), "PIXELS": pixels}
 

@@ -205,7 +205,7 @@ def _gradients(
     """Write `grads`, and with norms the parameters' gradients `results`."""
     batch, channels, height, width = grad.shape
     grad = with_rows(grad)
-    tile = tile_of(channels, _SUMS_TILE)
+    tile = tile_of(channels, _SUMS_TILE, grad.dtype)
     parts = parts_of(grads, tile.pixels)
     sums = grad.new_empty(0)
     sizes = (batch, channels, height, width, *pixel_steps(grad), *sizes_of(maps))
@@ -222,7 +222,7 @@ def _gradients(
             grad, tuple(maps), *norms, *statistics, sums, *sizes, parts.lengths, parameter_steps,
             PIXELS=tile.pixels, **settings,
         )  # fmt: skip
-    tile = tile_of(channels, _GRADIENT_TILE)
+    tile = tile_of(channels, _GRADIENT_TILE, grad.dtype)
     largest = max(g.shape[2] * g.shape[3] for g in grads)
     _gradient_kernel[(triton.cdiv(max(batch * largest, 1), tile.pixels), len(grads), tile.chunks)](
         grad, tuple(maps), *norms, *statistics, sums, tuple(grads), *results, *sizes,

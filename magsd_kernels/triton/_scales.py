@@ -26,9 +26,10 @@ class Tile:
     chunks: int
 
 
-def tile_of(maps: int, elements: int) -> Tile:
-    """Whole rows of maps where they fit."""
+def tile_of(maps: int, elements: int, dtype: torch.dtype) -> Tile:
+    """Whole rows of maps where they fit; float64 takes twice the registers, and half the tile."""
     wide = block(maps, _MOST_MAPS)
+    elements //= 2 if dtype == torch.float64 else 1
     return Tile(max(elements // wide, 1), wide, triton.cdiv(maps, wide))
 
 

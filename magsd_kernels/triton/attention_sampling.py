@@ -33,8 +33,9 @@ def _sample_kernel(
             other=0.0,
         )
         sums += tl.sum(values.to(tl.float64), 1)
-    # A comparison with NaN is false, so that NaN counts as 0, as a negative sum does.
-    weights = tl.where(m < maps, tl.sqrt(tl.where(sums > 0, sums, 0.0) + EPS), 0.0)
+    # The maximum of NaN and 0 is 0, so that NaN counts as 0, as a negative sum does. The sums are
+    # used once: Triton does not compile for AMD what uses float64 sums of a loop twice.
+    weights = tl.where(m < maps, tl.sqrt(tl.maximum(sums, 0.0) + EPS), 0.0)
     cumulative = tl.cumsum(weights, 0)
     total = tl.sum(tl.where(m == maps - 1, cumulative, 0.0), 0)
     share = cumulative / total

@@ -182,7 +182,9 @@ def _gathered(
     first_x = first_input(x_out, low_width, width, MODE, TAPS_X, ALIGN, ACC).to(INDEX)
     place = x + (b * steps[0] + m * steps[1])
     total = tl.zeros(inside.shape, ACC)
-    for k in tl.range(TAPS_Y * TAPS_X, loop_unroll_factor=4):
+    # In float64 what four taps keep does not fit into registers.
+    UNROLL: tl.constexpr = 1 if ACC.is_fp64() else 4
+    for k in tl.range(TAPS_Y * TAPS_X, loop_unroll_factor=UNROLL):
         i = first_y + k // TAPS_X
         j = first_x + k % TAPS_X
         part = share(y, i, low_height, height, MODE, TAPS_Y, ALIGN, ACC)
@@ -249,7 +251,7 @@ def _apply(
     first = maps[0]
     batch, channels = first.shape[:2]
     out = empty_like_first(first, size)
-    tile = tile_of(channels, _APPLY_TILE)
+    tile = tile_of(channels, _APPLY_TILE, first.dtype)
     parameter_steps = tuple(
         (0, 0, 0, 0) if norms[0] is None else tuple(values[i].stride(0) for values in norms)
         for i in range(len(maps))
@@ -300,7 +302,7 @@ def multiscale_attention(
     dtype = accumulation_dtype(maps[0].dtype)
     mean, rstd = (maps[0].new_empty((len(maps), channels), dtype=dtype) for _ in range(2))
     training = training and batch > 0
-    tile = tile_of(channels, _STATISTICS_TILE)
+    tile = tile_of(channels, _STATISTICS_TILE, dtype)
     parts = parts_of(maps, tile.pixels)
     shape = (len(maps), parts.count, 2, channels) if training else (0,)
     sums = maps[0].new_empty(shape, dtype=dtype)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from magsd_kernels._layout import accumulation_dtype
-from magsd_kernels.triton._common import accumulation, block, tunable, with_warps
+from magsd_kernels.triton._common import accumulation, block, tile, tunable, with_warps
 
 _TILE = 2048  # logits in flight
 _MOST_GROUPS = 16  # every group is a loop of its own in the compiled kernel
@@ -232,11 +232,13 @@ def _sizes(
 def _settings(logits: torch.Tensor, confidence: float, smoothing: float) -> dict[str, object]:
     batch, classes = logits.shape
     wide = triton.next_power_of_2(classes)
+    # With more in float64 the constants of its functions do not fit into AMD's scalar registers.
+    most = tile(64) if logits.dtype == torch.float64 else _TILE
     return {
         "CONFIDENCE": confidence,
         "OFF": smoothing,
         "ON": 1 - classes * smoothing,
-        "ROWS": block(batch, max(_TILE // wide, 1)),
+        "ROWS": block(batch, max(most // wide, 1)),
         "CLASSES": wide,
         "ACC": accumulation(logits.dtype),
     }

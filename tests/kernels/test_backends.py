@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import sys
@@ -12,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import magsd_kernels as mk
 from magsd_kernels import environment, native
-from magsd_kernels.backends import OPERATIONS, preference
+from magsd_kernels.backends import OLDEST_OF_TRITON, OPERATIONS, preference, select
 
 from .cases import CASES, all_cases, differentiable_cases
 from .support import fresh_python, tensors_of
@@ -368,3 +370,57 @@ def test_auto_prefers_triton_where_there_is_no_cuda(operation, monkeypatch):
     assert preference(operation, "xpu") == ("triton",)
     assert preference(operation, "cpu") == ("cpu",)
     assert preference(operation, "mps") == ()
+
+
+def see(monkeypatch: pytest.MonkeyPatch, *devices: tuple[int, int]) -> None:
+    """Let the package see GPUs of these compute capabilities, Triton, and no CUDA library."""
+    pytest.importorskip("triton")
+    module = importlib.import_module("magsd_kernels.backends")
+    monkeypatch.setattr(module, "_INTERPRETED", False)
+    monkeypatch.setattr(module, "_DEVICES", {"cuda": ("cuda",), "triton": ("cuda", "xpu")})
+    monkeypatch.setattr(module, "_resolved", {})
+    monkeypatch.setattr(native, "_states", {"cuda": "not built"})
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: devices[i])
+
+
+def on_a_gpu() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.empty(1, device="cuda:0")
+
+
+@pytest.mark.parametrize("devices", [[(7, 5)], [(6, 1)], [(9, 0), (7, 0)]], ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_gpus_that_triton_does_not_serve_take_the_reference(operation, devices, monkeypatch):
+    see(monkeypatch, *devices)
+    major, minor = devices[-1]
+    reason = f"Triton needs compute capability 8.0, but cuda:{len(devices) - 1} has {major}.{minor}"
+    assert mk.backends()["triton"] == reason
+    assert select(operation, "auto", on_a_gpu()) == "reference"
+    with pytest.raises(mk.BackendUnavailable, match=reason):
+        select(operation, "triton", on_a_gpu())
+
+
+@pytest.mark.parametrize("devices", [[OLDEST_OF_TRITON], [(9, 0), (12, 0)]], ids=str)
+def test_gpus_that_triton_serves_take_it(devices, monkeypatch):
+    see(monkeypatch, *devices)
+    assert mk.backends()["triton"] == "available"
+    assert {select(operation, "auto", on_a_gpu()) for operation in OPERATIONS} == {"triton"}
+
+
+def test_compute_capability_is_a_matter_of_nvidia(monkeypatch):
+    see(monkeypatch, (7, 5))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert mk.backends()["triton"] == "available"
+
+
+def test_triton_in_a_process_that_cannot_use_cuda_is_told(monkeypatch):
+    see(monkeypatch, (9, 0))
+
+    def refuse(device: int) -> tuple[int, int]:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", refuse)
+    assert mk.backends()["triton"].startswith("torch cannot use CUDA: Cannot re-initialize")

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import magsd_kernels as mk
 
@@ -233,3 +234,49 @@ def test_an_input_changed_before_backward_is_noticed(target, case):
         leaves[0].add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace"):
         torch.autograd.grad(sum(x.sum() for x in out), leaves)
+
+
+class Dispatched(TorchDispatchMode):
+    """Names of the operators that are dispatched; what one of the package calls is not seen."""
+
+    def __enter__(self) -> Dispatched:
+        self.names: list[str] = []
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@differentiable_cases
+def test_backward_fills_no_memory_for_results_without_a_gradient(case):
+    """Each of these zeros would be a launch of its own on a GPU."""
+    arguments = case.arguments()
+    out = [x for x in tensors_of(case.function(**arguments)) if x.requires_grad]
+    for given in (out, out[:1]):
+        with Dispatched() as dispatched:
+            torch.autograd.grad(
+                given, case.leaves(arguments), [torch.ones_like(x) for x in given], True
+            )
+        assert [name for name in dispatched.names if name.startswith("magsd.")] != []
+        assert [name for name in dispatched.names if re.search("zero|fill", name)] == []
+
+
+class _Stop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *values):
+        return tuple(value.clone() for value in values)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return (None,) * len(grads)
+
+
+@differentiable_cases
+def test_no_gradient_gives_none_or_zeros(case):
+    arguments = case.arguments()
+    out = [x for x in tensors_of(case.function(**arguments)) if x.requires_grad]
+    total = sum(x.sum() for x in _Stop.apply(*out))
+    grads = torch.autograd.grad(total, case.leaves(arguments), allow_unused=True)
+    assert all(grad is None or not grad.any() for grad in grads)

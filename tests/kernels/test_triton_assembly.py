@@ -22,6 +22,7 @@ import triton.language as tl  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import magsd_kernels.triton  # noqa: E402
+from magsd_kernels.backends import OLDEST_OF_TRITON  # noqa: E402
 from magsd_kernels.triton import (  # noqa: E402
     attention_augment,
     attention_sampling,
@@ -35,8 +36,7 @@ from .assembly import SHARED, TARGETS, Kernel, compiled, name_of  # noqa: E402
 from .support import fresh_python  # noqa: E402
 
 Launch = Callable[[torch.dtype, str], None]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HALF = DTYPES[1:]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = ("contiguous", "channels_last")
 
 
@@ -129,7 +129,13 @@ CASES: dict[str, Launch] = {
 }
 PRODUCTS = ("pool 7x7", "pool 14x14", "pool 28x28", "pool resized")
 #: Each distinct kernel for each GPU; every dtype and layout for one GPU of either maker.
-SPANNING = [(torch.bfloat16, "channels_last"), (torch.float32, "contiguous")]
+SPANNING = [
+    (torch.bfloat16, "channels_last"),
+    (torch.float64, "contiguous"),
+    (torch.float32, "contiguous"),
+]
+#: Where every configuration is compiled for each GPU.
+EVERY = SPANNING[:2]
 MATRIX = [
     (gpu, case, dtype, layout)
     for gpu in TARGETS
@@ -142,7 +148,7 @@ MATRIX = [
 
 @functools.cache
 def kernels_of(gpu: str, case: str, dtype: torch.dtype, layout: str) -> list[Kernel]:
-    every = (dtype, layout) == SPANNING[0] or (gpu == "sm_90" and (dtype, layout) in SPANNING)
+    every = (dtype, layout) in (SPANNING if gpu == "sm_90" else EVERY)
     return compiled(gpu, lambda: CASES[case](dtype, layout), every_config=every)
 
 
@@ -220,6 +226,10 @@ def test_float32_products_are_rounded_to_tf32_where_that_is_allowed_only(gpu, ca
     for kernel in allowed:
         assert spilled(kernel) == 0, (kernel.name, kernel.resources())
     assert sum(k.matrix > 0 and "tf32" in k.code for k in allowed) == 4
+
+
+def test_the_oldest_gpu_that_runs_triton_is_compiled_for():
+    assert f"sm_{''.join(map(str, OLDEST_OF_TRITON))}" in TARGETS
 
 
 def all_kernels() -> set[str]:
