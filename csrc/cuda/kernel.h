@@ -95,7 +95,7 @@ class DeviceScope {
 // Streaming multiprocessors of the current device, to size grids by.
 inline int multiprocessors() {
 #if defined(MAGSD_SIMT)
-  return 2;
+  return simt::multiprocessors();
 #else
   int device = 0, count = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
