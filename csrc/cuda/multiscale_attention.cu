@@ -4,9 +4,9 @@
 // Training reads every projection twice and writes the sum once, in two launches over all scales:
 //   statistics  of every channel, and the running ones (multiscale_attention_statistics.h)
 //   apply       every output gathers, normalises and adds what it weighs
-// Evaluation and resample_attention are the second launch alone. No normalised map is stored. What an
-// output weighs is found once a block for every row and column of outputs; where these are more than
-// a block has threads for, once for every pixel of a thread.
+// Evaluation and resample_attention are the second launch alone. No normalised map is stored. What
+// an output weighs is found once a block for every row and column of outputs; where these are more
+// than two a thread, once for every pixel of a thread. Images and channels share it.
 #include <cmath>
 #include <limits>
 #include <string>

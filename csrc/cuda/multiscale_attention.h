@@ -125,6 +125,13 @@ inline std::vector<Cut> cuts_of(const std::vector<Task>& tasks, int64_t batch, i
   return cuts_with(enough);
 }
 
+// Tickets of every map and group, where a channel has several parts.
+inline int64_t counters_of(const std::vector<Cut>& cuts, int64_t groups) {
+  const auto parted = [](const Cut& cut) { return cut.splits > 1; };
+  const bool any = std::any_of(cuts.begin(), cuts.end(), parted);
+  return any ? static_cast<int64_t>(cuts.size()) * groups : 0;
+}
+
 // Images that a thread of a contiguous map takes at once: many, while the device stays full.
 inline int images_at_once(int most, int64_t values) {
   const int64_t threads = int64_t{2} * kThreads * multiprocessors();

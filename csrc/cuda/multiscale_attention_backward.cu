@@ -67,7 +67,8 @@ __device__ __forceinline__ Slope<accumulate_t<T>> slope_of(const Backward<T>& ca
 // values of the projection, if there is one, and the gradient resized back.
 template <typename T, bool kLast, typename Body>
 __device__ __forceinline__ void for_gradients(const Backward<T>& call,
-                                              const BackwardScale<T>& scale, int split, const Place<T, kLast>& place,
+                                              const BackwardScale<T>& scale, int split,
+                                              const Place<T, kLast>& place,
                                               const Body& body) {
   using A = accumulate_t<T>;
   const T* values = scale.map.values + place.channel * scale.map.step_c;
@@ -237,8 +238,8 @@ Backward<T> backward_of(const FeatureMap& grad, const Tensors& results, Resampli
     // A value of the map, and as many of the gradient as weigh it.
     const int64_t taps = ceil_div(grad.steps.height, steps.height) *
                          ceil_div(grad.steps.width, steps.width);
-    const int at_once = kLast && !call.grad.wide ? G::kOwn : items;
-    tasks.push_back({steps.pixels(), items, static_cast<int>(std::min(taps, kMostTaps) + 1) * at_once});
+    const int loads = static_cast<int>(std::min(taps, kMostTaps)) + 1;
+    tasks.push_back({steps.pixels(), items, loads * (kLast && !call.grad.wide ? G::kOwn : items)});
   }
   const std::vector<Cut> cuts = cuts_of(tasks, batch, G::kPixelLanes, call.groups);
   for (size_t i = 0; i < results.size(); ++i) {
@@ -259,16 +260,20 @@ void write_all_gradients(const DeviceScope& scope, Backward<T> call, size_t scal
                          ScalarType dtype) {
   using A = accumulate_t<T>;
   static_assert(sizeof(Sums<A>) == 2 * sizeof(A));
+  std::vector<Cut> cuts;
   int64_t count = static_cast<int64_t>(scales) * call.channels;
-  for (size_t i = 0; i < scales; ++i) count += call.scales[i].cut.splits * call.channels;
+  for (size_t i = 0; i < scales; ++i) {
+    cuts.push_back(call.scales[i].cut);
+    count += cuts[i].splits * call.channels;
+  }
   const Tensor memory = uninitialized({2 * count}, dtype);
   call.sums = static_cast<Sums<A>*>(memory.mutable_data_ptr());
   Sums<A>* parts = call.sums + static_cast<int64_t>(scales) * call.channels;
   for (size_t i = 0; i < scales; ++i) {
     call.scales[i].parts = parts;
-    parts += call.scales[i].cut.splits * call.channels;
+    parts += cuts[i].splits * call.channels;
   }
-  const TicketBook book = tickets_for(scope, static_cast<int64_t>(scales) * call.groups);
+  const TicketBook book = tickets_for(scope, counters_of(cuts, call.groups));
   call.tickets = book.tickets;
   launch(scope, grid_of(call.starts[scales]), kThreads, 0, sums_kernel<T, kLast>, call);
   if (call.scales[0].cut.batch > 0) write_gradients<T, kLast>(scope, call, scales);

@@ -3,8 +3,8 @@
 // A thread adds up differences from the first value that it meets, a block differences from its own
 // mean, and the last block of a group of channels combines the parts by the formula of Chan et al.
 // 1983, all in a fixed order: neither a large common mean nor a value far off takes the others'
-// digits. The number of parts depends on the sizes and on the number of multiprocessors; results are
-// the same from call to call.
+// digits. The number of parts depends on the sizes and on the number of multiprocessors; results
+// are the same from call to call.
 #pragma once
 
 #include <cmath>
@@ -226,8 +226,7 @@ void take_statistics(const DeviceScope& scope, const std::vector<FeatureMap>& ma
     call.scales[i].parts = parts;
     parts += cuts[i].splits * call.channels;
   }
-  const TicketBook book =
-      tickets_for(scope, static_cast<int64_t>(maps.size()) * call.groups);
+  const TicketBook book = tickets_for(scope, counters_of(cuts, call.groups));
   call.tickets = book.tickets;
   launch(scope, grid_of(call.starts[maps.size()]), kThreads, 0, statistics_kernel<T, kLast>, call);
 }

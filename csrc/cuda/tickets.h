@@ -2,8 +2,8 @@
 //
 // Each block draws a ticket when it has written its part, and the one that draws the last combines
 // the parts, in an order that does not depend on who came when. Counters are zero between launches:
-// they begin so, and who draws the last ticket puts 0 back. So no launch clears them. Two calls that
-// may run at the same time never share counters: those of a stream serve its calls one after
+// they begin so, and who draws the last ticket puts 0 back. So no launch clears them. Two calls
+// that may run at the same time never share counters: those of a stream serve its calls one after
 // another, and a captured call, which may be replayed on any stream, gets its own for good.
 #pragma once
 
@@ -77,12 +77,17 @@ inline TicketBook tickets_for(const DeviceScope& scope, int64_t count) {
 #else
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   check_cuda(cudaStreamIsCapturing(scope.stream(), &capture), "cudaStreamIsCapturing");
-  unsigned long long stream = 0;
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaStreamGetId(scope.stream(), &stream), "cudaStreamGetId");
-  const TicketDesk::Key key{device, stream};
-  const int64_t first = desk.take(capture == cudaStreamCaptureStatusNone ? &key : nullptr, count);
+  int64_t first = -1;
+  if (capture != cudaStreamCaptureStatusNone) {
+    first = desk.take(nullptr, count);
+  } else {
+    int device = 0;
+    unsigned long long stream = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaStreamGetId(scope.stream(), &stream), "cudaStreamGetId");
+    const TicketDesk::Key key{device, stream};
+    first = desk.take(&key, count);
+  }
 #endif
   if (first >= 0) return {{nullptr, first}, Tensor()};
   const Tensor memory = uninitialized({count}, ScalarType::Int);
