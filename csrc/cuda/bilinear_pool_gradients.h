@@ -230,8 +230,11 @@ class WarpGradients {
   // 16 rows of two k-columns each, times W; cut in two where half precision meets it.
   __device__ static void add_rows(A& d0, A& d1, A& d2, A& d3, const A (&upper)[2],
                                   const A (&lower)[2], A b0, A b1) {
-    mma_tf32(d0, d1, d2, d3, upper[0], lower[0], upper[1], lower[1], b0, b1);
-    if constexpr (!C::kRounds) {
+    if constexpr (C::kRounds) {
+      mma_tf32(d0, d1, d2, d3, upper[0], lower[0], upper[1], lower[1], b0, b1);
+    } else {
+      mma_tf32(d0, d1, d2, d3, upper[0], lower[0], upper[1], lower[1], tf32_part(b0),
+               tf32_part(b1));
       mma_tf32(d0, d1, d2, d3, upper[0], lower[0], upper[1], lower[1], tf32_rest(b0),
                tf32_rest(b1));
     }
@@ -296,8 +299,10 @@ class WarpGradients {
 #pragma unroll
       for (int n = 0; n < C::kEighths; ++n) {
         const A* factors = attention + 8 * n + 2 * t_;
-        const A upper[2] = {factors[0], factors[1]};
-        const A lower[2] = {factors[8 * C::kPitch], factors[8 * C::kPitch + 1]};
+        const A wide[4] = {factors[0], factors[1], factors[8 * C::kPitch],
+                           factors[8 * C::kPitch + 1]};
+        const A upper[2] = {tf32_part(wide[0]), tf32_part(wide[1])};
+        const A lower[2] = {tf32_part(wide[2]), tf32_part(wide[3])};
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           A weights[2];
@@ -305,9 +310,9 @@ class WarpGradients {
           add_rows(sum[0][0][j], sum[0][1][j], sum[1][0][j], sum[1][1][j], upper, lower, weights[0],
                    weights[1]);
           if (!C::kRounds && call_.attention.resized) {
-            mma_tf32(sum[0][0][j], sum[0][1][j], sum[1][0][j], sum[1][1][j], tf32_rest(upper[0]),
-                     tf32_rest(lower[0]), tf32_rest(upper[1]), tf32_rest(lower[1]), weights[0],
-                     weights[1]);
+            mma_tf32(sum[0][0][j], sum[0][1][j], sum[1][0][j], sum[1][1][j], tf32_rest(wide[0]),
+                     tf32_rest(wide[2]), tf32_rest(wide[1]), tf32_rest(wide[3]),
+                     tf32_part(weights[0]), tf32_part(weights[1]));
           }
         }
       }

@@ -323,8 +323,12 @@ struct Pooled {
 #pragma unroll
       for (int n = 0; n < C::kEighths; ++n) {
         const A b0 = row[8 * n], b1 = row[4 * C::kPitch + 8 * n];
-        add_column(column, n, b0, b1);
-        if (!C::kRounds && cut_attention) add_column(column, n, tf32_rest(b0), tf32_rest(b1));
+        if constexpr (C::kRounds) {
+          add_column(column, n, b0, b1);
+        } else {
+          add_column(column, n, tf32_part(b0), tf32_part(b1));
+          if (cut_attention) add_column(column, n, tf32_rest(b0), tf32_rest(b1));
+        }
       }
     }
   }

@@ -17,6 +17,8 @@
 #include "simt/simt.h"
 #else
 #include <cuda_runtime.h>
+
+#include "cuda/shared_memory.h"
 #endif
 
 #include <torch/csrc/stable/library.h>
@@ -46,7 +48,6 @@ namespace magsd::MAGSD_ISA {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr size_t kStaticShared = 48 * 1024;  // what a block may hold without asking for more
 constexpr size_t kParameterBytes = 4096;
 constexpr int64_t kMostBlocksX = 2147483647, kMostBlocksYZ = 65535;
 
@@ -94,7 +95,7 @@ class DeviceScope {
 // Streaming multiprocessors of the current device, to size grids by.
 inline int multiprocessors() {
 #if defined(MAGSD_SIMT)
-  return 2;
+  return simt::multiprocessors();
 #else
   int device = 0, count = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
@@ -122,12 +123,8 @@ void launch(const DeviceScope& scope, dim3 grid, int threads, size_t shared,
   simt::launch(grid, threads, shared,
                [&] { kernel(static_cast<Parameters>(arguments)...); });
 #else
-  if (shared > kStaticShared) {
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared)),
-               "cudaFuncSetAttribute");
-  }
+  check_cuda(allow_shared(reinterpret_cast<const void*>(kernel), shared),
+             "shared memory of a kernel");
   kernel<<<grid, threads, shared, scope.stream()>>>(
       static_cast<Parameters>(std::forward<Arguments>(arguments))...);
   check_cuda(cudaGetLastError(), "kernel launch");

@@ -2,10 +2,11 @@
 // resample_attention is the same without the norm and the ReLU.
 //
 // Training reads every projection twice and writes the sum once, in two launches over all scales:
-//   statistics  of every part of every channel (multiscale_attention_statistics.h)
-//   apply       a block combines the parts of its channels, then every output gathers, normalises
-//               and adds what it weighs. One block of a channel writes its statistics.
-// Evaluation and resample_attention are the second launch alone. No normalised map is stored.
+//   statistics  of every channel, and the running ones (multiscale_attention_statistics.h)
+//   apply       every output gathers, normalises and adds what it weighs
+// Evaluation and resample_attention are the second launch alone. No normalised map is stored. What
+// an output weighs is found once a block for every row and column of outputs; where these are more
+// than two a thread, once for every pixel of a thread. Images and channels share it.
 #include <cmath>
 #include <limits>
 #include <string>
@@ -17,15 +18,14 @@
 namespace magsd::MAGSD_ISA {
 namespace {
 
-constexpr int64_t kApplyBlocks = 8;  // for every multiprocessor
-
 template <typename T>
 struct ForwardScale {
   MapView<const T> map;
   ResizeRule rows, columns;
   Parameter weight, bias, running_mean, running_var;
-  int64_t count;  // values of a channel
 };
+
+constexpr int kMostTaps = 2 * kThreads;  // of a scale: a row's and a column's for every thread
 
 template <typename T>
 struct Forward {
@@ -33,14 +33,15 @@ struct Forward {
   ForwardScale<T> scales[kMostMaps];
   MapView<T> result;
   Cut cut;
-  int64_t channels, groups, width;
-  const Part<A>* parts;
-  A *mean, *rstd;
-  double momentum;
+  int64_t channels, groups, height, width;
+  A *mean, *rstd;  // (scales, channels), in training as the statistics left them
   A eps;
-  int splits[kMostMaps];  // parts of a channel
-  int count;              // of scales
+  int count;  // of scales
+  int taps;   // kept of a scale
   bool norm, training;
+
+  // Whether a block keeps the taps of all rows and columns, not those of its threads' pixels.
+  MAGSD_HD bool of_all() const { return height + width <= kMostTaps; }
 };
 
 // relu(norm(x)) = max((x - mean) factor + bias, 0).
@@ -49,38 +50,25 @@ struct Norm {
   A mean, factor, bias;
 };
 
-// running <- (1 - momentum) running + momentum value, rounded once.
-__device__ __forceinline__ void update_running(const Parameter& running, int64_t m, double momentum,
-                                               double value) {
-  const double old = read_parameter<double>(running, m);
-  write_parameter(running, m, (1 - momentum) * old + momentum * value);
-}
-
-// By a warp: the norm of channel m, and, where it is asked to, what the call leaves of it.
+// The norm of channel m of scale i; `writes` has it leave, in evaluation, what the backward needs.
 template <typename T>
 __device__ Norm<accumulate_t<T>> norm_of(const Forward<T>& call, int i, int64_t m, bool writes) {
   using A = accumulate_t<T>;
   const ForwardScale<T>& scale = call.scales[i];
   const int64_t at = i * call.channels + m;
-  Moments<A> moments;
+  A mean, rstd;
   if (call.training) {
-    moments = combined(call.parts + at * kMostSplits, call.splits[i], static_cast<A>(scale.count));
+    mean = call.mean[at];
+    rstd = call.rstd[at];
   } else {
-    moments = {read_parameter<A>(scale.running_mean, m), read_parameter<A>(scale.running_var, m)};
-  }
-  const A rstd = A{1} / std::sqrt(moments.variance + call.eps);
-  if (writes && threadIdx.x % kWarp == 0) {
-    call.mean[at] = moments.mean;
-    call.rstd[at] = rstd;
-    if (call.training) {
-      const double count = static_cast<double>(scale.count);
-      const double unbiased = static_cast<double>(moments.variance) * count / (count - 1);
-      update_running(scale.running_mean, m, call.momentum, static_cast<double>(moments.mean));
-      update_running(scale.running_var, m, call.momentum, unbiased);
+    mean = read_parameter<A>(scale.running_mean, m);
+    rstd = A{1} / std::sqrt(read_parameter<A>(scale.running_var, m) + call.eps);
+    if (writes) {
+      call.mean[at] = mean;
+      call.rstd[at] = rstd;
     }
   }
-  return {moments.mean, read_parameter<A>(scale.weight, m) * rstd,
-          read_parameter<A>(scale.bias, m)};
+  return {mean, read_parameter<A>(scale.weight, m) * rstd, read_parameter<A>(scale.bias, m)};
 }
 
 template <typename T, bool kLast>
@@ -89,21 +77,40 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   using A = accumulate_t<T>;
   using G = Grain<T, kLast>;
   MAGSD_SHARED(Norm<A>, norms, [kMostMaps][G::kChannels]);
+  MAGSD_DYNAMIC_SHARED(InputTaps<A>, taps);  // (scales, call.taps): rows, then columns
   const int64_t split = quotient(blockIdx.x, call.groups);
   const int64_t group = blockIdx.x - split * call.groups;
   const Place<T, kLast> place(group, call.channels);
-  for (int i = static_cast<int>(threadIdx.x) / kWarp; i < call.count * G::kChannels; i += kWarps) {
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int i = thread; i < call.count * G::kChannels; i += kThreads) {
     const int scale = i / G::kChannels, own = i % G::kChannels;
     const int64_t m = group * G::kChannels + own;
     Norm<A> norm{0, 1, 0};
     if (call.norm && m < call.channels) norm = norm_of(call, scale, m, split == 0);
-    if (threadIdx.x % kWarp == 0) norms[scale][own] = norm;
+    norms[scale][own] = norm;
+  }
+  if (call.of_all()) {
+    const int rows = static_cast<int>(call.height);
+    for (int i = thread; i < call.count * call.taps; i += kThreads) {
+      const int at = i % call.taps;
+      const ForwardScale<T>& scale = call.scales[i / call.taps];
+      taps[i] = at < rows ? InputTaps<A>(scale.rows, at) : InputTaps<A>(scale.columns, at - rows);
+    }
   }
   __syncthreads();
   if (place.channels == 0) return;
   const A least = call.norm ? A{0} : -std::numeric_limits<A>::infinity();
   const auto write = [&](int64_t pixel, const Images& images) {
     const int64_t y = quotient(pixel, call.width), x = pixel - y * call.width;
+    int row = static_cast<int>(y), column = static_cast<int>(call.height + x);
+    if (!call.of_all()) {
+      row = thread;
+      column = kThreads + thread;
+      for (int i = 0; i < call.count; ++i) {
+        taps[i * kMostTaps + row] = InputTaps<A>(call.scales[i].rows, y);
+        taps[i * kMostTaps + column] = InputTaps<A>(call.scales[i].columns, x);
+      }
+    }
     for (int64_t b = images.first; b < images.stop; b += images.step) {
       const int count = items_at(place, call.cut, b, images.stop);
       A sum[G::kItems] = {};
@@ -118,11 +125,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           const A result = (value - norm.mean) * norm.factor + norm.bias;
           return result < least ? least : result;  // NaN stays NaN.
         };
-        const Taps<A, false> rows(scale.rows, y), columns(scale.columns, x);
+        const InputTaps<A> rows = taps[i * call.taps + row], columns = taps[i * call.taps + column];
         if (kLast && scale.map.wide) {
-          gather<true>(scale.map, image, rows, columns, count, sum, normal);
+          gather<true, 2>(scale.map, image, rows, columns, count, sum, normal);
         } else {
-          gather<false>(scale.map, image, rows, columns, count, sum, normal);
+          gather<false, 2>(scale.map, image, rows, columns, count, sum, normal);
         }
       }
       T* to = call.result.values + b * call.result.step_b + pixel * call.result.step_p +
@@ -142,25 +149,27 @@ Forward<T> forward_of(const std::vector<FeatureMap>& maps, const Tensor& result,
   const int64_t batch = result.size(0), height = result.size(2), width = result.size(3);
   call.channels = result.size(1);
   call.groups = G::groups(call.channels);
+  call.height = height;
   call.width = width;
   call.count = static_cast<int>(maps.size());
+  call.taps = call.of_all() ? static_cast<int>(height + width) : kMostTaps;
   call.result = view_of<kLast>(mutable_data<T>(result), dense_steps(result, kLast));
   const int items = kLast ? 1 : images_at_once(G::kItems, result.numel());
-  call.cut = cut_of(height * width, batch, G::kPixelLanes, items,
-                    blocks_for(kApplyBlocks, 1, 1, call.groups));
+  call.cut = cuts_of({{height * width, items, 1}}, batch, G::kPixelLanes, call.groups)[0];
   for (size_t i = 0; i < maps.size(); ++i) {
     const MapSteps& steps = maps[i].steps;
     call.scales[i].map = view_of<kLast>(data<T>(maps[i].tensor), steps);
     call.scales[i].rows = {steps.height, height, mode, align_corners};
     call.scales[i].columns = {steps.width, width, mode, align_corners};
-    call.scales[i].count = batch * steps.pixels();
   }
   return call;
 }
 
 template <typename T, bool kLast>
 void apply(const DeviceScope& scope, const Forward<T>& call) {
-  launch(scope, grid_of(call.cut.splits * call.groups), kThreads, 0, apply_kernel<T, kLast>, call);
+  const size_t shared = sizeof(InputTaps<accumulate_t<T>>) * call.count * call.taps;
+  launch(scope, grid_of(call.cut.splits * call.groups), kThreads, shared, apply_kernel<T, kLast>,
+         call);
 }
 
 Tensor resample_attention(const Tensors& maps, const std::vector<int64_t>& size,
@@ -198,31 +207,28 @@ std::tuple<Tensor, Tensor, Tensor> multiscale_attention(
   const Tensor rstd = uninitialized({scales, maps}, wide);
   const std::vector<FeatureMap> taken = feature_maps(projections, last);
   const bool of_batch = training && batch > 0;
-  constexpr int64_t kPartValues = 4;
-  const Tensor parts =
-      uninitialized({of_batch ? scales * maps * kMostSplits * kPartValues : 0}, wide);
   visit_layout(dtype, last, [&](auto type, auto layout) {
     using T = decltype(type);
     using A = accumulate_t<T>;
     constexpr bool kLast = decltype(layout)::value;
-    static_assert(sizeof(Part<A>) == kPartValues * sizeof(A));
     Forward<T> call = forward_of<T, kLast>(taken, result, mode, align_corners);
+    Statistics<T> statistics{};
     call.norm = true;
     call.training = of_batch;
-    call.momentum = momentum;
-    call.eps = static_cast<A>(eps);
-    call.mean = mutable_data<A>(mean);
-    call.rstd = mutable_data<A>(rstd);
+    call.eps = statistics.eps = static_cast<A>(eps);
+    call.mean = statistics.mean = mutable_data<A>(mean);
+    call.rstd = statistics.rstd = mutable_data<A>(rstd);
+    statistics.momentum = momentum;
     for (int64_t i = 0; i < scales; ++i) {
       ForwardScale<T>& scale = call.scales[i];
       scale.weight = parameter_of(weights[i]);
       scale.bias = parameter_of(biases[i]);
       scale.running_mean = parameter_of(running_means[i], of_batch);
       scale.running_var = parameter_of(running_vars[i], of_batch);
+      statistics.scales[i].running_mean = scale.running_mean;
+      statistics.scales[i].running_var = scale.running_var;
     }
-    auto* own_parts = static_cast<Part<A>*>(parts.mutable_data_ptr());
-    call.parts = own_parts;
-    if (of_batch) take_statistics<T, kLast>(scope, taken, own_parts, call.splits);
+    if (of_batch) take_statistics<T, kLast>(scope, taken, statistics);
     apply<T, kLast>(scope, call);
   });
   return {result, mean, rstd};

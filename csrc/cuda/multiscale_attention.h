@@ -1,6 +1,9 @@
 // What the kernels of multiscale attention share: how maps are cut among blocks and threads,
 // 16-byte accesses, gathers along a resize, sums over a block, parameters of any dtype.
 //
+// A launch has no more blocks than the device runs at once, so that what a block does but once (its
+// reduction, its tables) is paid once, and cuts every map so that its threads have as many loads as
+// those of the others.
 // A thread stays at one pixel and walks over images, so that what depends on the pixel alone (the
 // division of its index, the entries that a resize weighs) is found once; no loop over images
 // divides. It takes kItems = 16 / sizeof(T) values at once:
@@ -18,13 +21,13 @@
 
 #include "common/multiscale_attention_arguments.h"
 #include "cuda/kernel.h"
+#include "cuda/tickets.h"
 
 namespace magsd::MAGSD_ISA {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kBlocks = 2;       // of a multiprocessor, at least: leaves a thread 128 registers
-constexpr int kMostSplits = 64;  // parts that a block adds up anew to have a channel's sums
+constexpr int kBlocks = 2;  // of a multiprocessor, at least: leaves a thread 128 registers
 
 template <typename T, bool kLast>
 struct Grain {
@@ -58,23 +61,75 @@ struct Cut {
   }
 };
 
-// At most `most` blocks, and none without work.
-inline Cut cut_of(int64_t pixels, int64_t batch, int pixel_lanes, int items, int64_t most) {
+// A map to be cut: its pixels, the images that a thread takes at once, and the loads these cost it.
+struct Task {
+  int64_t pixels;
+  int items, loads;
+};
+
+// Parts in which a thread has at most `most` loads, or one pixel and its images at once.
+inline Cut cut_of(const Task& task, int64_t batch, int pixel_lanes, int64_t most) {
   Cut cut{};
-  cut.pixels = pixels;
+  cut.pixels = task.pixels;
   cut.batch = batch;
-  cut.tiles = ceil_div<int64_t>(pixels, pixel_lanes);
-  cut.tile = static_cast<int32_t>(ceil_div(pixels, cut.tiles));
+  cut.tiles = ceil_div<int64_t>(task.pixels, pixel_lanes);
+  cut.tile = static_cast<int32_t>(ceil_div(task.pixels, cut.tiles));
   cut.image_lanes = pixel_lanes / cut.tile;
-  cut.items = items;
+  cut.items = task.items;
   cut.width = 1;
-  cut.tile_splits = static_cast<int32_t>(std::min(cut.tiles, std::max<int64_t>(most, 1)));
-  const int64_t step = cut.image_lanes * items, steps = std::max<int64_t>(ceil_div(batch, step), 1);
-  const int64_t shares = std::clamp<int64_t>(most / cut.tile_splits, 1, steps);
-  cut.images = ceil_div(steps, shares) * step;
+  const int64_t step = int64_t{cut.image_lanes} * task.items;
+  const int64_t steps = std::max<int64_t>(ceil_div(batch, step), 1);
+  const int64_t taken = std::max<int64_t>(most / task.loads, 1);  // steps of a thread
+  cut.tile_splits = static_cast<int32_t>(ceil_div(cut.tiles, std::max<int64_t>(taken / steps, 1)));
+  cut.images = ceil_div(steps, ceil_div(steps, std::min(taken, steps))) * step;
   cut.splits =
       static_cast<int32_t>(cut.tile_splits * std::max<int64_t>(ceil_div(batch, cut.images), 1));
   return cut;
+}
+
+// Cuts the maps of a launch alike: into as many blocks of `groups` groups of channels as the device
+// runs at once, with the fewest loads for a thread. If even one block a map and group is too many,
+// by loads alone.
+inline std::vector<Cut> cuts_of(const std::vector<Task>& tasks, int64_t batch, int pixel_lanes,
+                                int64_t groups) {
+  const int64_t room = int64_t{kBlocks} * multiprocessors();
+  const auto cuts_with = [&](int64_t most) {
+    std::vector<Cut> cuts;
+    for (const Task& task : tasks) cuts.push_back(cut_of(task, batch, pixel_lanes, most));
+    return cuts;
+  };
+  const auto fits = [&](int64_t most) {
+    int64_t blocks = 0;
+    for (const Cut& cut : cuts_with(most)) blocks += cut.splits * groups;
+    return blocks <= room;
+  };
+  int64_t whole = 0, longest = 1;
+  for (const Task& task : tasks) {
+    const Cut cut = cut_of(task, batch, pixel_lanes, 1);
+    const int64_t step = int64_t{cut.image_lanes} * cut.items;
+    const int64_t loads = cut.tiles * std::max<int64_t>(ceil_div(batch, step), 1) * task.loads;
+    whole += loads;
+    longest = std::max(longest, loads);
+  }
+  const int64_t equal = std::max<int64_t>(ceil_div(whole * groups, room), 1);
+  if (!fits(longest)) return cuts_with(equal);
+  int64_t most = std::min(equal, longest), enough = longest;
+  while (most < enough) {
+    const int64_t middle = most + (enough - most) / 2;
+    if (fits(middle)) {
+      enough = middle;
+    } else {
+      most = middle + 1;
+    }
+  }
+  return cuts_with(enough);
+}
+
+// Tickets of every map and group, where a channel has several parts.
+inline int64_t counters_of(const std::vector<Cut>& cuts, int64_t groups) {
+  const auto parted = [](const Cut& cut) { return cut.splits > 1; };
+  const bool any = std::any_of(cuts.begin(), cuts.end(), parted);
+  return any ? static_cast<int64_t>(cuts.size()) * groups : 0;
 }
 
 // Images that a thread of a contiguous map takes at once: many, while the device stays full.
@@ -82,12 +137,6 @@ inline int images_at_once(int most, int64_t values) {
   const int64_t threads = int64_t{2} * kThreads * multiprocessors();
   while (most > 1 && values < most * threads) most /= 2;
   return most;
-}
-
-// Blocks of a group of channels, of `part` of the `whole` that `per_processor` blocks for every
-// multiprocessor share.
-inline int64_t blocks_for(int64_t per_processor, int64_t part, int64_t whole, int64_t groups) {
-  return std::max<int64_t>(1, ceil_div(per_processor * multiprocessors() * part, whole * groups));
 }
 
 // A map as threads read or write it, kItems values step_item apart at once.
@@ -233,17 +282,34 @@ __device__ __forceinline__ void store_items(T* at, int64_t step, int count, bool
   }
 }
 
-// The inputs of an output, or, as an adjoint, the outputs of an input. Weights past the second are
-// those of area, all alike, or, of an adjoint, found where they are needed.
-template <typename A, bool kAdjoint>
-struct Taps {
+// The inputs that an output weighs. Weights past the second are those of area, all alike.
+template <typename A>
+struct InputTaps {
+  A first, second;
+  int32_t begin, count;
+
+  InputTaps() = default;
+  __device__ __forceinline__ InputTaps(const ResizeRule& rule, int64_t o) {
+    const Span span = inputs_of(rule, o);
+    begin = static_cast<int32_t>(span.first);
+    count = static_cast<int32_t>(span.count);
+    first = resize_weight<A>(rule, o, begin);
+    second = count > 1 ? resize_weight<A>(rule, o, begin + 1) : first;
+  }
+
+  __device__ __forceinline__ A weight(int k) const { return k == 0 ? first : second; }
+};
+
+// The outputs that weigh an input. Weights past the second are found where they are needed.
+template <typename A>
+struct OutputTaps {
   const ResizeRule& rule;
   int32_t entry, begin, count;
   A first, second;
 
-  __device__ __forceinline__ Taps(const ResizeRule& resize, int64_t i)
+  __device__ __forceinline__ OutputTaps(const ResizeRule& resize, int64_t i)
       : rule(resize), entry(static_cast<int32_t>(i)) {
-    const Span span = kAdjoint ? outputs_of(rule, i) : inputs_of(rule, i);
+    const Span span = outputs_of(rule, i);
     begin = static_cast<int32_t>(span.first);
     count = static_cast<int32_t>(span.count);
     first = computed(0);
@@ -251,24 +317,21 @@ struct Taps {
   }
 
   __device__ __forceinline__ A computed(int k) const {
-    return kAdjoint ? resize_weight<A>(rule, begin + k, entry)
-                    : resize_weight<A>(rule, entry, begin + k);
+    return resize_weight<A>(rule, begin + k, entry);
   }
   __device__ __forceinline__ A weight(int k) const {
     if (k == 0) return first;
-    return kAdjoint && k > 1 ? computed(k) : second;
+    return k > 1 ? computed(k) : second;
   }
 };
 
-// sum[k] += weighted sum of transform(value, k) over the entries of rows and columns.
-template <bool kWide, typename T, bool kAdjoint, int kItems, typename Transform>
+// sum[k] += weighted sum of transform(value, k) over the entries of rows and columns. An adjoint
+// seldom has more than one, and does not gain by kUnroll.
+template <bool kWide, int kUnroll, typename T, typename Taps, int kItems, typename Transform>
 __device__ __forceinline__ void gather(const MapView<const T>& map, const T* image,
-                                       const Taps<accumulate_t<T>, kAdjoint>& rows,
-                                       const Taps<accumulate_t<T>, kAdjoint>& columns, int count,
+                                       const Taps& rows, const Taps& columns, int count,
                                        accumulate_t<T> (&sum)[kItems], const Transform& transform) {
   using A = accumulate_t<T>;
-  // An adjoint seldom has more than one entry.
-  [[maybe_unused]] constexpr int kUnroll = kAdjoint ? 1 : 2;
   const T* row = image + rows.begin * map.step_y + columns.begin * map.step_p;
   for (int y = 0; y < rows.count; ++y, row += map.step_y) {
     const A of_row = rows.weight(y);

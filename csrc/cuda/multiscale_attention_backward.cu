@@ -2,10 +2,10 @@
 //
 // With dN = [normal > 0] (the gradient resized back) and hat x = (x - mean) rstd, two launches over
 // all scales read the projections twice and write their gradients once:
-//   sums      a block leaves the sums of dN and dN hat x over its part of a channel
-//   gradient  a block adds up the parts of its channels, always in the same order, then writes
-//             (dN - (sum dN + hat x sum dN hat x) / count) weight rstd. One block of a channel
-//             writes the gradients of weight and bias, which are those sums.
+//   sums      a block leaves the sums of dN and dN hat x over its part of a channel; the last of a
+//             group of channels adds up the parts, always in the same order. They are the gradients
+//             of weight and bias.
+//   gradient  writes (dN - (sum dN + hat x sum dN hat x) / count) weight rstd
 // An input gathers from the outputs that weigh it, so that nothing is scattered and no resized
 // gradient is stored; it finds dN twice, from a gradient that the caches hold.
 // resample_attention's backward is the second launch without a norm.
@@ -17,32 +17,34 @@
 namespace magsd::MAGSD_ISA {
 namespace {
 
-constexpr int64_t kSumsBlocks = 4, kGradientBlocks = 8;  // for every multiprocessor
-
-// Sums of dN and of dN hat x over a part of a channel.
+// Sums of dN and of dN hat x over a channel or a part of it.
 template <typename A>
 struct Sums {
   A plain, centred;
 };
+
+constexpr int64_t kMostTaps = 1 << 16;  // that a cut reckons with
 
 template <typename T>
 struct BackwardScale {
   MapView<const T> map;
   MapView<T> result;
   ResizeRule rows, columns;
-  Cut part_cut, cut;
+  Cut cut;  // of both launches
   Parameter weight, bias, grad_weight, grad_bias;
+  Sums<accumulate_t<T>>* parts;  // (channels, splits)
 };
 
 template <typename T>
 struct Backward {
   using A = accumulate_t<T>;
   BackwardScale<T> scales[kMostMaps];
-  int64_t part_starts[kMostMaps + 1], starts[kMostMaps + 1];
+  int64_t starts[kMostMaps + 1];
   MapView<const T> grad;
   int64_t channels, groups;
   const A *mean, *rstd;
-  Sums<A>* parts;  // (scales, channels, kMostSplits)
+  Sums<A>* sums;    // (scales, channels)
+  Tickets tickets;  // of every scale and group
   bool norm, training;
 };
 
@@ -65,16 +67,17 @@ __device__ __forceinline__ Slope<accumulate_t<T>> slope_of(const Backward<T>& ca
 // values of the projection, if there is one, and the gradient resized back.
 template <typename T, bool kLast, typename Body>
 __device__ __forceinline__ void for_gradients(const Backward<T>& call,
-                                              const BackwardScale<T>& scale, const Cut& cut,
-                                              int split, const Place<T, kLast>& place,
+                                              const BackwardScale<T>& scale, int split,
+                                              const Place<T, kLast>& place,
                                               const Body& body) {
   using A = accumulate_t<T>;
   const T* values = scale.map.values + place.channel * scale.map.step_c;
   const T* grad = call.grad.values + place.channel * call.grad.step_c;
+  const Cut& cut = scale.cut;
   for_pixels(cut, split, place.lane, [&](int64_t pixel, const Images& images) {
     const int64_t y = quotient(pixel, scale.columns.size_in);
-    const Taps<A, true> rows(scale.rows, y);
-    const Taps<A, true> columns(scale.columns, pixel - y * scale.columns.size_in);
+    const OutputTaps<A> rows(scale.rows, y);
+    const OutputTaps<A> columns(scale.columns, pixel - y * scale.columns.size_in);
     for (int64_t b = images.first; b < images.stop; b += images.step) {
       const int count = items_at(place, cut, b, images.stop);
       A items[Grain<T, kLast>::kItems] = {}, gradient[Grain<T, kLast>::kItems] = {};
@@ -85,13 +88,33 @@ __device__ __forceinline__ void for_gradients(const Backward<T>& call,
       const T* image = grad + b * call.grad.step_b;
       const auto same = [](A value, int) { return value; };
       if (kLast && call.grad.wide) {
-        gather<true>(call.grad, image, rows, columns, count, gradient, same);
+        gather<true, 1>(call.grad, image, rows, columns, count, gradient, same);
       } else {
-        gather<false>(call.grad, image, rows, columns, count, gradient, same);
+        gather<false, 1>(call.grad, image, rows, columns, count, gradient, same);
       }
       body(pixel, b, count, items, gradient);
     }
   });
+}
+
+// By a warp: the sums of channel m from its parts, which are the gradients of weight and bias.
+template <typename T>
+__device__ void leave_sums(const Backward<T>& call, int i, int64_t m) {
+  using A = accumulate_t<T>;
+  const BackwardScale<T>& scale = call.scales[i];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, splits = scale.cut.splits;
+  A plain = 0, centred = 0;
+  for (int split = lane; split < splits; split += kWarp) {
+    const Sums<A> part = scale.parts[m * splits + split];
+    plain += part.plain;
+    centred += part.centred;
+  }
+  plain = warp_sum(plain);
+  centred = warp_sum(centred);
+  if (lane != 0) return;
+  call.sums[i * call.channels + m] = {plain, centred};
+  write_parameter(scale.grad_weight, m, static_cast<double>(centred));
+  write_parameter(scale.grad_bias, m, static_cast<double>(plain));
 }
 
 template <typename T, bool kLast>
@@ -99,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     sums_kernel(const __grid_constant__ Backward<T> call) {
   using A = accumulate_t<T>;
   using G = Grain<T, kLast>;
-  const Share share = share_of(call.part_starts, call.groups);
+  const Share share = share_of(call.starts, call.groups);
   const BackwardScale<T>& scale = call.scales[share.scale];
   const Place<T, kLast> place(share.group, call.channels);
   MAGSD_SHARED(Slope<A>, slopes, [G::kChannels]);
@@ -121,46 +144,38 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       centred[own] += passed * apart;
     }
   };
-  if (place.channels > 0) for_gradients(call, scale, scale.part_cut, share.split, place, add);
+  if (place.channels > 0) for_gradients(call, scale, share.split, place, add);
   block_sums<G::kLanes>(plain);
   block_sums<G::kLanes>(centred);
-  if (threadIdx.x >= G::kLanes) return;
+  const int splits = scale.cut.splits;
+  if (threadIdx.x < G::kLanes) {
 #pragma unroll
-  for (int k = 0; k < G::kOwn; ++k) {
-    if (k >= place.channels) break;
-    const int64_t channel = share.scale * call.channels + place.channel + k;
-    call.parts[channel * kMostSplits + share.split] = {plain[k], centred[k] * call.rstd[channel]};
+    for (int k = 0; k < G::kOwn; ++k) {
+      if (k >= place.channels) break;
+      const int64_t channel = place.channel + k;
+      const A rstd = call.rstd[share.scale * call.channels + channel];
+      scale.parts[channel * splits + share.split] = {plain[k], centred[k] * rstd};
+    }
+  }
+  if (!is_last_block(call.tickets, share.scale * call.groups + share.group, splits)) return;
+  for (int own = static_cast<int>(threadIdx.x) / kWarp; own < G::kChannels; own += kWarps) {
+    const int64_t channel = share.group * G::kChannels + own;
+    if (channel < call.channels) leave_sums(call, share.scale, channel);
   }
 }
 
-// By a warp: the slope of channel m with its sums, and, where it is asked to, the gradients of
-// weight and bias.
+// The slope of channel m with what its sums take away.
 template <typename T>
-__device__ Slope<accumulate_t<T>> slope_with_sums(const Backward<T>& call, int i, int64_t m,
-                                                  bool writes) {
+__device__ Slope<accumulate_t<T>> slope_with_sums(const Backward<T>& call, int i, int64_t m) {
   using A = accumulate_t<T>;
   const BackwardScale<T>& scale = call.scales[i];
   const int64_t at = i * call.channels + m;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int splits = scale.cut.batch > 0 ? scale.part_cut.splits : 0;
-  A plain = 0, centred = 0;
-  for (int split = lane; split < splits; split += kWarp) {
-    const Sums<A> part = call.parts[at * kMostSplits + split];
-    plain += part.plain;
-    centred += part.centred;
-  }
-  plain = warp_sum(plain);
-  centred = warp_sum(centred);
-  if (writes && lane == 0) {
-    write_parameter(scale.grad_weight, m, static_cast<double>(centred));
-    write_parameter(scale.grad_bias, m, static_cast<double>(plain));
-  }
   Slope<A> slope = slope_of(call, i, m);
-  if (call.training && splits > 0) {
+  if (call.training) {
     // Ioffe and Szegedy 2015: the batch's mean and variance depend on every element.
     const A count = static_cast<A>(scale.cut.batch * scale.cut.pixels);
-    slope.offset = plain / count * slope.factor;
-    slope.slope = centred / count * call.rstd[at] * slope.factor;
+    slope.offset = call.sums[at].plain / count * slope.factor;
+    slope.slope = call.sums[at].centred / count * call.rstd[at] * slope.factor;
   }
   return slope;
 }
@@ -175,11 +190,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const BackwardScale<T>& scale = call.scales[share.scale];
   const Place<T, kLast> place(share.group, call.channels);
   if (call.norm) {
-    for (int own = static_cast<int>(threadIdx.x) / kWarp; own < G::kChannels; own += kWarps) {
-      const int64_t m = share.group * G::kChannels + own;
-      if (m >= call.channels) continue;
-      const Slope<A> slope = slope_with_sums(call, share.scale, m, share.split == 0);
-      if (threadIdx.x % kWarp == 0) slopes[own] = slope;
+    const int64_t m = share.group * G::kChannels + threadIdx.x;
+    if (threadIdx.x < G::kChannels && m < call.channels) {
+      slopes[threadIdx.x] = slope_with_sums(call, share.scale, m);
     }
     __syncthreads();
   }
@@ -199,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     store_items(results + b * scale.result.step_b + pixel * scale.result.step_p,
                 scale.result.step_item, count, scale.result.wide, gradient);
   };
-  for_gradients(call, scale, scale.cut, share.split, place, write);
+  for_gradients(call, scale, share.split, place, write);
 }
 
 // A call that writes `results`, less what concerns the norms.
@@ -215,21 +228,23 @@ Backward<T> backward_of(const FeatureMap& grad, const Tensors& results, Resampli
   int64_t whole = 0;
   for (const Tensor& result : results) whole += result.size(2) * result.size(3);
   const int items = kLast ? 1 : images_at_once(G::kItems, batch * whole * call.channels);
+  std::vector<Task> tasks;
   for (size_t i = 0; i < results.size(); ++i) {
     BackwardScale<T>& scale = call.scales[i];
     const MapSteps steps = dense_steps(results[i], is_channels_last(results[i]));
-    const int64_t pixels = steps.pixels();
-    const auto cut = [&](int64_t per_processor, int64_t most) {
-      const int64_t blocks = blocks_for(per_processor, pixels, whole, call.groups);
-      return cut_of(pixels, batch, G::kPixelLanes, items, std::min(blocks, most));
-    };
     scale.result = view_of<kLast>(mutable_data<T>(results[i]), steps);
     scale.rows = {steps.height, grad.steps.height, mode, align_corners};
     scale.columns = {steps.width, grad.steps.width, mode, align_corners};
-    scale.part_cut = cut(kSumsBlocks, kMostSplits);
-    scale.cut = cut(kGradientBlocks, kMostBlocksX);
-    call.part_starts[i + 1] = call.part_starts[i] + scale.part_cut.splits * call.groups;
-    call.starts[i + 1] = call.starts[i] + scale.cut.splits * call.groups;
+    // A value of the map, and as many of the gradient as weigh it.
+    const int64_t taps = ceil_div(grad.steps.height, steps.height) *
+                         ceil_div(grad.steps.width, steps.width);
+    const int loads = static_cast<int>(std::min(taps, kMostTaps)) + 1;
+    tasks.push_back({steps.pixels(), items, loads * (kLast && !call.grad.wide ? G::kOwn : items)});
+  }
+  const std::vector<Cut> cuts = cuts_of(tasks, batch, G::kPixelLanes, call.groups);
+  for (size_t i = 0; i < results.size(); ++i) {
+    call.scales[i].cut = cuts[i];
+    call.starts[i + 1] = call.starts[i] + cuts[i].splits * call.groups;
   }
   return call;
 }
@@ -237,6 +252,31 @@ Backward<T> backward_of(const FeatureMap& grad, const Tensors& results, Resampli
 template <typename T, bool kLast>
 void write_gradients(const DeviceScope& scope, const Backward<T>& call, size_t scales) {
   launch(scope, grid_of(call.starts[scales]), kThreads, 0, gradient_kernel<T, kLast>, call);
+}
+
+// Both launches; the second has nothing to write where there is no image.
+template <typename T, bool kLast>
+void write_all_gradients(const DeviceScope& scope, Backward<T> call, size_t scales,
+                         ScalarType dtype) {
+  using A = accumulate_t<T>;
+  static_assert(sizeof(Sums<A>) == 2 * sizeof(A));
+  std::vector<Cut> cuts;
+  int64_t count = static_cast<int64_t>(scales) * call.channels;
+  for (size_t i = 0; i < scales; ++i) {
+    cuts.push_back(call.scales[i].cut);
+    count += cuts[i].splits * call.channels;
+  }
+  const Tensor memory = uninitialized({2 * count}, dtype);
+  call.sums = static_cast<Sums<A>*>(memory.mutable_data_ptr());
+  Sums<A>* parts = call.sums + static_cast<int64_t>(scales) * call.channels;
+  for (size_t i = 0; i < scales; ++i) {
+    call.scales[i].parts = parts;
+    parts += cuts[i].splits * call.channels;
+  }
+  const TicketBook book = tickets_for(scope, counters_of(cuts, call.groups));
+  call.tickets = book.tickets;
+  launch(scope, grid_of(call.starts[scales]), kThreads, 0, sums_kernel<T, kLast>, call);
+  if (call.scales[0].cut.batch > 0) write_gradients<T, kLast>(scope, call, scales);
 }
 
 Tensors resample_attention_backward(const Tensor& grad, const std::vector<int64_t>& heights,
@@ -271,19 +311,15 @@ Gradients multiscale_attention_backward(const Tensor& grad, const Tensors& proje
   const ScalarType dtype = grad.scalar_type();
   const Gradients results = empty_gradients(projections, weights, biases);
   const int64_t scales = static_cast<int64_t>(projections.size());
-  const Tensor parts =
-      uninitialized({scales * grad.size(1) * kMostSplits * 2}, accumulation_dtype(dtype));
   visit_layout(dtype, last, [&](auto type, auto layout) {
     using T = decltype(type);
     using A = accumulate_t<T>;
     constexpr bool kLast = decltype(layout)::value;
-    static_assert(sizeof(Sums<A>) == 2 * sizeof(A));
     Backward<T> call = backward_of<T, kLast>(taken_grad, std::get<0>(results), mode, align_corners);
     call.norm = true;
     call.training = training;
     call.mean = data<A>(dense_mean);
     call.rstd = data<A>(dense_rstd);
-    call.parts = static_cast<Sums<A>*>(parts.mutable_data_ptr());
     for (int64_t i = 0; i < scales; ++i) {
       BackwardScale<T>& scale = call.scales[i];
       scale.map = view_of<kLast>(data<T>(taken[i].tensor), taken[i].steps);
@@ -292,10 +328,7 @@ Gradients multiscale_attention_backward(const Tensor& grad, const Tensors& proje
       scale.grad_weight = parameter_of(std::get<1>(results)[i], true);
       scale.grad_bias = parameter_of(std::get<2>(results)[i], true);
     }
-    if (grad.numel() > 0) {
-      launch(scope, grid_of(call.part_starts[scales]), kThreads, 0, sums_kernel<T, kLast>, call);
-    }
-    write_gradients<T, kLast>(scope, call, projections.size());
+    write_all_gradients<T, kLast>(scope, call, projections.size(), accumulation_dtype(dtype));
   });
   return results;
 }

@@ -1,19 +1,18 @@
 // Statistics of every channel of every scale, in one launch: the first pass of training.
 //
 // A thread adds up differences from the first value that it meets, a block differences from its own
-// mean, and the parts are combined by the formula of Chan et al. 1983, all in a fixed order:
-// neither a large common mean nor a value far off takes the others' digits. The number of parts
-// depends on the sizes and on the number of multiprocessors; results are the same from call to
-// call.
+// mean, and the last block of a group of channels combines the parts by the formula of Chan et al.
+// 1983, all in a fixed order: neither a large common mean nor a value far off takes the others'
+// digits. The number of parts depends on the sizes and on the number of multiprocessors; results
+// are the same from call to call.
 #pragma once
 
+#include <cmath>
 #include <vector>
 
 #include "cuda/multiscale_attention.h"
 
 namespace magsd::MAGSD_ISA {
-
-constexpr int64_t kStatisticsBlocks = 4;  // for every multiprocessor
 
 // Statistics of a part of a channel: its mean is pivot + rest, and deviation the sum of the squared
 // differences from it.
@@ -22,13 +21,26 @@ struct alignas(4 * sizeof(A)) Part {
   A count, pivot, rest, deviation;
 };
 
+// What is taken of a scale, and what is left of it.
+template <typename T>
+struct StatisticsScale {
+  MapView<const T> map;
+  Cut cut;
+  Parameter running_mean, running_var;
+  int64_t count;                 // values of a channel
+  Part<accumulate_t<T>>* parts;  // (channels, splits)
+};
+
 template <typename T>
 struct Statistics {
-  MapView<const T> maps[kMostMaps];
-  Cut cuts[kMostMaps];
+  using A = accumulate_t<T>;
+  StatisticsScale<T> scales[kMostMaps];
   int64_t starts[kMostMaps + 1];
   int64_t channels, groups;
-  Part<accumulate_t<T>>* parts;  // (scales, channels, kMostSplits)
+  A *mean, *rstd;  // (scales, channels)
+  double momentum;
+  A eps;
+  Tickets tickets;  // of every scale and group
 };
 
 // What a thread adds up of its channels: differences from the first value that it meets.
@@ -68,51 +80,6 @@ struct ThreadSums {
   }
 };
 
-template <typename T, bool kLast>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    statistics_kernel(const __grid_constant__ Statistics<T> call) {
-  using A = accumulate_t<T>;
-  using G = Grain<T, kLast>;
-  const Share share = share_of(call.starts, call.groups);
-  const MapView<const T>& map = call.maps[share.scale];
-  const Cut& cut = call.cuts[share.scale];
-  const Place<T, kLast> place(share.group, call.channels);
-  ThreadSums<T, kLast> own;
-  if (place.channels > 0) {
-    if (map.wide) {
-      own.template add_part<true>(map, cut, share.split, place);
-    } else {
-      own.template add_part<false>(map, cut, share.split, place);
-    }
-  }
-  const A seen = static_cast<A>(own.seen > 0 ? own.seen : 1);
-  const A count = static_cast<A>(cut.count(share.split));
-  A pivot[G::kOwn], rest[G::kOwn], deviation[G::kOwn];
-#pragma unroll
-  for (int k = 0; k < G::kOwn; ++k) {
-    pivot[k] = own.seen > 0 ? own.shift[k] * seen + own.sum[k] : A{0};
-  }
-  block_sums<G::kLanes>(pivot);
-#pragma unroll
-  for (int k = 0; k < G::kOwn; ++k) {
-    pivot[k] /= count;
-    const A mean = own.sum[k] / seen, apart = own.shift[k] - pivot[k] + mean;
-    rest[k] = own.seen > 0 ? apart * seen : A{0};
-    deviation[k] = own.squares[k] - own.sum[k] * mean + rest[k] * apart;
-  }
-  block_sums<G::kLanes>(rest);
-  block_sums<G::kLanes>(deviation);
-  if (threadIdx.x >= G::kLanes) return;
-#pragma unroll
-  for (int k = 0; k < G::kOwn; ++k) {
-    if (k >= place.channels) break;
-    const int64_t channel = share.scale * call.channels + place.channel + k;
-    rest[k] /= count;
-    call.parts[channel * kMostSplits + share.split] = {count, pivot[k], rest[k],
-                                                       deviation[k] - rest[k] * rest[k] * count};
-  }
-}
-
 template <typename A>
 struct Moments {
   A mean, variance;  // the biased variance
@@ -136,42 +103,131 @@ __device__ Moments<A> combined(const Part<A>* parts, int splits, A count) {
   return {pivot + rest, variance < 0 ? A{0} : variance};  // NaN stays NaN.
 }
 
-// Leaves the statistics of every part in `parts`, and the number of parts of every scale in
-// `splits`.
+// running <- (1 - momentum) running + momentum value, rounded once.
+__device__ __forceinline__ void update_running(const Parameter& running, int64_t m, double momentum,
+                                               double value) {
+  const double old = read_parameter<double>(running, m);
+  write_parameter(running, m, (1 - momentum) * old + momentum * value);
+}
+
+// By a warp: all that the call leaves of channel m's statistics.
+template <typename T>
+__device__ void leave_statistics(const Statistics<T>& call, int i, int64_t m) {
+  using A = accumulate_t<T>;
+  const StatisticsScale<T>& scale = call.scales[i];
+  const int splits = scale.cut.splits;
+  const Moments<A> moments =
+      combined(scale.parts + m * splits, splits, static_cast<A>(scale.count));
+  if (threadIdx.x % kWarp != 0) return;
+  call.mean[i * call.channels + m] = moments.mean;
+  call.rstd[i * call.channels + m] = A{1} / std::sqrt(moments.variance + call.eps);
+  const double count = static_cast<double>(scale.count);
+  const double unbiased = static_cast<double>(moments.variance) * count / (count - 1);
+  update_running(scale.running_mean, m, call.momentum, static_cast<double>(moments.mean));
+  update_running(scale.running_var, m, call.momentum, unbiased);
+}
+
+template <typename T, bool kLast>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    statistics_kernel(const __grid_constant__ Statistics<T> call) {
+  using A = accumulate_t<T>;
+  using G = Grain<T, kLast>;
+  const Share share = share_of(call.starts, call.groups);
+  const StatisticsScale<T>& scale = call.scales[share.scale];
+  const Cut& cut = scale.cut;
+  const Place<T, kLast> place(share.group, call.channels);
+  ThreadSums<T, kLast> own;
+  if (place.channels > 0) {
+    if (scale.map.wide) {
+      own.template add_part<true>(scale.map, cut, share.split, place);
+    } else {
+      own.template add_part<false>(scale.map, cut, share.split, place);
+    }
+  }
+  const A seen = static_cast<A>(own.seen > 0 ? own.seen : 1);
+  const A count = static_cast<A>(cut.count(share.split));
+  A pivot[G::kOwn], rest[G::kOwn], deviation[G::kOwn];
+#pragma unroll
+  for (int k = 0; k < G::kOwn; ++k) {
+    pivot[k] = own.seen > 0 ? own.shift[k] * seen + own.sum[k] : A{0};
+  }
+  block_sums<G::kLanes>(pivot);
+#pragma unroll
+  for (int k = 0; k < G::kOwn; ++k) {
+    pivot[k] /= count;
+    const A mean = own.sum[k] / seen, apart = own.shift[k] - pivot[k] + mean;
+    rest[k] = own.seen > 0 ? apart * seen : A{0};
+    deviation[k] = own.squares[k] - own.sum[k] * mean + rest[k] * apart;
+  }
+  block_sums<G::kLanes>(rest);
+  block_sums<G::kLanes>(deviation);
+  if (threadIdx.x < G::kLanes) {
+#pragma unroll
+    for (int k = 0; k < G::kOwn; ++k) {
+      if (k >= place.channels) break;
+      rest[k] /= count;
+      scale.parts[(place.channel + k) * cut.splits + share.split] = {
+          count, pivot[k], rest[k], deviation[k] - rest[k] * rest[k] * count};
+    }
+  }
+  const int64_t ticket = share.scale * call.groups + share.group;
+  if (!is_last_block(call.tickets, ticket, cut.splits)) return;
+  for (int own = static_cast<int>(threadIdx.x) / kWarp; own < G::kChannels; own += kWarps) {
+    const int64_t m = share.group * G::kChannels + own;
+    if (m < call.channels) leave_statistics(call, share.scale, m);
+  }
+}
+
+// Completes `call`, whose scales know their running statistics, for these maps, and launches it.
 template <typename T, bool kLast>
 void take_statistics(const DeviceScope& scope, const std::vector<FeatureMap>& maps,
-                     Part<accumulate_t<T>>* parts, int* splits) {
+                     Statistics<T> call) {
   using G = Grain<T, kLast>;
-  Statistics<T> call{};
+  using A = accumulate_t<T>;
   call.channels = maps[0].steps.channels;
   call.groups = G::groups(call.channels);
-  call.parts = parts;
   const int64_t batch = maps[0].steps.batch;
   int64_t whole = 0;
   for (const FeatureMap& map : maps) whole += map.steps.pixels();
   const int images = kLast ? 1 : images_at_once(G::kItems, batch * whole * call.channels);
+  std::vector<Task> tasks;
   for (size_t i = 0; i < maps.size(); ++i) {
     const MapSteps& steps = maps[i].steps;
-    MapView<const T>& view = call.maps[i];
-    Cut& cut = call.cuts[i];
+    MapView<const T>& view = call.scales[i].map;
     view = view_of<kLast>(data<T>(maps[i].tensor), steps);
+    call.scales[i].count = batch * steps.pixels();
     // Contiguous planes that keep to 16 bytes are read along their pixels.
     const auto even = [](int64_t step) { return step % G::kItems == 0; };
     const bool along = !kLast && even(steps.pixels()) && even(steps.step_b) &&
                        reinterpret_cast<uintptr_t>(view.values) % 16 == 0;
-    const int width = along ? G::kItems : 1;
-    const int64_t most = blocks_for(kStatisticsBlocks, steps.pixels(), whole, call.groups);
-    cut = cut_of(steps.pixels() / width, batch, G::kPixelLanes, along ? 1 : images,
-                 std::min<int64_t>(most, kMostSplits));
     if (along) {
-      cut.width = width;
-      view.step_p = width;
+      view.step_p = G::kItems;
       view.step_item = 1;
       view.wide = true;
+      tasks.push_back({steps.pixels() / G::kItems, 1, 1});
+    } else {
+      tasks.push_back({steps.pixels(), images, view.wide ? 1 : (kLast ? G::kOwn : images)});
     }
-    call.starts[i + 1] = call.starts[i] + cut.splits * call.groups;
-    splits[i] = cut.splits;
   }
+  const std::vector<Cut> cuts = cuts_of(tasks, batch, G::kPixelLanes, call.groups);
+  int64_t splits = 0;
+  for (size_t i = 0; i < maps.size(); ++i) {
+    call.scales[i].cut = cuts[i];
+    if (!kLast && call.scales[i].map.wide) call.scales[i].cut.width = G::kItems;
+    call.starts[i + 1] = call.starts[i] + cuts[i].splits * call.groups;
+    splits += cuts[i].splits;
+  }
+  constexpr int64_t kPartValues = 4;
+  static_assert(sizeof(Part<A>) == kPartValues * sizeof(A));
+  const Tensor memory = uninitialized({splits * call.channels * kPartValues},
+                                      accumulation_dtype(maps[0].tensor.scalar_type()));
+  auto* parts = static_cast<Part<A>*>(memory.mutable_data_ptr());
+  for (size_t i = 0; i < maps.size(); ++i) {
+    call.scales[i].parts = parts;
+    parts += cuts[i].splits * call.channels;
+  }
+  const TicketBook book = tickets_for(scope, counters_of(cuts, call.groups));
+  call.tickets = book.tickets;
   launch(scope, grid_of(call.starts[maps.size()]), kThreads, 0, statistics_kernel<T, kLast>, call);
 }
 

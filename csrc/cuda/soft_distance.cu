@@ -5,10 +5,13 @@
 // a classifier, so that latency is what costs. Hence one launch each way, and no row waits for
 // another: the unit of work is a row of one matrix, of the raw logits or of a view, and a view's
 // row computes the soft target for itself. A row belongs to as many neighbouring lanes as it has
-// classes, at most a warp; neighbouring rows lie in neighbouring lanes. The sums of all rows meet
-// in the one block of the forward; backward spreads the rows over the device, and each block adds
-// up the target weights for itself. Sums run in double, in an order that the sizes decide.
-// Softmaxes are computed again, not stored; any strides are read in place.
+// classes, at most a warp; neighbouring rows lie in neighbouring lanes.
+//
+// The forward is one block where that walks over the rows in a few turns. More rows are spread over
+// the device, and the last block to end adds up the sums of all: that costs it two trips to memory.
+// Backward spreads the rows too, and each block adds up the target weights for itself. Sums run in
+// double, in an order that the sizes and the number of multiprocessors decide. Softmaxes are
+// computed again, not stored; any strides are read in place.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -20,12 +23,15 @@
 #include "common/soft_distance_arguments.h"
 #include "common/soft_target.h"
 #include "cuda/kernel.h"
+#include "cuda/tickets.h"
 
 namespace magsd::MAGSD_ISA {
 namespace {
 
-constexpr int kForwardThreads = 512, kBackwardThreads = 256;
+constexpr int kForwardThreads = 512;  // of the one block
+constexpr int kThreads = 256;         // of one of several
 constexpr int kBlocksPerProcessor = 4;
+constexpr int64_t kMostTurns = 2;  // of the one block
 constexpr int64_t kMostViews = 32;  // whose pointers a kernel takes; more are stacked first
 
 template <typename T>
@@ -166,10 +172,22 @@ __device__ double block_sum(double value, double* partial) {
   return warp_sum(lane < warps ? partial[lane] : 0.0);
 }
 
+// What a block adds up over its rows.
+struct Sums {
+  double entropy, weight, apart;
+};
+
+// Where the forward leaves its results.
+template <typename A>
+struct Results {
+  A *loss, *cross_entropy, *distance;
+  Sums* parts;  // of every block, where there are several
+  Tickets tickets;
+};
+
 template <typename T>
 __global__ void __launch_bounds__(kForwardThreads, 1)
-    soft_distance_kernel(Inputs<T> inputs, accumulate_t<T>* loss, accumulate_t<T>* cross_entropy,
-                         accumulate_t<T>* distance) {
+    soft_distance_kernel(Inputs<T> inputs, Results<accumulate_t<T>> results) {
   using A = accumulate_t<T>;
   MAGSD_SHARED(double, partial, [3][kForwardThreads / kWarp]);
   double entropy = 0, weight = 0, apart = 0;
@@ -194,13 +212,28 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   entropy = block_sum(entropy, partial[0]);
   weight = block_sum(weight, partial[1]);
   apart = block_sum(apart, partial[2]);
+  const int blocks = static_cast<int>(gridDim.x);
+  if (blocks > 1) {
+    if (threadIdx.x == 0) results.parts[blockIdx.x] = {entropy, weight, apart};
+    if (!is_last_block(results.tickets, 0, blocks)) return;
+    entropy = weight = apart = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < blocks; i += static_cast<int>(blockDim.x)) {
+      const Sums part = results.parts[i];
+      entropy += part.entropy;
+      weight += part.weight;
+      apart += part.apart;
+    }
+    entropy = block_sum(entropy, partial[0]);
+    weight = block_sum(weight, partial[1]);
+    apart = block_sum(apart, partial[2]);
+  }
   if (threadIdx.x != 0) return;
   // Over an empty batch both are 0 / 0, NaN, as torch's means are.
   entropy /= weight;
   apart *= inputs.share;
-  *loss = static_cast<A>(entropy + apart);
-  *cross_entropy = static_cast<A>(entropy);
-  *distance = static_cast<A>(apart);
+  *results.loss = static_cast<A>(entropy + apart);
+  *results.cross_entropy = static_cast<A>(entropy);
+  *results.distance = static_cast<A>(apart);
 }
 
 template <typename A>
@@ -209,12 +242,12 @@ __device__ double value_of(const A* gradient) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kBackwardThreads, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     soft_distance_backward_kernel(Inputs<T> inputs, const accumulate_t<T>* grad_loss,
                                   const accumulate_t<T>* grad_cross_entropy,
                                   const accumulate_t<T>* grad_distance, Gradients<T> grads) {
   using A = accumulate_t<T>;
-  MAGSD_SHARED(double, partial, [kBackwardThreads / kWarp]);
+  MAGSD_SHARED(double, partial, [kThreads / kWarp]);
   const int64_t batch = inputs.batch, classes = inputs.classes;
   double weight = static_cast<double>(batch);
   if (inputs.class_weights != nullptr) {
@@ -304,6 +337,12 @@ int64_t threads_of(const Inputs<T>& inputs) {
   return ceil_div<int64_t>(inputs.parts * inputs.batch * inputs.lanes, kWarp) * kWarp;
 }
 
+// Blocks that so many threads are spread over.
+int64_t blocks_for(int64_t threads) {
+  return std::min<int64_t>(ceil_div<int64_t>(threads, kThreads),
+                           int64_t{kBlocksPerProcessor} * multiprocessors());
+}
+
 std::tuple<Tensor, Tensor, Tensor> soft_distance_loss(const Tensor& logits,
                                                       const std::vector<Tensor>& view_logits,
                                                       const Tensor& targets,
@@ -320,9 +359,21 @@ std::tuple<Tensor, Tensor, Tensor> soft_distance_loss(const Tensor& logits,
     using A = accumulate_t<T>;
     const Inputs<T> inputs =
         inputs_of<T>(logits, views, targets, class_weights, confidence, smoothing);
-    const int64_t threads = std::clamp<int64_t>(threads_of(inputs), kWarp, kForwardThreads);
-    launch(scope, grid_of(1), static_cast<int>(threads), 0, soft_distance_kernel<T>, inputs,
-           mutable_data<A>(loss), mutable_data<A>(cross_entropy), mutable_data<A>(distance));
+    Results<A> results{mutable_data<A>(loss), mutable_data<A>(cross_entropy),
+                       mutable_data<A>(distance), nullptr, {}};
+    const int64_t threads = threads_of(inputs);
+    if (threads <= kMostTurns * kForwardThreads) {
+      const auto own = static_cast<int>(std::clamp<int64_t>(threads, kWarp, kForwardThreads));
+      launch(scope, grid_of(1), own, 0, soft_distance_kernel<T>, inputs, results);
+      return;
+    }
+    const int64_t blocks = blocks_for(threads);
+    const Tensor parts = uninitialized({3 * blocks}, ScalarType::Double);
+    static_assert(sizeof(Sums) == 3 * sizeof(double));
+    results.parts = static_cast<Sums*>(parts.mutable_data_ptr());
+    const TicketBook book = tickets_for(scope, 1);
+    results.tickets = book.tickets;
+    launch(scope, grid_of(blocks), kThreads, 0, soft_distance_kernel<T>, inputs, results);
   });
   return {loss, cross_entropy, distance};
 }
@@ -356,10 +407,9 @@ std::tuple<Tensor, std::vector<Tensor>> soft_distance_loss_backward(
     const A* of_entropy = scalar_gradient<A>(grad_cross_entropy);
     if (inputs.batch == 0) return;
     const int64_t threads = threads_of(inputs);
-    const int64_t blocks = std::min<int64_t>(ceil_div<int64_t>(threads, kBackwardThreads),
-                                             kBlocksPerProcessor * multiprocessors());
-    launch(scope, grid_of(blocks), static_cast<int>(std::min<int64_t>(threads, kBackwardThreads)),
-           0, soft_distance_backward_kernel<T>, inputs, of_loss, of_entropy, of_distance, grads);
+    const auto own = static_cast<int>(std::min<int64_t>(threads, kThreads));
+    launch(scope, grid_of(blocks_for(threads)), own, 0, soft_distance_backward_kernel<T>, inputs,
+           of_loss, of_entropy, of_distance, grads);
   });
   if (views.size() == view_logits.size()) return {grad, grad_views};
   std::vector<Tensor> separate;

@@ -54,7 +54,7 @@ class Block {
   std::vector<Warp> warps;
   std::map<const void*, void*> arrays;
   void* dynamic = nullptr;
-  std::size_t static_bytes = 0;
+  std::size_t static_bytes = 0, dynamic_bytes = 0;
   std::size_t at_barrier = 0;
   Site barrier_site{};
   bool any = false, any_before = false;
@@ -69,7 +69,8 @@ class Block {
 };
 
 thread_local Block* block = nullptr;
-std::atomic<std::uint64_t> launches{0};
+std::atomic<std::uint64_t> launches{0}, blocks{0};
+std::atomic<int> emulated_multiprocessors{2};
 
 Block& current() {
   if (block == nullptr) throw std::runtime_error("a kernel was called outside simt::launch");
@@ -166,6 +167,7 @@ void Block::run(const Position& where, std::size_t shared_bytes, const std::func
   }
   warps.assign(count / kLanes, Warp{});
   dynamic = allocate(shared_bytes);
+  dynamic_bytes = shared_bytes;
   std::vector<std::size_t> order(count);
   std::iota(order.begin(), order.end(), std::size_t{0});
   bool moved = true;
@@ -237,6 +239,9 @@ void* shared(const void* site, std::size_t bytes) {
     array = allocate(bytes);
     here.static_bytes += bytes;
     if (here.static_bytes > kMostStaticShared) here.fail("a block declares more than 48 KB shared");
+    if (here.static_bytes + here.dynamic_bytes > kMostShared) {
+      here.fail("a block has more than 227 KB shared, declared and dynamic");
+    }
   }
   return array;
 }
@@ -245,6 +250,8 @@ void fail(const char* why) {
   current().fail(why);
   std::abort();
 }
+
+int multiprocessors() { return emulated_multiprocessors; }
 
 void* dynamic_shared() { return current().dynamic; }
 
@@ -266,6 +273,7 @@ void launch(dim3 grid, int threads, std::size_t shared_bytes, const std::functio
   block = &stacks;
   stacks.error.clear();
   const std::size_t count = std::size_t{grid.x} * grid.y * grid.z;
+  blocks += count;
   // Steps through the blocks by a number without a common divisor.
   std::size_t step = 1 + next(seed) % count;
   while (std::gcd(step, count) != 1) ++step;
@@ -290,4 +298,15 @@ void launch(dim3 grid, int threads, std::size_t shared_bytes, const std::functio
 // Launches in this process so far, for tests that hold an operator to a number of them.
 extern "C" __attribute__((visibility("default"))) std::uint64_t magsd_emulated_launches() {
   return simt::launches;
+}
+
+// Blocks of these launches, for tests of how work is spread.
+extern "C" __attribute__((visibility("default"))) std::uint64_t magsd_emulated_blocks() {
+  return simt::blocks;
+}
+
+// Gives the emulated GPU so many multiprocessors, by which kernels size their grids; how many it
+// had.
+extern "C" __attribute__((visibility("default"))) int magsd_emulate_multiprocessors(int count) {
+  return simt::emulated_multiprocessors.exchange(count);
 }

@@ -88,6 +88,9 @@ constexpr std::size_t kExchangeBytes = 64;
 // Ends the launch with an error: what a GPU would do is undefined.
 [[noreturn]] void fail(const char* why);
 
+// Multiprocessors of the emulated GPU: 2 unless a test sets another number.
+int multiprocessors();
+
 template <typename T>
 T from_lane(const unsigned char* slots, int lane) {
   T value;

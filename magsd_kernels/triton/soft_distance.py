@@ -1,10 +1,11 @@
 """Soft distance loss of MAG-SD (Li et al., arXiv 2012.02278), forward and backward.
 
 A few hundred numbers at the sizes of a classifier, so that launches decide: one forward, one
-backward. The forward is one program that walks over the rows and adds up in a fixed order; the
-backward cuts the rows among programs and computes every softmax again instead of storing it. View
-logits come as V matrices (B, K) or one (V, B, K), of any strides, and are read in place: a group of
-views is a pointer, the step from view to view and their number.
+backward. The forward is one program that walks over the rows and adds up in a fixed order. Where
+that would take many turns, several programs each leave their sums, and a second launch adds these
+up in a fixed order too. The backward cuts the rows among programs and computes every softmax again
+instead of storing it. View logits come as V matrices (B, K) or one (V, B, K), of any strides, and
+are read in place: a group of views is a pointer, the step from view to view and their number.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from magsd_kernels.triton._common import accumulation, block, tile, tunable, wit
 
 _TILE = 2048  # logits in flight
 _MOST_GROUPS = 16  # every group is a loop of its own in the compiled kernel
+_MOST_TURNS = 4  # of one program over tiles of rows
+_MOST_PROGRAMS = 256
 _CONFIGS = with_warps(4, 1, 8)
 _KEY = ["classes", "ROWS"]
 
@@ -66,7 +69,7 @@ def _targets(targets, class_weights, rows, classes, step_target, step_weight, AC
 @tunable(_CONFIGS, _KEY)
 @triton.jit
 def _forward_kernel(
-    logits, groups, targets, class_weights, loss, cross_entropy, distance, batch, classes,
+    logits, groups, targets, class_weights, parts, loss, cross_entropy, distance, batch, classes,
     step_b, step_k, step_target, step_weight, group_steps, group_sizes,
     CONFIDENCE: tl.constexpr, OFF: tl.constexpr, ON: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
@@ -75,7 +78,7 @@ def _forward_kernel(
     entropies = tl.zeros([ROWS], ACC)
     weights = tl.zeros([ROWS], ACC)
     distances = tl.zeros([ROWS], ACC)
-    for start in range(0, batch, ROWS):
+    for start in range(tl.program_id(0) * ROWS, batch, tl.num_programs(0) * ROWS):
         given = start + tl.arange(0, ROWS)
         present = given < batch
         rows = tl.minimum(given, batch - 1)
@@ -96,12 +99,35 @@ def _forward_kernel(
                 )
                 apart = tl.where(columns[None, :] < classes, tl.abs(soft - seen), 0.0)
                 distances += tl.where(present, tl.sum(apart, 1), 0.0)
+    sums = tl.sum(entropies, 0), tl.sum(weights, 0), tl.sum(distances, 0)
+    if parts is None:
+        _leave(sums[0], sums[1], sums[2], loss, cross_entropy, distance, batch, classes)
+    else:
+        for i in tl.static_range(3):
+            tl.store(parts + i * tl.num_programs(0) + tl.program_id(0), sums[i])
+
+
+@triton.jit
+def _leave(entropy, weight, apart, loss, cross_entropy, distance, batch, classes):
+    """The three scalars from the sums over all rows."""
     # Over an empty batch both are 0 / 0, NaN, as torch's means are.
-    of_raw = tl.sum(entropies, 0) / tl.sum(weights, 0)
-    of_views = tl.sum(distances, 0) / (batch * classes)
+    of_raw = entropy / weight
+    of_views = apart / (batch * classes)
     tl.store(loss, of_raw + of_views)
     tl.store(cross_entropy, of_raw)
     tl.store(distance, of_views)
+
+
+@triton.jit
+def _combine_kernel(
+    parts, loss, cross_entropy, distance, programs, batch, classes, PROGRAMS: tl.constexpr
+):
+    at = tl.arange(0, PROGRAMS)
+    inside = at < programs
+    entropy = tl.sum(tl.load(parts + at, mask=inside, other=0.0), 0)
+    weight = tl.sum(tl.load(parts + programs + at, mask=inside, other=0.0), 0)
+    apart = tl.sum(tl.load(parts + 2 * programs + at, mask=inside, other=0.0), 0)
+    _leave(entropy, weight, apart, loss, cross_entropy, distance, batch, classes)
 
 
 @triton.jit
@@ -175,11 +201,19 @@ def soft_distance_loss(
     dtype = accumulation_dtype(logits.dtype)
     loss, cross_entropy, distance = (logits.new_empty((), dtype=dtype) for _ in range(3))
     views = _few(view_logits)
-    _forward_kernel[(1,)](
-        logits, tuple(views), targets, class_weights, loss, cross_entropy, distance,
-        *_sizes(logits, views, targets, class_weights),
-        **_settings(logits, confidence, smoothing),
+    settings = _settings(logits, confidence, smoothing)
+    tiles = triton.cdiv(logits.shape[0], settings["ROWS"])
+    programs = 1 if tiles <= _MOST_TURNS else min(tiles, _MOST_PROGRAMS)
+    parts = None if programs == 1 else logits.new_empty((3, programs), dtype=dtype)
+    _forward_kernel[(programs,)](
+        logits, tuple(views), targets, class_weights, parts, loss, cross_entropy, distance,
+        *_sizes(logits, views, targets, class_weights), **settings,
     )  # fmt: skip
+    if parts is not None:
+        _combine_kernel[(1,)](
+            parts, loss, cross_entropy, distance, programs, *logits.shape,
+            PROGRAMS=triton.next_power_of_2(programs),
+        )  # fmt: skip
     return loss, cross_entropy, distance
 
 

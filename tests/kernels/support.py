@@ -287,11 +287,37 @@ def launches(target: Target, call: Callable[[], Any]) -> int:
             call()
             torch.cuda.synchronize()
         return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profiler.events())
-    count = ctypes.CDLL(str(native.library("cuda"))).magsd_emulated_launches
+    return _counted("magsd_emulated_launches", call)
+
+
+def blocks(target: Target, call: Callable[[], Any]) -> int:
+    """Blocks of the kernels that `call` launches on an emulated GPU."""
+    if target.backend != "cuda" or target.device == "cuda":
+        pytest.skip("only the emulation counts blocks")
+    return _counted("magsd_emulated_blocks", call)
+
+
+def _counted(counter: str, call: Callable[[], Any]) -> int:
+    """By how much `call` raises a counter of the emulation."""
+    count = getattr(ctypes.CDLL(str(native.library("cuda"))), counter)
     count.restype = ctypes.c_uint64
     before: int = count()
     call()
     return count() - before
+
+
+@contextlib.contextmanager
+def multiprocessors(target: Target, count: int) -> Iterator[None]:
+    """An emulated GPU of so many multiprocessors, by which kernels size their grids."""
+    if target.backend != "cuda" or target.device == "cuda":
+        yield
+        return
+    change = ctypes.CDLL(str(native.library("cuda"))).magsd_emulate_multiprocessors
+    before: int = change(count)
+    try:
+        yield
+    finally:
+        change(before)
 
 
 @dataclass(frozen=True)

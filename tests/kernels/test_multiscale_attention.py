@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import magsd_kernels as mk
+from magsd_kernels.backends import implementation
 
 from . import oracles
 from .support import (
@@ -23,7 +24,10 @@ from .support import (
     assert_matches_oracle,
     dtype_id,
     gradcheck,
+    identical,
+    launches,
     make_strided,
+    multiprocessors,
     poisoned_memory,
     random,
 )
@@ -145,6 +149,61 @@ def test_multiscale_maps_of_many_blocks(target, training, layout, channels):
     check_multiscale(
         target, torch.float32, training=training, inputs=inputs, layout=layout, size=(19, 18)
     )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_multiscale_parts_of_a_large_device(target, layout, dtype):
+    """More parts of a channel than a warp has lanes, of maps of very different sizes."""
+    inputs = scale_inputs(((28, 28), (14, 14), (7, 7)), batch=6, channels=5)
+    with multiprocessors(target, 132):
+        check_multiscale(target, dtype, training=True, inputs=inputs, layout=layout)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_multiscale_same_bits_whatever_ran_before(target, layout):
+    """Blocks end in any order, and what they count by is left as it was found."""
+    xs, *rest = scale_inputs(((20, 24), (10, 12)), batch=5, channels=20)
+    others = scale_inputs(((9, 8), (16, 16), (4, 4)), batch=3, channels=40)
+
+    def run(inputs):
+        maps, *parameters = [[x.float().to(target.device) for x in group] for group in inputs]
+        maps = [make_strided(x, layout).requires_grad_() for x in maps]
+        weights = [x.requires_grad_() for x in parameters[0]]
+        found = target.call(mk.multiscale_attention, maps, weights, *parameters[1:], training=True)
+        gradients = torch.autograd.grad(found.square().sum(), [*maps, *weights])
+        return [found.detach(), *gradients, *parameters[2], *parameters[3]]
+
+    with multiprocessors(target, 132):
+        first = run((xs, *rest))
+        run(others)
+        for _ in range(2):
+            for a, b in zip(first, run((xs, *rest)), strict=True):
+                assert identical(a, b)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_multiscale_two_launches_each_way_without_a_fill(target, layout):
+    xs, *rest = scale_inputs(((20, 24), (10, 12)), batch=5, channels=20)
+    maps, *parameters = [[x.float().to(target.device) for x in group] for group in (xs, *rest)]
+    maps = [make_strided(x, layout) for x in maps]
+    kernels = implementation(target.backend, "multiscale_attention")
+    results = []
+
+    def forward(training=True):
+        options = (training, 0.1, 1e-3, "area", False)
+        results[:] = kernels.multiscale_attention(maps, *parameters, [10, 12], *options)
+
+    def backward():
+        grad, mean, rstd = results
+        kernels.multiscale_attention_backward(
+            grad, maps, *parameters[:2], mean, rstd, True, "area", False
+        )
+
+    with multiprocessors(target, 132):
+        assert launches(target, forward) == 2
+        assert launches(target, backward) == 2
+        assert launches(target, lambda: forward(False)) == 1
 
 
 @in_both_modes

@@ -76,6 +76,24 @@ def test_resample_inception_sizes_to_any_size(target, mode, align_corners, size)
     )
 
 
+@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@all_modes
+def test_resample_to_long_rows_and_columns(target, mode, align_corners, layout, count):
+    """More rows and columns of outputs than a kernel may keep what they weigh of."""
+    sizes = [(2 + i, 300 - 40 * i) for i in range(count)]
+    assert_matches_oracle(
+        lambda *maps: target.call(
+            mk.resample_attention, maps, (4, 600), mode=mode, align_corners=align_corners
+        ),
+        lambda *maps: oracles.resample_attention(maps, (4, 600), mode, align_corners),
+        maps_of(*sizes, batch=3, channels=2),
+        target,
+        torch.float64,
+        layout,
+    )
+
+
 @pytest.mark.parametrize("mode", ["area", "bilinear", "nearest"])
 def test_resample_is_interpolate_of_one_map(target, mode):
     x = random(2, 3, 11, 10, dtype=torch.float32).to(target.device)

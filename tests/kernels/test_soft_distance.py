@@ -18,11 +18,13 @@ from .support import (
     all_dtypes,
     all_layouts,
     assert_agrees,
+    blocks,
     examples,
     gradcheck,
     identical,
     launches,
     make_strided,
+    multiprocessors,
     poisoned_memory,
     random,
 )
@@ -317,6 +319,60 @@ def test_one_launch_each_way(target, weighted, stacked):
     assert (
         launches(target, lambda: kernels.soft_distance_loss_backward(one, None, one, *inputs)) == 1
     )
+
+
+ROWS_OF_MANY_BLOCKS = ((67, 37, 3), (2000, 4, 2), (9, 1500, 2))
+
+
+@pytest.mark.parametrize(("batch", "classes", "views"), ROWS_OF_MANY_BLOCKS)
+@both_weightings
+def test_rows_of_many_blocks(target, batch, classes, views, weighted):
+    """More rows than one block takes; as many blocks as a GPU has, and as few as a small one."""
+    inputs = inputs_of(batch, classes, views)
+    weights = weights_of(classes) if weighted else None
+    for count in (1, 132):
+        with multiprocessors(target, count):
+            check(target, torch.float32, inputs, class_weights=weights, smoothing=1e-4)
+
+
+def test_many_blocks_leave_nothing_for_the_next_call(target):
+    """Sums over blocks that end in any order: the same bits, however many blocks came before."""
+    with multiprocessors(target, 132):
+        results = []
+        for batch in (67, 400, 67, 2000, 67):
+            logits, views, targets = (x.to(target.device).float() for x in inputs_of(batch, 37, 3))
+            found = target.call(mk.soft_distance_loss, logits, views, targets.long())
+            results.append(torch.stack(found))
+    assert identical(results[0], results[2])
+    assert identical(results[0], results[4])
+
+
+def test_many_rows_take_many_blocks_and_one_launch(target):
+    logits, views, targets = (x.to(target.device) for x in inputs_of(256, 200, 3))
+    logits, views = logits.float(), views.float()
+
+    def run():
+        target.call(mk.soft_distance_loss, logits, views, targets, smoothing=1e-4)
+
+    with multiprocessors(target, 132):
+        assert launches(target, run) == 1
+        assert blocks(target, run) == 4 * 256 * 32 // 256
+        few = [x[..., :4, :4] for x in (logits, views)]
+
+        def run_few():
+            target.call(mk.soft_distance_loss, *few, targets[:4] % 4)
+
+        assert blocks(target, run_few) == 1
+
+
+@pytest.mark.parametrize("bad", [-1, 37])
+def test_a_target_outside_the_classes_among_many_rows(target, bad):
+    logits, views, targets = (x.to(target.device) for x in inputs_of(300, 37, 2))
+    targets[201] = bad
+    kernels = implementation(target.backend, "soft_distance")
+    loss, _, distance = kernels.soft_distance_loss(logits, [views], targets, None, 0.7, 0.01)
+    assert bool(loss.isnan())
+    assert bool(distance.isfinite())
 
 
 def test_does_not_read_uninitialised_memory(target):

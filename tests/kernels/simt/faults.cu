@@ -26,10 +26,11 @@ std::vector<float> ramp(int count) {
 
 // Runs one block of kernel(in, out), in[i] = i; whether out[i] is wanted(i).
 using Kernel = void (*)(const float* in, float* out);
-bool one_block(Kernel kernel, const std::function<float(int)>& wanted, int threads = kThreads) {
+bool one_block(Kernel kernel, const std::function<float(int)>& wanted, int threads = kThreads,
+               std::size_t shared = 64) {
   const std::vector<float> in = ramp(kThreads);
   std::vector<float> out(kThreads, -1.0f);
-  simt::launch(1, threads, 64, [&] { kernel(in.data(), out.data()); });
+  simt::launch(1, threads, shared, [&] { kernel(in.data(), out.data()); });
   for (int i = 0; i < kThreads; ++i) {
     if (out[i] != wanted(i)) return false;
   }
@@ -208,6 +209,14 @@ __global__ void too_much_shared(const float* in, float* out) {
   out[threadIdx.x] = large[threadIdx.x];
 }
 
+// Beside 226 KB of dynamic shared memory.
+template <bool kFault>
+__global__ void too_much_shared_of_both_kinds(const float* in, float* out) {
+  MAGSD_SHARED(float, some, [kFault ? 257 : 256]);
+  some[threadIdx.x] = in[threadIdx.x];
+  out[threadIdx.x] = some[threadIdx.x];
+}
+
 // Adds the running number of the block to what the block before it wrote.
 template <bool kFault>
 __global__ void blocks_in_order(const float* in, float* out) {
@@ -327,6 +336,12 @@ const std::map<std::string, std::function<bool(bool)>> kCases = {
     BOTH(lanes_at_two_functions, same),
     BOTH(lanes_exchange_two_types, same),
     BOTH(too_much_shared, same),
+    {"too_much_shared_of_both_kinds",
+     [](bool fault) {
+       return one_block(fault ? too_much_shared_of_both_kinds<true>
+                              : too_much_shared_of_both_kinds<false>,
+                        same, kThreads, 226 * 1024);
+     }},
     {"block_of_no_whole_warps",
      [](bool fault) { return one_block(copy, same, fault ? kThreads - 16 : kThreads); }},
     {"block_too_large", [](bool fault) { return launch_of(1, fault ? 1056 : 1024, 0); }},

@@ -49,6 +49,7 @@ FAULTS = {
     "grid_too_large": "of more than can be launched",
     "grid_of_nothing": "a grid of no block",
     "too_much_shared": "more than 48 KB shared",
+    "too_much_shared_of_both_kinds": "more than 227 KB shared",
     "dynamic_shared_too_large": "too much dynamic shared memory",
     "shared_read_past_the_end": OUTSIDE,
     "shared_write_before_the_start": OUTSIDE,
