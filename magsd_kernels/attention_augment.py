@@ -408,7 +408,7 @@ _views = define(
 _views_backward = define(
     _OPERATION,
     "attention_views_backward(Tensor grad, Tensor attention, Tensor index, Tensor theta,"
-    " Tensor offsets, Tensor boxes, float weight, float floor, bool align_corners, str backend)"
+    " Tensor? offsets, Tensor boxes, float weight, float floor, bool align_corners, str backend)"
     " -> Tensor",
     _views_backward_fake,
 )

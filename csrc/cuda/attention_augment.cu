@@ -1,8 +1,8 @@
-// Crop and mix-up, patch, dim and drop, and three views at once.
+// Crop and mix-up, patch, dim and drop, and two or three views at once.
 //
 // Moves: the images read once from memory, each view written once; the rows that a crop or a patch
-// gathers come from the caches. A first launch finds the boxes (attention_augment_boxes.cu), a
-// second one makes every view that is asked for. A block takes some rows of one plane, or a tile of
+// gathers come from the caches. A first launch finds the boxes, and draws the maps where it is asked
+// to (attention_augment_boxes.cu), a second one makes every view that is asked for. A block takes some rows of one plane, or a tile of
 // them where rows are long: it first tabulates where the columns and the rows of its part sample
 // the box and the map, so that the work per element is loads, interpolations and stores. Four
 // elements (eight in half precision) lie in one thread where rows allow accesses of 16 bytes. The
@@ -240,50 +240,88 @@ Tensor attention_dim(const Tensor& images, const Tensor& attention,
   return dimmed;
 }
 
-std::tuple<Tensor, Tensor> attention_views(const Tensor& images, const Tensor& attention,
-                                           const Tensor& index, const Tensor& theta,
-                                           const Tensor& offsets, double padding, double weight,
-                                           double floor, bool align_corners) {
-  const DeviceScope scope(images);
+struct ViewsSettings {
+  double padding, weight, floor;
+  bool align_corners;
+};
+
+// Views (views, B, C, H, W), mix-up and dim and, with offsets, patch; boxes of all but dim. `index`
+// names the maps of the views, or takes what `draws` draws.
+std::tuple<Tensor, Tensor> guided_views(const DeviceScope& scope, const Tensor& images,
+                                        const Tensor& attention, const Tensor& index,
+                                        const Tensor& theta, const std::optional<Tensor>& offsets,
+                                        const Draws& draws, const ViewsSettings& settings) {
+  const int64_t count = offsets ? kViews : kViews - 1;
   check_images(images, "images", 4);
-  check_guide(attention, index, theta, images.size(0), kViews);
-  check_offsets(offsets, images.size(0));
-  check_shares(padding, weight);
+  check_guide(attention, index, theta, images.size(0), count);
+  if (offsets) check_offsets(*offsets, images.size(0));
+  check_shares(settings.padding, settings.weight);
   const Images input = readable(images);
   const ImageLayout& layout = input.layout;
-  const Tensor boxes = uninitialized({2, layout.batch, 4}, ScalarType::Int);
+  const Tensor boxes = uninitialized({count - 1, layout.batch, 4}, ScalarType::Int);
   const Tensor thresholds = uninitialized({layout.batch}, ScalarType::Float);
-  BoxesPlan search{maps_of(attention, layout.height, layout.width, align_corners),
-                   layout.batch,
-                   padding,
-                   choose(theta, index, 0),
-                   choose(theta, index, 2),
-                   choose(theta, index, 1),
-                   2,
-                   mutable_data<int32_t>(boxes),
-                   mutable_data<float>(thresholds)};
+  BoxesPlan search{maps_of(attention, layout.height, layout.width, settings.align_corners),
+                   layout.batch, settings.padding};
+  search.first = choose(theta, index, 0);
+  if (offsets) search.second = choose(theta, index, 2);
+  search.third = choose(theta, index, 1);
+  search.boxes = static_cast<int>(count - 1);
+  search.found = mutable_data<int32_t>(boxes);
+  search.thresholds = mutable_data<float>(thresholds);
+  search.draws = draws;
   find_boxes(scope, search);
-  const Tensor views = empty_images(kViews, layout, images.scalar_type());
+  const Tensor views = empty_images(count, layout, images.scalar_type());
   visit_floating(images.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const int64_t view = layout.batch * layout.planes * layout.height * layout.row;
     Plan<T> plan{layout, data<T>(input.tensor)};
     plan.mixed = mutable_data<T>(views);
     plan.dimmed = plan.mixed + view;
-    plan.patched = plan.dimmed + view;
     plan.mix_boxes = search.found;
-    plan.patch_boxes = search.found + 4 * layout.batch;
+    if (offsets) {
+      plan.patched = plan.dimmed + view;
+      plan.patch_boxes = search.found + 4 * layout.batch;
+      plan.offsets = offsets_of(*offsets);
+    }
     plan.thresholds = search.thresholds;
     plan.maps = search.maps;
     plan.dim = search.third;
-    plan.offsets = offsets_of(offsets);
-    plan.own = static_cast<accumulate_t<T>>(1 - weight);
-    plan.share = static_cast<accumulate_t<T>>(weight);
-    plan.floor = static_cast<accumulate_t<T>>(floor);
-    plan.align_corners = align_corners;
+    plan.own = static_cast<accumulate_t<T>>(1 - settings.weight);
+    plan.share = static_cast<accumulate_t<T>>(settings.weight);
+    plan.floor = static_cast<accumulate_t<T>>(settings.floor);
+    plan.align_corners = settings.align_corners;
     make_views(scope, plan);
   });
   return {views, boxes};
+}
+
+std::tuple<Tensor, Tensor> attention_views(const Tensor& images, const Tensor& attention,
+                                           const Tensor& index, const Tensor& theta,
+                                           const Tensor& offsets, double padding, double weight,
+                                           double floor, bool align_corners) {
+  const DeviceScope scope(images);
+  return guided_views(scope, images, attention, index, theta, offsets, {},
+                      {padding, weight, floor, align_corners});
+}
+
+std::tuple<Tensor, Tensor, Tensor> sampled_views(const Tensor& images, const Tensor& attention,
+                                                 const Tensor& uniforms, const Tensor& theta,
+                                                 const std::optional<Tensor>& offsets, double eps,
+                                                 double padding, double weight, double floor,
+                                                 bool align_corners) {
+  const DeviceScope scope(images);
+  check_images(images, "images", 4);
+  check_tensor(attention, "attention", 4);
+  check_tensor(uniforms, "uniforms", 2);
+  check_dtype(uniforms, "uniforms", ScalarType::Float);
+  const int64_t batch = images.size(0), count = offsets ? kViews : kViews - 1;
+  check_sizes(uniforms, "uniforms", {batch, count});
+  const Tensor index = uninitialized({batch, count}, ScalarType::Long);
+  const Draws draws{uniforms_of(uniforms), map_sizes(attention), eps, static_cast<int>(count),
+                    mutable_data<int64_t>(index)};
+  const auto [views, boxes] = guided_views(scope, images, attention, index, theta, offsets, draws,
+                                           {padding, weight, floor, align_corners});
+  return {views, index, boxes};
 }
 
 }  // namespace
@@ -295,4 +333,5 @@ MAGSD_OPERATORS(library) {
   library.impl("attention_patch", TORCH_BOX(&attention_patch));
   library.impl("attention_dim", TORCH_BOX(&attention_dim));
   library.impl("attention_views", TORCH_BOX(&attention_views));
+  library.impl("sampled_views", TORCH_BOX(&sampled_views));
 }

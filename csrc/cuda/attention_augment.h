@@ -13,6 +13,7 @@
 #include "common/boxes.h"
 #include "common/image_layout.h"
 #include "common/resize.h"
+#include "cuda/attention_sampling.h"
 #include "cuda/kernel.h"
 
 namespace magsd::MAGSD_ISA {
@@ -109,8 +110,11 @@ struct Guide {
   __device__ explicit Guide(const AttentionMaps& all) : maps(all) {}
 
   __device__ void choose(const Choice& choice, int64_t b) {
-    map = b * maps.step_b + choice.map(b, maps.count) * maps.step_m;
-    theta = choice.theta[b];
+    choose(b, choice.map(b, maps.count), choice.theta[b]);
+  }
+  __device__ void choose(int64_t b, int64_t rank, float share) {
+    map = b * maps.step_b + rank * maps.step_m;
+    theta = share;
   }
   __device__ int64_t entry(int i, int j) const { return map + i * maps.step_y + j * maps.step_x; }
 
@@ -135,6 +139,16 @@ struct Guide {
   }
 };
 
+// What draws the maps of an image's views, instead of an index that names them.
+struct Draws {
+  Uniforms uniforms{};
+  MapSizes sizes{};
+  double eps = 0;
+  int views = 0;
+  int64_t* index = nullptr;    // (B, views), written; null: nothing is drawn
+  double* overflow = nullptr;  // weights that have no room in shared memory
+};
+
 // Boxes (views, B, 4) of one or two views, and thresholds (B,) of a third; one launch.
 struct BoxesPlan {
   AttentionMaps maps;
@@ -144,8 +158,9 @@ struct BoxesPlan {
   int boxes = 0;  // views that want one
   int32_t* found = nullptr;
   float* thresholds = nullptr;  // of the third view
+  Draws draws{};                // from uniforms of the columns 0, 2 and 1
 };
-void find_boxes(const DeviceScope& scope, const BoxesPlan& plan);
+void find_boxes(const DeviceScope& scope, BoxesPlan plan);
 
 // N elements side by side, at most 16 bytes.
 template <typename T, int N>
