@@ -2,11 +2,13 @@
 //
 // Moves: the images read once from memory, each view written once; the rows that a crop or a patch
 // gathers come from the caches. A first launch finds the boxes, and draws the maps where it is asked
-// to (attention_augment_boxes.cu), a second one makes every view that is asked for. A block takes some rows of one plane, or a tile of
-// them where rows are long: it first tabulates where the columns and the rows of its part sample
-// the box and the map, so that the work per element is loads, interpolations and stores. Four
-// elements (eight in half precision) lie in one thread where rows allow accesses of 16 bytes. The
-// first elements are asked for before the tables are made, the next before these are worked on.
+// to (attention_augment_boxes.cu), a second one makes every view that is asked for. A block takes
+// some rows of one plane, or a tile of them where rows are long: it first tabulates where the
+// columns and the rows of its part sample the box and the map, and blends the rows of the box that
+// its rows sample, an entry once for all outputs that read it. So the work per element is
+// interpolations and stores. Four elements (eight in half precision) lie in one thread where rows
+// allow accesses of 16 bytes. The first elements are asked for before the tables are made, the next
+// before these are worked on.
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -19,19 +21,14 @@ namespace {
 
 constexpr int kVectorsPerThread = 4;  // in a block's part
 
-// (1 - weight) own + weight crop of one vector.
-template <typename T, int N>
-__device__ __forceinline__ Pack<T, N> mix(const Plan<T>& plan, const Row<T>& row,
-                                          const Pack<unsigned, N>& columns,
+// (1 - weight) own + weight crop of one vector, whose entries between the crop's rows
+// `between(entry)` gives.
+template <typename T, int N, typename Between>
+__device__ __forceinline__ Pack<T, N> mix(const Plan<T>& plan, const Pack<unsigned, N>& columns,
                                           const Pack<accumulate_t<T>, N>& weights,
-                                          const Pack<T, N>& own) {
+                                          const Pack<T, N>& own, const Between& between) {
   using Real = accumulate_t<T>;
   const unsigned inner = static_cast<unsigned>(plan.layout.inner);
-  const auto between = [&](unsigned at) {
-    const Real first = widen(load<1>(row.crop_lower + at).at[0]);
-    const Real second = widen(load<1>(row.crop_upper + at).at[0]);
-    return first + row.crop_weight * (second - first);
-  };
   Pack<T, N> mixed;
 #pragma unroll
   for (int k = 0; k < N; ++k) {
@@ -66,15 +63,26 @@ __device__ __forceinline__ Pack<T, N> paste(const T* pasted, int first, int exte
   return own;
 }
 
-// Vector v of a row in every view; a patch covers `extent` elements of its row from `hidden` on.
+// Vector v of row r in every view; a patch covers `extent` elements of its row from `hidden` on.
 template <typename T, int N>
 __device__ __forceinline__ void write(const Plan<T>& plan, const Tables<T, N>& tables,
-                                      const MapRows<N>& map_rows, float threshold,
-                                      const Row<T>& row, int v, int hidden, int extent,
+                                      const MapRows<N>& map_rows, float threshold, int blended,
+                                      int r, int v, int hidden, int extent,
                                       const Pack<T, N>& own) {
+  const Row<T>& row = tables.rows[r];
   const int64_t out = row.out + v * N;
   if (plan.mixed != nullptr) {
-    store_past_caches(plan.mixed + out, mix(plan, row, tables.lower[v], tables.weights[v], own));
+    const Pack<unsigned, N>& columns = tables.lower[v];
+    const Pack<accumulate_t<T>, N>& weights = tables.weights[v];
+    if (tables.stride > 0) {
+      const accumulate_t<T>* entries = tables.blended + r * tables.stride;
+      store_past_caches(plan.mixed + out, mix(plan, columns, weights, own, [&](unsigned at) {
+                          return entries[spread(static_cast<int>(at) - blended)];
+                        }));
+    } else {
+      store_past_caches(plan.mixed + out, mix(plan, columns, weights, own,
+                                              [&](unsigned at) { return blend(row, at); }));
+    }
   }
   if (plan.dimmed != nullptr) {
     store_past_caches(plan.dimmed + out,
@@ -125,25 +133,31 @@ __global__ void __launch_bounds__(kAugmentThreads, sizeof(T) == 8 ? 3 : 4)
   }
   tabulate_rows(plan, place, part, map_rows, tables);
   __syncthreads();
+  if (plan.mixed != nullptr && tables.stride > 0) {
+    blend_rows(plan, place, part, tables);
+    __syncthreads();
+  }
 
   const int hidden = static_cast<int>(part.corner.column * layout.inner) - place.first_vector * N;
   const int extent = static_cast<int>(part.patch.columns.extent() * layout.inner);
   while (at.row < height) {
-    const int v = at.column;
-    const Row<T>& row = tables.rows[at.row];
+    const int r = at.row, v = at.column;
     const Pack<T, N> held = own;
     at.step();
     if (at.row < height && at.column < width) {
       own = load<N>(tables.rows[at.row].own + at.column * N);
     }
-    if (v < width) write(plan, tables, map_rows, guide.threshold, row, v, hidden, extent, held);
+    if (v < width) {
+      write(plan, tables, map_rows, guide.threshold, part.blended, r, v, hidden, extent, held);
+    }
   }
 }
 
 template <typename T, int N>
 void launch_views(const DeviceScope& scope, const Plan<T>& plan) {
   const Cut cut = cut_of(plan.layout, N, kAugmentThreads, kVectorsPerThread * kAugmentThreads,
-                         plan.dimmed != nullptr ? &plan.maps : nullptr);
+                         plan.dimmed != nullptr ? &plan.maps : nullptr,
+                         plan.mixed != nullptr ? sizeof(accumulate_t<T>) : 0);
   launch(scope, grid_of(cut, plan.layout), kAugmentThreads, Tables<T, N>::bytes(cut),
          views_kernel<T, N>, plan, cut);
 }
