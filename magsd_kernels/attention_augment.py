@@ -364,7 +364,7 @@ class _Views(torch.autograd.Function):
         return views, boxes
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad is None:
             return (None, *ctx.nothing)
         result = _views_backward(grad, *ctx.saved_tensors, *ctx.settings)
@@ -429,7 +429,7 @@ _views = define(
 _views_backward = define(
     _OPERATION,
     "attention_views_backward(Tensor grad, Tensor attention, Tensor index, Tensor theta,"
-    " Tensor offsets, Tensor boxes, float weight, float floor, bool align_corners, str backend)"
+    " Tensor? offsets, Tensor boxes, float weight, float floor, bool align_corners, str backend)"
     " -> Tensor",
     _views_backward_fake,
 )

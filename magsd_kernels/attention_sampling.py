@@ -14,13 +14,14 @@ from magsd_kernels.backends import select
 from magsd_kernels.registry import define
 
 _OPERATION = "attention_sampling"
+EPS = 1e-12
 
 
 def sample_attention(
     attention: torch.Tensor,
     uniforms: torch.Tensor,
     *,
-    eps: float = 1e-12,
+    eps: float = EPS,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Draw K maps per image with replacement, p[m] proportional to sqrt(sum of map m + eps).

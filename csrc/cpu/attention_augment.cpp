@@ -1,4 +1,4 @@
-// Boxes, crop and mix-up, patch, dim and drop, and three views at once.
+// Boxes, crop and mix-up, patch, dim and drop, and two or three views at once.
 //
 // Moves: the images read once from memory, each view written once (attention maps are small). First
 // one task per image and view finds a box; then the cut is by image and, when the batch is small,
@@ -15,6 +15,7 @@
 
 #include "common/attention_augment_arguments.h"
 #include "cpu/attention_guide.h"
+#include "cpu/attention_sampling.h"
 #include "cpu/crop_resize.h"
 #include "cpu/image_bands.h"
 #include "cpu/parallel.h"
@@ -297,39 +298,64 @@ Tensor attention_dim(const Tensor& images, const Tensor& attention,
   return dimmed;
 }
 
-std::tuple<Tensor, Tensor> attention_views(const Tensor& images, const Tensor& attention,
-                                           const Tensor& index, const Tensor& theta,
-                                           const Tensor& offsets, double padding, double weight,
-                                           double floor, bool align_corners) {
+// Mix-up and dim and, with offsets, patch; boxes of all but dim.
+std::tuple<Tensor, Tensor> guided_views(const Tensor& images, const Tensor& attention,
+                                        const Tensor& index, const Tensor& theta,
+                                        const std::optional<Tensor>& offsets, double padding,
+                                        double weight, double floor, bool align_corners) {
+  const int64_t count = offsets ? kViews : kViews - 1;
   check_images(images, "images", 4);
-  check_guide(attention, index, theta, images.size(0), kViews);
-  check_offsets(offsets, images.size(0));
+  check_guide(attention, index, theta, images.size(0), count);
+  if (offsets) check_offsets(*offsets, images.size(0));
   check_shares(padding, weight);
   const Images input = readable(images);
   const ImageLayout& layout = input.layout;
   const AttentionMaps maps(attention, layout.height, layout.width, align_corners);
-  const Tensor boxes = uninitialized({2, layout.batch, 4}, ScalarType::Int);
+  const Tensor boxes = uninitialized({count - 1, layout.batch, 4}, ScalarType::Int);
   int32_t* box = mutable_data<int32_t>(boxes);
-  find_boxes(maps, {choose(theta, index, 0), choose(theta, index, 2)}, layout.batch, padding, box);
-  const Tensor views = empty_images(kViews, layout, images.scalar_type());
+  std::vector<Choice> boxed = {choose(theta, index, 0)};
+  if (offsets) boxed.push_back(choose(theta, index, 2));
+  find_boxes(maps, boxed, layout.batch, padding, box);
+  const Tensor views = empty_images(count, layout, images.scalar_type());
   visit_floating(images.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const int64_t view = layout.batch * layout.planes * layout.height * layout.row;
     Plan<T> plan{layout, data<T>(input.tensor)};
     plan.mixed = mutable_data<T>(views);
     plan.dimmed = plan.mixed + view;
-    plan.patched = plan.dimmed + view;
     plan.mix_boxes = box;
-    plan.patch_boxes = box + 4 * layout.batch;
+    if (offsets) {
+      plan.patched = plan.dimmed + view;
+      plan.patch_boxes = box + 4 * layout.batch;
+      plan.offsets = offsets_of(*offsets);
+    }
     plan.maps = &maps;
     plan.dim = choose(theta, index, 1);
-    plan.offsets = offsets_of(offsets);
     plan.weight = weight;
     plan.floor = floor;
     plan.align_corners = align_corners;
     make_views(plan);
   });
   return {views, boxes};
+}
+
+std::tuple<Tensor, Tensor> attention_views(const Tensor& images, const Tensor& attention,
+                                           const Tensor& index, const Tensor& theta,
+                                           const Tensor& offsets, double padding, double weight,
+                                           double floor, bool align_corners) {
+  return guided_views(images, attention, index, theta, offsets, padding, weight, floor,
+                      align_corners);
+}
+
+std::tuple<Tensor, Tensor, Tensor> sampled_views(const Tensor& images, const Tensor& attention,
+                                                 const Tensor& uniforms, const Tensor& theta,
+                                                 const std::optional<Tensor>& offsets, double eps,
+                                                 double padding, double weight, double floor,
+                                                 bool align_corners) {
+  const Tensor index = sample_attention(attention, uniforms, eps);
+  const auto [views, boxes] = guided_views(images, attention, index, theta, offsets, padding,
+                                           weight, floor, align_corners);
+  return {views, index, boxes};
 }
 
 }  // namespace
@@ -341,4 +367,5 @@ MAGSD_OPERATORS(attention_augment, library) {
   library.impl("attention_patch", TORCH_BOX(&attention_patch));
   library.impl("attention_dim", TORCH_BOX(&attention_dim));
   library.impl("attention_views", TORCH_BOX(&attention_views));
+  library.impl("sampled_views", TORCH_BOX(&sampled_views));
 }

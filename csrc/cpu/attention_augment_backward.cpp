@@ -196,30 +196,34 @@ Tensor attention_patch_backward(const Tensor& grad, const Tensor& boxes, const T
 }
 
 Tensor attention_views_backward(const Tensor& grad, const Tensor& attention, const Tensor& index,
-                                const Tensor& theta, const Tensor& offsets, const Tensor& boxes,
-                                double weight, double floor, bool align_corners) {
+                                const Tensor& theta, const std::optional<Tensor>& offsets,
+                                const Tensor& boxes, double weight, double floor,
+                                bool align_corners) {
+  const int64_t count = offsets ? kViews : kViews - 1;
   check_images(grad, "grad", 5);
-  check_sizes(grad, "grad", {kViews, -1, -1, -1, -1});
-  check_guide(attention, index, theta, grad.size(1), kViews);
-  check_offsets(offsets, grad.size(1));
+  check_sizes(grad, "grad", {count, -1, -1, -1, -1});
+  check_guide(attention, index, theta, grad.size(1), count);
+  if (offsets) check_offsets(*offsets, grad.size(1));
   check_shares(0, weight);
   std::vector<Images> input;
-  for (int64_t view = 0; view < kViews; ++view) {
+  for (int64_t view = 0; view < count; ++view) {
     input.push_back(readable(torch::stable::select(grad, 0, view)));
   }
   const ImageLayout& layout = input[0].layout;
-  const Tensor rows = checked_boxes(boxes, 2, layout);
+  const Tensor rows = checked_boxes(boxes, count - 1, layout);
   const AttentionMaps maps(attention, layout.height, layout.width, align_corners);
   const Tensor result = empty_images(0, layout, grad.scalar_type());
   visit_floating(grad.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    BackwardPlan<T> plan{layout, data<T>(input[0].tensor), data<T>(input[1].tensor),
-                         data<T>(input[2].tensor)};
+    BackwardPlan<T> plan{layout, data<T>(input[0].tensor), data<T>(input[1].tensor)};
     plan.mix_boxes = data<int32_t>(rows);
-    plan.patch_boxes = plan.mix_boxes + 4 * layout.batch;
+    if (offsets) {
+      plan.patched = data<T>(input[2].tensor);
+      plan.patch_boxes = plan.mix_boxes + 4 * layout.batch;
+      plan.offsets = offsets_of(*offsets);
+    }
     plan.maps = &maps;
     plan.dim = choose(theta, index, 1);
-    plan.offsets = offsets_of(offsets);
     plan.weight = weight;
     plan.floor = floor;
     plan.align_corners = align_corners;

@@ -10,6 +10,7 @@
 
 #include "common/sampling.h"
 #include "common/tensor.h"
+#include "cpu/attention_sampling.h"
 #include "cpu/parallel.h"
 
 namespace magsd::MAGSD_ISA {
@@ -58,6 +59,8 @@ void draw(const Tensor& attention, const Tensor& uniforms, double eps, const Ten
   });
 }
 
+}  // namespace
+
 Tensor sample_attention(const Tensor& attention, const Tensor& uniforms, double eps) {
   check_tensor(attention, "attention", 4);
   check_floating(attention, "attention");
@@ -72,7 +75,6 @@ Tensor sample_attention(const Tensor& attention, const Tensor& uniforms, double 
   return index;
 }
 
-}  // namespace
 }  // namespace magsd::MAGSD_ISA
 
 MAGSD_OPERATORS(attention_sampling, library) {

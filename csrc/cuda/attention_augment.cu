@@ -1,12 +1,14 @@
-// Crop and mix-up, patch, dim and drop, and three views at once.
+// Crop and mix-up, patch, dim and drop, and two or three views at once.
 //
 // Moves: the images read once from memory, each view written once; the rows that a crop or a patch
-// gathers come from the caches. A first launch finds the boxes (attention_augment_boxes.cu), a
-// second one makes every view that is asked for. A block takes some rows of one plane, or a tile of
-// them where rows are long: it first tabulates where the columns and the rows of its part sample
-// the box and the map, so that the work per element is loads, interpolations and stores. Four
-// elements (eight in half precision) lie in one thread where rows allow accesses of 16 bytes. The
-// first elements are asked for before the tables are made, the next before these are worked on.
+// gathers come from the caches. A first launch finds the boxes, and draws the maps where it is asked
+// to (attention_augment_boxes.cu), a second one makes every view that is asked for. A block takes
+// some rows of one plane, or a tile of them where rows are long: it first tabulates where the
+// columns and the rows of its part sample the box and the map, and blends the rows of the box that
+// its rows sample, an entry once for all outputs that read it. So the work per element is
+// interpolations and stores. Four elements (eight in half precision) lie in one thread where rows
+// allow accesses of 16 bytes. The first elements are asked for before the tables are made, the next
+// before these are worked on.
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -19,19 +21,14 @@ namespace {
 
 constexpr int kVectorsPerThread = 4;  // in a block's part
 
-// (1 - weight) own + weight crop of one vector.
-template <typename T, int N>
-__device__ __forceinline__ Pack<T, N> mix(const Plan<T>& plan, const Row<T>& row,
-                                          const Pack<unsigned, N>& columns,
+// (1 - weight) own + weight crop of one vector, whose entries between the crop's rows
+// `between(entry)` gives.
+template <typename T, int N, typename Between>
+__device__ __forceinline__ Pack<T, N> mix(const Plan<T>& plan, const Pack<unsigned, N>& columns,
                                           const Pack<accumulate_t<T>, N>& weights,
-                                          const Pack<T, N>& own) {
+                                          const Pack<T, N>& own, const Between& between) {
   using Real = accumulate_t<T>;
   const unsigned inner = static_cast<unsigned>(plan.layout.inner);
-  const auto between = [&](unsigned at) {
-    const Real first = widen(load<1>(row.crop_lower + at).at[0]);
-    const Real second = widen(load<1>(row.crop_upper + at).at[0]);
-    return first + row.crop_weight * (second - first);
-  };
   Pack<T, N> mixed;
 #pragma unroll
   for (int k = 0; k < N; ++k) {
@@ -66,15 +63,26 @@ __device__ __forceinline__ Pack<T, N> paste(const T* pasted, int first, int exte
   return own;
 }
 
-// Vector v of a row in every view; a patch covers `extent` elements of its row from `hidden` on.
+// Vector v of row r in every view; a patch covers `extent` elements of its row from `hidden` on.
 template <typename T, int N>
 __device__ __forceinline__ void write(const Plan<T>& plan, const Tables<T, N>& tables,
-                                      const MapRows<N>& map_rows, float threshold,
-                                      const Row<T>& row, int v, int hidden, int extent,
+                                      const MapRows<N>& map_rows, float threshold, int blended,
+                                      int r, int v, int hidden, int extent,
                                       const Pack<T, N>& own) {
+  const Row<T>& row = tables.rows[r];
   const int64_t out = row.out + v * N;
   if (plan.mixed != nullptr) {
-    store_past_caches(plan.mixed + out, mix(plan, row, tables.lower[v], tables.weights[v], own));
+    const Pack<unsigned, N>& columns = tables.lower[v];
+    const Pack<accumulate_t<T>, N>& weights = tables.weights[v];
+    if (tables.stride > 0) {
+      const accumulate_t<T>* entries = tables.blended + r * tables.stride;
+      store_past_caches(plan.mixed + out, mix(plan, columns, weights, own, [&](unsigned at) {
+                          return entries[spread(static_cast<int>(at) - blended)];
+                        }));
+    } else {
+      store_past_caches(plan.mixed + out, mix(plan, columns, weights, own,
+                                              [&](unsigned at) { return blend(row, at); }));
+    }
   }
   if (plan.dimmed != nullptr) {
     store_past_caches(plan.dimmed + out,
@@ -125,25 +133,31 @@ __global__ void __launch_bounds__(kAugmentThreads, sizeof(T) == 8 ? 3 : 4)
   }
   tabulate_rows(plan, place, part, map_rows, tables);
   __syncthreads();
+  if (plan.mixed != nullptr && tables.stride > 0) {
+    blend_rows(plan, place, part, tables);
+    __syncthreads();
+  }
 
   const int hidden = static_cast<int>(part.corner.column * layout.inner) - place.first_vector * N;
   const int extent = static_cast<int>(part.patch.columns.extent() * layout.inner);
   while (at.row < height) {
-    const int v = at.column;
-    const Row<T>& row = tables.rows[at.row];
+    const int r = at.row, v = at.column;
     const Pack<T, N> held = own;
     at.step();
     if (at.row < height && at.column < width) {
       own = load<N>(tables.rows[at.row].own + at.column * N);
     }
-    if (v < width) write(plan, tables, map_rows, guide.threshold, row, v, hidden, extent, held);
+    if (v < width) {
+      write(plan, tables, map_rows, guide.threshold, part.blended, r, v, hidden, extent, held);
+    }
   }
 }
 
 template <typename T, int N>
 void launch_views(const DeviceScope& scope, const Plan<T>& plan) {
   const Cut cut = cut_of(plan.layout, N, kAugmentThreads, kVectorsPerThread * kAugmentThreads,
-                         plan.dimmed != nullptr ? &plan.maps : nullptr);
+                         plan.dimmed != nullptr ? &plan.maps : nullptr,
+                         plan.mixed != nullptr ? sizeof(accumulate_t<T>) : 0);
   launch(scope, grid_of(cut, plan.layout), kAugmentThreads, Tables<T, N>::bytes(cut),
          views_kernel<T, N>, plan, cut);
 }
@@ -240,50 +254,88 @@ Tensor attention_dim(const Tensor& images, const Tensor& attention,
   return dimmed;
 }
 
-std::tuple<Tensor, Tensor> attention_views(const Tensor& images, const Tensor& attention,
-                                           const Tensor& index, const Tensor& theta,
-                                           const Tensor& offsets, double padding, double weight,
-                                           double floor, bool align_corners) {
-  const DeviceScope scope(images);
+struct ViewsSettings {
+  double padding, weight, floor;
+  bool align_corners;
+};
+
+// Views (views, B, C, H, W), mix-up and dim and, with offsets, patch; boxes of all but dim. `index`
+// names the maps of the views, or takes what `draws` draws.
+std::tuple<Tensor, Tensor> guided_views(const DeviceScope& scope, const Tensor& images,
+                                        const Tensor& attention, const Tensor& index,
+                                        const Tensor& theta, const std::optional<Tensor>& offsets,
+                                        const Draws& draws, const ViewsSettings& settings) {
+  const int64_t count = offsets ? kViews : kViews - 1;
   check_images(images, "images", 4);
-  check_guide(attention, index, theta, images.size(0), kViews);
-  check_offsets(offsets, images.size(0));
-  check_shares(padding, weight);
+  check_guide(attention, index, theta, images.size(0), count);
+  if (offsets) check_offsets(*offsets, images.size(0));
+  check_shares(settings.padding, settings.weight);
   const Images input = readable(images);
   const ImageLayout& layout = input.layout;
-  const Tensor boxes = uninitialized({2, layout.batch, 4}, ScalarType::Int);
+  const Tensor boxes = uninitialized({count - 1, layout.batch, 4}, ScalarType::Int);
   const Tensor thresholds = uninitialized({layout.batch}, ScalarType::Float);
-  BoxesPlan search{maps_of(attention, layout.height, layout.width, align_corners),
-                   layout.batch,
-                   padding,
-                   choose(theta, index, 0),
-                   choose(theta, index, 2),
-                   choose(theta, index, 1),
-                   2,
-                   mutable_data<int32_t>(boxes),
-                   mutable_data<float>(thresholds)};
+  BoxesPlan search{maps_of(attention, layout.height, layout.width, settings.align_corners),
+                   layout.batch, settings.padding};
+  search.first = choose(theta, index, 0);
+  if (offsets) search.second = choose(theta, index, 2);
+  search.third = choose(theta, index, 1);
+  search.boxes = static_cast<int>(count - 1);
+  search.found = mutable_data<int32_t>(boxes);
+  search.thresholds = mutable_data<float>(thresholds);
+  search.draws = draws;
   find_boxes(scope, search);
-  const Tensor views = empty_images(kViews, layout, images.scalar_type());
+  const Tensor views = empty_images(count, layout, images.scalar_type());
   visit_floating(images.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const int64_t view = layout.batch * layout.planes * layout.height * layout.row;
     Plan<T> plan{layout, data<T>(input.tensor)};
     plan.mixed = mutable_data<T>(views);
     plan.dimmed = plan.mixed + view;
-    plan.patched = plan.dimmed + view;
     plan.mix_boxes = search.found;
-    plan.patch_boxes = search.found + 4 * layout.batch;
+    if (offsets) {
+      plan.patched = plan.dimmed + view;
+      plan.patch_boxes = search.found + 4 * layout.batch;
+      plan.offsets = offsets_of(*offsets);
+    }
     plan.thresholds = search.thresholds;
     plan.maps = search.maps;
     plan.dim = search.third;
-    plan.offsets = offsets_of(offsets);
-    plan.own = static_cast<accumulate_t<T>>(1 - weight);
-    plan.share = static_cast<accumulate_t<T>>(weight);
-    plan.floor = static_cast<accumulate_t<T>>(floor);
-    plan.align_corners = align_corners;
+    plan.own = static_cast<accumulate_t<T>>(1 - settings.weight);
+    plan.share = static_cast<accumulate_t<T>>(settings.weight);
+    plan.floor = static_cast<accumulate_t<T>>(settings.floor);
+    plan.align_corners = settings.align_corners;
     make_views(scope, plan);
   });
   return {views, boxes};
+}
+
+std::tuple<Tensor, Tensor> attention_views(const Tensor& images, const Tensor& attention,
+                                           const Tensor& index, const Tensor& theta,
+                                           const Tensor& offsets, double padding, double weight,
+                                           double floor, bool align_corners) {
+  const DeviceScope scope(images);
+  return guided_views(scope, images, attention, index, theta, offsets, {},
+                      {padding, weight, floor, align_corners});
+}
+
+std::tuple<Tensor, Tensor, Tensor> sampled_views(const Tensor& images, const Tensor& attention,
+                                                 const Tensor& uniforms, const Tensor& theta,
+                                                 const std::optional<Tensor>& offsets, double eps,
+                                                 double padding, double weight, double floor,
+                                                 bool align_corners) {
+  const DeviceScope scope(images);
+  check_images(images, "images", 4);
+  check_tensor(attention, "attention", 4);
+  check_tensor(uniforms, "uniforms", 2);
+  check_dtype(uniforms, "uniforms", ScalarType::Float);
+  const int64_t batch = images.size(0), count = offsets ? kViews : kViews - 1;
+  check_sizes(uniforms, "uniforms", {batch, count});
+  const Tensor index = uninitialized({batch, count}, ScalarType::Long);
+  const Draws draws{uniforms_of(uniforms), map_sizes(attention), eps, static_cast<int>(count),
+                    mutable_data<int64_t>(index)};
+  const auto [views, boxes] = guided_views(scope, images, attention, index, theta, offsets, draws,
+                                           {padding, weight, floor, align_corners});
+  return {views, index, boxes};
 }
 
 }  // namespace
@@ -295,4 +347,5 @@ MAGSD_OPERATORS(library) {
   library.impl("attention_patch", TORCH_BOX(&attention_patch));
   library.impl("attention_dim", TORCH_BOX(&attention_dim));
   library.impl("attention_views", TORCH_BOX(&attention_views));
+  library.impl("sampled_views", TORCH_BOX(&sampled_views));
 }

@@ -13,6 +13,7 @@
 #include "common/boxes.h"
 #include "common/image_layout.h"
 #include "common/resize.h"
+#include "cuda/attention_sampling.h"
 #include "cuda/kernel.h"
 
 namespace magsd::MAGSD_ISA {
@@ -109,8 +110,11 @@ struct Guide {
   __device__ explicit Guide(const AttentionMaps& all) : maps(all) {}
 
   __device__ void choose(const Choice& choice, int64_t b) {
-    map = b * maps.step_b + choice.map(b, maps.count) * maps.step_m;
-    theta = choice.theta[b];
+    choose(b, choice.map(b, maps.count), choice.theta[b]);
+  }
+  __device__ void choose(int64_t b, int64_t rank, float share) {
+    map = b * maps.step_b + rank * maps.step_m;
+    theta = share;
   }
   __device__ int64_t entry(int i, int j) const { return map + i * maps.step_y + j * maps.step_x; }
 
@@ -135,6 +139,16 @@ struct Guide {
   }
 };
 
+// What draws the maps of an image's views, instead of an index that names them.
+struct Draws {
+  Uniforms uniforms{};
+  MapSizes sizes{};
+  double eps = 0;
+  int views = 0;
+  int64_t* index = nullptr;    // (B, views), written; null: nothing is drawn
+  double* overflow = nullptr;  // weights that have no room in shared memory
+};
+
 // Boxes (views, B, 4) of one or two views, and thresholds (B,) of a third; one launch.
 struct BoxesPlan {
   AttentionMaps maps;
@@ -144,8 +158,9 @@ struct BoxesPlan {
   int boxes = 0;  // views that want one
   int32_t* found = nullptr;
   float* thresholds = nullptr;  // of the third view
+  Draws draws{};                // from uniforms of the columns 0, 2 and 1
 };
-void find_boxes(const DeviceScope& scope, const BoxesPlan& plan);
+void find_boxes(const DeviceScope& scope, BoxesPlan plan);
 
 // N elements side by side, at most 16 bytes.
 template <typename T, int N>
@@ -180,29 +195,49 @@ struct Cut {
   int width, tiles;
   int rows, chunks;
   int map_rows;  // most rows of a map that a block keeps
+  int blended;   // most entries of a row of a crop that a block keeps; 0: it keeps none
 };
 
+// Where entry e of a row lies in shared memory. Lanes that read every second, fourth or eighth
+// entry would meet in a few of its 32 banks; with a gap behind every 32 they do not.
+MAGSD_HD int spread(int e) { return e + e / kWarp; }
+
+// Most entries of a crop's row that a tile samples, spread; 0 where positions are rounded to more
+// than a pixel.
+inline int64_t blended_entries(const ImageLayout& layout, int64_t tile) {
+  constexpr int64_t kExact = 1 << 16;
+  if (layout.width > kExact) return 0;
+  return std::min(layout.row, tile + 4 * layout.inner) * (kWarp + 1) / kWarp + 1;
+}
+
 // Tiles of at most 1024 elements and `most` vectors, blocks of about `items` vectors. With maps,
-// blocks are so low that the map's rows have room in shared memory.
+// blocks are so low that the map's rows have room in shared memory; with `blended_size`, the bytes
+// of an entry, so that the rows of a crop have.
 inline Cut cut_of(const ImageLayout& layout, int elements, int most, int items,
-                  const AttentionMaps* maps) {
-  constexpr int kMostElements = 1024, kMostMapEntries = 5120;
+                  const AttentionMaps* maps, int blended_size = 0) {
+  constexpr int kMostElements = 1024, kMostMapEntries = 5120, kMostBlendedBytes = 18 * 1024;
   Cut cut{};
   cut.vectors = static_cast<int>(layout.row) / elements;
   cut.tiles = ceil_div(cut.vectors, std::min(most, kMostElements / elements));
   cut.width = ceil_div(cut.vectors, cut.tiles);
+  const int64_t blended =
+      blended_size > 0 ? blended_entries(layout, int64_t{cut.width} * elements) : 0;
+  if (blended * blended_size <= kMostBlendedBytes) cut.blended = static_cast<int>(blended);
   const int height = static_cast<int>(layout.height);
   for (cut.rows = std::clamp(items / cut.width, 1, std::min(height, kMostRows));; cut.rows /= 2) {
     cut.chunks = ceil_div(height, cut.rows);
     cut.rows = ceil_div(height, cut.chunks);
-    if (maps == nullptr) break;
-    // Beyond this, positions are rounded to more than a row.
-    constexpr int kExact = 1 << 16;
-    const double reach = std::ceil((cut.rows - 1) * static_cast<double>(maps->rows.step)) + 3;
-    cut.map_rows = maps->rows.length > kExact
-                       ? 2 * cut.rows
-                       : static_cast<int>(std::min<double>(reach, 2 * cut.rows));
-    if (cut.rows == 1 || cut.map_rows * cut.width * elements <= kMostMapEntries) break;
+    bool fits = cut.rows * cut.blended * blended_size <= kMostBlendedBytes;
+    if (maps != nullptr) {
+      // Beyond this, positions are rounded to more than a row.
+      constexpr int kExact = 1 << 16;
+      const double reach = std::ceil((cut.rows - 1) * static_cast<double>(maps->rows.step)) + 3;
+      cut.map_rows = maps->rows.length > kExact
+                         ? 2 * cut.rows
+                         : static_cast<int>(std::min<double>(reach, 2 * cut.rows));
+      fits &= cut.map_rows * cut.width * elements <= kMostMapEntries;
+    }
+    if (cut.rows == 1 || fits) break;
   }
   return cut;
 }

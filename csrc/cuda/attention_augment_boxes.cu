@@ -5,12 +5,18 @@
 // up each for the first and the last row that passes. So a box's inside is never evaluated, and
 // outside it rows between two map rows are skipped where the column stays clearly below the
 // threshold. U rounds as the definition writes it.
+//
+// Where the views draw their maps, every block first weighs all maps of its image, as
+// attention_sampling.cu does, and makes its own view's draw: M h w entries more per view, which
+// come from L2. One block per image would read them once, but look for its boxes one after another
+// on a device that has more multiprocessors than images.
 #include "cuda/attention_augment.h"
 
 namespace magsd::MAGSD_ISA {
 namespace {
 
-constexpr int kMostEntries = 10240;  // of a map and its bands in shared memory
+static_assert(kSamplingThreads == kAugmentThreads, "weigh_maps is for blocks of this size");
+constexpr int64_t kMostEntries = 10240;  // of a map and its bands in shared memory
 
 // A map of the guide: in shared memory, with bands[i]..bands[i + 1] - 1 the rows of the image
 // between rows i and i + 1 of the map, or, where that is too large, read where it lies.
@@ -76,6 +82,18 @@ __device__ void search(const Map<kNear>& map, int* least) {
   }
 }
 
+// The map that a view draws, noted in its column; `weights` is free again behind it.
+__device__ int64_t draw_map(const BoxesPlan& plan, int64_t b, int column, double* weights) {
+  const Draws& draws = plan.draws;
+  plan.maps.visit([&](const auto* entries) {
+    weigh_maps(entries + b * draws.sizes.step_b, draws.sizes, draws.eps, weights);
+  });
+  const int64_t map = warp_sampled_map(weights, draws.sizes.maps, draws.uniforms(b, column));
+  if (threadIdx.x == 0) draws.index[b * draws.views + column] = map;
+  __syncthreads();
+  return map;
+}
+
 __global__ void __launch_bounds__(kAugmentThreads, 5)
     boxes_kernel(const BoxesPlan plan, bool near) {
   MAGSD_DYNAMIC_SHARED(float, values);
@@ -87,7 +105,17 @@ __global__ void __launch_bounds__(kAugmentThreads, 5)
   const int64_t b = blockIdx.x / views;
   const int thread = threadIdx.x;
   Guide guide(plan.maps);
-  guide.choose(view == plan.boxes ? plan.third : (view == 0 ? plan.first : plan.second), b);
+  const Choice& choice =
+      view == plan.boxes ? plan.third : (view == 0 ? plan.first : plan.second);
+  if (plan.draws.index == nullptr) {
+    guide.choose(choice, b);
+  } else {
+    double* weights = plan.draws.overflow == nullptr
+                          ? reinterpret_cast<double*>(values)
+                          : plan.draws.overflow + blockIdx.x * plan.draws.sizes.maps;
+    const int column = view == plan.boxes ? 1 : 2 * view;
+    guide.choose(b, draw_map(plan, b, column, weights), choice.theta[b]);
+  }
   int* bands = nullptr;
   if (near) {
     bands = reinterpret_cast<int*>(values + rows.length * columns.length);
@@ -141,14 +169,25 @@ Tensor attention_boxes(const Tensor& attention, const std::optional<Tensor>& ind
 
 }  // namespace
 
-void find_boxes(const DeviceScope& scope, const BoxesPlan& plan) {
+void find_boxes(const DeviceScope& scope, BoxesPlan plan) {
   if (plan.batch == 0) return;
+  constexpr size_t kMostBytes = kMostEntries * sizeof(float);
   const int64_t entries = int64_t{plan.maps.rows.length} * plan.maps.columns.length;
   const int64_t room = entries + plan.maps.rows.length + 1;
   const bool fits = room <= kMostEntries;
-  const int views = plan.boxes + (plan.thresholds != nullptr);
-  launch(scope, grid_of(plan.batch * views), kAugmentThreads, fits ? room * sizeof(float) : 0,
-         boxes_kernel, plan, fits);
+  const int64_t blocks = plan.batch * (plan.boxes + (plan.thresholds != nullptr));
+  size_t shared = fits ? room * sizeof(float) : 0;
+  Tensor overflow;
+  if (plan.draws.index != nullptr) {
+    const size_t weights = plan.maps.count * sizeof(double);
+    if (weights <= kMostBytes) {
+      shared = std::max(shared, weights);
+    } else {
+      overflow = uninitialized({blocks * plan.maps.count}, ScalarType::Double);
+      plan.draws.overflow = mutable_data<double>(overflow);
+    }
+  }
+  launch(scope, grid_of(blocks), kAugmentThreads, shared, boxes_kernel, plan, fits);
 }
 
 }  // namespace magsd::MAGSD_ISA

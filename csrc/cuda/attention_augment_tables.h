@@ -48,17 +48,27 @@ struct Tables {
   Pack<Real, N>* weights;    // of the upper neighbours in the crop's rows
   Pack<unsigned, N>* lower;  // twice where the lower one lies; one more if the upper is another
   Pack<float, N>* map_rows;
+  Real* blended;  // rows of the crop before its columns are, `stride` entries from one to the next
+  int stride;
 
   static size_t bytes(const Cut& cut) {
-    const size_t row = static_cast<size_t>(cut.width) * N;
-    return cut.rows * sizeof(Row<T>) +
-           row * (sizeof(Real) + sizeof(unsigned) + cut.map_rows * sizeof(float));
+    return blended_offset(cut) + sizeof(Real) * cut.rows * cut.blended;
   }
   __device__ Tables(unsigned char* memory, const Cut& cut)
       : rows(reinterpret_cast<Row<T>*>(memory)),
         weights(reinterpret_cast<Pack<Real, N>*>(rows + cut.rows)),
         lower(reinterpret_cast<Pack<unsigned, N>*>(weights + cut.width)),
-        map_rows(reinterpret_cast<Pack<float, N>*>(lower + cut.width)) {}
+        map_rows(reinterpret_cast<Pack<float, N>*>(lower + cut.width)),
+        blended(reinterpret_cast<Real*>(memory + blended_offset(cut))),
+        stride(cut.blended) {}
+
+ private:
+  MAGSD_HD static size_t blended_offset(const Cut& cut) {
+    const size_t row = static_cast<size_t>(cut.width) * N;
+    const size_t end = cut.rows * sizeof(Row<T>) +
+                       row * (sizeof(Real) + sizeof(unsigned) + cut.map_rows * sizeof(float));
+    return (end + 7) / 8 * 8;
+  }
 };
 
 // What the whole block knows of its image.
@@ -67,6 +77,7 @@ struct ImagePart {
   const T* plane;
   Box mix{}, patch{};
   Corner corner{};
+  int blended = 0;  // the first entry of the rows that `blend_rows` makes
 };
 
 // All threads note where the tile's elements sample the box's columns.
@@ -115,6 +126,38 @@ __device__ void tabulate_rows(const Plan<T>& plan, const Place& place, const Ima
                  part.patch.columns.start * layout.inner;
   }
   tables.rows[r] = row;
+}
+
+// An entry of a crop between the two rows that it samples.
+template <typename T>
+__device__ __forceinline__ accumulate_t<T> blend(const Row<T>& row, unsigned at) {
+  const accumulate_t<T> first = widen(load<1>(row.crop_lower + at).at[0]);
+  const accumulate_t<T> second = widen(load<1>(row.crop_upper + at).at[0]);
+  return first + row.crop_weight * (second - first);
+}
+
+// The warps blend what the tile samples of every row: two loads an entry of the box, where each
+// output would take four. The tables are made; the rows are to be used behind a barrier.
+template <typename T, int N>
+__device__ void blend_rows(const Plan<T>& plan, const Place& place, ImagePart<T>& part,
+                           const Tables<T, N>& tables) {
+  using Real = accumulate_t<T>;
+  const int inner = static_cast<int>(plan.layout.inner);
+  const Interval& box = part.mix.columns;
+  const Resize<Real> columns =
+      resize_of<Real>(box.extent(), static_cast<int>(plan.layout.width), plan.align_corners);
+  const int first = columns.at(place.first_vector * N / inner).lower;
+  const int last = columns.at((place.past_vector * N - 1) / inner).upper;
+  const int count = (last + 1 - first) * inner;
+  part.blended = (box.start + first) * inner;
+  for (int r = threadIdx.x / kWarp; r < place.past_row - place.first_row; r += kAugmentWarps) {
+    const Row<T>& row = tables.rows[r];
+    Real* to = tables.blended + r * tables.stride;
+#pragma unroll 2
+    for (int e = threadIdx.x % kWarp; e < count; e += kWarp) {
+      to[spread(e)] = blend(row, static_cast<unsigned>(part.blended + e));
+    }
+  }
 }
 
 }  // namespace magsd::MAGSD_ISA

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from magsd.config import ViewsConfig
-from magsd_kernels import AttentionViews, attention_crop, attention_drop, sample_attention
+from magsd_kernels import AttentionViews
+from magsd_kernels.guided_views import sampled_views, scaled
 
 
 class GuidedViews(Protocol):
@@ -46,42 +47,33 @@ class MAGSDViews(nn.Module):
 
     def forward(self, images: Tensor, attention: Tensor, uniforms: Tensor) -> Tensor:
         """See `GuidedViews`."""
-        draws = self.views.draw(attention, uniforms=uniforms)
-        views: Tensor = self.views(images, attention, draws=draws)
+        views: Tensor = self.views(images, attention, uniforms=uniforms)
         return views
 
 
 class WSDANViews(nn.Module):
-    """Crop and drop, each by a map of its own; every resize with align_corners=True."""
+    """Crop and drop, (2, B, C, H, W), each by its own map; every resize with align_corners=True."""
 
     uniforms_per_image = 4
 
     def __init__(self, config: ViewsConfig) -> None:
         super().__init__()
-        self.crop_theta, self.drop_theta = config.crop_theta, config.drop_theta
+        self.ranges = (config.crop_theta, config.drop_theta)
         self.padding = config.padding
 
-    def forward(self, images: Tensor, attention: Tensor, uniforms: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, attention: Tensor, uniforms: Tensor) -> Tensor:
         """See `GuidedViews`."""
-        index = sample_attention(attention, uniforms[:, :2])
-        guide: dict[str, Any] = {"align_corners": True}
-        crop = attention_crop(
+        views, _ = sampled_views(
             images,
             attention,
-            _within(self.crop_theta, uniforms[:, 2]),
+            uniforms[:, :2],
+            scaled(uniforms[:, 2:], self.ranges),
             padding=self.padding,
-            index=index[:, 0],
-            **guide,
+            weight=1.0,
+            floor=0.0,
+            align_corners=True,
         )
-        drop = attention_drop(
-            images, attention, _within(self.drop_theta, uniforms[:, 3]), index=index[:, 1], **guide
-        )
-        return [crop, drop]
-
-
-def _within(bounds: tuple[float, float], uniforms: Tensor) -> Tensor:
-    low, high = bounds
-    return uniforms * (high - low) + low
+        return views
 
 
 def draw_uniforms(images: Tensor, views: GuidedViews, generator: torch.Generator | None) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from magsd_kernels._layout import accumulation_dtype, in_format_of
+from magsd_kernels.reference.attention_sampling import sample_attention
 
 
 def attention_boxes(
@@ -122,23 +123,52 @@ def attention_views(
     return views, torch.stack([mixup_boxes, patch_boxes])
 
 
+def sampled_views(
+    images: torch.Tensor,
+    attention: torch.Tensor,
+    uniforms: torch.Tensor,
+    theta: torch.Tensor,
+    offsets: torch.Tensor | None,
+    eps: float,
+    padding: float,
+    weight: float,
+    floor: float,
+    align_corners: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of maps that are drawn, without offsets mix-up and dim alone; index; boxes."""
+    index = sample_attention(attention, uniforms, eps)
+    if offsets is not None:
+        views, boxes = attention_views(
+            images, attention, index, theta, offsets, padding, weight, floor, align_corners
+        )
+        return views, index, boxes
+    maps, thetas = index.unbind(1), theta.unbind(1)
+    mixup, boxes = attention_mixup(
+        images, attention, maps[0], thetas[0], padding, weight, align_corners
+    )
+    dim = attention_dim(images, attention, maps[1], thetas[1], floor, align_corners)
+    return in_format_of(torch.stack([mixup, dim]), images), index, boxes[None]
+
+
 def attention_views_backward(
     grad: torch.Tensor,
     attention: torch.Tensor,
     index: torch.Tensor,
     theta: torch.Tensor,
-    offsets: torch.Tensor,
+    offsets: torch.Tensor | None,
     boxes: torch.Tensor,
     weight: float,
     floor: float,
     align_corners: bool,
 ) -> torch.Tensor:
-    """Gradient (B, C, H, W) of the images, from that of the three views (3, B, C, H, W)."""
+    """Gradient (B, C, H, W) of the images, from that of the views (2 or 3, B, C, H, W)."""
     wide = grad.to(accumulation_dtype(grad.dtype))
     mixup = attention_mixup_backward(wide[0], boxes[0], weight, align_corners)
     dim = attention_dim(wide[1], attention, index[:, 1], theta[:, 1], floor, align_corners)
-    patch = attention_patch_backward(wide[2], boxes[1], offsets)
-    return in_format_of((mixup + dim + patch).to(grad.dtype), grad[0])
+    total = mixup + dim
+    if offsets is not None:
+        total = total + attention_patch_backward(wide[2], boxes[1], offsets)
+    return in_format_of(total.to(grad.dtype), grad[0])
 
 
 def _guide(

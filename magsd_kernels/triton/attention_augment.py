@@ -2,7 +2,7 @@
 
 The images are read once and every view is written once; the attention maps are small. Two launches:
 
-- boxes, in `_augment_boxes.py`;
+- boxes, in `_augment_boxes.py`, and the maps that views draw;
 - views: one program per tile of rows and columns of an image, the rows of all its planes counted in
   one. A row holds the pixels of an NCHW plane or the pixels times channels of an NHWC image, where
   the neighbour to the right lies C elements on: one kernel for both. The crop and the patch are
@@ -30,6 +30,7 @@ from magsd_kernels.triton._common import (
     block,
     tile,
     tunable,
+    with_rows,
     with_warps,
 )
 from magsd_kernels.triton._guide import MAP_TILE, box_of, factor_of, paste_start, sample_at, step_of
@@ -301,11 +302,48 @@ def attention_views(
     """Views (3, B, C, H, W): mix-up, dim, patch; and boxes (2, B, 4) of mix-up and patch."""
     size = (images.shape[2], images.shape[3])
     boxes = find_boxes(attention, index, theta, size, padding, align_corners, views=range(0, 4, 2))
-    views = empty_like_format(images, 3)
+    plan = _views_plan(attention, index, theta, offsets, boxes, weight, floor, align_corners)
+    return _make_views(images, plan), boxes
+
+
+def sampled_views(
+    images: torch.Tensor,
+    attention: torch.Tensor,
+    uniforms: torch.Tensor,
+    theta: torch.Tensor,
+    offsets: torch.Tensor | None,
+    eps: float,
+    padding: float,
+    weight: float,
+    floor: float,
+    align_corners: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of maps that are drawn, without offsets mix-up and dim alone; index; boxes."""
+    attention, index = with_rows(attention), theta.new_empty(theta.shape, dtype=torch.int64)
+    boxes = find_boxes(
+        attention, index, theta, (images.shape[2], images.shape[3]), padding, align_corners,
+        views=range(0, theta.shape[1], 2), uniforms=uniforms, eps=eps,
+    )  # fmt: skip
+    plan = _views_plan(attention, index, theta, offsets, boxes, weight, floor, align_corners)
+    return _make_views(images, plan), index, boxes
+
+
+def _views_plan(
+    attention: torch.Tensor, index: torch.Tensor, theta: torch.Tensor,
+    offsets: torch.Tensor | None, boxes: torch.Tensor, weight: float, floor: float,
+    align_corners: bool,
+) -> _Plan:  # fmt: skip
     guide, sizes = _guide(attention, index, theta, 1)
-    plan = _Plan(boxes[0], boxes[1], offsets, guide, sizes, weight, floor, align_corners)
-    _make(images, plan, tuple(views.unbind()))
-    return views, boxes
+    patch_boxes = None if offsets is None else boxes[1]
+    return _Plan(boxes[0], patch_boxes, offsets, guide, sizes, weight, floor, align_corners)
+
+
+def _make_views(images: torch.Tensor, plan: _Plan) -> torch.Tensor:
+    """Mix-up, dim and, with offsets, patch."""
+    views = empty_like_format(images, 2 if plan.offsets is None else 3)
+    mixed, dimmed, *patched = views.unbind()
+    _make(images, plan, (mixed, dimmed, patched[0] if patched else None))
+    return views
 
 
 def attention_views_backward(
@@ -313,14 +351,14 @@ def attention_views_backward(
     attention: torch.Tensor,
     index: torch.Tensor,
     theta: torch.Tensor,
-    offsets: torch.Tensor,
+    offsets: torch.Tensor | None,
     boxes: torch.Tensor,
     weight: float,
     floor: float,
     align_corners: bool,
 ) -> torch.Tensor:
-    """Gradient (B, C, H, W) of the images, from that of the three views (3, B, C, H, W)."""
-    guide, sizes = _guide(attention, index, theta, 1)
+    """Gradient (B, C, H, W) of the images, from that of the views (2 or 3, B, C, H, W)."""
     boxes = boxes.contiguous()
-    plan = _Plan(boxes[0], boxes[1], offsets, guide, sizes, weight, floor, align_corners)
-    return _make_gradient(tuple(grad.unbind()), plan)
+    plan = _views_plan(attention, index, theta, offsets, boxes, weight, floor, align_corners)
+    mixed, dimmed, *patched = grad.unbind()
+    return _make_gradient((mixed, dimmed, patched[0] if patched else None), plan)

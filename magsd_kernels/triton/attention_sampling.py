@@ -17,18 +17,17 @@ _TILE = 4096  # elements of the maps in flight
 
 
 @triton.jit
-def _sample_kernel(
-    attention, uniforms, drawn, maps, pixels, draws,
-    step_b, step_m, step_p, step_row, step_draw,
-    EPS: tl.constexpr, MAPS: tl.constexpr, PIXELS: tl.constexpr, DRAWS: tl.constexpr,
+def shares_of(
+    image, maps, pixels, step_m, step_p,
+    EPS: tl.constexpr, MAPS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
+    """Inclusive cumulative weights of an image's maps, divided by their last: (MAPS,) float64."""
     m = tl.arange(0, MAPS)
     sums = tl.zeros([MAPS], tl.float64)
     for start in range(0, pixels, PIXELS):
         p = start + tl.arange(0, PIXELS)
         values = tl.load(
-            attention + b * step_b + m[:, None] * step_m + p[None, :] * step_p,
+            image + m[:, None] * step_m + p[None, :] * step_p,
             mask=(m[:, None] < maps) & (p[None, :] < pixels),
             other=0.0,
         )
@@ -37,14 +36,36 @@ def _sample_kernel(
     # used once: Triton does not compile for AMD what uses float64 sums of a loop twice.
     weights = tl.where(m < maps, tl.sqrt(tl.maximum(sums, 0.0) + EPS), 0.0)
     cumulative = tl.cumsum(weights, 0)
-    total = tl.sum(tl.where(m == maps - 1, cumulative, 0.0), 0)
-    share = cumulative / total
+    return cumulative / tl.sum(tl.where(m == maps - 1, cumulative, 0.0), 0)
+
+
+@triton.jit
+def drawn_maps(share, u, maps, MAPS: tl.constexpr):
+    """The maps (N,) int64 that uniforms u (N,) draw."""
+    m = tl.arange(0, MAPS)
+    passed = (share[None, :] <= u.to(tl.float64)[:, None]) & (m[None, :] < maps)
+    return tl.minimum(tl.sum(passed.to(tl.int32), 1), maps - 1).to(tl.int64)
+
+
+@triton.jit
+def _sample_kernel(
+    attention, uniforms, drawn, maps, pixels, draws,
+    step_b, step_m, step_p, step_row, step_draw,
+    EPS: tl.constexpr, MAPS: tl.constexpr, PIXELS: tl.constexpr, DRAWS: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    share = shares_of(attention + b * step_b, maps, pixels, step_m, step_p, EPS, MAPS, PIXELS)
     for start in range(0, draws, DRAWS):
         k = start + tl.arange(0, DRAWS)
         u = tl.load(uniforms + b * step_row + k * step_draw, mask=k < draws, other=0.0)
-        passed = (share[None, :] <= u.to(tl.float64)[:, None]) & (m[None, :] < maps)
-        below = tl.minimum(tl.sum(passed.to(tl.int32), 1), maps - 1)
-        tl.store(drawn + b * draws + k, below.to(tl.int64), mask=k < draws)
+        tl.store(drawn + b * draws + k, drawn_maps(share, u, maps, MAPS), mask=k < draws)
+
+
+def weighing_tile(attention: torch.Tensor) -> dict[str, int]:
+    """How many maps and pixels of an image `shares_of` takes at a time."""
+    _, maps, height, width = attention.shape
+    wide = triton.next_power_of_2(maps)
+    return {"MAPS": wide, "PIXELS": block(height * width, max(_TILE // wide, 1))}
 
 
 def sample_attention(attention: torch.Tensor, uniforms: torch.Tensor, eps: float) -> torch.Tensor:
@@ -53,12 +74,10 @@ def sample_attention(attention: torch.Tensor, uniforms: torch.Tensor, eps: float
     drawn = uniforms.new_empty(uniforms.shape, dtype=torch.int64)
     if drawn.numel() == 0:
         return drawn
-    wide = triton.next_power_of_2(maps)
-    attention = with_rows(attention)
+    attention, cut = with_rows(attention), weighing_tile(attention)
     _sample_kernel[(batch,)](
         attention, uniforms, drawn, maps, height * width, uniforms.shape[1],
         *pixel_steps(attention), *uniforms.stride(),
-        EPS=eps, MAPS=wide, PIXELS=block(height * width, max(_TILE // wide, 1)),
-        DRAWS=block(uniforms.shape[1], max(_TILE // wide, 1)),
+        EPS=eps, DRAWS=block(uniforms.shape[1], max(_TILE // cut["MAPS"], 1)), **cut,
     )  # fmt: skip
     return drawn

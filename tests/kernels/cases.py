@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import magsd_kernels as mk
+from magsd_kernels import guided_views
 
 from .support import attention_maps, random, tensors_of, uniform
 
@@ -105,6 +106,23 @@ def _views(batch: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def sampled_views(*arguments: Any, **options: Any) -> Tensor:
+    """The views alone, as `AttentionViews` returns them; it is what calls the function."""
+    return guided_views.sampled_views(*arguments, **options)[0]
+
+
+def _sampled(batch: int, dtype: torch.dtype) -> dict[str, Any]:
+    arguments = {**_views(batch, dtype), "uniforms": uniform(batch, 3, seed=10)}
+    del arguments["index"]
+    return arguments
+
+
+def _sampled_pair(batch: int, dtype: torch.dtype) -> dict[str, Any]:
+    arguments = _sampled(batch, dtype)
+    del arguments["offsets"]
+    return arguments | {name: arguments[name][:, :2] for name in ("theta", "uniforms")}
+
+
 def _loss(batch: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "logits": 2 * random(batch, 4, seed=11, dtype=dtype),
@@ -159,6 +177,8 @@ CASES = (
     Case("dim", mk.attention_dim, _view, ("images",)),
     Case("drop", mk.attention_drop, _view, ("images",)),
     Case("views", mk.attention_views, _views, ("images",)),
+    Case("sampled_views", sampled_views, _sampled, ("images",)),
+    Case("sampled_pair", sampled_views, _sampled_pair, ("images",)),
     Case("loss", mk.soft_distance_loss, _loss, _LOGITS),
     Case("weighted_loss", mk.soft_distance_loss, _weighted_loss, _LOGITS),
 )

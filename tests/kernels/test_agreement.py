@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 import magsd_kernels as mk
 
 from . import oracles
-from .cases import CASES, Case
+from .cases import CASES, Case, sampled_views
 from .support import (
     Target,
     all_dtypes,
@@ -82,6 +82,21 @@ def assert_clear_of_thresholds(attention: Tensor, theta: Tensor, index: Tensor) 
         assert not oracles.threshold_sides(low, theta[b, view], SIZE, False).undecided.any()
 
 
+def _sampled(seed: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
+    arguments = _views(seed, batch, dtype) | {"uniforms": uniform(BATCH, 3, seed=seed + 4)}
+    attention, theta = arguments["attention"], arguments["theta"]
+    index = torch.tensor(oracles.sample_attention(attention, arguments["uniforms"]))
+    assert_clear_of_thresholds(attention, theta, index)
+    del arguments["index"]
+    return arguments
+
+
+def _sampled_pair(seed: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
+    arguments = _sampled(seed, batch, dtype)
+    del arguments["offsets"]
+    return arguments | {name: arguments[name][:, :2] for name in ("theta", "uniforms")}
+
+
 def _view(seed: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
     arguments = _views(seed, batch, dtype)
     first = {name: arguments[name][:, 0] for name in ("theta", "index")}
@@ -123,13 +138,15 @@ BUILDERS = {
     mk.attention_dim: _view,
     mk.attention_drop: _view,
     mk.attention_views: _views,
+    sampled_views: _sampled,
     mk.soft_distance_loss: _loss,
 }
+BY_NAME = {"weighted_loss": _weighted_loss, "sampled_pair": _sampled_pair}
 
 
 def larger(case: Case, seed: int) -> Case:
     """The case's function and options, with inputs of this file."""
-    build = _weighted_loss if case.name == "weighted_loss" else BUILDERS[case.function]
+    build = BY_NAME.get(case.name) or BUILDERS[case.function]
     return replace(case, build=partial(build, seed))
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+import magsd_kernels as mk
+
 from .support import Target, all_dtypes, both_corners, dtype_id, random, uniform
-from .test_attention_views import check_views
+from .test_attention_views import check_views, views_guide
 
 wide_and_narrow = pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=dtype_id)
 
@@ -18,6 +20,21 @@ wide_and_narrow = pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat1
 def test_long_rows(target, dtype, align_corners, width, layout):
     """Rows of several tiles, read one element or several at a time."""
     check_views(target, dtype, (3, width), (2, 3), layout, align_corners=align_corners)
+
+
+@all_dtypes
+@both_corners
+def test_pixels_of_many_channels(target, dtype, align_corners):
+    """Rows too long for shared memory: the same bits as those of planes of one channel."""
+    if target.interpreted:
+        pytest.skip("has no shared memory, and takes minutes")
+    images = random(2, 4700, 3, 5, seed=34, dtype=dtype).to(target.device)
+    g = {k: v.to(target.device) for k, v in views_guide(batch=2, low=(3, 2)).items()}
+    planes, pixels = (
+        target.call(mk.attention_views, x, **g, align_corners=align_corners)
+        for x in (images, images.contiguous(memory_format=torch.channels_last))
+    )
+    assert torch.equal(planes, pixels)
 
 
 @wide_and_narrow

@@ -174,6 +174,9 @@ def _guided(draw: random.Random, dtype: torch.dtype) -> dict[str, list[Any]]:
     grads = _floats(draw, 3 * batch, *images.shape[1:], dtype=dtype).view(3, *images.shape)
     guide, corners = [attention, index, theta], draw.random() < 0.5
     guides = [attention, indices, thetas, offsets]
+    some = draw.choice((2, 3))
+    sampled = [attention, torch.rand(batch, some), thetas[:, :some]]
+    sampled_offsets = offsets if some == 3 else None
     return {
         "attention_boxes": [*guide, size, 0.1, corners],
         "attention_mixup": [images, *guide, 0.1, 0.4, corners],
@@ -182,8 +185,14 @@ def _guided(draw: random.Random, dtype: torch.dtype) -> dict[str, list[Any]]:
         "attention_patch_backward": [images, boxes, offsets],
         "attention_dim": [images, *guide, 0.001, corners],
         "attention_views": [images, *guides, 0.1, 0.4, 0.001, corners],
-        "attention_views_backward": [grads, *guides, both, 0.4, 0.001, corners],
-    }
+        "sampled_views": [
+            images, *sampled, sampled_offsets, 1e-12, 0.1, 0.4, 0.001, corners,
+        ],
+        "attention_views_backward": [
+            grads[:some], attention, indices[:, :some], *sampled[2:], sampled_offsets,
+            both[: some - 1], 0.4, 0.001, corners,
+        ],
+    }  # fmt: skip
 
 
 BUILDERS: dict[str, Callable[[random.Random, torch.dtype], dict[str, list[Any]]]] = {

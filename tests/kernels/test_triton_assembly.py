@@ -89,6 +89,15 @@ def views(dtype, layout):
     attention_augment.attention_views_backward(made, *given, boxes, 0.4, 0.001, False)
 
 
+def sampled_boxes(dtype, layout):
+    maps = empty(64, 32, 7, 7, dtype=dtype, layout=layout)
+    index, theta, uniforms = empty(64, 3, dtype=torch.int64), empty(64, 3), empty(64, 3)
+    size, views = (224, 224), range(0, 4, 2)
+    attention_augment.find_boxes(
+        maps, index, theta, size, 0.1, False, views=views, uniforms=uniforms, eps=1e-12
+    )
+
+
 def single_views(dtype, layout):
     images, given = empty(16, 3, 448, 448, dtype=dtype, layout=layout), guide(16, 14, dtype)
     offsets = empty(16, 2)
@@ -123,6 +132,7 @@ CASES: dict[str, Launch] = {
     "multiscale 14x14 bilinear": functools.partial(multiscale, 64, size=14, mode="bilinear"),
     "resample": resample,
     "views": views,
+    "sampled boxes": sampled_boxes,
     "single views": single_views,
     "sampling": sampling,
     "distance": distance,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from magsd.cli import train
 from magsd.config import Config, LossConfig, ViewsConfig, load_config
@@ -23,6 +24,7 @@ from magsd.training.distributed import (
 )
 from magsd.training.run_data import open_images, training_loader
 from magsd.training.step import Share, make_step
+from magsd.training.views import MAGSDViews, WSDANViews
 from magsd_kernels import AttentionViews
 
 
@@ -107,6 +109,24 @@ def test_views_of_given_uniforms() -> None:
     assert all(torch.equal(a[2:4], b) for a, b in zip(drawn, some, strict=True))
     with pytest.raises(ValueError, match=r"AttentionViews: uniforms must have shape \(5, 8\)"):
         views.draw(attention, uniforms=uniforms[:4])
+
+
+@pytest.mark.parametrize("views", [MAGSDViews(ViewsConfig()), WSDANViews(ViewsConfig())])
+def test_views_of_a_step_are_one_operator(views) -> None:
+    """Drawing their maps is part of it: two launches on a GPU."""
+    images, attention = torch.rand(5, 1, 24, 24), torch.rand(5, 4, 6, 6)
+    called = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        made = views(images, attention, torch.rand(5, views.uniforms_per_image))
+    assert made.shape[1:] == images.shape
+    assert [name for name in called if name.startswith("magsd")][:1] == ["magsd::sampled_views"]
+    assert sum(name.startswith("magsd::") for name in called) == 1
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet"])

@@ -95,11 +95,11 @@ def test_each_view_has_its_own_batch_statistics() -> None:
 def test_configured_ranges_and_constants_reach_the_views(monkeypatch) -> None:
     seen = {}
 
-    def record(images, attention, index, theta, offsets, **constants):
+    def record(images, attention, uniforms, theta, offsets, **constants):
         seen.update(constants, theta=theta)
-        return images.expand(3, *images.shape)
+        return images.expand(3, *images.shape), torch.zeros(len(images), 3, dtype=torch.int64)
 
-    monkeypatch.setattr("magsd_kernels.guided_views.attention_views", record)
+    monkeypatch.setattr("magsd_kernels.guided_views.sampled_views", record)
     views = ViewsConfig((0.1, 0.2), (0.3, 0.5), (0.7, 0.7), padding=0.2, weight=0.3, floor=0.01)
     make_step("magsd", views, LossConfig(), None)(make_model(), *make_batch())
     assert (seen["padding"], seen["weight"], seen["floor"]) == (0.2, 0.3, 0.01)
