@@ -15,15 +15,11 @@ import magsd_kernels
 from magsd.config import Config, load_config
 from magsd.errors import ConfigError, RunError
 from magsd.models import Classifier, build_model
+from magsd.torch_settings import deterministic_algorithms, tf32_products, timed_convolutions
 from magsd.training.checkpoint import disk_full_as_error, load_checkpoint, load_weights
 from magsd.training.distributed import Team, restarted, team_of
 from magsd.training.metrics_log import MetricsLog
-from magsd.training.precision import (
-    Precision,
-    choose_device,
-    deterministic_algorithms,
-    tf32_products,
-)
+from magsd.training.precision import Precision, choose_device
 from magsd.training.progress import TrainingProgress
 from magsd.training.run_data import RunData, prepare_data, preprocessing_of
 from magsd.training.run_folder import RunFolder
@@ -127,6 +123,7 @@ def _train_run(
             disk_full_as_error(folder.root, advice),
             kernels(config),
             deterministic_algorithms(config.train.deterministic),
+            timed_convolutions(),  # a run has few shapes, each of them many times
             tf32_products(config.train.precision == "tf32"),
         ):
             payload = team.tell(stored_state(folder) if resume and team.leads else None)
