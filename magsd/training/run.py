@@ -26,6 +26,8 @@ from magsd.training.run_folder import RunFolder
 from magsd.training.run_start import begin, claim, stored_state
 from magsd.training.signals import StopRequest
 from magsd.training.trainer import Trainer
+from magsd_kernels import BackendUnavailable
+from magsd_kernels.info import in_use
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,18 @@ def kernels(config: Config) -> Iterator[None]:
         yield
 
 
+def kernels_in_use(config: Config, device: torch.device) -> str:
+    """What runs which operation within `kernels`, in a line.
+
+    Raises `ConfigError` where the backend asked for, in MAGSD_BACKEND too, cannot run them.
+    """
+    dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+    try:
+        return in_use(device, dtype)
+    except (ValueError, BackendUnavailable) as error:
+        raise ConfigError(f"no kernels to run on {device}: {error}") from None
+
+
 def train_run(
     config: Config,
     out: str | Path,
@@ -126,6 +140,8 @@ def _train_run(
             timed_convolutions(),  # a run has few shapes, each of them many times
             tf32_products(config.train.precision == "tf32"),
         ):
+            using = kernels_in_use(config, precision.device)
+            console.print(f"kernels: {using}", highlight=False, markup=False, soft_wrap=True)
             payload = team.tell(stored_state(folder) if resume and team.leads else None)
             # Images or weights that cannot be used are told before the folder is touched: a run
             # that is to be overwritten still stands then.
