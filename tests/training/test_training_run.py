@@ -26,7 +26,7 @@ from magsd.training.run import kernels, train_run
 from magsd.training.run_data import training_loader
 from magsd.training.run_folder import RunFolder, default_run_folder
 from magsd.training.signals import StopRequest
-from magsd.training.trainer import class_weights
+from magsd.training.step import class_weights
 from magsd.training.validation import validate
 
 
