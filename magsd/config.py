@@ -120,7 +120,7 @@ class TrainConfig:
     precision: of the forward passes; "tf32" is float32 whose products may run in TF32 on a GPU.
     recompute: the backbone's activations are computed again in the backward instead of being kept.
     compile: torch.compile for the backbone.
-    cuda_graph: on a GPU, record the step in a CUDA graph; not where several processes train.
+    cuda_graph: on a GPU, record the step in a CUDA graph; a line says so where that does not go.
     batch_size: images of a step, which all processes share.
     sync_batchnorm: where several processes train on GPUs, batch statistics are those of all of
         them; otherwise each process normalises by its own images.

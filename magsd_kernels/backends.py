@@ -94,14 +94,17 @@ def select(operation: str, backend: str | None, tensor: torch.Tensor) -> str:
         ValueError: the name is unknown.
         BackendUnavailable: a named backend cannot run these tensors.
     """
-    name = backend
-    if name is None and _context.names:
-        name = _context.names[-1]
-    if name is None:
-        name = environment.value(environment.BACKEND) or "auto"
+    name = backend if backend is not None else asked_for()
     if _known(name) == "reference":
         return name
     return _resolve(operation, name, tensor.device.type, tensor.dtype)
+
+
+def asked_for() -> str:
+    """The backend of calls that name none: the innermost `use_backend`'s, or the environment's."""
+    if _context.names:
+        return _context.names[-1]
+    return environment.value(environment.BACKEND) or "auto"
 
 
 _resolved: dict[tuple[object, ...], str] = {}

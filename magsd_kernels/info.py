@@ -10,7 +10,7 @@ import sys
 import torch
 
 from magsd_kernels import __version__, environment, native
-from magsd_kernels.backends import backends
+from magsd_kernels.backends import OPERATIONS, asked_for, backends, preference, select, why_not
 
 
 def report() -> dict[str, dict[str, str]]:
@@ -24,6 +24,43 @@ def report() -> dict[str, dict[str, str]]:
             name: environment.value(name) or "not set" for name in environment.VARIABLES
         },
     }
+
+
+def in_use(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+    """One line: what runs each operation on tensors of a device where a call names no backend.
+
+    Where "auto" passes over a backend that it would rather take, the reason follows. Raises as the
+    operations do: `ValueError` for an unknown name, `BackendUnavailable`.
+    """
+    device = torch.device(device)
+    rows: dict[tuple[str, str], list[str]] = {}
+    sample = torch.empty(0, dtype=dtype, device=device)
+    for operation in OPERATIONS:
+        chosen = select(operation, None, sample)
+        tried = preference(operation, device.type) if asked_for() == "auto" else ()
+        better = tried[: tried.index(chosen)] if chosen in tried else tried
+        reasons = [f"{name}: {why_not(name, operation, device.type, dtype)}" for name in better]
+        rows.setdefault((chosen, "; ".join(reasons)), []).append(operation)
+    parts = [
+        f"{_KINDS[chosen]()} for {', '.join(operations) if len(rows) > 1 else 'all operations'}"
+        + (f" ({reasons})" if reasons else "")
+        for (chosen, reasons), operations in rows.items()
+    ]
+    return f"{'; '.join(parts)}, on {_device_name(sample.device)}"
+
+
+_KINDS = {
+    "reference": lambda: "reference (PyTorch)",
+    "cpu": lambda: f"cpu (C++, {native.instruction_set()})",
+    "cuda": lambda: "cuda (CUDA C++)",
+    "triton": lambda: "triton (Triton)",
+}
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})"
 
 
 def _versions() -> dict[str, str]:

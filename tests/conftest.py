@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -79,3 +80,32 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     Keywords are environment variables; PYTHONPATH comes before the package's folder.
     """
     return _run_python
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device beside a host without any: tensors there have no numbers, but copies are seen.
+
+    Reading from it fails. Pinned memory is marked as such, and generators claim to be there.
+    """
+    import torch
+
+    from magsd.data import loader
+
+    pinned: dict[int, torch.Tensor] = {}
+
+    def pin_memory(values: torch.Tensor) -> torch.Tensor:
+        copy = values.clone()
+        pinned[id(copy)] = copy
+        return copy
+
+    class Generator(torch.Generator):
+        device = torch.device("meta")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda values: id(values) in pinned)
+    monkeypatch.setattr(torch, "Generator", lambda device: Generator())
+    monkeypatch.setattr(torch, "autocast", lambda device, **_: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 40, 1 << 40))
+    monkeypatch.setattr(loader, "PINNED_FOR", frozenset(("meta",)))
+    return "meta"

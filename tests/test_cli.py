@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,9 @@ from magsd.cli import training_config
 from magsd.config import load_config
 from magsd.errors import ConfigError, DataError, RunError
 from magsd.training.run_data import same_source
+from magsd_kernels import native
+
+backends = sys.modules["magsd_kernels.backends"]  # a function has its name in the package
 
 Process = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -122,6 +126,72 @@ def test_train_writes_a_run_and_a_table(trained: Path) -> None:
     assert code == 0
     for words in ("validation accuracy", "attention inside masks", "uniform map", "images/s"):
         assert words in output, words
+
+
+ALL = "all operations, on cpu"
+
+
+@pytest.mark.parametrize(
+    ("option", "variable", "missing", "line"),
+    [
+        ("reference", None, {}, f"reference (PyTorch) for {ALL}"),
+        ("reference", "cpu", {}, f"reference (PyTorch) for {ALL}"),
+        (None, "reference", {}, f"reference (PyTorch) for {ALL}"),
+        ("cpu", None, {}, f"cpu (C++, {{}}) for {ALL}"),
+        (None, None, {}, f"cpu (C++, {{}}) for {ALL}"),
+        (
+            None,
+            None,
+            {("cpu", "soft_distance"): "not written"},
+            "cpu (C++, {}) for multiscale_attention, bilinear_pool, attention_sampling, "
+            "attention_augment; reference (PyTorch) for soft_distance (cpu: not written), on cpu",
+        ),
+    ],
+)
+def test_train_says_what_runs_the_operations(
+    option: str | None,
+    variable: str | None,
+    missing: dict[tuple[str, str], str],
+    line: str,
+    pairs: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One line, before the images are read: that fails here, which keeps the test short."""
+    if "{}" in line:
+        if backends.backends()["cpu"] != "available":
+            pytest.skip(f"no cpu kernels: {backends.backends()['cpu']}")
+        line = line.format(native.instruction_set())
+    monkeypatch.setattr(backends, "MISSING", missing)
+    monkeypatch.setattr(backends, "_resolved", {})
+    if variable is not None:
+        monkeypatch.setenv("MAGSD_BACKEND", variable)
+    else:
+        monkeypatch.delenv("MAGSD_BACKEND", raising=False)
+    words = ["train", "--out", str(tmp_path / "run"), *pairs, "--data", "folder:/nowhere"]
+    words += [] if option is None else ["--kernels", option]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, words)
+    assert isinstance(result.exception, DataError)
+    said = [text for text in result.output.splitlines() if text.startswith("kernels: ")]
+    assert said == [f"kernels: {line}"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("fast", "backend must be one of reference, cpu"),
+        ("triton", "backend 'triton' cannot run here: "),
+    ],
+)
+def test_a_backend_of_the_environment_that_cannot_run_is_one_message(
+    variable: str, message: str, pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAGSD_BACKEND", variable)
+    monkeypatch.setitem(backends._DEVICES, "triton", ("xpu",))
+    monkeypatch.setattr(backends, "_resolved", {})
+    with pytest.raises(ConfigError, match=message):
+        run("train", "--out", tmp_path / "run", *pairs)
+    assert not (tmp_path / "run").exists()
 
 
 def test_train_refuses_another_runs_folder(trained: Path, pairs: list[str]) -> None:

@@ -9,8 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Call = Callable[[], object]
 
@@ -18,6 +21,7 @@ _GRAPH_REPLAYS = 30
 _LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset", "cudaGraphLaunch")
 _WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
 _HOST_READS = frozenset((torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero))
+_FROM_NUMBERS = frozenset((torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor))
 #: Inputs of all sets together pass this many bytes on the CPU, and twice the L2 cache on a GPU.
 #: A processor's last cache is often shared with strangers, so that no size is safely beyond it.
 _CPU_FOOTPRINT = 64 << 20
@@ -115,22 +119,77 @@ class Device:
 
 
 class HostReads(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU, on whatever device: numbers read, shapes too.
+    """Counts what would make the host wait for a GPU, on whatever device.
 
-    What an operation does within itself is not seen. On a GPU ours read nothing there; on a CPU
-    they read as they please.
+    Numbers that are read, and shapes; where the device is not the host, copies between them as
+    well, unless they are non_blocking and, towards the device, out of pinned memory. What an
+    operation does within itself is not seen. On a GPU ours read nothing there; on a CPU they read
+    as they please.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self._factories = _Factories(self)
+
+    def __enter__(self) -> HostReads:
+        self._factories.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._factories.__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Count and pass on."""
-        self.count += func.overloadpacket in _HOST_READS
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        operation = func.overloadpacket
+        if operation in _HOST_READS:
+            self.count += 1
+        elif operation is torch.ops.aten._to_copy:
+            device = torch.device(kwargs.get("device") or args[0].device)
+            self.count += _waits(args[0], device, bool(kwargs.get("non_blocking")))
+        elif operation is torch.ops.aten.copy_:
+            free = bool(args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+            self.count += _waits(args[1], args[0].device, free)
+        else:
+            self.count += _mixes(args)
+        return func(*args, **kwargs)
+
+
+class _Factories(TorchFunctionMode):
+    """Counts tensors made of Python's numbers on a device, which pass through unpinned memory."""
+
+    def __init__(self, reads: HostReads) -> None:
+        super().__init__()
+        self._reads = reads
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Count and pass on."""
+        made = func(*args, **(kwargs or {}))
+        if func in _FROM_NUMBERS and made.device.type != "cpu":
+            copied = func is not Tensor.new_tensor and isinstance(args[0], Tensor)
+            self._reads.count += not copied  # a copy of a tensor is seen below
+        return made
+
+
+def _waits(source: Tensor, device: torch.device, non_blocking: bool) -> bool:
+    """Whether a copy makes the host wait; one within a device does not."""
+    if (source.device.type == "cpu") == (device.type == "cpu"):
+        return False
+    return not (non_blocking and (source.device.type != "cpu" or source.is_pinned()))
+
+
+def _mixes(arguments: Any) -> bool:
+    """Whether an operation on a device takes more than a number from the host, as an index is."""
+    tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
+    on_host = [x.device.type == "cpu" and x.ndim > 0 for x in tensors]
+    return any(on_host) and any(x.device.type != "cpu" for x in tensors)
 
 
 def count_activity(names: Iterable[str]) -> tuple[int, int]:

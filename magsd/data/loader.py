@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from magsd.errors import DataError
 
 class Batch(NamedTuple):
     """images (B, C, S, S) float32 z-scored; labels (B,) int64; indices into the cache, or
-    numbers in the shards.
+    numbers in the shards; host_labels: the labels where the host can read them without a wait.
 
     places: of the whole batch, in the loader's `indices` and `labels`; of shards, whose labels are
     not known before they are read, those that are here. part: which of the batch are here, all
@@ -31,6 +32,11 @@ class Batch(NamedTuple):
     indices: list[int]
     places: list[int]
     part: Part
+    host_labels: Tensor
+
+
+#: Device types to which pages of the host are pinned before a copy: only then can the host go on.
+PINNED_FOR = frozenset(("cuda",))
 
 
 def share_bounds(count: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -99,6 +105,14 @@ class Loader(ABC):
         """Labels of the whole batch, of which this loader brought a part; None: not known here."""
         return None
 
+    def _pin(self, values: Tensor) -> Tensor:
+        """The same of the host's, in memory from which the device reads by itself."""
+        return values.pin_memory() if self.device.type in PINNED_FOR else values
+
+    def _send(self, pinned: Tensor) -> Tensor:
+        """A copy on the device, for which the host does not wait where `_pin` made its source."""
+        return pinned.to(self.device, non_blocking=self.device.type in PINNED_FOR)
+
     def _prepare(self, pixels: Tensor, epoch: int, step: int, part: Part) -> Tensor:
         """Augmented and z-scored images (B, C, S, S) of uint8 pixels."""
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
@@ -156,6 +170,9 @@ class BatchLoader(Loader):
         self.indices = [int(i) for i in indices]
         self.on_device = on_device
         self.labels = self._number_labels()
+        self._host_labels = torch.tensor(self.labels, dtype=torch.int64)
+        self._numbers = np.array(self.indices, dtype=np.int64)
+        self._placed: tuple[Tensor, Tensor] | None = None
 
     def _number_labels(self) -> list[int]:
         number = {name: place for place, name in enumerate(self.classes)}
@@ -195,7 +212,8 @@ class BatchLoader(Loader):
         ):
             part = Part(first, len(places))
             indices = [self.indices[place] for place in here]
-            yield Batch(self._prepare(pixels, epoch, step, part), labels, indices, places, part)
+            images = self._prepare(pixels, epoch, step, part)
+            yield Batch(images, labels, indices, places, part, self._host_labels[here])
 
     def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:
@@ -206,35 +224,42 @@ class BatchLoader(Loader):
 
     def _fetch(self, chosen: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """uint8 pixels and labels of each batch, on the device."""
-        labels = torch.tensor(self.labels, dtype=torch.int64)
-        numbers = torch.tensor(self.indices, dtype=torch.int64)
-        if self.device.type != "cuda":
+        if self.device.type not in PINNED_FOR:
             for places in chosen:
-                pixels = torch.from_numpy(self.cache.images[numbers[places].numpy()])
-                yield pixels.to(self.device), labels[places].to(self.device)
+                images, labels = self._gather(places)
+                yield self._send(images), self._send(labels)
             return
-        images = self._images_on_device()
-        if images is not None:
-            labels, numbers = labels.to(self.device), numbers.to(self.device)
-            for places in chosen:
-                # Only a copy from pinned memory leaves the host free to go on.
-                here = torch.tensor(places).pin_memory().to(self.device, non_blocking=True)
-                yield images[numbers[here]], labels[here]
+        held = self._images_on_device()
+        if held is None:
+            yield from self._fetch_ahead(chosen)
             return
+        all_labels, rows = self._on_device()
+        order = self._send(self._pin(torch.tensor(list(chain(*chosen)), dtype=torch.int64)))
+        for here in order.split([len(places) for places in chosen]):
+            yield held[rows[here]], all_labels[here]
 
-        def gather(places: list[int]) -> tuple[Tensor, Tensor]:
-            pixels = torch.from_numpy(self.cache.images[numbers[places].numpy()])
-            return pixels.pin_memory(), labels[places].pin_memory()
+    def _gather(self, places: list[int]) -> tuple[Tensor, Tensor]:
+        """uint8 pixels and labels of one batch, on the host."""
+        pixels = torch.from_numpy(self.cache.images[self._numbers[places]])
+        return self._pin(pixels), self._pin(self._host_labels[places])
 
+    def _fetch_ahead(self, chosen: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same as `_fetch`, each batch gathered while the one before is trained on."""
         with ThreadPoolExecutor(1) as pool:
-            ahead = [pool.submit(gather, places) for places in chosen[:1]]
+            ahead = [pool.submit(self._gather, places) for places in chosen[:1]]
             for place in range(len(chosen)):
-                ahead += [pool.submit(gather, places) for places in chosen[place + 1 : place + 2]]
-                images_here, labels_here = ahead.pop(0).result()
-                yield (
-                    images_here.to(self.device, non_blocking=True),
-                    labels_here.to(self.device, non_blocking=True),
-                )
+                ahead += [
+                    pool.submit(self._gather, places) for places in chosen[place + 1 : place + 2]
+                ]
+                images, labels = ahead.pop(0).result()
+                yield self._send(images), self._send(labels)
+
+    def _on_device(self) -> tuple[Tensor, Tensor]:
+        """Label and row in the cache of each of the loader's images, copied at the first call."""
+        if self._placed is None:
+            rows = torch.from_numpy(self._numbers)
+            self._placed = self._send(self._pin(self._host_labels)), self._send(self._pin(rows))
+        return self._placed
 
     def _images_on_device(self) -> Tensor | None:
         """All images of the cache on the GPU, copied at the first call, or None."""

@@ -23,8 +23,15 @@ from magsd.evaluation.localisation import Localisation, attention_inside, summar
 from magsd.evaluation.metrics import Metrics, compute_metrics
 from magsd.evaluation.tables import report_tables
 from magsd.models.classifier import Classifier, ClassifierOutput
+from magsd.torch_settings import tf32_products
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Name -> what autocast computes in, None where it does not take part.
+PRECISIONS = {
+    "float32": None,
+    "tf32": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,8 @@ def evaluate(
 
     loader yields batches with images (B, C, S, S), labels (B,) and indices, the rows of the images
     in `cache`. cache: where the masks are; None or no masks leaves localisation out.
-    precision: float32, bfloat16 or float16 (autocast). The model's mode is restored.
+    precision: float32, tf32 (float32 whose products may run in TF32 on a GPU), bfloat16 or float16
+    (autocast). The model's mode is restored.
     The results are read from the device once, at the end.
     """
     device = torch.device(device)
@@ -180,14 +188,18 @@ def refined_logits(
 
 @contextmanager
 def inference(model: Classifier, device: torch.device, precision: str) -> Iterator[None]:
-    """Evaluation mode without gradients, under autocast for half precisions; restores the mode."""
+    """Evaluation mode without gradients, in a precision of `PRECISIONS`; restores the mode."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     dtype = PRECISIONS[precision]
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with (
+            torch.no_grad(),
+            tf32_products(precision == "tf32"),
+            torch.autocast(device.type, dtype, enabled=dtype is not None),
+        ):
             yield
     finally:
         model.train(training)

@@ -19,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from magsd.errors import ConfigError, MagsdError
 
+#: Attributes of layers that draw. Dense layers call dropout as a function, by `drop_rate`.
+_RATES = ("p", "prob", "drop", "drop_prob", "drop_rate")
+
 
 class Backbone(nn.Module):
     """`scales` feature maps of a timm model, fine to coarse, up to `level`, -1 being its last.
@@ -75,11 +78,20 @@ class Backbone(nn.Module):
                 images,
                 use_reentrant=False,
                 context_fn=self._recomputation,
-                preserve_rng_state=_draws(self.net),
+                preserve_rng_state=self.draws,
             )
         else:
             maps = self.net(images)
         return [m.permute(0, 3, 1, 2) for m in maps] if self._channels_last else list(maps)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a pass draws random numbers; their state is costly to keep, and waits for a GPU.
+
+        Told by the rates that dropout and stochastic depth have in torch and in timm.
+        """
+        rates = (getattr(module, name, 0) for module in self.net.modules() for name in _RATES)
+        return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
     def _recomputation(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         return contextlib.nullcontext(), _statistics_kept(self.net)
@@ -97,12 +109,6 @@ def _statistics_kept(net: nn.Module) -> Iterator[None]:
     finally:
         for norm, (momentum, count) in zip(norms, before, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, count
-
-
-def _draws(net: nn.Module) -> bool:
-    """Whether a pass draws random numbers; their state is costly to keep, and waits for a GPU."""
-    rates = (getattr(module, name, 0) for module in net.modules() for name in ("p", "drop_prob"))
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def _create(name: str, arguments: dict[str, Any]) -> nn.Module:

@@ -120,7 +120,7 @@ class Team:
 
         weights: (K,) float64 on the host, of the classes in the cross entropy; None: all alike.
         labels: of the whole batch; None where they are not known here: then the processes add up
-        what theirs weigh, which waits for the device.
+        what theirs weigh, which waits for the others but for no device.
         DistributedDataParallel divides the sum of gradients by the number of processes, and each
         process's own losses are means over its part; the factors undo both.
         """
@@ -131,7 +131,7 @@ class Team:
                 each = weights[labels]
                 here, whole = each[first : first + images].sum(), each.sum()
             else:
-                here = weights[batch.labels.cpu()].sum()
+                here = weights[batch.host_labels].sum()
                 whole = self.sum(here.clone())
             own = float(here / whole) if whole else 0.0  # a batch may weigh nothing
         return Share(batch.part, self.size * own, self.size * images / total, self.sum)

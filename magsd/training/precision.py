@@ -1,13 +1,11 @@
-"""Device, precision, memory format and determinism of a run."""
+"""Device, precision and memory format of a run."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -57,44 +55,3 @@ class Precision:
         """The model on the device, in the run's memory format."""
         model = model.to(self.device)
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
-
-
-@contextlib.contextmanager
-def tf32_products(enabled: bool) -> Iterator[None]:
-    """Within the context float32 products and convolutions may run in TF32 on a GPU."""
-    if not enabled:
-        yield
-        return
-    cudnn: Any = torch.backends.cudnn  # torch puts an object with more attributes in its place
-    settings = (torch.backends.cuda.matmul, cudnn.conv)
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
-
-
-@contextlib.contextmanager
-def deterministic_algorithms(enabled: bool) -> Iterator[None]:
-    """Within the context torch refuses operations whose result may vary; restored afterwards."""
-    if not enabled:
-        yield
-        return
-    # cuBLAS reads this when its first handle is made.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    cudnn = torch.backends.cudnn
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        cudnn.benchmark,
-    )
-    torch.use_deterministic_algorithms(True)
-    cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        cudnn.benchmark = before[2]

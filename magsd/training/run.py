@@ -15,21 +15,19 @@ import magsd_kernels
 from magsd.config import Config, load_config
 from magsd.errors import ConfigError, RunError
 from magsd.models import Classifier, build_model
+from magsd.torch_settings import deterministic_algorithms, tf32_products, timed_convolutions
 from magsd.training.checkpoint import disk_full_as_error, load_checkpoint, load_weights
 from magsd.training.distributed import Team, restarted, team_of
 from magsd.training.metrics_log import MetricsLog
-from magsd.training.precision import (
-    Precision,
-    choose_device,
-    deterministic_algorithms,
-    tf32_products,
-)
+from magsd.training.precision import Precision, choose_device
 from magsd.training.progress import TrainingProgress
 from magsd.training.run_data import RunData, prepare_data, preprocessing_of
 from magsd.training.run_folder import RunFolder
 from magsd.training.run_start import begin, claim, stored_state
 from magsd.training.signals import StopRequest
 from magsd.training.trainer import Trainer
+from magsd_kernels import BackendUnavailable
+from magsd_kernels.info import in_use
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,18 @@ def kernels(config: Config) -> Iterator[None]:
         yield
 
 
+def kernels_in_use(config: Config, device: torch.device) -> str:
+    """What runs which operation within `kernels`, in a line.
+
+    Raises `ConfigError` where the backend asked for, in MAGSD_BACKEND too, cannot run them.
+    """
+    dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+    try:
+        return in_use(device, dtype)
+    except (ValueError, BackendUnavailable) as error:
+        raise ConfigError(f"no kernels to run on {device}: {error}") from None
+
+
 def train_run(
     config: Config,
     out: str | Path,
@@ -127,8 +137,11 @@ def _train_run(
             disk_full_as_error(folder.root, advice),
             kernels(config),
             deterministic_algorithms(config.train.deterministic),
+            timed_convolutions(),  # a run has few shapes, each of them many times
             tf32_products(config.train.precision == "tf32"),
         ):
+            using = kernels_in_use(config, precision.device)
+            console.print(f"kernels: {using}", highlight=False, markup=False, soft_wrap=True)
             payload = team.tell(stored_state(folder) if resume and team.leads else None)
             # Images or weights that cannot be used are told before the folder is touched: a run
             # that is to be overwritten still stands then.

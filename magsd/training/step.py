@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from magsd.config import LossConfig, ViewsConfig
-from magsd.data import Part
+from magsd.data import Loader, Part
+from magsd.errors import ConfigError
 from magsd.models import ClassifierOutput
 from magsd.models.wsdan import center_loss, move_centers
 from magsd.training.views import GuidedViews, MAGSDViews, WSDANViews, draw_uniforms
@@ -45,12 +46,13 @@ class Share(NamedTuple):
     """What one of several processes has of a batch.
 
     part: its images. cross_entropy, distance: factors of its two losses under which the mean of
-    the processes' gradients is the gradient of the whole batch. total: adds a tensor up over the
-    processes.
+    the processes' gradients is the gradient of the whole batch; the first may change from batch to
+    batch, and is a scalar on the device where a recorded step reads it. total: adds a tensor up
+    over the processes.
     """
 
     part: Part
-    cross_entropy: float
+    cross_entropy: float | Tensor
     distance: float
     total: Callable[[Tensor], Tensor] = _as_it_is
 
@@ -89,6 +91,26 @@ def countable(class_weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """
     counts = class_weights.index_select(0, targets).sum() != 0
     return class_weights + ~counts, counts
+
+
+def class_weights(choice: str | list[float], loader: Loader) -> Tensor | None:
+    """Weights (K,) float32 of the cross entropy, on the host, or None.
+
+    "balanced": images / (classes * images of the class).
+    """
+    if choice == "none":
+        return None
+    classes = loader.classes
+    if isinstance(choice, str):
+        counts = torch.tensor(loader.class_counts(), dtype=torch.float64)
+        weights = loader.count / (len(classes) * counts.clamp(min=1))
+    elif len(choice) != len(classes):
+        raise ConfigError(
+            f"loss.class_weights has {len(choice)} numbers; the classes are {', '.join(classes)}"
+        )
+    else:
+        weights = torch.tensor(choice, dtype=torch.float64)
+    return weights.to(torch.float32)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None) -> Tensor:

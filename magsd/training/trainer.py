@@ -6,6 +6,8 @@ resumed run repeats an uninterrupted one bit for bit where the device's arithmet
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -17,9 +19,9 @@ from torch import Tensor, nn
 
 from magsd.config import Config
 from magsd.data import Loader, step_seed
-from magsd.errors import ConfigError, TrainingDiverged
+from magsd.errors import TrainingDiverged
 from magsd.models import Classifier
-from magsd.training.captured import CapturedStep
+from magsd.training.captured import RECORDED_ON, CapturedStep
 from magsd.training.checkpoint import (
     all_finite,
     load_weights,
@@ -39,7 +41,7 @@ from magsd.training.precision import Precision
 from magsd.training.progress import TrainingProgress
 from magsd.training.run_folder import RunFolder
 from magsd.training.signals import StopRequest
-from magsd.training.step import Share, StepResult, make_step
+from magsd.training.step import Share, StepResult, class_weights, make_step
 from magsd.training.validation import validate
 
 _NAMED_IMAGES = 16
@@ -90,27 +92,23 @@ class Trainer:
         if config.train.compile:
             self.model.backbone.compile()
         self.team = team
-        captured = config.train.cuda_graph and precision.device.type == "cuda"
-        if captured and team.size > 1:
-            say("training without a CUDA graph: several processes exchange gradients in a step")
-            captured = False
-        self.optimizer = build_optimizer(self.model, config.optim, capturable=captured)
+        self._captured = self._recorder(say)
+        self.optimizer = build_optimizer(
+            self.model, config.optim, capturable=self._captured is not None
+        )
         weights = class_weights(config.loss.class_weights, train)
         self.step_function = make_step(
             config.model.name,
             config.views,
             config.loss,
-            weights,
+            None if weights is None else weights.to(precision.device),
             merged=config.train.views == "merged",
         )
-        self._class_weights = None if weights is None else weights.cpu().double()
-        self._joined = None
-        if team.size > 1:
-            self._joined = team.join(
-                self.model, self.step_function, sync_batchnorm=config.train.sync_batchnorm
-            )
+        self._class_weights = None if weights is None else weights.double()
+        self._joined: nn.Module | None = None
+        self._join()
         self._share: Share | None = None
-        self._captured = CapturedStep(self._update, precision.device, say) if captured else None
+        self._factor = torch.ones((), device=precision.device)
         self.sums = StepSums(precision.device, team)
         self._saved = False
         self.epoch = 0
@@ -122,6 +120,31 @@ class Trainer:
         self.images_seen = 0
         self._recent: dict[int, list[int]] = {}
         self._clock = time.perf_counter()
+
+    def _recorder(self, say: Callable[[str], None]) -> CapturedStep | None:
+        """What records the step, on a device where that goes; why not is said in a line."""
+        train, device = self.config.train, self.precision.device
+        if not train.cuda_graph or device.type not in RECORDED_ON:
+            return None
+        if train.recompute and self.model.backbone.draws:
+            say(
+                "training without a CUDA graph: train.recompute=true draws dropout or stochastic "
+                "depth a second time, from a state of the generator that no graph can go back to"
+            )
+            return None
+        return CapturedStep(self._update, device, say, team=self.team, begin_again=self._join)
+
+    def _join(self) -> None:
+        """Let the processes of a team average their gradients, from now on or once more."""
+        if self.team.size == 1:
+            return
+        self._joined = None
+        gc.collect()  # it stands in cycles, and would still listen for gradients
+        beside = self._captured.beside() if self._captured else contextlib.nullcontext()
+        with beside:
+            self._joined = self.team.join(
+                self.model, self.step_function, sync_batchnorm=self.config.train.sync_batchnorm
+            )
 
     @property
     def global_step(self) -> int:
@@ -157,7 +180,7 @@ class Trainer:
             self._recent[self.step] = batch.places
             if self.team.size > 1:
                 labels = self.train_loader.whole_labels(batch)
-                self._share = self.team.share(batch, self._class_weights, labels)
+                self._share = self._place(self.team.share(batch, self._class_weights, labels))
             self._one_step(batch.images, batch.labels)
             progress.step(self.epoch)
             report = self.global_step % train.log_interval == 0
@@ -181,14 +204,22 @@ class Trainer:
     def _one_step(self, images: Tensor, labels: Tensor) -> None:
         set_learning_rate(self.optimizer, self.current_lr())
         seed = step_seed(self.config.train.seed, self.epoch, self.step, "views")
+        if self.team.size > 1:
+            self._seed_process()
         if self._captured is not None:
-            self._captured(images, labels, seed)
+            part = None if self._share is None else self._share.part
+            self._captured(images, labels, seed, part)
         else:
             generator = torch.Generator(self.precision.device).manual_seed(seed)
-            if self.team.size > 1:
-                self._seed_process()
             self._update(images, labels, generator)
         self.step += 1
+
+    def _place(self, share: Share) -> Share:
+        """The share, what changes in it from step to step where a recorded step reads it."""
+        if self._captured is None:
+            return share
+        self._factor.fill_(share.cross_entropy)
+        return share._replace(cross_entropy=self._factor)
 
     def _seed_process(self) -> None:
         """Let what layers draw (dropout, random depth) differ between the processes of a team.
@@ -370,23 +401,3 @@ class Trainer:
         self.images_seen = payload["images_seen"]
         set_random_state(payload["random"])
         self._saved = True
-
-
-def class_weights(choice: str | list[float], loader: Loader) -> Tensor | None:
-    """Weights (K,) float32 of the cross entropy on the loader's device, or None.
-
-    "balanced": images / (classes * images of the class).
-    """
-    if choice == "none":
-        return None
-    classes = loader.classes
-    if isinstance(choice, str):
-        counts = torch.tensor(loader.class_counts(), dtype=torch.float64)
-        weights = loader.count / (len(classes) * counts.clamp(min=1))
-    elif len(choice) != len(classes):
-        raise ConfigError(
-            f"loss.class_weights has {len(choice)} numbers; the classes are {', '.join(classes)}"
-        )
-    else:
-        weights = torch.tensor(choice, dtype=torch.float64)
-    return weights.to(dtype=torch.float32, device=loader.device)

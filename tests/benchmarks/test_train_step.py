@@ -115,6 +115,49 @@ def test_host_reads_see_numbers_shapes_and_conditions():
     assert reads.count == 4
 
 
+COPIES = {
+    "to": lambda host, there: host.to(there.device),
+    "copy_": lambda host, there: there.copy_(host),
+    "not pinned": lambda host, there: host.to(there.device, non_blocking=True),
+    "copy_ not pinned": lambda host, there: there.copy_(host, non_blocking=True),
+    "pinned": lambda host, there: host.pin_memory().to(there.device),
+    "tensor": lambda host, there: torch.tensor([1.0, 2.0, 3.0], device=there.device),
+    "new_tensor": lambda host, there: there.new_tensor([1.0]),
+    "as_tensor": lambda host, there: torch.as_tensor(host, device=there.device),
+    "index": lambda host, there: there[torch.tensor([0, 1])],
+}
+FREE = {
+    "pinned to": lambda host, there: host.pin_memory().to(there.device, non_blocking=True),
+    "pinned copy_": lambda host, there: there.copy_(host.pin_memory(), non_blocking=True),
+    "on the device": lambda host, there: there.clone().copy_(there),
+    "on the host": lambda host, there: torch.tensor([1.0, 2.0]).to(torch.float64).clone(),
+    "number": lambda host, there: there.fill_(3.0) + torch.tensor(2.0),
+    "index there": lambda host, there: there[torch.arange(2, device=there.device)],
+    "made there": lambda host, there: torch.full((3,), 1.0, device=there.device),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_host_reads_see_copies_that_wait(way, stand_in):
+    with HostReads() as reads:
+        COPIES[way](torch.ones(3), torch.ones(3, device=stand_in))
+    assert reads.count == 1
+
+
+@pytest.mark.parametrize("way", ["cpu", "tolist", "item"])
+def test_host_reads_see_what_comes_back(way, stand_in):
+    with HostReads() as reads, pytest.raises((NotImplementedError, RuntimeError)):
+        getattr(torch.ones(1, device=stand_in), way)()
+    assert reads.count == 1
+
+
+@pytest.mark.parametrize("way", FREE)
+def test_host_reads_let_pass_what_does_not_wait(way, stand_in):
+    with HostReads() as reads:
+        FREE[way](torch.ones(3), torch.ones(3, device=stand_in))
+    assert reads.count == 0
+
+
 @pytest.mark.parametrize("member", members("cpu"), ids=str)
 def test_every_member_trains_a_model_of_its_own(member):
     model = network(BACKBONE, 4, "cpu")

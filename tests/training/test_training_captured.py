@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from magsd.config import Config
+from magsd.data import Part
+from magsd.models import build_model
+from magsd.training import trainer as trainer_module
 from magsd.training.captured import CapturedStep
+from magsd.training.distributed import Team
+from magsd.training.run import precision_of
+from magsd.training.run_data import open_images, plain_loader
+from magsd.training.run_folder import RunFolder
 
 
 class Body:
@@ -60,7 +69,7 @@ def body(monkeypatch: pytest.MonkeyPatch) -> Body:
     made = Body()
 
     @contextlib.contextmanager
-    def recording(graph: Graph, **_: object) -> Iterator[None]:
+    def recording(graph: Graph, *_: object, **__: object) -> Iterator[None]:
         made.how = "recording"
         try:
             yield
@@ -118,6 +127,127 @@ def test_a_failed_recording_is_said_once_and_loses_no_step(body: Body) -> None:
     assert said == [
         "training without a CUDA graph: operation not permitted when stream is capturing"
     ]
+
+
+class Others(Team):
+    """Together with another process, whose recording goes well or not."""
+
+    def __init__(self, failed: bool = False) -> None:
+        super().__init__(0, 2)
+        object.__setattr__(self, "failed", failed)
+
+    def greatest(self, number: int) -> int:
+        return max(number, int(self.failed))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("others", "first"), [(0, 11), (5, 11), (96, 101), (200, 203)])
+def test_what_processes_do_together_is_captured_where_no_event_is_read(
+    others: int, first: int, body: Body
+) -> None:
+    """Of DistributedDataParallel, which times its first ten calls and every hundredth."""
+    step = CapturedStep(body, torch.device("cpu"), pytest.fail, team=Others())
+    for number in range(others):
+        step(images(number, size=1), images(number), number, Part(0, number))
+    for number in range(others, others + 15):
+        step(images(number), images(number), number, Part(0, 4))
+    replayed = [number for number, call in enumerate(body.calls) if call[0] == "replayed"]
+    assert replayed == list(range(first, others + 15))
+
+
+def test_another_whole_batch_runs_as_it_is_even_where_the_part_is_no_other(body: Body) -> None:
+    step = CapturedStep(body, torch.device("cpu"), pytest.fail, team=Others())
+    for number in range(12):
+        step(images(number), images(number), number, Part(0, 5))
+    step(images(12), images(12), 12, Part(0, 4))
+    step(images(13), images(13), 13, Part(0, 5))
+    assert [call[0] for call in body.calls[-3:]] == ["replayed", "eager", "replayed"]
+    assert [call[1] for call in body.calls[-3:]] == [[11, 11], [12, 12], [13, 13]]
+
+
+@pytest.mark.parametrize("mine", [False, True])
+def test_processes_agree_on_a_failed_recording(mine: bool, body: Body) -> None:
+    said: list[str] = []
+    again: list[int] = []
+    body.error = RuntimeError("full") if mine else None
+    step = CapturedStep(
+        body,
+        torch.device("cpu"),
+        said.append,
+        team=Others(failed=not mine),
+        begin_again=lambda: again.append(len(body.calls)),
+    )
+    for number in range(14):
+        step(images(number), images(number), number, Part(0, 4))
+    assert [call[1] for call in body.calls] == [[n, n] for n in range(14)]
+    assert {call[0] for call in body.calls} == {"eager"}
+    assert again == [11]
+    reason = "full" if mine else "another process could not record its step"
+    assert said == [f"training without a CUDA graph: {reason}"]
+
+
+@pytest.mark.parametrize("torch_has", ["it", "it, deprecated", "none"])
+def test_a_graph_learns_of_the_generator_where_torch_asks_for_it(
+    torch_has: str, body: Body, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register = Graph.register_generator_state
+
+    def deprecated(graph: Graph, generator: torch.Generator) -> None:
+        warnings.warn("CUDAGraph.register_generator_state() is deprecated", stacklevel=1)
+        register(graph, generator)
+
+    class Without:
+        replay = Graph.replay
+        body = Graph.body
+
+        @property
+        def generator(self) -> object:
+            assert self.body.recorded is not None
+            return self.body.recorded[2]
+
+    if torch_has == "it, deprecated":
+        monkeypatch.setattr(Graph, "register_generator_state", deprecated)
+    elif torch_has == "none":
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Without)
+    step = CapturedStep(body, torch.device("cpu"), pytest.fail)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in range(5):
+            step(images(number), images(number), seed=number)
+    assert [call[0] for call in body.calls[3:]] == ["replayed"] * 2
+
+
+RECOMPUTED = "training without a CUDA graph: train.recompute=true draws dropout or stochastic depth"
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (["recompute=true", "backbone_args={output_stride: 16, drop_path_rate: 0.2}"], RECOMPUTED),
+        (["recompute=true", "backbone_args={output_stride: 16, drop_block_rate: 0.2}"], RECOMPUTED),
+        (["recompute=true"], None),
+        (["backbone_args={output_stride: 16, drop_path_rate: 0.2}"], None),
+        (["recompute=true", "model=magsd-dropout"], None),
+    ],
+)
+def test_a_step_that_draws_again_is_not_recorded(
+    settings: list[str],
+    why: str | None,
+    body: Body,
+    small_config: Callable[..., Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which is said before the first step."""
+    monkeypatch.setattr(trainer_module, "RECORDED_ON", frozenset(("cpu",)))
+    config = small_config(*settings)
+    classes, cache = open_images(config, config.data.source)
+    loader = plain_loader(config, cache, list(range(8)), classes)
+    model, said = build_model(config.model, len(classes)), []
+    folder, precision = RunFolder(tmp_path), precision_of(config)
+    made = trainer_module.Trainer(config, model, loader, loader, folder, precision, said.append)
+    assert (made._captured is None) == (why is not None)
+    assert len(said) == (why is not None)
+    assert why is None or said[0].startswith(why)
 
 
 def test_capture_is_the_default() -> None:

@@ -89,6 +89,30 @@ def test_an_epoch_between_two_reports_waits_for_nothing(
     assert trainer.read_sums()["train_loss"] > 0
 
 
+@pytest.mark.parametrize("kept", ["on", "auto", "off"])
+@pytest.mark.parametrize("model", ["magsd", "wsdan", "plain"])
+def test_an_epoch_waits_for_no_copy(
+    stand_in: str, model: str, kept: str, small_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Between host and device, whether the images stay there or come batch by batch."""
+    config = small_config(
+        f"model={model}",
+        f"train.device={stand_in}",
+        f"images_on_device={kept}",
+        "class_weights=balanced",
+        "log_interval=1000",
+        "schedule=cosine",
+        "clip_norm=5",
+    )
+    trainer = make_trainer(config, tmp_path, [])
+    one_epoch(trainer)  # what happens once: the images' copy, the optimiser's state
+    trainer.epoch, trainer.step = 1, 0
+    with HostReads() as reads:
+        one_epoch(trainer)
+    assert reads.count == 0
+    assert trainer.sums.values.device.type == stand_in
+
+
 @needs_gpu
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("model", ["magsd", "magsd-cascade", "wsdan"])

@@ -196,8 +196,10 @@ def counts(row: dict[str, str]) -> float:
 
 @pytest.mark.parametrize("known", [True, False])
 def test_the_share_of_a_batch_of_no_weight_is_a_number(known: bool) -> None:
+    """And comes from the host alone: the device's labels here cannot be read."""
     labels = [1, 1]
-    batch = Batch(torch.zeros(2, 1, 4, 4), torch.tensor(labels), [0, 1], [0, 1], Part(0, 2))
+    there, here = torch.tensor(labels, device="meta"), torch.tensor(labels)
+    batch = Batch(torch.zeros(2, 1, 4, 4), there, [0, 1], [0, 1], Part(0, 2), here)
     weights = torch.tensor([1.0, 0.0], dtype=torch.float64)
     share = Team().share(batch, weights, labels if known else None)
     assert (share.cross_entropy, share.distance) == (0.0, 1.0)

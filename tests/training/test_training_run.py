@@ -20,13 +20,13 @@ from magsd.training import load_run
 from magsd.training import trainer as trainer_module
 from magsd.training.checkpoint import load_checkpoint
 from magsd.training.metrics_log import COLUMNS, MetricsLog, read_metrics
-from magsd.training.precision import Precision, choose_device, deterministic_algorithms
+from magsd.training.precision import Precision, choose_device
 from magsd.training.report import evaluate_run, finish_run
 from magsd.training.run import kernels, train_run
 from magsd.training.run_data import training_loader
 from magsd.training.run_folder import RunFolder, default_run_folder
 from magsd.training.signals import StopRequest
-from magsd.training.trainer import class_weights
+from magsd.training.step import class_weights
 from magsd.training.validation import validate
 
 
@@ -215,13 +215,6 @@ def test_validation_by_hand(small_config, finished: Path, console) -> None:
     )
     recalls = [float(hits[labels == k].double().mean()) for k in labels.unique()]
     assert measured["validation_balanced_accuracy"] == pytest.approx(np.mean(recalls))
-
-
-def test_deterministic_mode_is_restored() -> None:
-    assert not torch.are_deterministic_algorithms_enabled()
-    with deterministic_algorithms(True):
-        assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_unknown_devices() -> None:

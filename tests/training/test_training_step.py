@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import magsd_kernels
 from magsd.config import LossConfig, OptimConfig, ViewsConfig
 from magsd.models import ModelConfig, build_model
+from magsd.models.backbone import Backbone
 from magsd.training.metrics_log import StepSums
 from magsd.training.optim import build_optimizer
 from magsd.training.step import make_step
@@ -219,6 +220,37 @@ def test_recomputed_activations_change_nothing() -> None:
         torch.testing.assert_close(mine, other, msg=name)
     for (name, mine), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, msg=name)
+
+
+DRAWING = {
+    "test_resnet": [{}, {"drop_path_rate": 0.5}, {"drop_block_rate": 0.3}],
+    "densenet121": [{"proj_drop_rate": 0.5, "growth_rate": 4, "block_config": (2, 1, 1, 1)}],
+    "test_convnext": [{"drop_path_rate": 0.5}],
+    "test_vit": [{"drop_path_rate": 0.5}, {"proj_drop_rate": 0.5}, {"attn_drop_rate": 0.5}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [(name, each) for name, all_ in DRAWING.items() for each in all_]
+)
+def test_what_is_recomputed_draws_as_it_drew(name: str, arguments: dict[str, object]) -> None:
+    """Dropout and stochastic depth of timm's models, wherever they keep their rates."""
+    torch.manual_seed(0)
+    size = {"img_size": 32} if name == "test_vit" else {}
+    backbone = Backbone(name, scales=1, backbone_args=arguments | size)
+    images = torch.randn(3, 1, 32, 32)
+    before = torch.get_rng_state()
+    gradients = []
+    for recompute in (False, True):
+        backbone.recompute = recompute
+        backbone.zero_grad()
+        torch.set_rng_state(before)
+        backbone(images)[0].square().sum().backward()
+        gradients.append([p.grad for p in backbone.parameters() if p.grad is not None])
+    assert backbone.draws == (not torch.equal(before, torch.get_rng_state()))
+    assert backbone.draws == bool(arguments)
+    for kept, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(kept, again)
 
 
 @pytest.mark.parametrize("name", ["magsd", "plain", "cross_entropy", "wsdan"])

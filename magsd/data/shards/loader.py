@@ -143,16 +143,13 @@ class ShardLoader(Loader):
 
     def _batch(self, samples: list[_Sample], epoch: int, step: int) -> Batch:
         pixels = torch.from_numpy(np.stack([sample[0] for sample in samples]))
-        labels = torch.tensor([sample[1] for sample in samples])
-        if self.device.type == "cuda":
-            pixels, labels = pixels.pin_memory(), labels.pin_memory()
-        pixels = pixels.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
+        host_labels = torch.tensor([sample[1] for sample in samples])
+        pixels, labels = (self._send(self._pin(values)) for values in (pixels, host_labels))
         numbers = [sample[2] for sample in samples]
         size = self._size(step)
         part = Part(share_bounds(size, self.rank, self.ranks)[0], size)
         images = self._prepare(pixels, epoch, step, part)
-        return Batch(images, labels, numbers, numbers, part)
+        return Batch(images, labels, numbers, numbers, part, host_labels)
 
     def _stream(self, plan: Plan, skip: int) -> Generator[_Sample, None, None]:
         """The plan's images after the first `skip`, one block read while the last is emitted."""
