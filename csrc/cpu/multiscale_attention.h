@@ -7,6 +7,7 @@
 #include "common/feature_map.h"
 #include "common/tensor.h"
 #include "cpu/axis.h"
+#include "cpu/cell_sums.h"
 
 namespace magsd::MAGSD_ISA {
 
@@ -31,7 +32,8 @@ struct Scale {
   MapSteps steps;
   const Norm<A>* norm;
   Axis<A> rows, columns;
-  bool identity;  // The map has the size of the result.
+  bool identity;      // The map has the size of the result.
+  Cells cells = {};  // What a pixel of the result is the mean of; no rows where it is not a mean.
 };
 
 // sum[m] += weight * pixel[m], the maps of one pixel.
