@@ -17,6 +17,7 @@
 #include "cpu/attention_guide.h"
 #include "cpu/crop_resize.h"
 #include "cpu/image_bands.h"
+#include "cpu/large_result.h"
 #include "cpu/parallel.h"
 #include "cpu/stream.h"
 
@@ -155,6 +156,9 @@ void make_views(Plan<T>& plan) {
   const ImageLayout& layout = plan.layout;
   const int64_t image_size = layout.planes * layout.height * layout.row;
   plan.streamed = views_bytes(plan) >= kStreamedBytes;
+  for (T* view : {plan.mixed, plan.dimmed, plan.patched}) {
+    if (view != nullptr) expect_writes(view, layout.batch * image_size);
+  }
   for_bands(layout, [&](int64_t b, int64_t first, int64_t past) {
     Scratch<T> scratch(layout);
     std::optional<Guide> guide;
