@@ -1,5 +1,5 @@
-// Sums over the cells of a dense plane: average pooling by whole ratios, as from one scale of a
-// network to another.
+// Cells of a dense plane: average pooling by whole ratios, as from one scale of a network to
+// another, and its adjoint.
 //
 // The rows of a cell are added first, along whole vectors. The sums of all rows of cells then lie
 // side by side, and a group of neighbours never reaches past the end of its row, so that their
@@ -16,6 +16,14 @@ namespace magsd::MAGSD_ISA {
 // A plane of height x width pixels, rows and columns of them to a cell, without a rest.
 struct Cells {
   int64_t height = 0, width = 0, rows = 0, columns = 0;
+
+  // From a plane to one of `to_height` x `to_width`; no rows where the sizes leave a rest.
+  static Cells between(int64_t height, int64_t width, int64_t to_height, int64_t to_width) {
+    if (height % to_height != 0 || width % to_width != 0) return {};
+    return {height, width, height / to_height, width / to_width};
+  }
+  bool whole() const { return rows > 0; }
+  int64_t size() const { return rows * columns; }
   int64_t count() const { return height / rows * (width / columns); }
   int64_t row_sums() const { return height / rows * width; }
 };
@@ -90,6 +98,36 @@ const A* cell_sums(const A* plane, const Cells& cells, const Each& each, A* sums
     std::swap(sums, other);
   }
   return sums;
+}
+
+// line[i] = values[i / columns] share
+template <int64_t kColumns, typename T, typename A>
+void spread_row(const T* MAGSD_RESTRICT values, int64_t count, int64_t columns, A share,
+                A* MAGSD_RESTRICT line) {
+  const int64_t size = kColumns > 0 ? kColumns : columns;
+  for (int64_t i = 0; i < count; ++i) {
+    const A value = static_cast<A>(values[i]) * share;
+    for (int64_t k = 0; k < size; ++k) line[i * size + k] = value;
+  }
+}
+
+// Every pixel of `plane` becomes the value of its cell, times `share`.
+template <typename T, typename A>
+void spread_cells(const T* values, const Cells& cells, A share, A* plane) {
+  const int64_t count = cells.width / cells.columns;
+  for (int64_t y = 0; y < cells.height; y += cells.rows, values += count) {
+    A* line = plane + y * cells.width;
+    if (cells.columns == 2) {
+      spread_row<2>(values, count, 2, share, line);
+    } else if (cells.columns == 4) {
+      spread_row<4>(values, count, 4, share, line);
+    } else {
+      spread_row<0>(values, count, cells.columns, share, line);
+    }
+    for (int64_t k = 1; k < cells.rows; ++k) {
+      std::copy(line, line + cells.width, line + k * cells.width);
+    }
+  }
 }
 
 }  // namespace magsd::MAGSD_ISA

@@ -1,18 +1,22 @@
 // Multiscale attention: batch norm, ReLU, resampling and the sum over the scales.
 // resample_attention is the same without the norm and the ReLU.
 //
-// Reads every projection twice in training (statistics, then everything else), once in evaluation,
-// and writes the sum once; no normalised map is stored. Resizing is separable and runs from tables
-// of taps (cpu/axis.h).
+// Reads every projection once from memory, and in training once or twice more from the cache
+// (statistics, then everything else), and writes the sum once; no normalised map is stored.
+// Resizing is separable and runs from tables of taps (cpu/axis.h), average pooling by whole ratios
+// without any (cpu/cell_sums.h).
 //
-// Contiguous maps are cut by (image, map), and loops run along rows. Channels last is cut by rows
-// of pixels, and loops run along the maps.
+// Contiguous maps are cut by map, or by (image, map) where nothing but the map itself is asked for,
+// and loops run along rows. Channels last is cut by rows of pixels, and loops run along the maps.
 #include "cpu/multiscale_attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common/multiscale_attention_arguments.h"
@@ -103,11 +107,11 @@ void put_plane(const Scale<T>& scale, const T* values, const Each& each,
   const int64_t width = scale.steps.width;
   const A* plane = widened(values, scale.steps.pixels(), buffers.wide.get());
   if (scale.identity) return put_line(plane, scale.steps.pixels(), A{1}, each, add, out);
-  if (scale.cells.rows > 0) {
+  if (scale.cells.whole()) {
     const Cells& cells = scale.cells;
     const Ahead next = Ahead::of(values + scale.steps.pixels(), scale.steps.pixels());
     const A* sums = cell_sums(plane, cells, each, buffers.first.get(), buffers.second.get(), next);
-    const A share = A{1} / static_cast<A>(cells.rows * cells.columns);
+    const A share = A{1} / static_cast<A>(cells.size());
     return put_line(sums, cells.count(), share, Itself{}, add, out);
   }
   const Axis<A>&rows = scale.rows, &columns = scale.columns;
@@ -170,9 +174,12 @@ void add_pixels(const Scale<T>& scale, int64_t b, int64_t y, A* out) {
   }
 }
 
-// The sum of contiguous maps. `prepare(m)` finds the norms of map m, if they are of this batch.
+// The sum of contiguous maps. `prepare(m)` finds the norms of map m, if they are of this batch:
+// with maps enough for every thread in the task that then pools the map, which it left in the
+// cache.
 template <typename T, typename Prepare>
-void contiguous_forward(const std::vector<Scale<T>>& scales, int64_t pixels, bool of_batch, const Prepare& prepare, T* to) {
+void contiguous_forward(const std::vector<Scale<T>>& scales, int64_t pixels, bool of_batch,
+                        const Prepare& prepare, T* to) {
   using A = accumulate_t<T>;
   int64_t read = 0, largest = 1;
   for (const auto& scale : scales) {
@@ -207,7 +214,8 @@ void contiguous_forward(const std::vector<Scale<T>>& scales, int64_t pixels, boo
 
 // The sum of maps in channels last.
 template <typename T>
-void channels_last_forward(const std::vector<Scale<T>>& scales, int64_t height, int64_t width, T* to) {
+void channels_last_forward(const std::vector<Scale<T>>& scales, int64_t height, int64_t width,
+                           T* to) {
   using A = accumulate_t<T>;
   const MapSteps& steps = scales[0].steps;
   const int64_t maps = steps.channels;
@@ -258,11 +266,14 @@ std::vector<Scale<T>> scales_of(const std::vector<FeatureMap>& maps, int64_t hei
   scales.reserve(maps.size());
   for (const FeatureMap& map : maps) {
     const MapSteps& steps = map.steps;
-    Scale<T> scale{data<T>(map.tensor), steps, nullptr, {}, {}, steps.height == height && steps.width == width};
-    const bool whole = mode == Resampling::kArea && steps.height % height == 0 && steps.width % width == 0;
-    if (whole && !scale.identity && !map.channels_last) {
-      scale.cells = {steps.height, steps.width, steps.height / height, steps.width / width};
-    } else if (!scale.identity || map.channels_last) {
+    Scale<T> scale{};
+    scale.values = data<T>(map.tensor);
+    scale.steps = steps;
+    scale.identity = steps.height == height && steps.width == width;
+    if (mode == Resampling::kArea && !map.channels_last) {
+      scale.cells = Cells::between(steps.height, steps.width, height, width);
+    }
+    if (!scale.cells.whole()) {
       scale.rows = resize_axis<A>(steps.height, height, mode, align_corners);
       scale.columns = resize_axis<A>(steps.width, width, mode, align_corners);
     }

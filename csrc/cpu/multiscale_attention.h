@@ -24,7 +24,8 @@ struct Norm {
       : mean(channels), rstd(channels), factor(channels), bias(channels) {}
 };
 
-// One scale: its map, its norm (none for resample_attention) and its tables.
+// One scale: its map, its norm (none for resample_attention), and its tables if it
+// needs any.
 template <typename T>
 struct Scale {
   using A = accumulate_t<T>;
@@ -32,8 +33,8 @@ struct Scale {
   MapSteps steps;
   const Norm<A>* norm;
   Axis<A> rows, columns;
-  bool identity;      // The map has the size of the result.
-  Cells cells = {};  // What a pixel of the result is the mean of; no rows where it is not a mean.
+  bool identity;  // The map has the size of the result.
+  Cells cells;    // Where a pixel of the result is the mean of whole pixels: of these.
 };
 
 // sum[m] += weight * pixel[m], the maps of one pixel.
