@@ -180,7 +180,6 @@ void add_pixels(const Scale<T>& scale, int64_t b, int64_t y, A* out) {
 template <typename T, typename Prepare>
 void contiguous_forward(const std::vector<Scale<T>>& scales, int64_t pixels, bool of_batch,
                         const Prepare& prepare, T* to) {
-  using A = accumulate_t<T>;
   int64_t read = 0, largest = 1;
   for (const auto& scale : scales) {
     read += scale.steps.pixels();
