@@ -84,6 +84,18 @@ inline void load_row(const T* MAGSD_RESTRICT row, int64_t count,
   for (; i < count; ++i) wide[i] = widen(row[i]);
 }
 
+// The row itself where it is wide already, else a copy in `wide`.
+template <typename T>
+inline const accumulate_t<T>* widened(const T* row, [[maybe_unused]] int64_t count,
+                                      [[maybe_unused]] accumulate_t<T>* wide) {
+  if constexpr (std::is_same_v<T, accumulate_t<T>>) {
+    return row;
+  } else {
+    load_row(row, count, wide);
+    return wide;
+  }
+}
+
 // row[0..count) = wide[0..count), rounded once
 template <typename T>
 inline void store_row(const accumulate_t<T>* MAGSD_RESTRICT wide, int64_t count,

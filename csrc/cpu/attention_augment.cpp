@@ -18,6 +18,7 @@
 #include "cpu/attention_sampling.h"
 #include "cpu/crop_resize.h"
 #include "cpu/image_bands.h"
+#include "cpu/large_result.h"
 #include "cpu/parallel.h"
 #include "cpu/stream.h"
 
@@ -156,6 +157,8 @@ void make_views(Plan<T>& plan) {
   const ImageLayout& layout = plan.layout;
   const int64_t image_size = layout.planes * layout.height * layout.row;
   plan.streamed = views_bytes(plan) >= kStreamedBytes;
+  T* views = plan.mixed ? plan.mixed : plan.dimmed ? plan.dimmed : plan.patched;
+  expect_writes(views, views_bytes(plan) / int64_t{sizeof(T)});
   for_bands(layout, [&](int64_t b, int64_t first, int64_t past) {
     Scratch<T> scratch(layout);
     std::optional<Guide> guide;

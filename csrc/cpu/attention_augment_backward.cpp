@@ -13,6 +13,7 @@
 #include "cpu/attention_guide.h"
 #include "cpu/crop_resize.h"
 #include "cpu/image_bands.h"
+#include "cpu/large_result.h"
 
 namespace magsd::MAGSD_ISA {
 namespace {
@@ -102,6 +103,7 @@ void make_gradient(const BackwardPlan<T>& plan) {
   using Real = accumulate_t<T>;
   const ImageLayout& layout = plan.layout;
   const int64_t image_size = layout.planes * layout.height * layout.row;
+  expect_writes(plan.grad, layout.batch * image_size);
   for_bands(layout, [&](int64_t b, int64_t first, int64_t past) {
     ColumnTable<Real> columns(layout.width, layout.inner);
     RowTable<Real> rows;

@@ -20,15 +20,6 @@ struct Axis {
   int64_t size() const { return static_cast<int64_t>(first.size()); }
   int64_t count(int64_t i) const { return offset[i + 1] - offset[i]; }
   const A* weight(int64_t i) const { return weights.data() + offset[i]; }
-
-  // Whether every entry takes its own counterpart as it is.
-  bool is_identity(int64_t other_size) const {
-    if (size() != other_size || static_cast<int64_t>(weights.size()) != other_size) return false;
-    for (int64_t i = 0; i < size(); ++i) {
-      if (count(i) != 1 || first[i] != i || weights[i] != 1) return false;
-    }
-    return true;
-  }
 };
 
 // What every output reads of the inputs.

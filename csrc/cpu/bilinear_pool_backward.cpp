@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cpu/bilinear_pool.h"
+#include "cpu/large_result.h"
 #include "cpu/stream.h"
 
 namespace magsd::MAGSD_ISA {
@@ -306,6 +307,9 @@ void backward_from(const FeatureMap& features, const PoolShape& shape, const Poo
   const AttentionGradient<T> attention_gradient(shape, features.steps.height, features.steps.width,
                                                 gradients.attention_steps);
   const T* from = data<T>(features.tensor);
+  if (gradients.features != nullptr) {
+    expect_writes(gradients.features, shape.batch * shape.channels * shape.pixels);
+  }
   for_images(
       shape, start,
       [&](int64_t b, int64_t i) {

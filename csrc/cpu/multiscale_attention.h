@@ -7,6 +7,7 @@
 #include "common/feature_map.h"
 #include "common/tensor.h"
 #include "cpu/axis.h"
+#include "cpu/cell_sums.h"
 
 namespace magsd::MAGSD_ISA {
 
@@ -23,7 +24,8 @@ struct Norm {
       : mean(channels), rstd(channels), factor(channels), bias(channels) {}
 };
 
-// One scale: its map, its norm (none for resample_attention) and its tables.
+// One scale: its map, its norm (none for resample_attention), and its tables if it
+// needs any.
 template <typename T>
 struct Scale {
   using A = accumulate_t<T>;
@@ -32,6 +34,7 @@ struct Scale {
   const Norm<A>* norm;
   Axis<A> rows, columns;
   bool identity;  // The map has the size of the result.
+  Cells cells;    // Where a pixel of the result is the mean of whole pixels: of these.
 };
 
 // sum[m] += weight * pixel[m], the maps of one pixel.

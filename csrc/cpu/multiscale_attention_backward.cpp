@@ -10,6 +10,7 @@
 // number of threads.
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "common/multiscale_attention_arguments.h"
@@ -47,6 +48,9 @@ template <typename T, typename A>
 void resize_back(const T* grad, int64_t height, int64_t width, const Scale<T>& scale, A* expanded,
                  A* MAGSD_RESTRICT back) {
   if (scale.identity) return convert(grad, height * width, back);
+  if (scale.cells.whole()) {
+    return spread_cells(grad, scale.cells, A{1} / static_cast<A>(scale.cells.size()), back);
+  }
   const Axis<A>&rows = scale.rows, &columns = scale.columns;
   const int64_t row_size = columns.size();
   for (int64_t y = 0; y < height; ++y) {
@@ -116,11 +120,13 @@ void backward_map(BackwardScale<T>& task, const T* grad, const MapSteps& steps, 
   double of_bias = 0, of_weight = 0;
   for (int64_t b = 0; b < batch; ++b) {
     A* back = kept.get() + (norm == nullptr ? 0 : b * pixels);
+    T* to = task.grad + b * task.grad_steps.step_b + m * task.grad_steps.step_c;
+    const bool direct = norm == nullptr && std::is_same_v<T, A> && task.grad_steps.step_p == 1;
+    if constexpr (std::is_same_v<T, A>) back = direct ? to : back;
     resize_back(grad + b * steps.step_b + m * steps.step_c, steps.height, steps.width, scale,
                 expanded.get(), back);
     if (norm == nullptr) {
-      T* to = task.grad + b * task.grad_steps.step_b + m * task.grad_steps.step_c;
-      write_map(back, pixels, to, task.grad_steps.step_p);
+      if (!direct) write_map(back, pixels, to, task.grad_steps.step_p);
       continue;
     }
     GradientSums<A> sums;
@@ -284,21 +290,24 @@ void backward(std::vector<BackwardScale<T>>& tasks, const FeatureMap& grad) {
 }
 
 template <typename T>
-BackwardScale<T> backward_scale(const Tensor& result, const MapSteps& grad, Resampling mode,
+BackwardScale<T> backward_scale(const Tensor& result, const FeatureMap& grad, Resampling mode,
                                 bool align_corners) {
   using A = accumulate_t<T>;
   const int64_t height = result.size(2), width = result.size(3);
-  BackwardScale<T> task;
+  const int64_t to_height = grad.steps.height, to_width = grad.steps.width;
+  BackwardScale<T> task{};
   task.grad = mutable_data<T>(result);
   task.grad_steps = dense_steps(result, is_channels_last(result));
-  task.scale.values = nullptr;
-  task.scale.steps = task.grad_steps;
-  task.scale.norm = nullptr;
-  task.scale.rows = adjoint_axis(resize_axis<A>(height, grad.height, mode, align_corners), height);
-  task.scale.columns = adjoint_axis(resize_axis<A>(width, grad.width, mode, align_corners), width);
-  task.scale.identity =
-      task.scale.rows.is_identity(grad.height) && task.scale.columns.is_identity(grad.width);
-  task.training = false;
+  Scale<T>& scale = task.scale;
+  scale.steps = task.grad_steps;
+  scale.identity = height == to_height && width == to_width;
+  if (mode == Resampling::kArea && !grad.channels_last) {
+    scale.cells = Cells::between(height, width, to_height, to_width);
+  }
+  if (!scale.cells.whole()) {
+    scale.rows = adjoint_axis(resize_axis<A>(height, to_height, mode, align_corners), height);
+    scale.columns = adjoint_axis(resize_axis<A>(width, to_width, mode, align_corners), width);
+  }
   return task;
 }
 
@@ -314,7 +323,7 @@ Tensors resample_attention_backward(const Tensor& grad, const std::vector<int64_
     using T = decltype(type);
     std::vector<BackwardScale<T>> tasks;
     for (const Tensor& result : results) {
-      tasks.push_back(backward_scale<T>(result, taken.steps, mode, align_corners));
+      tasks.push_back(backward_scale<T>(result, taken, mode, align_corners));
     }
     backward<T>(tasks, taken);
   });
@@ -357,8 +366,7 @@ Gradients multiscale_attention_backward(const Tensor& grad, const Tensors& proje
       read_parameters(weights[i], norm.factor);
       read_parameters(biases[i], norm.bias);
       for (int64_t m = 0; m < maps; ++m) norm.factor[m] *= norm.rstd[m];
-      tasks.push_back(
-          backward_scale<T>(std::get<0>(grads)[i], dense_grad.steps, mode, align_corners));
+      tasks.push_back(backward_scale<T>(std::get<0>(grads)[i], dense_grad, mode, align_corners));
       tasks[i].scale.values = data<T>(taken[i].tensor);
       tasks[i].scale.steps = taken[i].steps;
       tasks[i].scale.norm = &norm;

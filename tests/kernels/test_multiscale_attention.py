@@ -207,6 +207,18 @@ def test_multiscale_two_launches_each_way_without_a_fill(target, layout):
 
 
 @in_both_modes
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("ratios", [(2, 2), (4, 4), (1, 6), (3, 1), (5, 8), (8, 7)], ids=str)
+@pytest.mark.parametrize("size", [(7, 7), (2, 11)], ids=str)
+def test_multiscale_whole_ratios(target, training, layout, dtype, ratios, size):
+    """Average pooling without a rest, of rows shorter and longer than any vector."""
+    fine = (size[0] * ratios[0], size[1] * ratios[1])
+    inputs = scale_inputs((fine, size), batch=2, channels=5)
+    check_multiscale(target, dtype, training=training, inputs=inputs, layout=layout)
+
+
+@in_both_modes
 @pytest.mark.parametrize("last", [(True, False), (False, True)], ids=str)
 def test_multiscale_scales_in_different_memory_formats(target, training, last):
     xs, *groups = scale_inputs(channels=8)
@@ -283,6 +295,37 @@ def test_running_statistics_with_a_first_value_far_off(target, layout):
     F.batch_norm(x.cpu().double(), *wanted, training=True)
     for found, want in zip((mean, var), wanted, strict=True):
         torch.testing.assert_close(found.cpu().double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("side", [3, 7, 67])
+def test_running_statistics_with_a_first_image_far_off(target, layout, side):
+    """Nor must the digits go where most of a batch lies close together, far from its start."""
+    if target.backend != "cpu":
+        pytest.skip("torch's own batch norm loses them; only the C++ kernels add up in double")
+    x = random(48, 3, side, side)
+    x[0] += torch.tensor([3e3, -1e4, 1e2])[:, None, None]
+    x = make_strided(x.float().to(target.device), layout)
+    one, zero = torch.ones(3, device=target.device), torch.zeros(3, device=target.device)
+    mean, var = zero.clone(), one.clone()
+    target.call(mk.multiscale_attention, [x], [one], [zero], [mean], [var], training=True)
+    wanted = zero.cpu().double(), one.cpu().double()
+    F.batch_norm(x.cpu().double(), *wanted, training=True)
+    for found, want in zip((mean, var), wanted, strict=True):
+        torch.testing.assert_close(found.cpu().double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_multiscale_squares_past_float32(target):
+    """Squares of float32 that float32 cannot hold; other backends than the CPU's add up in it."""
+    if target.backend != "cpu":
+        pytest.skip("only the C++ kernels add up in double")
+    xs, ws, bs, means, variances = scale_inputs([(14, 14), (7, 7)])
+    inputs = ([1e25 * x for x in xs], ws, bs, means, variances)
+    leaves, *rest = ([t.float() for t in group] for group in inputs)
+    found = target.call(mk.multiscale_attention, leaves, *rest, training=True)
+    doubles = [[t.double() for t in group] for group in (leaves, *rest)]
+    wanted = oracles.multiscale_attention(*doubles, training=True)
+    assert_agrees(found, wanted)
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.35, 1.0])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import magsd_kernels as mk
 from magsd_kernels import environment, native
 
 from .support import Library, every_library, fresh_python
@@ -190,3 +191,23 @@ def test_a_process_that_cannot_use_cuda_is_told(
     monkeypatch.setattr(torch.cuda, "get_device_capability", refuse)
     native._states.clear()
     assert str(native.why_not("cuda")).startswith("torch cannot use CUDA: Cannot re-initialize")
+
+
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not native.library("cpu").is_file(), reason="the C++ kernels are not built")
+@pytest.mark.skipif(
+    not _HUGE_PAGES.is_file() or "[never]" in _HUGE_PAGES.read_text(),
+    reason="this system has no transparent huge pages",
+)
+def test_large_results_are_not_written_page_fault_by_page_fault():
+    """glibc maps 36 MB anew for every tensor; pages of 4 KiB would mean 8800 faults."""
+    resource = pytest.importorskip("resource")
+    images, attention = torch.rand(1, 1, 3000, 3000), torch.rand(1, 1, 4, 4)
+    arguments = images, attention, torch.tensor([0.5])
+    mk.attention_drop(*arguments, backend="cpu")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    mk.attention_drop(*arguments, backend="cpu")
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < images.nbytes // 4096 // 2
