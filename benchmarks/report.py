@@ -9,7 +9,10 @@ from pathlib import Path
 
 from benchmarks.reporting.charts import draw
 from benchmarks.reporting.results import Results
+from benchmarks.reporting.rivals import AHEAD, shortfalls
 from benchmarks.reporting.tables import render
+
+STRICT = f"fail where a rival takes less than {AHEAD:g}x our time (lower quartile of the ratio)"
 
 
 def write(paths: Sequence[Path], folder: Path) -> Path:
@@ -22,15 +25,25 @@ def write(paths: Sequence[Path], folder: Path) -> Path:
     return report
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+def judge(paths: Sequence[Path]) -> int:
+    """Print the rows where ours is not ahead of every rival; 1 where there are any, else 0."""
+    found = shortfalls(Results(paths))
+    for line in found:
+        sys.stdout.write(f"short of {AHEAD:g}x: {line}\n")
+    return int(bool(found))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; the exit status is 1 where --strict finds a row that falls short."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, help="folder; default: that of the first file")
+    parser.add_argument("--strict", action="store_true", help=STRICT)
     options = parser.parse_args(arguments)
     report = write(options.files, options.out or options.files[0].parent)
     sys.stdout.write(f"{report}\n")
+    return judge(options.files) if options.strict else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

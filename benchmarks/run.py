@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,41 +17,63 @@ import torch
 
 from benchmarks import report
 from benchmarks.harness.device import Device
-from benchmarks.harness.machine import folder
+from benchmarks.harness.machine import RESTRICTIONS, folder
 
 _HERE = Path(__file__).parent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; the exit status is pytest's."""
+    """Command line; the exit status is pytest's, or 1 where --strict finds a row behind a rival."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options, others = _parser().parse_known_args(arguments)
+    limits = RESTRICTIONS[options.capability] if options.capability else {}
+    if any(os.environ.get(name) != value for name, value in limits.items()):
+        # The libraries read these when they are loaded.
+        again = [sys.executable, "-m", "benchmarks.run", *arguments]
+        return subprocess.run(again, env={**os.environ, **limits}, check=False).returncode
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with contextlib.ExitStack() as stack:
+        out = options.out
+        if out is None and options.k:  # a part must not replace the whole
+            out = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "results.json"
+        out = out or _HERE / "results" / folder(Device(device)) / "results.json"
+        chosen = [f"-k={options.k}"] if options.k else []
+        return _measure(out, [f"--device={device}", *chosen, *others], options.strict)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
         description=f"{__doc__} Further options go to pytest: see `pytest benchmarks --help`.",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="JSON; default: results/<machine>/results.json"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="JSON; default: results/<machine>/results.json, with -k nothing is kept",
     )
-    options, others = parser.parse_known_args(arguments)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    out = options.out or _HERE / "results" / folder(Device(device)) / "results.json"
+    parser.add_argument("-k", metavar="EXPRESSION", help="a part of the benchmarks, as in pytest")
+    parser.add_argument(
+        "--capability",
+        choices=RESTRICTIONS,
+        help="hold torch, its libraries and our kernels back to this instruction set",
+    )
+    parser.add_argument("--strict", action="store_true", help=report.STRICT)
+    return parser
+
+
+def _measure(out: Path, options: Sequence[str], strict: bool) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
-    status = pytest.main(
-        [
-            str(_HERE),
-            f"--device={device}",
-            f"--benchmark-json={out}",
-            "--benchmark-quiet",
-            "--no-header",
-            "-q",
-            *others,
-        ]
-    )
-    if out.is_file():
-        compact(out)
-        sys.stdout.write(f"{report.write([out], out.parent)}\n")
-    return int(status)
+    command = [str(_HERE), f"--benchmark-json={out}", "--benchmark-quiet", "--no-header", "-q"]
+    status = int(pytest.main([*command, *options]))
+    if not out.is_file():
+        return status or int(strict)
+    compact(out)
+    sys.stdout.write(f"{report.write([out], out.parent)}\n")
+    behind = report.judge([out]) if strict else 0
+    return status or behind
 
 
 def compact(path: Path) -> None:
