@@ -9,6 +9,7 @@ as it is. Where recording fails the run goes on without, and says once why.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,20 @@ class CapturedStep:
 
     The body must not wait for the device, and may depend on nothing that changes between steps
     but the device's memory: a learning rate, say, must be a tensor. report: takes the one line
-    that says why there is no graph.
+    that says why there is no graph. pool: of memory that several steps share of which one runs at
+    a time (torch.cuda.graph_pool_handle); None: of its own.
     """
 
-    def __init__(self, body: Body, device: torch.device, report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        body: Body,
+        device: torch.device,
+        report: Callable[[str], None],
+        pool: Any = None,
+    ) -> None:
         self._body = body
         self._report = report
+        self._pool = pool
         self._stream = torch.cuda.Stream(device)
         self._generator = torch.Generator(device)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -70,7 +79,9 @@ class CapturedStep:
         graph.register_generator_state(self._generator)
         try:
             # Other threads, which bring the next images, may go on meanwhile.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, self._pool, self._stream, capture_error_mode="thread_local"
+            ):
                 self._body(self._images, self._labels, self._generator)
         except RuntimeError as error:
             self._refused = True
