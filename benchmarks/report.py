@@ -36,13 +36,22 @@ def judge(paths: Sequence[Path]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit status is 1 where --strict finds a row that falls short."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="JSON, or a folder with some"
+    )
     parser.add_argument("--out", type=Path, help="folder; default: that of the first file")
     parser.add_argument("--strict", action="store_true", help=STRICT)
     options = parser.parse_args(arguments)
-    report = write(options.files, options.out or options.files[0].parent)
+    files = [
+        file
+        for path in options.files
+        for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])
+    ]
+    if not files:
+        parser.error("no JSON is there")
+    report = write(files, options.out or files[0].parent)
     sys.stdout.write(f"{report}\n")
-    return judge(options.files) if options.strict else 0
+    return judge(files) if options.strict else 0
 
 
 if __name__ == "__main__":
