@@ -78,7 +78,6 @@ def main(arguments: Sequence[str] | None = None, start: float | None = None) -> 
     start = time.monotonic() if start is None else start
     options = _options(arguments)
     signal.signal(signal.SIGTERM, _terminated)
-    os.chdir(ROOT)
     deadline = start + options.deadline - min(_PACKING_SECONDS, options.deadline / 10)
     commit = get_commit_info()
     facts = {"commit": commit.get("id"), "dirty": commit.get("dirty")}
@@ -90,7 +89,15 @@ def main(arguments: Sequence[str] | None = None, start: float | None = None) -> 
         done = True
         for name in names:
             jobs = options.jobs if name in _PARALLEL else 1
-            done &= pieces.run(planned[name], archive, deadline=deadline, jobs=jobs, facts=facts)
+            done &= pieces.run(
+                planned[name],
+                archive,
+                deadline=deadline,
+                jobs=jobs,
+                facts=facts,
+                folder=ROOT,
+                again=options.again,
+            )
             everything = [piece for stage in planned.values() for piece in stage]
             write(out / "evidence.md", pieces.summary(everything, archive))
         chosen = [piece for name in names for piece in planned[name] if not piece.absent]
@@ -127,6 +134,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=max(1, min(8, (os.cpu_count() or 1) // 2)),
         help="files of tests that run at once",
     )
+    parser.add_argument("--again", action="store_true", help="run what failed once more")
     parser.add_argument("--max-autotune", action="store_true", help="let it compete: takes minutes")
     parser.add_argument("--quick", action="store_true", help="does everything work?")
     parser.add_argument("--data", metavar="SOURCE", help="of the comparison, which is absent else")
@@ -177,7 +185,9 @@ def _sanitizer(plan: Plan) -> list[Piece]:
             "sanitizer",
             f"{check}-{function}",
             (
-                *(tool, "--tool", check, "--error-exitcode", "9", "--kernel-regex", "kns=magsd"),
+                *(tool, "--tool", check, "--error-exitcode", "9", "--kernel-name", "kns=magsd"),
+                # torch asks what fails where there is nothing to find.
+                *(("--report-api-errors", "no") if check == "memcheck" else ()),
                 *plan.module("benchmarks.probe", function, "--backend=cuda"),
             ),
             _LIMIT,
@@ -255,8 +265,9 @@ def _rows(stage: str, plan: Plan, *chosen: str) -> list[Piece]:
     rows, report = (plan.work / plan.machine / name for name in ("rows", "report"))
     if plan.options.quick:
         chosen = ("--central", "--batches=4", "--quick", "--seconds=0.1")
-    if plan.options.max_autotune:
-        chosen = (*chosen, "--max-autotune")
+    for option in ("max-autotune", "again"):
+        if getattr(plan.options, option.replace("-", "_")):
+            chosen = (*chosen, f"--{option}")
     command = plan.module("benchmarks.rows", f"--into={rows}", *chosen)
     joined = (sys.executable, "-m", "benchmarks.report", str(rows), f"--out={report}")
     return [Piece(stage, "rows", command), Piece(stage, "report", joined, repeated=True)]

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = 0
     for group in groups(session, options.central):
         path = options.into / f"{group}.json"
-        if not path.is_file():
+        if not _measured(path, options.again):
             outcomes = session.outcomes(group, group.members())
             write(path, json.dumps(told | _saved(outcomes), indent=1) + "\n")
             sys.stdout.write(f"{group}\n")
@@ -85,6 +85,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", metavar="B", help="default: all")
     parser.add_argument("--central", action="store_true", help="MAG-SD's central operations alone")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing per row")
+    parser.add_argument("--again", action="store_true", help="measure rows that failed once more")
     parser.add_argument("--max-autotune", action="store_true", help="let it compete: takes minutes")
     parser.add_argument("--quick", action="store_true", help="small sizes: does it work?")
     return parser.parse_args(arguments)
@@ -104,6 +105,11 @@ def groups(session: Session, central: bool) -> Iterator[Group]:
 
 def _is_central(group: Comparison) -> bool:
     return group.row.subject.central and group.row.network.name == MAGSD.name
+
+
+def _measured(path: Path, again: bool) -> bool:
+    """Whether a row has its file; again: one without failures."""
+    return path.is_file() and not (again and json.loads(path.read_text())["failed"])
 
 
 def _saved(outcomes: dict[str, Outcome]) -> dict[str, Any]:

@@ -88,10 +88,11 @@ class Archive:
         found: dict[str, Any] = json.loads(path.read_text())
         return found
 
-    def done(self, piece: Piece) -> bool:
-        """Whether a piece need not be run."""
+    def done(self, piece: Piece, again: bool = False) -> bool:
+        """Whether a piece need not be run; again: unless it passed."""
         outcome = self.outcome(piece)
-        return not piece.repeated and outcome is not None and outcome["ended"] in _FINAL
+        final = (PASSED,) if again else _FINAL
+        return not piece.repeated and outcome is not None and outcome["ended"] in final
 
     def tell(self, piece: Piece, outcome: dict[str, Any]) -> None:
         """Write down a piece's outcome."""
@@ -138,13 +139,14 @@ def unpacked(path: Path, earlier: Path | None = None) -> Iterator[Archive]:
 class _Running:
     """A piece in a process group of its own."""
 
-    def __init__(self, piece: Piece, archive: Archive) -> None:
+    def __init__(self, piece: Piece, archive: Archive, folder: Path | None) -> None:
         self.piece = piece
         self._archive = archive
         self._start = time.monotonic()
         self._log = self._opened()
         self._process = subprocess.Popen(
             piece.command,
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -222,6 +224,8 @@ def run(
     deadline: float,
     jobs: int = 1,
     facts: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
+    again: bool = False,
 ) -> bool:
     """Run what is not done; False where something was cut short or not begun.
 
@@ -231,8 +235,10 @@ def run(
         deadline: of time.monotonic(), after which nothing runs.
         jobs: how many run at once.
         facts: that stand in every outcome, such as the commit.
+        folder: where the commands run; None: here.
+        again: run also what failed or took too long.
     """
-    waiting = [piece for piece in pieces if not piece.absent and not archive.done(piece)]
+    waiting = [piece for piece in pieces if not piece.absent and not archive.done(piece, again)]
     running: list[_Running] = []
     packed = time.monotonic()
     complete = True
@@ -241,7 +247,7 @@ def run(
             while waiting and len(running) < jobs and time.monotonic() < deadline:
                 piece = waiting.pop(0)
                 try:
-                    running.append(_Running(piece, archive))
+                    running.append(_Running(piece, archive, folder))
                 except OSError as error:
                     archive.tell(piece, _outcome(piece, FAILED, {"error": str(error)}, facts))
             for one in list(running):

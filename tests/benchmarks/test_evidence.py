@@ -93,22 +93,20 @@ def test_what_cannot_run_says_why(tmp_path, monkeypatch):
 
 def test_the_command_ends_with_its_deadline_and_goes_on(tmp_path, monkeypatch, capsys):
     count = tmp_path / "count"
-    seconds = [60, 0]
+    commands = {"quick": "exit 0"}
 
-    def waits(plan: Plan) -> list[Piece]:
-        command = f"echo >> {count}; sleep {seconds[0]}"
-        return [
-            Piece("one", "quick", ("/bin/sh", "-c", "exit 0")),
-            Piece("one", "slow", ("/bin/sh", "-c", command)),
-        ]
+    def stage(plan: Plan) -> list[Piece]:
+        return [Piece("one", name, ("/bin/sh", "-c", text)) for name, text in commands.items()]
 
-    monkeypatch.setattr(evidence, "STAGES", {"one": waits})
-    monkeypatch.chdir(tmp_path)  # main changes it
+    monkeypatch.setattr(evidence, "STAGES", {"one": stage})
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
-    command = ["--device=cpu", f"--out={out}"]
-    assert evidence.main([*command, "--deadline=2"]) == AGAIN
+    command = ["--device=cpu", "--out=out"]
+    assert evidence.main([*command, "--deadline=60"]) == 0
+    commands["slow"] = f"echo >> {count}; sleep 60"
+    assert evidence.main([*command, "--deadline=6"]) == AGAIN
     assert "| one | slow | cut |" in (out / "evidence.md").read_text()
-    seconds.pop(0)
+    commands["slow"] = f"echo >> {count}"
     assert evidence.main([*command, "--deadline=60"]) == 0
     assert "| one | slow | passed |" in (out / "evidence.md").read_text()
     assert capsys.readouterr().out.count("one/quick: passed") == 1

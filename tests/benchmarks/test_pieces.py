@@ -173,6 +173,7 @@ def test_what_the_deadline_cuts_is_run_again(tmp_path):
     path = tmp_path / "evidence.zip"
     made = [shell("one", "a", "exit 0"), shell("one", "b", "sleep 60"), shell("one", "c", "exit 0")]
     with unpacked(path) as archive:
+        assert run(archive, made[0])
         begin = time.monotonic()
         assert not run(archive, *made, seconds=2)
         assert time.monotonic() - begin < 30
@@ -196,6 +197,18 @@ def test_a_command_that_cannot_go_on_is_started_again(tmp_path):
         assert run(archive, again)
         assert archive.outcome(again)["ended"] == PASSED
     assert count.read_text() == "\n" * 3
+
+
+def test_what_failed_is_run_again_on_request_alone(tmp_path):
+    count = tmp_path / "count"
+    made = [
+        shell("one", "good", f"echo good >> {count}"),
+        shell("one", "bad", f"echo bad >> {count}; exit 1"),
+    ]
+    for again in (False, False, True):
+        with unpacked(tmp_path / "out" / "evidence.zip") as archive:
+            assert pieces.run(made, archive, deadline=time.monotonic() + 60, again=again)
+    assert count.read_text().split() == ["good", "bad", "bad"]
 
 
 def test_a_repeated_piece_runs_in_every_run_and_an_absent_one_in_none(tmp_path):
