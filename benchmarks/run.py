@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import subprocess
@@ -32,13 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         again = [sys.executable, "-m", "benchmarks.run", *arguments]
         return subprocess.run(again, env={**os.environ, **limits}, check=False).returncode
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with contextlib.ExitStack() as stack:
-        out = options.out
-        if out is None and options.k:  # a part must not replace the whole
-            out = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "results.json"
-        out = out or _HERE / "results" / folder(Device(device)) / "results.json"
-        chosen = [f"-k={options.k}"] if options.k else []
-        return _measure(out, [f"--device={device}", *chosen, *others], options.strict)
+    command = [f"--device={device}", *([f"-k={options.k}"] if options.k else []), *others]
+    if options.out is None and options.k:  # a part must not replace the whole
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "results.json"
+            return _measure(out, command, options.strict, kept=False)
+    out = options.out or _HERE / "results" / folder(Device(device)) / "results.json"
+    return _measure(out, command, options.strict)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FILE",
-        help="JSON; default: results/<machine>/results.json, with -k nothing is kept",
+        help="JSON; default: results/<machine>/results.json, and with -k none",
     )
     parser.add_argument("-k", metavar="EXPRESSION", help="a part of the benchmarks, as in pytest")
     parser.add_argument(
@@ -63,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measure(out: Path, options: Sequence[str], strict: bool) -> int:
+def _measure(out: Path, options: Sequence[str], strict: bool, kept: bool = True) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
     command = [str(_HERE), f"--benchmark-json={out}", "--benchmark-quiet", "--no-header", "-q"]
@@ -71,7 +70,8 @@ def _measure(out: Path, options: Sequence[str], strict: bool) -> int:
     if not out.is_file():
         return status or int(strict)
     compact(out)
-    sys.stdout.write(f"{report.write([out], out.parent)}\n")
+    written = report.write([out], out.parent)
+    sys.stdout.write(f"{written}\n" if kept else written.read_text())
     behind = report.judge([out]) if strict else 0
     return status or behind
 

@@ -201,3 +201,20 @@ def test_seconds(value, text):
 @pytest.mark.parametrize(("value", "text"), [(12, "12 B"), (1536, "1.5 KiB"), (3 << 20, "3 MiB")])
 def test_memory(value, text):
     assert memory(value) == text
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_a_part_does_not_replace_the_whole(part, tmp_path, monkeypatch, capsys):
+    from benchmarks import run
+
+    def measure(arguments):
+        (out,) = (Path(a.partition("=")[2]) for a in arguments if a.startswith("--benchmark-json"))
+        save(out, competitor("eager", 3.0), competitor("cpu", 1.0, ours=True))
+        return 0
+
+    monkeypatch.setattr(run, "_HERE", tmp_path)
+    monkeypatch.setattr(run, "folder", lambda device: "cpu-avx2")
+    monkeypatch.setattr(run.pytest, "main", measure)
+    assert run.main(["--device=cpu", *(["-k", "views"] if part else [])]) == 0
+    assert (tmp_path / "results" / "cpu-avx2" / "report.md").is_file() == (not part)
+    assert ("# Benchmarks: cpu-avx2" in capsys.readouterr().out) == part
