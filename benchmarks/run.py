@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.harness.device import Device
-from benchmarks.harness.machine import RESTRICTIONS, folder
+from benchmarks.harness.machine import RESTRICTIONS, folder, restricted
 
 _HERE = Path(__file__).parent
 
@@ -25,11 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit status is pytest's, or 1 where --strict finds a row behind a rival."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options, others = _parser().parse_known_args(arguments)
-    limits = RESTRICTIONS[options.capability] if options.capability else {}
-    if any(os.environ.get(name) != value for name, value in limits.items()):
-        # The libraries read these when they are loaded.
+    environment = restricted(options.capability) if options.capability else None
+    if environment is not None:  # the libraries read it when they are loaded
         again = [sys.executable, "-m", "benchmarks.run", *arguments]
-        return subprocess.run(again, env={**os.environ, **limits}, check=False).returncode
+        return subprocess.run(again, env=environment, check=False).returncode
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     command = [f"--device={device}", *([f"-k={options.k}"] if options.k else []), *others]
     if options.out is None and options.k:  # a part must not replace the whole

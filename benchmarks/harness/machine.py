@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import platform
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -21,7 +24,19 @@ RESTRICTIONS: Mapping[str, Mapping[str, str]] = {
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     }
 }
+_COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 _WRITTEN = {"avx2": "AVX2", "avx512": "AVX-512"}
+
+
+def restricted(capability: str) -> dict[str, str] | None:
+    """The environment of a process that is held back so; None: this one is."""
+    limits = RESTRICTIONS[capability]
+    if all(os.environ.get(name) == value for name, value in limits.items()):
+        return None
+    # The key of torch.compile's cache says nothing of instruction sets.
+    usual = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    compiled = f"{os.environ.get(_COMPILED, usual)}-{capability}"
+    return {**os.environ, **limits, _COMPILED: compiled}
 
 
 def folder(device: Device) -> str:

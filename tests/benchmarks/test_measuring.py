@@ -19,7 +19,7 @@ from benchmarks import attention_augment, bilinear_pool, published, soft_distanc
 from benchmarks.harness.check import WrongResult
 from benchmarks.harness.comparison import Comparison
 from benchmarks.harness.device import Device, count_activity
-from benchmarks.harness.machine import RESTRICTIONS
+from benchmarks.harness.machine import RESTRICTIONS, restricted
 from benchmarks.harness.session import Session
 from benchmarks.harness.sizes import MAGSD, PRECISIONS, WSDAN, Draw
 from benchmarks.harness.subject import Row
@@ -223,6 +223,17 @@ def test_results_tell_a_restricted_processor_from_a_small_one():
     assert less["instruction set"].startswith("AVX-512 processor restricted to AVX2 (ATEN_CPU_")
     for name, value in RESTRICTIONS["avx2"].items():
         assert f"{name}={value}" in less["instruction set"]
+
+
+def test_a_restricted_process_shares_no_compiled_code_and_is_not_restricted_twice(monkeypatch):
+    for name in RESTRICTIONS["avx2"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/cache")
+    environment = restricted("avx2")
+    assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/cache-avx2"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert restricted("avx2") is None
 
 
 @pytest.mark.skipif(
