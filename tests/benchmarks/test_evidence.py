@@ -13,9 +13,10 @@ import pytest
 
 pytest.importorskip("pytest_benchmark", reason="needs the bench extra")
 
-from benchmarks import evidence
+from benchmarks import evidence, library, probe
 from benchmarks.evidence import STAGES, Plan
 from benchmarks.harness.pieces import AGAIN, Piece
+from magsd_kernels import native
 
 ROOT = Path(__file__).parents[2]
 #: What a rented machine may lack.
@@ -130,3 +131,29 @@ def test_the_tests_of_the_operations_need_nothing_that_a_rented_machine_lacks(tm
         timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(native.why_not("cpu") is not None, reason="needs the C++ kernels")
+def test_a_probe_calls_our_kernel_and_the_library_is_found(capfd):
+    assert probe.main(["soft_distance_loss", "--device=cpu"]) == 0
+    assert capfd.readouterr().out == "soft_distance_loss-magsd-b2-float32-forward+backward: cpu\n"
+    assert probe.main(["soft_distance_loss", "--device=cpu", "--backend=reference"]) == 1
+    assert library.main(["--device=cpu", "--no-build"]) == 0
+
+
+def test_a_library_that_does_not_load_is_built_and_looked_at_again(monkeypatch):
+    ran = []
+
+    def run(command, *, cwd, check, env=None):
+        ran.append(command[1:4])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(library.native, "why_not", lambda backend: "not built")
+    monkeypatch.setattr(library.subprocess, "run", run)
+    assert library.main(["--device=cpu", "--no-build"]) == 1
+    assert ran == []
+    assert library.main(["--device=cpu"]) == 0
+    assert ran == [
+        ["setup.py", "build_ext", "--inplace"],
+        ["-m", "benchmarks.library", "--device=cpu"],
+    ]
