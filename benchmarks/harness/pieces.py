@@ -9,7 +9,6 @@ Nothing here imports torch, which would take seconds of the deadline.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import shlex
@@ -34,7 +33,17 @@ _BEGUN = ".begun"
 _POLL_SECONDS = 0.05
 _PACK_SECONDS = 2.0  # at least so long between two archives with what running pieces finished
 _NOTHING_COLLECTED = 5  # pytest's exit status
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+#: Runs a command that dies when its parent does: what is left of a killed run must not disturb the
+#: next one's timing. A program of its own, since Python between fork and exec can wait forever
+#: where threads run. 1 is PR_SET_PDEATHSIG.
+_TIED = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit(1)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 @dataclass(frozen=True)
@@ -145,14 +154,13 @@ class _Running:
         self._start = time.monotonic()
         self._log = self._opened()
         self._process = subprocess.Popen(
-            piece.command,
+            [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid()), *piece.command],
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **piece.environment},
             start_new_session=True,
-            preexec_fn=_die_with_parent,
         )
 
     def _opened(self) -> IO[bytes]:
@@ -193,28 +201,24 @@ class _Running:
                 target = self._archive.folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, target)
-        told = {"status": self._process.returncode, "seconds": round(self.seconds, 1)}
-        self._archive.tell(self.piece, _outcome(self.piece, ended, told, facts))
+        self._archive.tell(
+            self.piece,
+            {
+                "stage": self.piece.stage,
+                "name": self.piece.name,
+                "command": shlex.join(self.piece.command),
+                "ended": ended,
+                "status": self._process.returncode,
+                "seconds": round(self.seconds, 1),
+                **(facts or {}),
+            },
+        )
 
     def _kill(self) -> None:
         """The process and all that it started in its group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-
-
-def _outcome(
-    piece: Piece, ended: str, told: Mapping[str, Any], facts: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    command = shlex.join(piece.command)
-    who = {"stage": piece.stage, "name": piece.name, "command": command, "ended": ended}
-    return {**who, "seconds": 0.0, **told, **(facts or {})}
-
-
-def _die_with_parent() -> None:
-    """What is left of a killed run must not disturb the next one's timing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
 def run(
@@ -245,11 +249,7 @@ def run(
     try:
         while running or (waiting and time.monotonic() < deadline):
             while waiting and len(running) < jobs and time.monotonic() < deadline:
-                piece = waiting.pop(0)
-                try:
-                    running.append(_Running(piece, archive, folder))
-                except OSError as error:
-                    archive.tell(piece, _outcome(piece, FAILED, {"error": str(error)}, facts))
+                running.append(_Running(waiting.pop(0), archive, folder))
             for one in list(running):
                 ended = one.ended(deadline)
                 if ended is None:

@@ -29,7 +29,7 @@ with unpacked(Path(sys.argv[1])) as archive:
         Piece(stage, name, ("/bin/sh", "-c", command.replace("WORK", str(archive.folder))))
         for stage, name, command in plan
     ]
-    done = run(made, archive, deadline=time.monotonic() + 60)
+    done = run(made, archive, deadline=time.monotonic() + 300)
 sys.exit(0 if done else 75)
 """
 #: Two rows, each written whole; between them half a row, and a wait where a kill comes.
@@ -39,7 +39,7 @@ for row in 1 2; do
   test -f WORK/rows/$row.json && continue
   echo row $row >> {log}
   echo half > WORK/rows/$row.json.begun
-  if test $row = 2 -a ! -f {go}; then echo $$ > {pid}; sleep 60; fi
+  if test $row = 2 -a ! -f {go}; then echo $$ > {pid}; sleep 600; fi
   echo whole > WORK/rows/$row.json.begun
   mv WORK/rows/$row.json.begun WORK/rows/$row.json
 done
@@ -47,7 +47,7 @@ done
 
 
 def wait_for(condition, what: str) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     while not condition():
         assert time.monotonic() < end, f"waited too long for {what}"
         time.sleep(0.02)
@@ -76,7 +76,7 @@ def shell(stage: str, name: str, command: str, **options: Any) -> Piece:
     return Piece(stage, name, ("/bin/sh", "-c", command), **options)
 
 
-def run(archive: Archive, *made: Piece, seconds: float = 60, jobs: int = 1) -> bool:
+def run(archive: Archive, *made: Piece, seconds: float = 300, jobs: int = 1) -> bool:
     return pieces.run(made, archive, deadline=time.monotonic() + seconds, jobs=jobs)
 
 
@@ -87,7 +87,7 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="looks into /pro
 @pytest.mark.parametrize("killed", ["a", "b", "c"])
 def test_a_run_that_was_killed_in_any_piece_goes_on_with_that_piece(killed, tmp_path):
     log, go, pid = (tmp_path / name for name in ("log", "go", "pid"))
-    waits = f"if test ! -f {go}; then echo $$ > {pid}; sleep 60; fi"
+    waits = f"if test ! -f {go}; then echo $$ > {pid}; sleep 600; fi"
     plan = [
         (f"stage-{name}", name, f"echo {name} >> {log}; {waits if name == killed else ':'}")
         for name in "abc"
@@ -135,7 +135,7 @@ def test_a_deadline_counts_from_the_start_of_the_process():
     code = "import time; time.sleep(1); from benchmarks.harness import pieces; " \
         "print(time.monotonic() - pieces.process_start())"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, check=True)
-    assert 1 <= float(done.stdout) < 60
+    assert 1 <= float(done.stdout) < 200
 
 
 def test_half_an_archive_is_not_believed(tmp_path):
@@ -152,12 +152,12 @@ def test_half_an_archive_is_not_believed(tmp_path):
 @needs_proc
 def test_a_piece_over_its_limit_is_killed_with_all_it_started_and_not_tried_again(tmp_path):
     pid = tmp_path / "pid"
-    slow = shell("one", "slow", f"sleep 60 & echo $! > {pid}; echo said; wait", limit=1)
+    slow = shell("one", "slow", f"sleep 600 & echo $! > {pid}; echo said; wait", limit=6)
     path = tmp_path / "out" / "evidence.zip"
     with unpacked(path) as archive:
         begin = time.monotonic()
         assert run(archive, slow, shell("one", "after", "exit 3"))
-        assert time.monotonic() - begin < 30
+        assert time.monotonic() - begin < 200
         outcomes = {p: archive.outcome(shell("one", p, "")) for p in ("slow", "after")}
     assert {name: o["ended"] for name, o in outcomes.items()} == {"slow": OVERRAN, "after": FAILED}
     assert outcomes["after"]["status"] == 3
@@ -171,12 +171,16 @@ def test_a_piece_over_its_limit_is_killed_with_all_it_started_and_not_tried_agai
 
 def test_what_the_deadline_cuts_is_run_again(tmp_path):
     path = tmp_path / "evidence.zip"
-    made = [shell("one", "a", "exit 0"), shell("one", "b", "sleep 60"), shell("one", "c", "exit 0")]
+    made = [
+        shell("one", "a", "exit 0"),
+        shell("one", "b", "sleep 600"),
+        shell("one", "c", "exit 0"),
+    ]
     with unpacked(path) as archive:
         assert run(archive, made[0])
         begin = time.monotonic()
         assert not run(archive, *made, seconds=2)
-        assert time.monotonic() - begin < 30
+        assert time.monotonic() - begin < 200
         assert archive.outcome(made[1])["ended"] == CUT
         assert archive.outcome(made[2]) is None
         table = pieces.summary(made, archive)
@@ -207,7 +211,7 @@ def test_what_failed_is_run_again_on_request_alone(tmp_path):
     ]
     for again in (False, False, True):
         with unpacked(tmp_path / "out" / "evidence.zip") as archive:
-            assert pieces.run(made, archive, deadline=time.monotonic() + 60, again=again)
+            assert pieces.run(made, archive, deadline=time.monotonic() + 300, again=again)
     assert count.read_text().split() == ["good", "bad", "bad"]
 
 
@@ -230,7 +234,7 @@ def test_so_many_pieces_run_at_once(tmp_path):
     """Each waits until it sees another one running, which none would alone."""
     wait = "until test $(ls {} | wc -l) -ge 2; do sleep 0.05; done".format(tmp_path / "seen")
     (tmp_path / "seen").mkdir()
-    made = [shell("one", name, f"touch {tmp_path}/seen/{name}; {wait}", limit=60) for name in "ab"]
+    made = [shell("one", name, f"touch {tmp_path}/seen/{name}; {wait}", limit=300) for name in "ab"]
     with unpacked(tmp_path / "evidence.zip") as archive:
         assert run(archive, *made, jobs=2)
         assert {archive.outcome(piece)["ended"] for piece in made} == {PASSED}
@@ -239,7 +243,7 @@ def test_so_many_pieces_run_at_once(tmp_path):
 @needs_proc
 def test_an_ordinary_end_kills_what_runs_and_packs_what_is_done(tmp_path):
     pid = tmp_path / "pid"
-    plan = [("one", "a", "exit 0"), ("one", "b", f"echo $$ > {pid}; sleep 60")]
+    plan = [("one", "a", "exit 0"), ("one", "b", f"echo $$ > {pid}; sleep 600")]
     process = start(tmp_path / "evidence.zip", plan)
     wait_for(lambda: pid.is_file() and pid.read_text().strip(), "the second piece")
     process.send_signal(signal.SIGINT)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("matplotlib", reason="needs the bench extra")
 pytest.importorskip("pytest_benchmark", reason="needs the bench extra")
 
 from benchmarks import report, rows
