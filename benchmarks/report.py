@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.reporting.charts import draw
@@ -33,6 +34,11 @@ def judge(paths: Sequence[Path]) -> int:
     return int(bool(found))
 
 
+def _in_order(paths: Iterable[Path]) -> list[Path]:
+    """As they were measured."""
+    return sorted(paths, key=lambda path: str(json.loads(path.read_text())["datetime"]))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit status is 1 where --strict finds a row that falls short."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
@@ -45,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = [
         file
         for path in options.files
-        for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])
+        for file in (_in_order(path.glob("*.json")) if path.is_dir() else [path])
     ]
     if not files:
         parser.error("no JSON is there")

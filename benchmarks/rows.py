@@ -124,7 +124,7 @@ def _saved(outcomes: dict[str, Outcome]) -> dict[str, Any]:
         facts = outcome.facts | {"iterations": outcome.samples.iterations}
         entries.append({"name": member, "stats": rounded(stats), "extra_info": rounded(facts)})
     return {
-        "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "datetime": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         "absent": {name: o.absent for name, o in outcomes.items() if o.absent is not None},
         "failed": {name: _told(o.error) for name, o in outcomes.items() if o.error is not None},
         "benchmarks": entries,
