@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 
 import magsd_kernels as mk
-from benchmarks import published
+from benchmarks import published, rivals
 from benchmarks.harness.comparison import Comparison
 from benchmarks.harness.recording import Entry, Recorder
 from benchmarks.harness.session import Session
 from benchmarks.harness.sizes import MAGSD, WSDAN, Draw
-from benchmarks.harness.subject import Function, Subject
+from benchmarks.harness.subject import Function, Rival, Subject, Tolerance
 from magsd_kernels.reference import attention_augment as reference
 
-_PADDING, _WEIGHT, _FLOOR = 0.1, 0.4, 0.001
+#: Their float32 coordinates count from the image's edge or centre, ours from the box: hundred
+#: thousandths of a pixel are rounded off, which the gradient shows most.
+_COORDINATES = Tolerance(single=5e-5)
+_PADDING, _WEIGHT, _FLOOR = rivals.PADDING, rivals.WEIGHT, rivals.FLOOR
 
 
 def _view_inputs(draw: Draw) -> dict[str, Tensor]:
@@ -104,9 +107,26 @@ def _view(name: str, function: Function, definition: Function, **options: Any) -
     )
 
 
+def _grid_sample(weight: float, corners: bool) -> Rival:
+    build = partial(rivals.grid_sample, weight, corners)
+    return Rival("grid_sample", build, tolerance=_COORDINATES)
+
+
 SUBJECTS = (
-    _view("attention_views", mk.attention_views, _views, inputs=_views_inputs, central=True),
-    _view("attention_mixup", mk.attention_mixup, partial(_crop, weight=_WEIGHT, corners=False)),
+    _view(
+        "attention_views",
+        mk.attention_views,
+        _views,
+        inputs=_views_inputs,
+        rivals=(Rival("grid_sample", rivals.grid_sample_views, tolerance=_COORDINATES),),
+        central=True,
+    ),
+    _view(
+        "attention_mixup",
+        mk.attention_mixup,
+        partial(_crop, weight=_WEIGHT, corners=False),
+        rivals=(_grid_sample(_WEIGHT, corners=False),),
+    ),
     _view(
         "attention_dim",
         mk.attention_dim,
@@ -120,6 +140,15 @@ SUBJECTS = (
         partial(_crop, weight=1.0, corners=True),
         published=partial(published.attention_crop, align_corners=True),
         networks=(WSDAN,),
+        rivals=(
+            _grid_sample(1.0, corners=True),
+            Rival(
+                "roi_align",
+                rivals.roi_align,
+                why_not=rivals.why_no_torchvision,
+                tolerance=_COORDINATES,
+            ),
+        ),
     ),
     _view(
         "attention_drop",

@@ -7,12 +7,12 @@ from functools import partial
 from torch import Tensor
 
 import magsd_kernels as mk
-from benchmarks import published
+from benchmarks import published, rivals
 from benchmarks.harness.comparison import Comparison
 from benchmarks.harness.recording import Entry, Recorder
 from benchmarks.harness.session import Session
 from benchmarks.harness.sizes import MAGSD, WSDAN, Draw
-from benchmarks.harness.subject import Subject
+from benchmarks.harness.subject import Rival, Subject
 from magsd_kernels.reference import bilinear_pool as reference
 
 
@@ -34,6 +34,7 @@ _AVERAGE = Subject(
     published=published.bilinear_attention_pool,
     inputs=_inputs,
     networks=(MAGSD, WSDAN),
+    rivals=(Rival("bmm", rivals.bmm, ("bfloat16", "float16")),),
     central=True,
     differentiable=("features", "attention"),
     saved=("features", "attention"),

@@ -1,7 +1,7 @@
 """What a call costs beside its arithmetic: maps of one element, against torch.lerp with autograd.
 
-Whatever has a gradient records it. The forward alone is what the limit is set for; the backward
-adds the engine of autograd, which costs both the same.
+Whatever has a gradient records it. The backward adds the engine of autograd, which costs both the
+same. A report, with no target.
 """
 
 from __future__ import annotations

@@ -29,6 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--batches", help="such as 16,64,256, instead of the default ones")
     group.addoption("--precisions", help=f"of {','.join(PRECISIONS)}")
+    group.addoption(
+        "--max-autotune", action="store_true", help="on a GPU, of the central rows: takes minutes"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
         batches=tuple(int(batch) for batch in batches) or None,
         precisions=tuple(PRECISIONS[name] for name in _listed(config, "--precisions")) or None,
         quick=quick,
+        autotuned=config.getoption("--max-autotune"),
     )
 
 

@@ -1,150 +1,333 @@
-"""`python -m benchmarks.evidence`: everything that a machine has to show, by one command.
+"""`python -m benchmarks.evidence --out DIR`: everything that a machine has to show, by one command.
 
-In order of worth: the tests of the operations and of the training loop on this machine's devices,
-the benchmarks, the training step, and a five-fold comparison of MAG-SD with its backbone. Each
-stage is a command of its own, printed before it runs; one that fails does not take the others with
-it. Results go to benchmarks/results/<machine>/, the stages' outcome to evidence.json there.
+Made for a GPU that is there for minutes. Stages run in order of worth until the deadline. All that
+is finished lies in DIR/evidence.zip, with DIR/evidence.md as its table of contents; the same
+command goes on where the last one ended or was killed, on another machine from `--resume` of its
+archive.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
+import os
 import shutil
-import subprocess
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from types import FrameType
 
 import torch
-from cpuinfo import get_cpu_info
 from pytest_benchmark.utils import get_commit_info
 
+from benchmarks.harness import pieces
 from benchmarks.harness.device import Device
-from benchmarks.harness.machine import describe, folder
+from benchmarks.harness.machine import folder
+from benchmarks.harness.pieces import Piece, unpacked
+from benchmarks.harness.recording import write
 
-_HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
+_CUDA_TOOLS = Path("/usr/local/cuda/bin")
 _SUMMARY = ("results.csv", "summary.csv", "summary.md", "scores.png")
+_WATCHED = (
+    "multiscale_attention",
+    "bilinear_attention_pool",
+    "attention_views",
+    "soft_distance_loss",
+)
+_PACKING_SECONDS = 5.0
+_LIMIT = 400.0  # of one piece that does not write its results as it goes
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A command for Python, and files of its that are kept, with where they are kept."""
+class Plan:
+    """What the stages need to know: options, this run's folder, and the machine's name."""
 
-    name: str
-    command: list[str]
-    kept: dict[Path, Path] = field(default_factory=dict)
+    options: argparse.Namespace
+    work: Path
+    machine: str
+
+    @property
+    def device(self) -> str:
+        """Cpu or cuda."""
+        return str(self.options.device)
+
+    @property
+    def gpu(self) -> bool:
+        """Whether there is one."""
+        return self.device == "cuda"
+
+    def module(self, name: str, *arguments: str) -> tuple[str, ...]:
+        """`python -m name`, on the device."""
+        return (sys.executable, "-m", name, f"--device={self.device}", *arguments)
+
+    def pytest(self, *arguments: str) -> tuple[str, ...]:
+        """Every test's line as it passes, so that a log that ends says where."""
+        quick = ("--co", "-q") if self.options.quick else ("-v",)
+        command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, *quick)
+        return command
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; the exit status is 1 where a stage failed."""
+def main(arguments: Sequence[str] | None = None, start: float | None = None) -> int:
+    """Command line; 0 where all is done and good, 1 where something failed, 75 if there is more.
+
+    start: of the time that the deadline allows, by time.monotonic(); None: now.
+    """
+    start = time.monotonic() if start is None else start
     options = _options(arguments)
-    device = Device(options.device)
-    out = options.out or _HERE / "results" / folder(device)
-    out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, _terminated)
+    deadline = start + options.deadline - min(_PACKING_SECONDS, options.deadline / 10)
     commit = get_commit_info()
-    told = {
-        "machine_info": describe(device, get_cpu_info().get("brand_raw", "unknown")),
-        "commit_info": {name: commit.get(name) for name in ("id", "dirty")},
-    }
-    chosen = [s for s in stages(options, out) if options.only is None or s.name in options.only]
-    done = []
-    for stage in chosen:
-        done.append(run(stage))
-        (out / "evidence.json").write_text(json.dumps(told | {"stages": done}, indent=1) + "\n")
-    return int(any(stage["status"] for stage in done))
+    facts = {"commit": commit.get("id"), "dirty": commit.get("dirty")}
+    out = options.out.resolve()
+    with unpacked(out / "evidence.zip", options.resume) as archive:
+        plan = Plan(options, archive.folder, folder(Device(options.device)))
+        names = list(STAGES) if "all" in options.stage else options.stage
+        planned = {name: stage(plan) for name, stage in STAGES.items()}
+        done = True
+        for name in names:
+            jobs = options.jobs if name in _PARALLEL else 1
+            done &= pieces.run(
+                planned[name],
+                archive,
+                deadline=deadline,
+                jobs=jobs,
+                facts=facts,
+                folder=ROOT,
+                again=options.again,
+            )
+            everything = [piece for stage in planned.values() for piece in stage]
+            write(out / "evidence.md", pieces.summary(everything, archive))
+        chosen = [piece for name in names for piece in planned[name] if not piece.absent]
+        outcomes = [archive.outcome(piece) for piece in chosen]
+    if not done:
+        return pieces.AGAIN
+    return int(any(o is not None and o["ended"] != pieces.PASSED for o in outcomes))
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    """Kill what runs and pack what is done."""
+    raise SystemExit(128 + number)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True)
+    parser.add_argument(
+        "--stage", nargs="+", choices=("all", *STAGES), default=["all"], metavar="NAME"
+    )
+    parser.add_argument(
+        "--deadline", type=float, metavar="SECONDS", default=float("inf"), help="of the whole"
+    )
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="archive of an earlier run")
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: a GPU if there is one",
     )
-    parser.add_argument("--quick", action="store_true", help="does everything work?")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="some of the stages")
     parser.add_argument(
-        "--data", metavar="SOURCE", default="phantom:n=480,size=128", help="of the comparison"
+        "--jobs",
+        type=int,
+        default=max(1, min(8, (os.cpu_count() or 1) // 2)),
+        help="files of tests that run at once",
     )
+    parser.add_argument("--again", action="store_true", help="run what failed once more")
+    parser.add_argument("--max-autotune", action="store_true", help="let it compete: takes minutes")
+    parser.add_argument("--quick", action="store_true", help="does everything work?")
+    parser.add_argument("--data", metavar="SOURCE", help="of the comparison, which is absent else")
     parser.add_argument(
         "--weights", metavar="FILE", help="of tf_efficientnet_lite0; default: timm's"
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where trained runs go")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: results/<machine>")
     return parser.parse_args(arguments)
 
 
-def stages(options: argparse.Namespace, out: Path) -> list[Stage]:
-    """What is run, in order."""
-    device = f"--device={options.device}"
-    quick = options.quick
-    kernels = ["pytest", "-q", "tests/kernels", "-k", options.device]
-    step = ["--rounds=1", "--seconds=1", "--side=64", "--batch", "4"] if quick else ["--batch"]
-    step += [] if quick else ["16", "64"] if options.device == "cuda" else ["16"]
+def _build(plan: Plan) -> list[Piece]:
+    """In every run: it may be on another machine."""
+    return [Piece("build", "library", plan.module("benchmarks.library"), repeated=True)]
+
+
+def _native(plan: Plan) -> list[Piece]:
+    """The C++ kernels of the device."""
+    return _tests(plan, "native", f"{plan.device}-{plan.device}", {})
+
+
+def _triton(plan: Plan) -> list[Piece]:
+    """Compiled on a GPU, interpreted on a CPU."""
+    environment = {} if plan.gpu else {"TRITON_INTERPRET": "1"}
+    return _tests(plan, "triton", f"triton-{plan.device}", environment)
+
+
+def _tests(plan: Plan, stage: str, target: str, environment: dict[str, str]) -> list[Piece]:
+    """A piece for every file with tests of targets."""
+    files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
     return [
-        Stage("operations", ["-m", *kernels, *(["-x", "--co"] if quick else [])]),
-        Stage("training", ["-m", "pytest", "-q", "tests/training/test_training_device.py"]),
-        Stage(
-            "benchmarks",
-            ["-m", "benchmarks.run", device, f"--out={out / 'results.json'}"]
-            + (["--quick"] if quick else []),
-        ),
-        Stage(
-            "step",
-            ["-m", "benchmarks.train_step", device, f"--out={out / 'train_step.json'}", *step],
-        ),
-        _comparison("lite0", "tf_efficientnet_lite0", options.weights or "true", options, out),
-        _comparison("resnet50", "resnet50", "false", options, out),
+        Piece(
+            stage,
+            path.stem,
+            plan.pytest(str(path.relative_to(ROOT)), "-k", target),
+            _LIMIT,
+            {"OMP_NUM_THREADS": "1", **environment},
+        )
+        for path in files
+        if "target" in path.read_text()
     ]
 
 
-def _comparison(
-    name: str, backbone: str, pretrained: str, options: argparse.Namespace, out: Path
-) -> Stage:
+def _sanitizer(plan: Plan) -> list[Piece]:
+    """Our kernels alone; each tensor is an allocation, so that a step beyond its end shows."""
+    tool, absent = _tool("compute-sanitizer", plan)
+    return [
+        Piece(
+            "sanitizer",
+            f"{check}-{function}",
+            (
+                *(tool, "--tool", check, "--error-exitcode", "9", "--kernel-name", "kns=magsd"),
+                # torch asks what fails where there is nothing to find.
+                *(("--report-api-errors", "no") if check == "memcheck" else ()),
+                *plan.module("benchmarks.probe", function, "--backend=cuda"),
+            ),
+            _LIMIT,
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            absent=absent,
+        )
+        for check in ("memcheck", "racecheck")
+        for function in _WATCHED
+    ]
+
+
+def _ncu(plan: Plan) -> list[Piece]:
+    tool, absent = _tool("ncu", plan)
+    sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy")
+    return [
+        Piece(
+            "ncu",
+            f"{function}-{precision}",
+            (
+                *(tool, "--profile-from-start", "off", "--clock-control", "none", "--csv"),
+                *("--kernel-name-base", "demangled", "--kernel-name", "regex:magsd"),
+                *(word for section in sections for word in ("--section", section)),
+                *plan.module("benchmarks.probe", function, "--backend=cuda", "--batch=256"),
+                f"--precision={precision}",
+            ),
+            _LIMIT,
+            absent=absent,
+        )
+        for function, precision in (
+            ("bilinear_attention_pool", "bfloat16"),
+            ("attention_views", "float32"),
+            ("bilinear_attention_pool", "float32"),
+        )
+    ]
+
+
+def _tool(name: str, plan: Plan) -> tuple[str, str]:
+    """A program of the CUDA toolkit, and why it is absent."""
+    found = shutil.which(name) or shutil.which(name, path=_CUDA_TOOLS)
+    absent = "" if found else f"there is no {name}"
+    return found or name, absent if plan.gpu else "needs a GPU"
+
+
+def _step(batch: int) -> Callable[[Plan], list[Piece]]:
+    """The whole training step at one batch size."""
+
+    def stage(plan: Plan) -> list[Piece]:
+        name = f"step{batch}"
+        out = f"--out={plan.work / plan.machine / name / 'train_step.json'}"
+        size = [f"--batch={batch}", "--seconds=60"]
+        if plan.options.quick:
+            size = ["--batch=4", "--side=64", "--backbone=test_resnet", "--seconds=0", "--rounds=2"]
+        return [Piece(name, "train_step", plan.module("benchmarks.train_step", out, *size), _LIMIT)]
+
+    return stage
+
+
+def _central(plan: Plan) -> list[Piece]:
+    batch = 256 if plan.gpu else 16
+    return _rows("central", plan, "--central", f"--batches={batch}")
+
+
+def _rest(plan: Plan) -> list[Piece]:
+    """All other rows, growth and call overhead, and the tests of this device not yet run."""
+    native, triton = f"{plan.device}-{plan.device}", f"triton-{plan.device}"
+    others = f"{plan.device} and not {native} and not {triton}"
+    return [
+        *_rows("rest", plan),
+        Piece("rest", "kernels", plan.pytest("tests/kernels", "-k", others), 2 * _LIMIT),
+    ]
+
+
+def _rows(stage: str, plan: Plan, *chosen: str) -> list[Piece]:
+    """Rows are written one by one, so that the deadline alone ends them; and a report of them."""
+    rows, report = (plan.work / plan.machine / name for name in ("rows", "report"))
+    if plan.options.quick:
+        chosen = ("--central", "--batches=4", "--quick", "--seconds=0.1")
+    for option in ("max-autotune", "again"):
+        if getattr(plan.options, option.replace("-", "_")):
+            chosen = (*chosen, f"--{option}")
+    command = plan.module("benchmarks.rows", f"--into={rows}", *chosen)
+    joined = (sys.executable, "-m", "benchmarks.report", str(rows), f"--out={report}")
+    return [Piece(stage, "rows", command), Piece(stage, "report", joined, repeated=True)]
+
+
+def _training(plan: Plan) -> list[Piece]:
+    test = plan.pytest("tests/training/test_training_device.py")
+    return [Piece("training", "device", test, _LIMIT)]
+
+
+def _comparison(name: str, backbone: str) -> Callable[[Plan], list[Piece]]:
     """MAG-SD against its backbone, five folds by patient."""
-    runs = options.runs / f"evidence-{name}"
-    pairs = [
-        f"model.backbone={backbone}",
-        f"model.pretrained={pretrained}",
-        f"train.device={options.device}",
-        "channels_last=true",
-        "overlays=0",
-    ]
-    if options.device == "cuda":
-        pairs.append("precision=bfloat16")
-    if options.quick:
-        pairs += ["folds=2", "epochs=1", "image_size=64", "data.augment.enabled=false"]
-    command = ["magsd", "crossval", "--config=finetune", f"--data={options.data}", f"--out={runs}"]
-    return Stage(
-        name,
-        ["-m", *command, "--model=plain", "--model=magsd", *pairs],
-        {runs / file: out / f"crossval-{name}" / file for file in _SUMMARY},
-    )
+
+    def stage(plan: Plan) -> list[Piece]:
+        options = plan.options
+        runs = (options.runs / f"evidence-{name}").resolve()
+        weights = "false" if name == "resnet50" else options.weights or "true"
+        pairs = [
+            f"model.backbone={backbone}",
+            f"model.pretrained={weights}",
+            f"train.device={options.device}",
+            "channels_last=true",
+            "overlays=0",
+            *(["precision=bfloat16"] if plan.gpu else []),
+        ]
+        if options.quick:
+            pairs += ["folds=2", "epochs=1", "image_size=64", "data.augment.enabled=false"]
+        command = ("magsd", "crossval", "--config=finetune", f"--data={options.data}")
+        return [
+            Piece(
+                f"crossval-{name}",
+                "crossval",
+                (
+                    *(sys.executable, "-m", *command, f"--out={runs}"),
+                    *("--model=plain", "--model=magsd", *pairs),
+                ),
+                absent="" if options.data else "--data names no images",
+                kept={runs / file: f"{plan.machine}/crossval-{name}/{file}" for file in _SUMMARY},
+            )
+        ]
+
+    return stage
 
 
-def run(stage: Stage) -> dict[str, object]:
-    """Run a stage and keep its files; what became of it."""
-    command = shlex.join(["python", *stage.command])
-    sys.stdout.write(f"\n=== {stage.name}: {command}\n")
-    sys.stdout.flush()
-    start = perf_counter()
-    done = subprocess.run([sys.executable, *stage.command], check=False, cwd=_HERE.parent)
-    for source, target in stage.kept.items():
-        if source.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
-    return {
-        "name": stage.name,
-        "command": command,
-        "status": done.returncode,
-        "seconds": round(perf_counter() - start, 1),
-    }
+STAGES: dict[str, Callable[[Plan], list[Piece]]] = {
+    "build": _build,
+    "native": _native,
+    "triton": _triton,
+    "sanitizer": _sanitizer,
+    "step16": _step(16),
+    "central": _central,
+    "ncu": _ncu,
+    "training": _training,
+    "step64": _step(64),
+    "rest": _rest,
+    "lite0": _comparison("lite0", "tf_efficientnet_lite0"),
+    "resnet50": _comparison("resnet50", "resnet50"),
+}
+_PARALLEL = ("native", "triton")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(start=pieces.process_start()))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.reporting.charts import draw
 from benchmarks.reporting.results import Results
+from benchmarks.reporting.rivals import AHEAD, shortfalls
 from benchmarks.reporting.tables import render
+
+STRICT = f"fail where a rival takes less than {AHEAD:g}x our time (lower quartile of the ratio)"
 
 
 def write(paths: Sequence[Path], folder: Path) -> Path:
@@ -22,15 +26,39 @@ def write(paths: Sequence[Path], folder: Path) -> Path:
     return report
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+def judge(paths: Sequence[Path]) -> int:
+    """Print the rows where ours is not ahead of every rival; 1 where there are any, else 0."""
+    found = shortfalls(Results(paths))
+    for line in found:
+        sys.stdout.write(f"short of {AHEAD:g}x: {line}\n")
+    return int(bool(found))
+
+
+def _in_order(paths: Iterable[Path]) -> list[Path]:
+    """As they were measured."""
+    return sorted(paths, key=lambda path: str(json.loads(path.read_text())["datetime"]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; the exit status is 1 where --strict finds a row that falls short."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="JSON, or a folder with some"
+    )
     parser.add_argument("--out", type=Path, help="folder; default: that of the first file")
+    parser.add_argument("--strict", action="store_true", help=STRICT)
     options = parser.parse_args(arguments)
-    report = write(options.files, options.out or options.files[0].parent)
+    files = [
+        file
+        for path in options.files
+        for file in (_in_order(path.glob("*.json")) if path.is_dir() else [path])
+    ]
+    if not files:
+        parser.error("no JSON is there")
+    report = write(files, options.out or files[0].parent)
     sys.stdout.write(f"{report}\n")
+    return judge(files) if options.strict else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,7 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,7 +25,7 @@ from pytest_benchmark.utils import get_commit_info
 from benchmarks.harness.check import WrongResult
 from benchmarks.harness.device import Device, HostReads
 from benchmarks.harness.machine import describe, folder
-from benchmarks.harness.recording import rounded
+from benchmarks.harness.recording import rounded, write
 from benchmarks.harness.sizes import CLASSES, MAGSD, PRECISIONS, Draw
 from benchmarks.harness.steps import (
     BASELINE,
@@ -34,8 +34,10 @@ from benchmarks.harness.steps import (
     OURS,
     Batch,
     Contender,
+    GraphPool,
     Member,
     arithmetic,
+    companies,
     floor_of,
     members,
     network,
@@ -65,22 +67,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit(f"{environment.BACKEND} is set: what is measured is the automatic choice")
     device = Device(options.device)
     commit = get_commit_info()  # of what runs, whatever is committed meanwhile
-    steps = [measure(device, batch, options) for batch in options.batch]
-    saved = {
+    saved: dict[str, Any] = {
         "machine_info": describe(device, get_cpu_info().get("brand_raw", "unknown")),
         "commit_info": {name: commit.get(name) for name in ("id", "dirty")},
         "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "backbone": options.backbone,
         "side": options.side,
-        "steps": [rounded(step) for step in steps],
+        "steps": [],
     }
     out = options.out or _HERE / "results" / folder(device) / "train_step.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(saved, indent=1) + "\n")
-    report = out.parent / "train_step.md"
-    report.write_text(render(saved))
-    sys.stdout.write(f"{report}\n")
+    for batch in options.batch:
+        saved["steps"].append(rounded(measure(device, batch, options)))
+        save(saved, out)  # a larger batch may not fit, or not end in time
     return 0
+
+
+def save(saved: dict[str, Any], out: Path) -> None:
+    """JSON, and the report beside it."""
+    write(out, json.dumps(saved, indent=1) + "\n")
+    report = out.parent / "train_step.md"
+    write(report, render(saved))
+    sys.stdout.write(f"{report}\n")
+    sys.stdout.flush()
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -113,23 +121,54 @@ def measure(device: Device, batch: int, options: argparse.Namespace) -> dict[str
     few = Batch(*(x[:_CHECKED_IMAGES] for x in batches[0]))
     difference = check(model, options.backbone, few)
     everyone = members(device.type)
-    contenders = {m: Contender(m, model, options.backbone, batches) for m in everyone}
-    facts, expected = {}, {}
-    for member, contender in contenders.items():
-        facts[member], expected[str(member)] = read_off(contender, device)
-        sys.stderr.write(f"B {batch}: {member}: {expected[str(member)]:.3g} s\n")
-    times = interleave(
-        {str(member): contender.calls() for member, contender in contenders.items()},
-        device.synchronize,
-        options.seconds,
-        fewest_rounds=options.rounds,
-        expected=expected if device.type == "cpu" else None,
+    pool = GraphPool() if device.type == "cuda" else None
+    handle = None if pool is None else pool.handle
+    entries = time_members(
+        everyone,
+        device,
+        lambda member: Contender(member, model, options.backbone, batches, handle),
+        options,
+        batch,
     )
     return {
         "batch": batch,
         "loss_difference": difference,
-        "members": [_entry(m, everyone, times, batch) | facts[m] for m in everyone],
+        "members": [entries[member] for member in everyone],
     }
+
+
+def time_members(
+    everyone: Sequence[Member],
+    device: Device,
+    build: Callable[[Member], Contender],
+    options: argparse.Namespace,
+    batch: int,
+) -> dict[Member, dict[str, Any]]:
+    """Company by company; a contender is built for its first and freed after its last."""
+    alive: dict[Member, Contender] = {}
+    facts: dict[Member, dict[str, Any]] = {}
+    expected: dict[Member, float] = {}
+    entries = {}
+    together = companies(everyone, device.type)
+    for company, told in together.items():
+        for member in set(alive) - set(company):
+            del alive[member]
+        device.release()
+        for member in company:
+            if member not in alive:
+                alive[member] = build(member)
+                facts[member], expected[member] = read_off(alive[member], device)
+                sys.stderr.write(f"B {batch}: {member}: {expected[member]:.3g} s\n")
+        times = interleave(
+            {str(member): alive[member].calls() for member in company},
+            device.synchronize,
+            options.seconds / len(together),
+            fewest_rounds=options.rounds,
+            expected={str(m): expected[m] for m in company} if device.type == "cpu" else None,
+        )
+        for member in told:
+            entries[member] = _entry(member, everyone, times, batch) | facts[member]
+    return entries
 
 
 def draw_batch(device: Device, batch: int, side: int, seed: int) -> Batch:

@@ -8,12 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from benchmarks.harness.subject import DRAWS, EAGER, PUBLISHED, Arguments, Contender, Row
-
-_FLOAT32 = 1e-5
-#: In half precision an error may be twice that of the reference in the same dtype. The published
-#: code, which rounds after every operation, may be off by this many times as much.
-_HALF, _HALF_PUBLISHED = 2, 16
+from benchmarks.harness.subject import DRAWS, EAGER, Arguments, Contender, Row, Tolerance
 
 
 class WrongResult(AssertionError):
@@ -28,10 +23,9 @@ class Wanted:
     value: Tensor
     reference_error: float
 
-    def allowed(self, competitor: str) -> float:
+    def allowed(self, tolerance: Tolerance) -> float:
         """Largest relative error."""
-        factor = _HALF_PUBLISHED if competitor == PUBLISHED else _HALF
-        return _FLOAT32 + factor * self.reference_error
+        return tolerance.single + tolerance.half * self.reference_error
 
 
 def definition(row: Row, arguments: Arguments) -> list[Wanted]:
@@ -62,7 +56,7 @@ def check(contender: Contender, wanted: list[Wanted]) -> None:
             if off:
                 raise WrongResult(f"{where}: {off} of {found.numel()} entries differ")
             continue
-        error, allowed = _error(found, want.value), want.allowed(contender.name)
+        error, allowed = _error(found, want.value), want.allowed(contender.tolerance)
         if not error <= allowed:  # NaN is wrong too
             raise WrongResult(f"{where}: relative error {error:.3g}, allowed {allowed:.3g}")
 

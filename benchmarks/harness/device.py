@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,12 @@ class Device:
         """Wait until all work is done."""
         if self.type == "cuda":
             torch.cuda.synchronize()
+
+    def release(self) -> None:
+        """Give back memory that nothing holds any more, that of destroyed CUDA graphs included."""
+        gc.collect()
+        if self.type == "cuda":
+            torch.cuda.empty_cache()
 
     def input_sets(self, set_bytes: int) -> int:
         """How many input sets are needed to leave the caches behind, within reason."""

@@ -2,22 +2,77 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import platform
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
 import magsd_kernels
 from benchmarks.harness.device import Device
-from magsd_kernels import native
+from magsd_kernels import environment, native
+
+#: What holds torch's own kernels and compiled code, ours, oneDNN and MKL back to AVX2.
+RESTRICTIONS: Mapping[str, Mapping[str, str]] = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        environment.CPU_CAPABILITY: "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    }
+}
+_COMPILED = "TORCHINDUCTOR_CACHE_DIR"
+_WRITTEN = {"avx2": "AVX2", "avx512": "AVX-512"}
+
+
+def restricted(capability: str) -> dict[str, str] | None:
+    """The environment of a process that is held back so; None: this one is."""
+    limits = RESTRICTIONS[capability]
+    if all(os.environ.get(name) == value for name, value in limits.items()):
+        return None
+    # The key of torch.compile's cache says nothing of instruction sets.
+    usual = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    compiled = f"{os.environ.get(_COMPILED, usual)}-{capability}"
+    return {**os.environ, **limits, _COMPILED: compiled}
 
 
 def folder(device: Device) -> str:
-    """Name of the machine's folder under results: cpu, or the GPU's model, such as h200."""
+    """Name of the machine's folder under results: cpu-avx2, or the GPU's model, such as h200."""
     if device.type == "cpu":
-        return "cpu"
+        return f"cpu-{instruction_set()}"
     model = torch.cuda.get_device_name().removeprefix("NVIDIA").split()
     return model[0].lower() if model else "gpu"
+
+
+def instruction_set() -> str:
+    """What torch and our kernels both run, such as avx2; different ones are no comparison."""
+    theirs = torch.backends.cpu.get_cpu_capability().lower()
+    if theirs in ("default", "no avx"):
+        theirs = "baseline"
+    ours = native.instruction_set() if native.why_not("cpu") is None else theirs
+    if ours != theirs and (ours in _WRITTEN or theirs in _WRITTEN):
+        raise ValueError(
+            f"torch runs {theirs} and our kernels run {ours}: restrict both or none "
+            f"(ATEN_CPU_CAPABILITY, {environment.CPU_CAPABILITY})"
+        )
+    return theirs
+
+
+def _restriction() -> str | None:
+    """That the processor can do more than what runs, and what was set to hold it back."""
+    runs = instruction_set()
+    able = "avx2" if torch.cpu._is_avx2_supported() else runs
+    able = "avx512" if torch.cpu._is_avx512_supported() else able
+    if runs == able:
+        return None
+    switches = [f"{name}={os.environ[name]}" for name in RESTRICTIONS["avx2"] if name in os.environ]
+    return (
+        f"{_WRITTEN[able]} processor restricted to {_WRITTEN.get(runs, runs)} "
+        f"({', '.join(switches)})"
+    )
 
 
 def describe(device: Device, processor: str) -> dict[str, str]:
@@ -33,6 +88,9 @@ def describe(device: Device, processor: str) -> dict[str, str]:
     }
     if native.why_not("cpu") is None:
         facts["C++ kernels run"] = native.instruction_set()
+    restriction = _restriction()
+    if restriction is not None:
+        facts["instruction set"] = restriction
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(0)
         facts["gpu"] = (

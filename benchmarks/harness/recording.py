@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -49,3 +50,11 @@ def rounded(facts: dict[str, Any]) -> dict[str, Any]:
     """Five digits are more than any figure here is good for."""
     found: dict[str, Any] = pytree.tree_map_only(float, lambda x: float(f"{x:.5g}"), facts)
     return found
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing: a reader never finds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begun = path.with_name(f"{path.name}.begun")
+    begun.write_text(text)
+    begun.replace(path)

@@ -41,6 +41,7 @@ class Session:
         seconds: about how long the timing of one group takes.
         batches, precisions: for all subjects; None means what the device and the subject suggest.
         quick: small sizes and few rounds, to see that everything works.
+        autotuned: whether max-autotune competes, too, which takes minutes for a row.
     """
 
     device: Device
@@ -48,6 +49,7 @@ class Session:
     batches: tuple[int, ...] | None
     precisions: tuple[Precision, ...] | None
     quick: bool = False
+    autotuned: bool = False
     clock: Replay = field(default_factory=Replay)
     _measured: dict[str, dict[str, Outcome]] = field(default_factory=dict)
 
@@ -64,7 +66,15 @@ class Session:
     def rows(self, subjects: Iterable[Subject]) -> list[Row]:
         """Every size, precision and direction of some subjects."""
         return [
-            Row(subject, network, batch, precision, self.device.type, backward)
+            Row(
+                subject,
+                network,
+                batch,
+                precision,
+                self.device.type,
+                backward,
+                autotuned=self.autotuned,
+            )
             for subject in subjects
             for network in subject.networks
             for batch in self.batches or self._batches(subject, network)
@@ -81,5 +91,5 @@ class Session:
 
     def _precisions(self, subject: Subject) -> tuple[Precision, ...]:
         if self.device.type == "cuda" and subject.central:
-            return tuple(PRECISIONS.values())
+            return (PRECISIONS["float32"], PRECISIONS["bfloat16"])
         return (PRECISIONS["float32"],)

@@ -55,6 +55,7 @@ class Precision:
 PRECISIONS = {
     "float32": Precision("float32", torch.float32, channels_last=False),
     "bfloat16": Precision("bfloat16", torch.bfloat16, channels_last=True),
+    "float16": Precision("float16", torch.float16, channels_last=True),
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -100,6 +100,24 @@ def floor_of(member: Member, among: Sequence[Member]) -> Member:
     return found
 
 
+def companies(everyone: Sequence[Member], device: str) -> dict[tuple[Member, ...], list[Member]]:
+    """Who is timed in turn with whom, and for whom that gives the figures.
+
+    On a CPU, whose pace changes, all are timed together. A GPU keeps its pace, and there each
+    member holds memory, a captured one that of its whole step: each is timed with the baseline and
+    its floor alone. A member is in one company, or in several that follow one another.
+    """
+    if device == "cpu":
+        return {tuple(everyone): list(everyone)}
+    found: dict[tuple[Member, ...], list[Member]] = {}
+    for floor in dict.fromkeys(floor_of(member, everyone) for member in everyone):
+        for member in everyone:
+            if floor_of(member, everyone) == floor:
+                company = tuple(dict.fromkeys((BASELINE, floor, member)))
+                found.setdefault(company, []).append(member)
+    return found
+
+
 def network(backbone: str, classes: int, device: str) -> MAGSD:
     """Ours, untrained, as published but for the weights, from which all members start."""
     torch.manual_seed(0)
@@ -116,13 +134,37 @@ def published_network(model: MAGSD, backbone: str) -> PublishedNetwork:
     return found.to(device)
 
 
+class GraphPool:
+    """Memory that CUDA graphs share of which one runs at a time.
+
+    A graph of next to nothing stays in it: torch may not take the handle of a pool again that all
+    graphs have left.
+    """
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+        self._value = torch.zeros(1, device="cuda").add_(1)  # loads the kernel
+        self._keeper = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._keeper, self.handle):
+            self._value.add_(1)
+
+
 class Contender:
-    """A member with a model and an optimiser of its own, ready to be called."""
+    """A member with a model and an optimiser of its own, ready to be called.
+
+    pool: handle of the memory in which captured members record their graphs.
+    """
 
     def __init__(
-        self, member: Member, model: MAGSD, backbone: str, batches: Sequence[Batch]
+        self,
+        member: Member,
+        model: MAGSD,
+        backbone: str,
+        batches: Sequence[Batch],
+        pool: Any = None,
     ) -> None:
         self.member = member
+        self._pool = pool
         self._batches = batches
         device = batches[0].images.device
         self._precision = Precision(device, member.arithmetic == BFLOAT16, member.channels_last)
@@ -184,7 +226,7 @@ class Contender:
         def refused(reason: str) -> None:
             raise RuntimeError(f"{self.member}: {reason}")
 
-        step = CapturedStep(self._body, device, refused)
+        step = CapturedStep(self._body, device, refused, self._pool)
         with arithmetic(self.member.arithmetic):
             for seed in range(_REPLAYED_AFTER):
                 step(*self._batches[0], seed)

@@ -26,6 +26,38 @@ PUBLISHED, EAGER, COMPILED, AUTOTUNED = "published", "eager", "compiled", "compi
 
 
 @dataclass(frozen=True)
+class Tolerance:
+    """Largest relative error of a result.
+
+    Attributes:
+        single: in float32.
+        half: in half precision, over the reference's own error.
+    """
+
+    single: float = 1e-5
+    half: float = 2
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Somebody else's calls that compute the same.
+
+    Attributes:
+        name: after the call that matters.
+        build: gives the function; called once for a row.
+        precisions: in which it competes.
+        why_not: reason why it cannot run here, or None.
+        tolerance: that suits its arithmetic.
+    """
+
+    name: str
+    build: Callable[[], Function]
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
+    why_not: Callable[[], str | None] = lambda: None
+    tolerance: Tolerance = Tolerance()
+
+
+@dataclass(frozen=True)
 class Subject:
     """A public function, and what else computes the same from the same arguments.
 
@@ -40,9 +72,10 @@ class Subject:
         differentiable: arguments that get a gradient; empty for an operation without.
         saved: arguments that a backward must read.
         written: arguments that are updated in place.
+        rivals: who else competes.
         uncompiled: why torch.compile does not compete; empty if it does.
-        central: on a GPU measured at every batch and precision, and autotuned at the largest;
-            the others at the largest batch in float32.
+        central: on a GPU measured at every batch, in float32 and bfloat16, and autotuned at the
+            largest where that is asked for; the others at the largest batch in float32.
         least_batch: the smallest that the operation takes.
         precisions: in which competitors can be compared.
     """
@@ -57,6 +90,7 @@ class Subject:
     differentiable: tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
+    rivals: tuple[Rival, ...] = ()
     uncompiled: str = ""
     central: bool = False
     least_batch: int = 1
@@ -73,6 +107,7 @@ class Row:
     precision: Precision
     device: str
     backward: bool
+    autotuned: bool = False
 
     def __str__(self) -> str:
         return "-".join(
@@ -89,6 +124,10 @@ class Row:
     def direction(self) -> str:
         """What is timed."""
         return "forward+backward" if self.backward else "forward"
+
+    def rival(self, name: str) -> Rival | None:
+        """The rival of a name."""
+        return next((rival for rival in self.subject.rivals if rival.name == name), None)
 
     def draw(self, seed: int) -> Arguments:
         """Random arguments; different seeds give different ones."""
@@ -128,8 +167,10 @@ def _tensors(tree: Any) -> list[Tensor]:
 def competitor_names(row: Row) -> tuple[str, ...]:
     """Who competes on a row, ours last."""
     ours = preference(row.subject.operation, row.device)
-    tuned = row.device == "cuda" and row.subject.central and row.batch == row.network.batches[-1]
-    return (PUBLISHED, EAGER, COMPILED, *((AUTOTUNED,) if tuned else ()), *ours)
+    largest = row.subject.central and row.batch == row.network.batches[-1]
+    tuned = row.autotuned and row.device == "cuda" and largest
+    rivals = [r.name for r in row.subject.rivals if row.precision.name in r.precisions]
+    return (PUBLISHED, EAGER, COMPILED, *((AUTOTUNED,) if tuned else ()), *rivals, *ours)
 
 
 def why_absent(name: str, row: Row) -> str | None:
@@ -138,7 +179,14 @@ def why_absent(name: str, row: Row) -> str | None:
         return row.subject.uncompiled or None
     if name in (PUBLISHED, EAGER):
         return None
+    rival = row.rival(name)
+    if rival is not None:
+        return rival.why_not()
     return why_not(name, row.subject.operation, row.device, row.precision.dtype)
+
+
+#: The published code rounds after every operation.
+_ROUNDED_OFTEN = Tolerance(half=16)
 
 
 class Contender:
@@ -164,7 +212,18 @@ class Contender:
                 subject.reference, fullgraph=True, dynamic=False, mode="max-autotune"
             )
             return partial(_new_step, tuned)
+        rival = self.row.rival(self.name)
+        if rival is not None:
+            return rival.build()
         return partial(subject.function, backend=self.name)
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """How far it may be off."""
+        if self.name == PUBLISHED:
+            return _ROUNDED_OFTEN
+        rival = self.row.rival(self.name)
+        return Tolerance() if rival is None else rival.tolerance
 
     def _own(self, arguments: Arguments) -> Arguments:
         """Leaves of its own; the data is shared, but for what is written."""

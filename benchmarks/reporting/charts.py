@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from benchmarks.harness.comparison import LIMIT
 from benchmarks.reporting.results import Entry, Key, Results, Row
+from benchmarks.reporting.rivals import rivals
 from benchmarks.reporting.tables import fit, memory, seconds
 
 #: Okabe and Ito's colours, told apart with every kind of colour vision; shapes say the same.
@@ -25,6 +26,9 @@ _LOOK = {
     "eager": ("#E69F00", "D"),
     "compiled": ("#56B4E9", "^"),
     "compiled-max": ("#0072B2", "v"),
+    "bmm": ("#882255", "P"),
+    "grid_sample": ("#999999", "X"),
+    "roi_align": ("#332288", "d"),
     "cpu": ("#009E73", "o"),
     "cuda": ("#009E73", "o"),
     "triton": ("#CC79A7", "p"),
@@ -73,7 +77,7 @@ def _caption(results: Results) -> str:
 def _operation(rows: dict[Key, Row], caption: str, path: Path) -> None:
     """Every row a line, every competitor a mark at its time; beside it what ours gains."""
     figure, (axes, table) = plt.subplots(
-        1, 2, sharey=True, width_ratios=(3, 1), layout="constrained",
+        1, 2, sharey=True, width_ratios=(2, 1), layout="constrained",
         figsize=(10, 1.6 + 0.3 * len(rows)),
     )  # fmt: skip
     shown = [
@@ -126,8 +130,7 @@ def _far_below(name: str, row: Row) -> bool:
 
 def _gains(table: Axes, rows: dict[Key, Row]) -> None:
     """Columns beside the chart: time over ours."""
-    names = ("published", "eager", "compiled", "compiled-max")
-    columns = [name for name in names if any(name in row.members for row in rows.values())]
+    columns = [name for name in _LOOK if any(name in rivals(row) for row in rows.values())]
     table.axis("off")
     table.set_xlim(-0.5, len(columns) - 0.5)
     for column, name in enumerate(columns):

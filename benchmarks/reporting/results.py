@@ -90,7 +90,9 @@ class Results:
         self.machine = saved["machine_info"]
         commit = saved["commit_info"]
         dirty = ", with uncommitted changes" if commit["dirty"] else ""
-        self.runs.append(f"{saved['datetime'][:10]}, commit {(commit['id'] or '?')[:12]}{dirty}")
+        run = f"{saved['datetime'][:10]}, commit {(commit['id'] or '?')[:12]}{dirty}"
+        if run not in self.runs:
+            self.runs.append(run)
         for bench in saved["benchmarks"]:
             stats, facts = bench["stats"], bench["extra_info"]
             entry = Entry((stats["q1"], stats["median"], stats["q3"]), facts)

@@ -19,10 +19,12 @@ from benchmarks import attention_augment, bilinear_pool, published, soft_distanc
 from benchmarks.harness.check import WrongResult
 from benchmarks.harness.comparison import Comparison
 from benchmarks.harness.device import Device, count_activity
+from benchmarks.harness.machine import RESTRICTIONS, restricted
 from benchmarks.harness.session import Session
 from benchmarks.harness.sizes import MAGSD, PRECISIONS, WSDAN, Draw
 from benchmarks.harness.subject import Row
 from benchmarks.harness.timing import interleave, quartiles
+from magsd_kernels import native
 
 ROOT = Path(__file__).parents[2]
 WRONG = """
@@ -188,3 +190,58 @@ def test_no_pixel_lies_on_a_threshold(network):
     assert gap.min() > 4e-6
     assert guide["theta"].min() > 0.39
     assert guide["theta"].max() < 0.61
+
+
+MACHINE = """
+import json, sys
+from benchmarks.harness.device import Device
+from benchmarks.harness.machine import describe
+json.dump(describe(Device("cpu"), "a processor"), sys.stdout)
+"""
+
+
+def machine_with(**limits: str) -> subprocess.CompletedProcess[str]:
+    packages = Path(magsd_kernels.__file__).parents[1]
+    known = {name for limits in RESTRICTIONS.values() for name in limits}
+    environment = {k: v for k, v in os.environ.items() if k not in known}
+    environment["PYTHONPATH"] = os.pathsep.join([str(packages), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, "-c", MACHINE],
+        capture_output=True, text=True, env=environment | limits, timeout=120, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a processor with AVX-512"
+)
+def test_results_tell_a_restricted_processor_from_a_small_one():
+    whole = json.loads(machine_with().stdout)
+    assert whole["machine"] == "cpu-avx512"
+    assert "instruction set" not in whole
+    less = json.loads(machine_with(**RESTRICTIONS["avx2"]).stdout)
+    assert less["machine"] == "cpu-avx2"
+    assert less["instruction set"].startswith("AVX-512 processor restricted to AVX2 (ATEN_CPU_")
+    for name, value in RESTRICTIONS["avx2"].items():
+        assert f"{name}={value}" in less["instruction set"]
+
+
+def test_a_restricted_process_shares_no_compiled_code_and_is_not_restricted_twice(monkeypatch):
+    for name in RESTRICTIONS["avx2"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/cache")
+    environment = restricted("avx2")
+    assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/cache-avx2"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert restricted("avx2") is None
+
+
+@pytest.mark.skipif(
+    native.why_not("cpu") is not None or torch.backends.cpu.get_cpu_capability() != "AVX512",
+    reason="needs the C++ kernels and a processor with AVX-512",
+)
+@pytest.mark.parametrize("name", ["ATEN_CPU_CAPABILITY", "MAGSD_CPU_CAPABILITY"])
+def test_one_side_alone_cannot_be_restricted(name):
+    done = machine_with(**{name: "avx2"})
+    assert done.returncode == 1
+    assert "restrict both or none" in done.stderr

@@ -14,7 +14,7 @@ from benchmarks import report
 from benchmarks.reporting.tables import fit, memory, seconds
 from benchmarks.run import compact
 
-MACHINE = {"machine": "cpu", "processor": "a processor", "threads": "2", "torch": "2.14"}
+MACHINE = {"machine": "cpu-avx2", "processor": "a processor", "threads": "2", "torch": "2.14"}
 GPU = {**MACHINE, "machine": "h200", "gpu": "a GPU"}
 
 
@@ -97,7 +97,8 @@ def test_ratios_targets_and_charts(tmp_path):
         in found
     )
     assert "| magsd B 16 float32 | forward | 20x (19 to 21) | 10x (9 to 11) | 50% |" in found
-    assert any("10x (sample_attention); 1 of 1" in line and "| met |" in line for line in found)
+    assert any(line.startswith("| sample_attention | 20 µs | 10x (9 to 11)") for line in found)
+    assert not any("torch.lerp" in line and "met" in line for line in found)  # no target
     line = "| attention_views | forward | B 1 to 8 | 1 ms + 2 ms per image | 0% "
     assert f"{line}| 1 KiB per image | 0% |" in found
     text = "\n".join(found)
@@ -106,6 +107,35 @@ def test_ratios_targets_and_charts(tmp_path):
     for chart in ("attention_augment.png", "growth.png"):
         assert f"({chart})" in text
         assert (tmp_path / "out" / chart).read_bytes().startswith(b"\x89PNG")
+
+
+def row(tmp_path: Path, **speedup: list[float]) -> Path:
+    ours = competitor("cpu", 1.0, ours=True, speedup=speedup)
+    others = [competitor(name, 2.0) for name in speedup]
+    return save(tmp_path / "row.json", ours, *others)
+
+
+def test_strictly_every_rival_counts_by_its_lower_quartile(tmp_path, capsys):
+    near = row(tmp_path, eager=[1.1, 1.2, 1.3], grid_sample=[1.09, 1.5, 2.0], limit=[0.1] * 3)
+    assert report.main([str(near)]) == 0
+    capsys.readouterr()
+    assert report.main([str(near), "--strict"]) == 1
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("short"))
+    size = "attention_views forward, magsd B 16 float32"
+    assert line == f"short of 1.1x: {size}: 1.5x (1.09 to 2) grid_sample"
+    work = "| every row | >= 1.1x every rival (lower quartile) | 0 of 1 rows; least: "
+    found = lines(tmp_path, near)
+    assert f"{work}{size}: 1.5x (1.09 to 2) grid_sample | **not met** |" in found
+    # Another backend of ours is no rival, nor is the limit.
+    ahead = row(tmp_path, eager=[1.1, 1.2, 1.3], triton=[0.5] * 3, limit=[0.1] * 3)
+    assert report.main([str(ahead), "--strict"]) == 0
+    assert any(" | 1 of 1 rows; " in line and line.endswith("| met |") for line in
+               lines(tmp_path, ahead))  # fmt: skip
+
+
+@pytest.mark.parametrize("entries", [[], [competitor("eager", 1.0)]], ids=["no row", "not ours"])
+def test_strictly_something_must_have_been_compared(entries, tmp_path):
+    assert report.main([str(save(tmp_path / "a.json", *entries)), "--strict"]) == 1
 
 
 def test_on_a_gpu_kernel_time_and_launches_decide(tmp_path):
@@ -171,3 +201,20 @@ def test_seconds(value, text):
 @pytest.mark.parametrize(("value", "text"), [(12, "12 B"), (1536, "1.5 KiB"), (3 << 20, "3 MiB")])
 def test_memory(value, text):
     assert memory(value) == text
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_a_part_does_not_replace_the_whole(part, tmp_path, monkeypatch, capsys):
+    from benchmarks import run
+
+    def measure(arguments):
+        (out,) = (Path(a.partition("=")[2]) for a in arguments if a.startswith("--benchmark-json"))
+        save(out, competitor("eager", 3.0), competitor("cpu", 1.0, ours=True))
+        return 0
+
+    monkeypatch.setattr(run, "_HERE", tmp_path)
+    monkeypatch.setattr(run, "folder", lambda device: "cpu-avx2")
+    monkeypatch.setattr(run.pytest, "main", measure)
+    assert run.main(["--device=cpu", *(["-k", "views"] if part else [])]) == 0
+    assert (tmp_path / "results" / "cpu-avx2" / "report.md").is_file() == (not part)
+    assert ("# Benchmarks: cpu-avx2" in capsys.readouterr().out) == part

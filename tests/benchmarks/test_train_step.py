@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import gc
 import json
 import sys
 import types
+import weakref
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -197,7 +200,8 @@ class Recorder:
 
     refuses = False
 
-    def __init__(self, body, device, report):
+    def __init__(self, body, device, report, pool):
+        self.pool = pool
         self.body, self.report, self.seeds = body, report, []
 
     def __call__(self, images, labels, seed):
@@ -213,7 +217,8 @@ def test_a_captured_member_goes_through_the_trainers_recorder(who, monkeypatch):
     monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(CapturedStep=Recorder))
     member = Member(who, FLOAT32, captured=True)
     model, batch = network(BACKBONE, 4, "cpu"), small_batch(0)
-    contender = Contender(member, model, BACKBONE, [batch])
+    contender = Contender(member, model, BACKBONE, [batch], (0, 7))
+    assert contender._captured.pool == (0, 7)
     recorded = len(contender._captured.seeds)
     assert recorded > 3
     for call in contender.calls() * 2:
@@ -223,6 +228,70 @@ def test_a_captured_member_goes_through_the_trainers_recorder(who, monkeypatch):
     monkeypatch.setattr(Recorder, "refuses", True)
     with pytest.raises(RuntimeError, match=f"{member}: no graph today"):
         Contender(member, model, BACKBONE, [batch])
+
+
+class Held:
+    """Stands in for a contender that holds a GPU's memory."""
+
+    alive: ClassVar[weakref.WeakSet[Held]] = weakref.WeakSet()
+    most = 0
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        Held.alive.add(self)
+        Held.most = max(Held.most, len(Held.alive))
+
+    def calls(self):
+        return [lambda: self.member]
+
+
+class OnGPU:
+    """Stands in for a GPU."""
+
+    type = "cuda"
+
+    def synchronize(self):
+        pass
+
+    def release(self):
+        gc.collect()
+
+
+def test_on_a_gpu_no_more_than_three_contenders_are_alive(monkeypatch):
+    monkeypatch.setattr(steps, "find_spec", lambda name: "a module")
+    monkeypatch.setattr(train_step, "read_off", lambda contender, device: ({}, 0.0))
+    monkeypatch.setattr(Held, "most", 0)
+    everyone = members("cuda")
+    built: list[Member] = []
+
+    def build(member: Member) -> Held:
+        built.append(member)
+        return Held(member)
+
+    options = argparse.Namespace(seconds=0.0, rounds=5)
+    entries = train_step.time_members(everyone, OnGPU(), build, options, 16)
+    assert Held.most == 3
+    assert sorted(map(str, built)) == sorted(map(str, everyone))  # each once
+    assert set(entries) == set(everyone)
+    for member, found in entries.items():
+        assert found["rounds"] >= 5
+        assert "speedup" in found
+        assert ("over_floor" in found) == (member.who != FLOOR)
+
+
+def test_a_batch_that_fails_leaves_the_results_of_those_before(tmp_path, monkeypatch):
+    def measure(device, batch, options):
+        if batch == 64:
+            raise torch.OutOfMemoryError("no memory")
+        return {"batch": batch, "loss_difference": 0.0, "members": [entry(BASELINE, 1, memory=1)]}
+
+    monkeypatch.delenv("MAGSD_BACKEND", raising=False)
+    monkeypatch.setattr(train_step, "measure", measure)
+    out = tmp_path / "step.json"
+    with pytest.raises(torch.OutOfMemoryError):
+        train_step.main(["--device=cpu", "--batch", "16", "64", f"--out={out}"])
+    assert [step["batch"] for step in json.loads(out.read_text())["steps"]] == [16]
+    assert "## B 16" in (tmp_path / "train_step.md").read_text()
 
 
 def test_the_published_step_draws_maps_thresholds_and_places():
