@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "cuda/bilinear_pool.h"
+#include "cuda/bilinear_pool_cluster.h"
 #include "cuda/bilinear_pool_tile.h"
 
 namespace magsd::MAGSD_ISA {
@@ -229,6 +230,9 @@ void forward(const DeviceScope& scope, const PoolCall<T>& call, const PoolSettin
   job.writes = true;
   job.output = output;
   job.norm = settings.normalize ? mutable_data<A>(results.norm) : nullptr;
+  if constexpr (sizeof(T) == 2) {
+    if (!settings.maximum && pool_by_clusters(scope, call, output, job.norm)) return;
+  }
   job.argmax = settings.maximum ? mutable_data<int32_t>(results.argmax) : nullptr;
   job.aligned_rows = call.has_aligned_rows(output);
   visit_product<T>(settings.maximum, allow_tf32, [&](auto product) {
