@@ -13,9 +13,6 @@
 namespace magsd::MAGSD_ISA {
 namespace {
 
-constexpr int kThreads = kClusterWarps * kWarp;
-constexpr int kStaticBytes = 256;  // at least what the kernel declares
-
 template <typename T>
 struct ClusterJob {
   T* output;    // (B, M, C)
@@ -42,28 +39,6 @@ __device__ float sum_of_squares(const PoolCall<T>& call,
   if (!call.signed_sqrt) return sum * call.factor * call.factor;
   // The square of a root is its radicand.
   return sum * call.factor + static_cast<float>(roots) * call.eps;
-}
-
-// The sum of `mine` over a cluster, in every thread, added in one order. The next wait must come
-// before the block ends.
-__device__ double cluster_sum(double mine) {
-  MAGSD_SHARED(double, sums, [kClusterWarps]);
-  MAGSD_SHARED(double, total, [1]);
-  mine = warp_sum(mine);
-  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = mine;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    double sum = 0;
-    for (int i = 0; i < kClusterWarps; ++i) sum += sums[i];
-    total[0] = sum;
-  }
-  cluster_arrive();
-  cluster_wait();
-  double sum = 0;
-#pragma unroll
-  for (int rank = 0; rank < kClusterBlocks; ++rank) sum += *peer_shared(&total[0], rank);
-  cluster_arrive();
-  return sum;
 }
 
 // Roots times `factor`, rounded, to rows of maps in shared memory.
@@ -110,7 +85,7 @@ __device__ void write_result(const PoolCall<T>& call, const ClusterTile<T, kChan
 #endif
 
 template <typename T, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kClusterThreads, 2)
     cluster_pool_kernel(const PoolCall<T> call, const ClusterJob<T> job) {
 #if defined(MAGSD_HAS_CLUSTERS)
   MAGSD_DYNAMIC_SHARED(unsigned char, memory);
@@ -149,31 +124,17 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <typename T, bool kChannelsLast>
 void launch_pool(const DeviceScope& scope, const PoolCall<T>& call, const ClusterJob<T>& job) {
   const ClusterCut cut(call.channels, call.pixels, kChannelsLast);
-  launch_clusters(scope, grid_of(int64_t{call.batch} * kClusterBlocks), kClusterBlocks, kThreads,
+  launch_clusters(scope, grid_of(int64_t{call.batch} * kClusterBlocks), kClusterBlocks, kClusterThreads,
                   static_cast<size_t>(cut.bytes()), cluster_pool_kernel<T, kChannelsLast>, call,
                   job);
-}
-
-// By the call's sizes, its alignment and the device alone, so that it is the same every time.
-template <typename T>
-bool fits_clusters(const PoolCall<T>& call) {
-  const Features<T>& features = call.features;
-  const bool whole_octets = call.channels % 8 == 0 && features.misaligned == 0;
-  if (call.attention.resized || call.maps > kClusterMaps || !whole_octets ||
-      call.channels > 8 * kOctets * kClusterBlocks || call.pixels > kMostPixels ||
-      (features.channels_last && !features.aligned_pixels)) {
-    return false;
-  }
-  const DeviceLimits limits = device_limits();
-  const ClusterCut cut(call.channels, call.pixels, features.channels_last);
-  return limits.capability >= kFirstWithClusters && cut.bytes() + kStaticBytes <= limits.shared;
 }
 
 }  // namespace
 
 template <typename T>
 bool pool_by_clusters(const DeviceScope& scope, const PoolCall<T>& call, T* output, float* norm) {
-  if (!fits_clusters(call)) return false;
+  const ClusterCut cut(call.channels, call.pixels, call.features.channels_last);
+  if (!fits_clusters(call, cut.bytes())) return false;
   const ClusterJob<T> job{output, norm};
   if (call.features.channels_last) {
     launch_pool<T, true>(scope, call, job);

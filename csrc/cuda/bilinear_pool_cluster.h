@@ -22,6 +22,7 @@ namespace magsd::MAGSD_ISA {
 
 constexpr int kClusterBlocks = 4;  // of an image
 constexpr int kClusterWarps = 8;   // of a block
+constexpr int kClusterThreads = kClusterWarps * kWarp;
 constexpr int kClusterMaps = 32;
 constexpr int kOctets = 64;  // of a block at most: 64 registers of sums a thread
 constexpr int kTiles = kOctets / kClusterWarps;
@@ -51,6 +52,22 @@ struct ClusterCut {
   MAGSD_HD int bytes() const { return attention() + pixels * kAttentionPitch; }
 };
 
+// Whether clusters take a call, given the dynamic shared memory of a block. By sizes, alignment and
+// the device alone, so that it is the same every time.
+template <typename T>
+bool fits_clusters(const PoolCall<T>& call, int shared) {
+  constexpr int kStaticBytes = 256;  // at least what a kernel declares
+  const Features<T>& features = call.features;
+  const bool whole_octets = call.channels % 8 == 0 && features.misaligned == 0 &&
+                            (!features.channels_last || features.aligned_pixels);
+  if (call.attention.resized || call.maps > kClusterMaps || !whole_octets ||
+      call.channels > 8 * kOctets * kClusterBlocks || call.pixels > kMostPixels) {
+    return false;
+  }
+  const DeviceLimits limits = device_limits();
+  return limits.capability >= kFirstWithClusters && shared + kStaticBytes <= limits.shared;
+}
+
 #if defined(MAGSD_HAS_CLUSTERS)
 template <typename T, bool kChannelsLast>
 class ClusterTile {
@@ -63,8 +80,6 @@ class ClusterTile {
         octets_(larger(0, smaller(cut_.octets, call.channels / 8 - first_))),
         pitch_(16 * cut_.pitch()),
         memory_(memory),
-        zero_(memory + cut_.zero_row()),
-        attention_(memory + cut_.attention()),
         begin_(kChannelsLast ? 0 : warp_ * call.pixels % 8),
         chunk_(kChannelsLast ? 0 : warp_ * call.pixels / 8) {}
 
@@ -77,7 +92,7 @@ class ClusterTile {
   __device__ void load_features(int half) const {
     const Features<T>& features = call_.features;
     const int begin = half * kOctets / 2, end = smaller(octets_, begin + kOctets / 2);
-    const T* from = features.data + b_ * features.step_b + 8 * first_ * features.step_c;
+    const T* from = features.data + int64_t{b_} * features.step_b + 8 * first_ * features.step_c;
     if constexpr (kChannelsLast) {
       const int octet = begin + lane_;
       if (octet >= end) return;
@@ -99,15 +114,15 @@ class ClusterTile {
   __device__ void load_attention() const {
     const AttentionMaps<T>& maps = call_.attention;
     const bool maps_inner = maps.step_m == 1;  // neighbouring threads read neighbours
-    const T* from = maps.data + b_ * maps.step_b;
+    const T* from = maps.data + int64_t{b_} * maps.step_b;
     for (int i = threadIdx.x; i < call_.pixels * kClusterMaps; i += blockDim.x) {
       const int m = maps_inner ? i % kClusterMaps : i / call_.pixels;
       const int p = maps_inner ? i / kClusterMaps : i % call_.pixels;
       const int y = p / maps.to_width, x = p % maps.to_width;
-      T* to = reinterpret_cast<T*>(attention_ + p * ClusterCut::kAttentionPitch) + m;
+      T* to = reinterpret_cast<T*>(attention_at(p)) + m;
       *to = m < call_.maps ? from[m * maps.step_m + y * maps.step_y + x * maps.step_x] : T{};
     }
-    if (threadIdx.x < 4) reinterpret_cast<unsigned*>(zero_)[threadIdx.x] = 0;
+    if (threadIdx.x < 4) reinterpret_cast<unsigned*>(zero_row())[threadIdx.x] = 0;
   }
 
   // Adds the products of half the tiles: sums[n][4 m + i] is d_i of tile n and maps 16 m.
@@ -140,6 +155,70 @@ class ClusterTile {
     }
   }
 
+  // Adds to d, maps by eight pixels from 8 x - begin() on, the products of the features and a
+  // matrix of maps by channels: two[n][j] are the entries 2 j and 2 j + 1 of tile n.
+  __device__ void multiply_back(int x, const unsigned (&two)[kTiles][4], float (&d)[8]) const {
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 4) {
+      if (n * kClusterWarps >= octets_) continue;
+      unsigned features[4];
+      load_matrices<!kChannelsLast>(pixel_row(x, n), features);
+#pragma unroll
+      for (int e = 0; e < 4; e += 2) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          const unsigned a[4] = {two[n + e][2 * m], two[n + e][2 * m + 1], two[n + e + 1][2 * m],
+                                 two[n + e + 1][2 * m + 1]};
+          mma_half<T>(d[4 * m], d[4 * m + 1], d[4 * m + 2], d[4 * m + 3], a, features[e],
+                      features[e + 1]);
+        }
+      }
+    }
+  }
+
+  // Attention of sixteen pixels from p on and maps 16 m, pixels as rows.
+  __device__ void load_attention_matrix(int p, int m, unsigned (&a)[4]) const {
+    const int row = p + lane_ / 8 % 2 * 8 + lane_ % 8;
+    const unsigned char* from = attention_at(row) + 32 * m + lane_ / 16 * 16;
+    load_matrices<false>(row < call_.pixels ? from : zero_row(), a);
+  }
+
+  // Puts numbers of pixel p and of the lane's two columns of tile n where the features were.
+  __device__ void replace(int p, int n, float low, float high) const {
+    const unsigned two = narrow_two<T>(low, high);
+    if constexpr (kChannelsLast) {
+      if (!has_channel(n, 0)) return;
+      *reinterpret_cast<unsigned*>(memory_ + p * pitch_ + 16 * octet_of(n, 0) + 4 * t_) = two;
+    } else {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (!has_channel(n, e)) continue;
+        unsigned char* octet = memory_ + octet_of(n, 2 * t_ + e) * pitch_;
+        reinterpret_cast<uint16_t*>(octet)[warp_ * call_.pixels + p] =
+            static_cast<uint16_t>(two >> 16 * e);
+      }
+    }
+  }
+
+  // Writes what is where the features were as a dense result.
+  __device__ void store_features(T* result) const {
+    const int64_t pixels = call_.pixels, channels = call_.channels;
+    T* to = result + b_ * pixels * channels + (kChannelsLast ? 1 : pixels) * 8 * first_;
+    const int rows = kChannelsLast ? call_.pixels : octets_;
+    const int words = kChannelsLast ? octets_ : call_.pixels;
+    const int64_t step = kChannelsLast ? channels : 8 * pixels;
+    for (int row = warp_; row < rows; row += kClusterWarps) {
+      for (int k = lane_; k < words; k += kWarp) {
+        uint4 word[1];
+        load_aligned(reinterpret_cast<const uint4*>(memory_ + row * pitch_ + 16 * k), word);
+        stream_16(to + row * step + 8 * k, word[0]);
+      }
+    }
+  }
+
+  // Pixels of the warp's rows before the first in 16 bytes.
+  __device__ int begin() const { return begin_; }
+
   // The map, and the channel of this block, of sums[n][i].
   __device__ int map_of(int i) const { return i / 4 * 16 + i / 2 % 2 * 8 + g_; }
   __device__ int channel_of(int n, int i) const {
@@ -157,18 +236,25 @@ class ClusterTile {
   // shared rows, counted from 16 bytes that hold the first, and eight maps or a tile's channels.
   __device__ const unsigned char* attention_row(int k, int m) const {
     const int p = k + lane_ / 16 * 8 + lane_ % 8 - begin_;
-    if (p < 0 || p >= call_.pixels) return zero_;
-    return attention_ + p * ClusterCut::kAttentionPitch + 32 * m + lane_ / 8 % 2 * 16;
+    if (p < 0 || p >= call_.pixels) return zero_row();
+    return attention_at(p) + 32 * m + lane_ / 8 % 2 * 16;
   }
   __device__ const unsigned char* feature_row(int k, int n) const {
     const int octet = octet_of(n + lane_ / 16, lane_ % 8), upper = lane_ / 8 % 2;
     if constexpr (kChannelsLast) {
       const int p = k + 8 * upper + lane_ % 8;
-      return p < call_.pixels && octet < octets_ ? memory_ + p * pitch_ + 16 * octet : zero_;
+      return p < call_.pixels && octet < octets_ ? memory_ + p * pitch_ + 16 * octet : zero_row();
     } else {
       // At most one piece of 16 bytes past the octet's; masked.
-      return octet < octets_ ? memory_ + octet * pitch_ + 16 * (chunk_ + k / 8 + upper) : zero_;
+      return octet < octets_ ? memory_ + octet * pitch_ + 16 * (chunk_ + k / 8 + upper) : zero_row();
     }
+  }
+
+  // Eight pixels of four tiles from n on, see multiply_back.
+  __device__ const unsigned char* pixel_row(int x, int n) const {
+    const int octet = octet_of(n + lane_ / 8, lane_ % 8), p = 8 * x + lane_ % 8;
+    if (octet >= octets_ || (kChannelsLast && p >= call_.pixels)) return zero_row();
+    return memory_ + (kChannelsLast ? p * pitch_ + 16 * octet : octet * pitch_ + 16 * (chunk_ + x));
   }
 
   // Keeps of two numbers those that belong to the row: beside it lie other channels, which may not
@@ -179,22 +265,60 @@ class ClusterTile {
            (p + 1 >= 0 && p + 1 < call_.pixels ? 0xffff0000u : 0);
   }
 
+  __device__ unsigned char* zero_row() const { return memory_ + cut_.zero_row(); }
+  __device__ unsigned char* attention_at(int p) const {
+    return memory_ + cut_.attention() + p * ClusterCut::kAttentionPitch;
+  }
+
   const PoolCall<T>& call_;
-  const int64_t b_;
+  const int b_;
   const int warp_ = threadIdx.x / kWarp, lane_ = threadIdx.x % kWarp;
   const int g_ = lane_ / 4, t_ = lane_ % 4;
   const ClusterCut cut_;
   const int first_, octets_, pitch_;
   unsigned char* const memory_;
-  unsigned char* const zero_;
-  unsigned char* const attention_;
   const int begin_, chunk_;  // of the warp's rows: pixels before the first in chunk_
 };
+// The sum of `mine` over a cluster, in every thread, added in one order. The next wait must come
+// before the block ends.
+__device__ __forceinline__ double cluster_sum(double mine) {
+  MAGSD_SHARED(double, sums, [kClusterWarps]);
+  MAGSD_SHARED(double, total, [1]);
+  mine = warp_sum(mine);
+  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = mine;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double sum = 0;
+    for (int i = 0; i < kClusterWarps; ++i) sum += sums[i];
+    total[0] = sum;
+  }
+  cluster_arrive();
+  cluster_wait();
+  double sum = 0;
+#pragma unroll
+  for (int rank = 0; rank < kClusterBlocks; ++rank) sum += *peer_shared(&total[0], rank);
+  cluster_arrive();
+  return sum;
+}
 #endif
 
 // Pools as the forward does, by the mean, if the call's sizes and the device allow it; whether they
 // did. The result is (B, M, C), the norm (B,) or null where nothing is normalised.
 template <typename T>
 bool pool_by_clusters(const DeviceScope& scope, const PoolCall<T>& call, T* output, float* norm);
+
+// The gradients, of features and attention or of one of them, of what pool_by_clusters pools. The
+// norm is null where nothing is normalised, a gradient where it is not wanted.
+template <typename T>
+struct ClusterGradients {
+  const T* grad;      // (B, M, C)
+  const float* norm;  // (B,)
+  T* features;        // dense, in the features' format
+  T* attention;       // dense, by the steps below
+  int64_t step_m, step_p;
+};
+template <typename T>
+bool gradients_by_clusters(const DeviceScope& scope, const PoolCall<T>& call,
+                           const ClusterGradients<T>& job);
 
 }  // namespace magsd::MAGSD_ISA

@@ -80,12 +80,12 @@ inline void cluster_arrive(simt::Line line = simt::Line::of_call()) {
 inline void cluster_wait() { simt::cluster_wait(); }
 #else
 // Every thread of the cluster arrives, and later waits for the arrival of all. What was written
-// before the arrival is seen after the wait.
+// before the arrival is seen after the wait. Not `.aligned`: lanes may come apart before.
 __device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 #endif
 

@@ -1,6 +1,8 @@
 // A warp's product of half precision on tensor cores: D (16 x 8) += A (16 x 16) B (16 x 8), exact
 // products with float sums.
 //
+// What a warp does as one is volatile, so that no compiler moves it to where lanes have come apart.
+//
 // Where the entries lie (PTX ISA, "Matrix Fragments for mma.m16n8k16"), lane = 4 g + t, two
 // neighbours along k in a register:
 //   a0 (g, 2 t)      a1 (g + 8, 2 t)  a2 (g, 2 t + 8)  a3 (g + 8, 2 t + 8)
@@ -52,7 +54,7 @@ __device__ __forceinline__ unsigned transpose_matrix(unsigned two) {
                 lanes + lane * simt::kExchangeBytes + 2 * (g % 2), 2);
   }
 #else
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(two));
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(two));
 #endif
   return result;
 }
@@ -83,12 +85,14 @@ __device__ __forceinline__ void mma_half(float& d0, float& d1, float& d2, float&
   }
 #else
   if constexpr (std::is_same_v<T, BFloat16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

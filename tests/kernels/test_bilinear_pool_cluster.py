@@ -162,6 +162,49 @@ def test_one_launch(target, capability, dtype, channels_last, features, maps):
     assert found == (1 if capability >= 90 else 2)
 
 
+@half_dtypes
+@both_layouts
+@pytest.mark.parametrize("normalize", [True, False])
+def test_launches_of_the_backward(target, capability, dtype, layout, normalize):
+    inputs = [x.requires_grad_() for x in inputs_of(target, dtype, layout, (2, 2048, 7, 7), 32)]
+    out = target.call(mk.bilinear_attention_pool, *inputs, normalize=normalize)
+    direction = random(*out.shape, seed=3, dtype=dtype).to(target.device)
+
+    def backward():
+        return torch.autograd.grad(out, inputs, direction, retain_graph=True)
+
+    assert launches(target, backward) == (1 if capability >= 90 else 2 + normalize)
+
+
+@half_dtypes
+@both_layouts
+def test_gradient_of_one_input_alone(target, capability, dtype, layout):
+    inputs = [x.requires_grad_() for x in inputs_of(target, dtype, layout, (2, 88, 7, 7), 5)]
+    out = target.call(mk.bilinear_attention_pool, *inputs)
+    direction = random(*out.shape, seed=3, dtype=dtype).to(target.device)
+    both = torch.autograd.grad(out, inputs, direction)
+    for i in range(2):
+        leaves = [x.detach().requires_grad_(i == j) for j, x in enumerate(inputs)]
+        out = target.call(mk.bilinear_attention_pool, *leaves)
+        (alone,) = torch.autograd.grad(out, leaves[i], direction)
+        assert identical(alone, both[i])
+
+
+@half_dtypes
+@both_layouts
+@pytest.mark.parametrize("size", [2.0**-10, 1.0, 2.0**10])
+def test_gradients_of_any_size(target, capability, dtype, layout, size):
+    """The gradient of the pooled matrix may leave the range of float16; those of the inputs do not.
+
+    Of small features the root is steep: what the norm leaves is large against them.
+    """
+    f, a = inputs_of(target, dtype, layout, (2, 48, 5, 5), 6)
+    f *= size
+    f[:, 1] *= 2.0**-6
+    check_in_place(target, [f, a], scale=0.01 * size)
+    check_in_place(target, [f, a], scale=0.01, normalize=False)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
