@@ -1,5 +1,5 @@
-// Bilinear attention pooling, forward, in half precision on GPUs with clusters (see bilinear_pool.cu
-// for all other calls).
+// Bilinear attention pooling, forward, in half precision on GPUs with clusters (all other calls:
+// bilinear_pool.cu).
 //
 // Must move the features once in and P (B M C) once out, and does no more: a cluster of four blocks
 // keeps an image, each a quarter of the channels. The quarter is copied whole into shared memory,
@@ -124,9 +124,9 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
 template <typename T, bool kChannelsLast>
 void launch_pool(const DeviceScope& scope, const PoolCall<T>& call, const ClusterJob<T>& job) {
   const ClusterCut cut(call.channels, call.pixels, kChannelsLast);
-  launch_clusters(scope, grid_of(int64_t{call.batch} * kClusterBlocks), kClusterBlocks, kClusterThreads,
-                  static_cast<size_t>(cut.bytes()), cluster_pool_kernel<T, kChannelsLast>, call,
-                  job);
+  launch_clusters(scope, grid_of(int64_t{call.batch} * kClusterBlocks), kClusterBlocks,
+                  kClusterThreads, static_cast<size_t>(cut.bytes()),
+                  cluster_pool_kernel<T, kChannelsLast>, call, job);
 }
 
 }  // namespace

@@ -246,7 +246,8 @@ class ClusterTile {
       return p < call_.pixels && octet < octets_ ? memory_ + p * pitch_ + 16 * octet : zero_row();
     } else {
       // At most one piece of 16 bytes past the octet's; masked.
-      return octet < octets_ ? memory_ + octet * pitch_ + 16 * (chunk_ + k / 8 + upper) : zero_row();
+      if (octet >= octets_) return zero_row();
+      return memory_ + octet * pitch_ + 16 * (chunk_ + k / 8 + upper);
     }
   }
 

@@ -66,7 +66,8 @@ __device__ __forceinline__ void mma_half(float& d0, float& d1, float& d2, float&
   static_assert(sizeof(T) == 2);
 #if defined(MAGSD_SIMT)
   const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  const unsigned char* lanes = simt::exchange(mine, sizeof(mine), kAllLanes, {"mma_half", __LINE__});
+  const unsigned char* lanes =
+      simt::exchange(mine, sizeof(mine), kAllLanes, {"mma_half", __LINE__});
   // Entry e of register r of a lane.
   const auto operand = [lanes](int lane, int r, int e) {
     T value;
