@@ -8,6 +8,7 @@
 //   - With fewer, a block takes the channels of its warps, and the two passes are two launches; the
 //     second begins with the images that the first read last.
 // Without normalisation one pass does.
+// Half precision on GPUs with clusters makes P once: bilinear_pool_cluster.cu.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -16,6 +17,7 @@
 #include <utility>
 
 #include "cuda/bilinear_pool.h"
+#include "cuda/bilinear_pool_cluster.h"
 #include "cuda/bilinear_pool_tile.h"
 
 namespace magsd::MAGSD_ISA {
@@ -229,6 +231,9 @@ void forward(const DeviceScope& scope, const PoolCall<T>& call, const PoolSettin
   job.writes = true;
   job.output = output;
   job.norm = settings.normalize ? mutable_data<A>(results.norm) : nullptr;
+  if constexpr (sizeof(T) == 2) {
+    if (!settings.maximum && pool_by_clusters(scope, call, output, job.norm)) return;
+  }
   job.argmax = settings.maximum ? mutable_data<int32_t>(results.argmax) : nullptr;
   job.aligned_rows = call.has_aligned_rows(output);
   visit_product<T>(settings.maximum, allow_tf32, [&](auto product) {

@@ -12,6 +12,7 @@
 //   - the shares are added in order, resized back and rounded.
 // Maps past the 32 of a group take another round each; what they add to dF is kept wide between.
 // With the maximum, sums take only the pixel that argmax names.
+// Half precision on GPUs with clusters: bilinear_pool_cluster_backward.cu.
 #include <algorithm>
 #include <cstdint>
 #include <string>
@@ -20,6 +21,7 @@
 #include <vector>
 
 #include "cuda/bilinear_pool.h"
+#include "cuda/bilinear_pool_cluster.h"
 #include "cuda/bilinear_pool_gradients.h"
 #include "cuda/bilinear_pool_tile.h"
 
@@ -187,6 +189,17 @@ void backward(const DeviceScope& scope, const PoolCall<T>& call, const PoolSetti
               bool allow_tf32, GradientJob<T> job, const PoolGradients& results,
               const Tensor& attention) {
   using A = accumulate_t<T>;
+  if constexpr (sizeof(T) == 2) {
+    const bool last = is_channels_last(attention);
+    const ClusterGradients<T> gradients{
+        job.grad,
+        job.norm,
+        job.features,
+        results.attention.numel() > 0 ? mutable_data<T>(results.attention) : nullptr,
+        last ? 1 : call.pixels,
+        last ? call.maps : 1};
+    if (!settings.maximum && gradients_by_clusters(scope, call, gradients)) return;
+  }
   Tensor sums, wide, shares;
   if (settings.normalize) {
     sums = sums_along(scope, call, settings.maximum, allow_tf32, job.grad);

@@ -29,17 +29,22 @@ struct Chain {
   using A = accumulate_t<T>;
   A scale, inverse_length = 1, along = 0;
 
-  __device__ Chain(const PoolCall<T>& call, const GradientJob<T>& job, int64_t b)
-      : scale(call.scale) {
+  __device__ explicit Chain(const PoolCall<T>& call) : scale(call.scale) {}
+
+  __device__ Chain(const PoolCall<T>& call, const GradientJob<T>& job, int64_t b) : Chain(call) {
     if (!call.normalize) return;
-    const double length = length_of(job.norm[b]);
+    double sum = 0;
+    for (int i = 0; i < job.shares; ++i) sum += job.sums[b * job.shares + i];
+    normalize(job.norm[b], sum);
+  }
+
+  // `sum` is that of scale * root * grad.
+  __device__ void normalize(A norm, double sum) {
+    const double length = length_of(norm);
     inverse_length = static_cast<A>(1 / length);
     scale *= inverse_length;
     // Under the smallest norm the divisor is constant, and no gradient flows through it.
-    if (!(job.norm[b] >= static_cast<A>(kSmallestNorm))) return;
-    double sum = 0;
-    for (int i = 0; i < job.shares; ++i) sum += job.sums[b * job.shares + i];
-    along = static_cast<A>(sum / (length * length));
+    if (norm >= static_cast<A>(kSmallestNorm)) along = static_cast<A>(sum / (length * length));
   }
 
   // Sums of products to their gradients.

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <map>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -17,14 +18,17 @@ namespace {
 
 constexpr std::size_t kMostShared = 227 * 1024;
 constexpr std::size_t kMostStaticShared = 48 * 1024;
-constexpr int kMostThreads = 1024;
 constexpr unsigned kMostBlocksX = 2147483647, kMostBlocksYZ = 65535;
 
-enum class State { kReady, kAtBarrier, kAtExchange, kDone };
+enum class State { kReady, kAtBarrier, kAtExchange, kAtClusterBarrier, kDone };
+
+// At the cluster's barrier: released once all threads have arrived, none after the wait.
+enum class Arrival { kNone, kArrived, kReleased };
 
 struct Fiber {
   Context context;
   State state = State::kReady;
+  Arrival arrival = Arrival::kNone;
 };
 
 // What the lanes of a warp give each other; two sets of slots, so that a lane may go on to the next
@@ -37,40 +41,78 @@ struct Warp {
   std::size_t bytes = 0;
 };
 
+struct Array {
+  unsigned char* memory = nullptr;
+  std::size_t bytes = 0;
+
+  void allocate(std::size_t count);
+  void poison() { std::memset(memory, 0xff, bytes); }
+  bool holds(const void* address) const {
+    const auto at = reinterpret_cast<std::uintptr_t>(address);
+    const auto first = reinterpret_cast<std::uintptr_t>(memory);
+    return at >= first && at < first + bytes;
+  }
+};
+
+class Cluster;
+
 // Stacks serve one block after another.
 class Block {
  public:
-  void run(const Position& where, std::size_t shared_bytes, const std::function<void()>& task,
-           std::uint64_t& seed);
+  explicit Block(Cluster& of) : cluster(of) {}
+
+  void start(const Position& where, std::size_t shared_bytes);
+  bool take_turn(std::uint64_t& seed);
   void wait(State state);
   void finish();
+  bool has_arrivals() const;
   [[noreturn]] void fail(const std::string& why);
   void require_same(const char* who, const Site& first, const Site& here);
+  void* array_of(const void* site, std::size_t bytes);
+  std::size_t count(State state) const;
+  void free_shared();
 
+  Cluster& cluster;
   Position at;
   std::size_t running = 0;
-  const std::function<void()>* body = nullptr;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::map<const void*, void*> arrays;
-  void* dynamic = nullptr;
-  std::size_t static_bytes = 0, dynamic_bytes = 0;
+  std::map<const void*, Array> arrays;
+  Array dynamic;
+  std::size_t static_bytes = 0;
   std::size_t at_barrier = 0;
   Site barrier_site{};
   bool any = false, any_before = false;
-  std::string error;
   Context scheduler;
 
  private:
   void resume(std::size_t i);
   void release_barrier();
-  void free_shared();
+
+  std::vector<std::size_t> order_;
+  bool ended_ = false;
+};
+
+// Blocks that run side by side.
+class Cluster {
+ public:
+  void run(const Position& first, int size, std::size_t shared_bytes, std::uint64_t& seed);
+  void release_barrier();
+
+  const std::function<void()>* body = nullptr;
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::size_t size = 0, arrived = 0;
+  Site barrier_site{};
+  std::string error;
+
+ private:
+  std::size_t threads() const { return size * blocks[0]->at.block_size.x; }
   std::string deadlock() const;
 };
 
 thread_local Block* block = nullptr;
-std::atomic<std::uint64_t> launches{0}, blocks{0};
-std::atomic<int> emulated_multiprocessors{2};
+std::atomic<std::uint64_t> launches{0}, launched_blocks{0};
+std::atomic<int> emulated_multiprocessors{2}, emulated_capability{90};
 
 Block& current() {
   if (block == nullptr) throw std::runtime_error("a kernel was called outside simt::launch");
@@ -79,20 +121,25 @@ Block& current() {
 
 void enter() {
   Context::arrived(block->scheduler);
-  (*block->body)();
+  (*block->cluster.body)();
   block->finish();
 }
 
-void* allocate(std::size_t bytes) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 128, std::max<std::size_t>(bytes, 1)) != 0) throw std::bad_alloc();
-  std::memset(memory, 0xff, bytes);
-  return memory;
+void Array::allocate(std::size_t count) {
+  void* address = nullptr;
+  if (posix_memalign(&address, 128, std::max<std::size_t>(count, 1)) != 0) throw std::bad_alloc();
+  memory = static_cast<unsigned char*>(address);
+  bytes = count;
+  poison();
 }
 
 std::uint64_t next(std::uint64_t& seed) {
   seed = seed * 6364136223846793005ull + 1442695040888963407ull;
   return seed >> 33;
+}
+
+void shuffle_order(std::vector<std::size_t>& order, std::uint64_t& seed) {
+  for (std::size_t i = order.size(); i-- > 1;) std::swap(order[i], order[next(seed) % (i + 1)]);
 }
 
 void Block::wait(State state) {
@@ -108,7 +155,7 @@ void Block::finish() {
 }
 
 void Block::fail(const std::string& why) {
-  if (error.empty()) error = why;
+  if (cluster.error.empty()) cluster.error = why;
   wait(State::kDone);
   std::abort();  // A fiber that failed is not resumed.
 }
@@ -136,55 +183,126 @@ void Block::release_barrier() {
   }
 }
 
+void* Block::array_of(const void* site, std::size_t bytes) {
+  Array& array = arrays[site];
+  if (array.memory == nullptr) {
+    array.allocate(bytes);
+    static_bytes += bytes;
+  }
+  return array.memory;
+}
+
 void Block::free_shared() {
-  for (auto& [site, array] : arrays) std::free(array);
+  for (auto& entry : arrays) std::free(entry.second.memory);
   arrays.clear();
-  std::free(dynamic);
-  dynamic = nullptr;
+  std::free(dynamic.memory);
+  dynamic = {};
   static_bytes = 0;
 }
 
-std::string Block::deadlock() const {
-  std::size_t done = 0;
-  for (std::size_t i = 0; i < at.block_size.x; ++i) done += fibers[i].state == State::kDone;
-  return "of " + std::to_string(at.block_size.x) + " threads of a block " +
-         std::to_string(at_barrier) + " wait at __syncthreads, " +
-         std::to_string(at.block_size.x - done - at_barrier) + " at a warp function, " +
+std::size_t Block::count(State state) const {
+  std::size_t found = 0;
+  for (std::size_t i = 0; i < at.block_size.x; ++i) found += fibers[i].state == state;
+  return found;
+}
+
+bool Block::has_arrivals() const {
+  return std::any_of(fibers.begin(), fibers.begin() + static_cast<std::ptrdiff_t>(at.block_size.x),
+                     [](const Fiber& fiber) { return fiber.arrival != Arrival::kNone; });
+}
+
+void Block::start(const Position& where, std::size_t shared_bytes) {
+  at = where;
+  at_barrier = 0;
+  any = false;
+  ended_ = false;
+  const std::size_t threads = where.block_size.x;
+  if (fibers.size() < threads) fibers.resize(threads);
+  for (std::size_t i = 0; i < threads; ++i) {
+    fibers[i].context.start(enter);
+    fibers[i].state = State::kReady;
+    fibers[i].arrival = Arrival::kNone;
+  }
+  warps.assign(threads / kLanes, Warp{});
+  dynamic.allocate(shared_bytes);
+  order_.resize(threads);
+  std::iota(order_.begin(), order_.end(), std::size_t{0});
+}
+
+// Runs every fiber that can; whether there was one.
+bool Block::take_turn(std::uint64_t& seed) {
+  block = this;
+  if (at_barrier == at.block_size.x) release_barrier();
+  bool moved = false;
+  shuffle_order(order_, seed);
+  for (const std::size_t i : order_) {
+    if (fibers[i].state != State::kReady || !cluster.error.empty()) continue;
+    moved = true;
+    resume(i);
+  }
+  if (!ended_ && count(State::kDone) == at.block_size.x) {
+    ended_ = true;
+    for (auto& entry : arrays) entry.second.poison();
+    dynamic.poison();
+  }
+  return moved;
+}
+
+void Cluster::release_barrier() {
+  arrived = 0;
+  for (std::size_t b = 0; b < size; ++b) {
+    for (Fiber& fiber : blocks[b]->fibers) {
+      if (fiber.arrival == Arrival::kArrived) fiber.arrival = Arrival::kReleased;
+      if (fiber.state == State::kAtClusterBarrier) fiber.state = State::kReady;
+    }
+  }
+}
+
+std::string Cluster::deadlock() const {
+  std::size_t at_barrier = 0, at_exchange = 0, at_cluster = 0, done = 0;
+  for (std::size_t b = 0; b < size; ++b) {
+    at_barrier += blocks[b]->count(State::kAtBarrier);
+    at_exchange += blocks[b]->count(State::kAtExchange);
+    at_cluster += blocks[b]->count(State::kAtClusterBarrier);
+    done += blocks[b]->count(State::kDone);
+  }
+  return "of " + std::to_string(threads()) + " threads of a " + (size > 1 ? "cluster " : "block ") +
+         std::to_string(at_barrier) + " wait at __syncthreads, " + std::to_string(at_exchange) +
+         " at a warp function, " +
+         (size > 1 ? std::to_string(at_cluster) + " at the cluster's barrier, " : "") +
          std::to_string(done) + " have ended: they would wait for ever";
 }
 
-void Block::run(const Position& where, std::size_t shared_bytes, const std::function<void()>& task,
-                std::uint64_t& seed) {
-  at = where;
-  body = &task;
-  at_barrier = 0;
-  any = false;
-  const std::size_t count = where.block_size.x;
-  if (fibers.size() < count) fibers.resize(count);
-  for (std::size_t i = 0; i < count; ++i) {
-    fibers[i].context.start(enter);
-    fibers[i].state = State::kReady;
-  }
-  warps.assign(count / kLanes, Warp{});
-  dynamic = allocate(shared_bytes);
-  dynamic_bytes = shared_bytes;
-  std::vector<std::size_t> order(count);
+void Cluster::run(const Position& first, int count, std::size_t shared_bytes,
+                  std::uint64_t& seed) {
+  size = static_cast<std::size_t>(count);
+  arrived = 0;
+  while (blocks.size() < size) blocks.push_back(std::make_unique<Block>(*this));
+  std::vector<std::size_t> order(size);
   std::iota(order.begin(), order.end(), std::size_t{0});
+  for (const std::size_t rank : order) {
+    Position where = first;
+    where.block.x += static_cast<unsigned>(rank);
+    where.cluster_rank = static_cast<unsigned>(rank);
+    where.cluster_size = static_cast<unsigned>(size);
+    blocks[rank]->start(where, shared_bytes);
+  }
   bool moved = true;
   while (moved && error.empty()) {
-    if (at_barrier == count) release_barrier();
     moved = false;
-    for (std::size_t i = count - 1; i > 0; --i) std::swap(order[i], order[next(seed) % (i + 1)]);
-    for (const std::size_t i : order) {
-      if (fibers[i].state != State::kReady || !error.empty()) continue;
-      moved = true;
-      resume(i);
+    shuffle_order(order, seed);
+    // As far as each can go alone: what it should have waited for has then not happened.
+    for (const std::size_t rank : order) {
+      while (error.empty() && blocks[rank]->take_turn(seed)) moved = true;
     }
   }
-  const auto done = [](const Fiber& fiber) { return fiber.state == State::kDone; };
-  const auto last = fibers.begin() + static_cast<std::ptrdiff_t>(count);
-  if (error.empty() && !std::all_of(fibers.begin(), last, done)) error = deadlock();
-  free_shared();
+  std::size_t done = 0;
+  for (std::size_t b = 0; b < size; ++b) done += blocks[b]->count(State::kDone);
+  if (error.empty() && done < threads()) error = deadlock();
+  for (std::size_t b = 0; b < size && error.empty(); ++b) {
+    if (blocks[b]->has_arrivals()) error = "a thread arrives at its cluster's barrier and ends";
+  }
+  for (std::size_t b = 0; b < size; ++b) blocks[b]->free_shared();
 }
 
 }  // namespace
@@ -203,6 +321,48 @@ bool barrier_or(bool value, const Site& site) {
   current().any |= value;
   barrier(site);
   return current().any_before;
+}
+
+void cluster_arrive(const Site& site) {
+  Block& here = current();
+  Cluster& cluster = here.cluster;
+  Fiber& fiber = here.fibers[here.running];
+  if (cluster.arrived == 0) cluster.barrier_site = site;
+  here.require_same("the threads of a cluster", cluster.barrier_site, site);
+  if (fiber.arrival != Arrival::kNone) {
+    here.fail("a thread arrives twice at the barrier of its cluster");
+  }
+  fiber.arrival = Arrival::kArrived;
+  if (++cluster.arrived == cluster.size * here.at.block_size.x) cluster.release_barrier();
+}
+
+void cluster_wait() {
+  Block& here = current();
+  Fiber& fiber = here.fibers[here.running];
+  if (fiber.arrival == Arrival::kNone) {
+    here.fail("a thread waits at the barrier of its cluster where it did not arrive");
+  }
+  if (fiber.arrival == Arrival::kArrived) here.wait(State::kAtClusterBarrier);
+  fiber.arrival = Arrival::kNone;
+}
+
+void* peer_shared(void* mine, int rank) {
+  Block& here = current();
+  Cluster& cluster = here.cluster;
+  if (rank < 0 || static_cast<std::size_t>(rank) >= cluster.size) {
+    here.fail("block " + std::to_string(rank) + " of a cluster of " +
+              std::to_string(cluster.size));
+  }
+  Block& peer = *cluster.blocks[static_cast<std::size_t>(rank)];
+  const auto offset_in = [mine](const Array& array) {
+    return static_cast<unsigned char*>(mine) - array.memory;
+  };
+  if (here.dynamic.holds(mine)) return peer.dynamic.memory + offset_in(here.dynamic);
+  for (const auto& [site, array] : here.arrays) {
+    if (!array.holds(mine)) continue;
+    return static_cast<unsigned char*>(peer.array_of(site, array.bytes)) + offset_in(array);
+  }
+  here.fail("what is asked of a peer does not lie in shared memory");
 }
 
 const unsigned char* exchange(const void* value, std::size_t bytes, unsigned mask,
@@ -234,14 +394,10 @@ const unsigned char* exchange(const void* value, std::size_t bytes, unsigned mas
 
 void* shared(const void* site, std::size_t bytes) {
   Block& here = current();
-  void*& array = here.arrays[site];
-  if (array == nullptr) {
-    array = allocate(bytes);
-    here.static_bytes += bytes;
-    if (here.static_bytes > kMostStaticShared) here.fail("a block declares more than 48 KB shared");
-    if (here.static_bytes + here.dynamic_bytes > kMostShared) {
-      here.fail("a block has more than 227 KB shared, declared and dynamic");
-    }
+  void* array = here.array_of(site, bytes);
+  if (here.static_bytes > kMostStaticShared) here.fail("a block declares more than 48 KB shared");
+  if (here.static_bytes + here.dynamic.bytes > kMostShared) {
+    here.fail("a block has more than 227 KB shared, declared and dynamic");
   }
   return array;
 }
@@ -253,9 +409,12 @@ void fail(const char* why) {
 
 int multiprocessors() { return emulated_multiprocessors; }
 
-void* dynamic_shared() { return current().dynamic; }
+void* dynamic_shared() { return current().dynamic.memory; }
 
-void launch(dim3 grid, int threads, std::size_t shared_bytes, const std::function<void()>& body) {
+int capability() { return emulated_capability; }
+
+void launch(dim3 grid, int threads, std::size_t shared_bytes, const std::function<void()>& body,
+            int cluster) {
   const auto require = [](bool holds, const std::string& why) {
     if (!holds) throw std::runtime_error("emulated kernel: " + why);
   };
@@ -266,31 +425,38 @@ void launch(dim3 grid, int threads, std::size_t shared_bytes, const std::functio
               within(grid.z, kMostBlocksYZ),
           "a grid of no block, or of more than can be launched");
   require(shared_bytes <= kMostShared, "too much dynamic shared memory");
+  require(cluster == 1 || capability() >= 90, "this GPU has no clusters");
+  require(cluster >= 1 && cluster <= kMostClusterBlocks &&
+              grid.x % static_cast<unsigned>(cluster) == 0,
+          "a cluster must hold 1 to 8 blocks and divide the grid; got " + std::to_string(cluster) +
+              " of " + std::to_string(grid.x));
   require(block == nullptr, "a kernel launches a kernel");
-  static thread_local Block stacks;
+  static thread_local Cluster stacks;
   static thread_local std::uint64_t seed = 1;
   ++launches;
-  block = &stacks;
+  stacks.body = &body;
   stacks.error.clear();
-  const std::size_t count = std::size_t{grid.x} * grid.y * grid.z;
-  blocks += count;
-  // Steps through the blocks by a number without a common divisor.
+  const unsigned columns = grid.x / static_cast<unsigned>(cluster);
+  const std::size_t count = std::size_t{columns} * grid.y * grid.z;
+  launched_blocks += count * static_cast<unsigned>(cluster);
+  // Steps through the clusters by a number without a common divisor.
   std::size_t step = 1 + next(seed) % count;
   while (std::gcd(step, count) != 1) ++step;
   std::size_t rank = next(seed) % count;
   for (std::size_t i = 0; i < count && stacks.error.empty(); ++i, rank = (rank + step) % count) {
     Position where{};
-    where.block = {static_cast<unsigned>(rank % grid.x),
-                   static_cast<unsigned>(rank / grid.x % grid.y),
-                   static_cast<unsigned>(rank / grid.x / grid.y)};
+    where.block = {static_cast<unsigned>(rank % columns) * static_cast<unsigned>(cluster),
+                   static_cast<unsigned>(rank / columns % grid.y),
+                   static_cast<unsigned>(rank / columns / grid.y)};
     where.grid_size = grid;
     where.block_size = dim3(static_cast<unsigned>(threads));
-    stacks.run(where, shared_bytes, body, seed);
+    stacks.run(where, cluster, shared_bytes, seed);
   }
   block = nullptr;
+  const std::string error = stacks.error;
   // AddressSanitizer's marks of what was not left stay on the stacks.
-  if (!stacks.error.empty()) stacks.fibers.clear();
-  require(stacks.error.empty(), stacks.error);
+  if (!error.empty()) stacks.blocks.clear();
+  require(error.empty(), error);
 }
 
 }  // namespace simt
@@ -302,11 +468,17 @@ extern "C" __attribute__((visibility("default"))) std::uint64_t magsd_emulated_l
 
 // Blocks of these launches, for tests of how work is spread.
 extern "C" __attribute__((visibility("default"))) std::uint64_t magsd_emulated_blocks() {
-  return simt::blocks;
+  return simt::launched_blocks;
 }
 
 // Gives the emulated GPU so many multiprocessors, by which kernels size their grids; how many it
 // had.
 extern "C" __attribute__((visibility("default"))) int magsd_emulate_multiprocessors(int count) {
   return simt::emulated_multiprocessors.exchange(count);
+}
+
+// Makes the emulated GPU one of this compute capability, major and minor digit, for tests of what
+// the kernels do on it.
+extern "C" __attribute__((visibility("default"))) void magsd_emulate_capability(int capability) {
+  simt::emulated_capability = capability;
 }

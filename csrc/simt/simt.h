@@ -8,9 +8,14 @@
 // block's end: what a missing barrier reads is poison, and AddressSanitizer sees what lies outside.
 // Vector types keep CUDA's alignment, so that UBSan sees a misaligned 16-byte access.
 //
+// The blocks of a cluster live side by side and take turns, in an order that changes from round to
+// round; a block goes as far as it can without the others. The shared memory of one that has ended
+// is poison at once, while others may still read it.
+//
 // launch() throws std::runtime_error where a GPU would hang or leave its result undefined: a
 // barrier or a warp function that some threads do not reach or reach at another place, a block that
-// is no multiple of a warp, a grid or shared memory larger than the hardware's.
+// is no multiple of a warp, a grid, a cluster or shared memory larger than the hardware's, a peer
+// that the cluster does not have.
 #pragma once
 
 #include <algorithm>
@@ -51,15 +56,24 @@ namespace simt {
 
 constexpr int kLanes = 32;
 
-// Where the running fiber stands in its grid.
+constexpr int kMostThreads = 1024;
+constexpr int kMostClusterBlocks = 8;
+
+// Where the running fiber stands in its grid. Without clusters a block is one by itself.
 struct Position {
   uint3 thread, block;
   dim3 block_size, grid_size;
+  unsigned cluster_rank, cluster_size;
 };
 const Position& position();
 
-// Runs `body` as every thread of every block. Throws what is said at the top of this file.
-void launch(dim3 grid, int threads, std::size_t shared, const std::function<void()>& body);
+// Runs `body` as every thread of every block, clusters of so many blocks, neighbours in x. Throws
+// what is said at the top of this file.
+void launch(dim3 grid, int threads, std::size_t shared, const std::function<void()>& body,
+            int cluster = 1);
+
+// Compute capability of the emulated GPU, major and minor digit: 90 unless a test sets another.
+int capability();
 
 // Shared memory of the running block: the array declared at `site`, and the dynamic one.
 void* shared(const void* site, std::size_t bytes);
@@ -78,6 +92,13 @@ struct Line {
 
 void barrier(const Site& site);
 bool barrier_or(bool value, const Site& site);
+
+// The two halves of a barrier of all threads of a cluster.
+void cluster_arrive(const Site& site);
+void cluster_wait();
+
+// Where block `rank` of the cluster holds what `mine` is in this block's shared memory.
+void* peer_shared(void* mine, int rank);
 
 // Gives `bytes` (at most 64) of this lane to its warp and waits for all of them. Returns kLanes
 // entries, kExchangeBytes apart, valid until the lane's next exchange.
@@ -106,6 +127,27 @@ T shuffle(unsigned mask, T value, const Site& site, int source_of(int lane, int 
   const unsigned char* slots = exchange(&value, sizeof(T), mask, site);
   const int source = source_of(lane, argument);
   return source >= 0 && source < kLanes ? from_lane<T>(slots, source) : value;
+}
+
+// Four matrices of 8 x 8 numbers of 16 bits, as ldmatrix.x4 reads them: lane 8 i + r holds the
+// address of row r of matrix i. Lane 4 g + t gets of matrix i the entries (g, 2 t) and (g, 2 t + 1)
+// in matrices[i], or, transposed, (2 t, g) and (2 t + 1, g).
+inline void load_matrices(const void* row, bool transposed, unsigned (&matrices)[4],
+                          const Site& site) {
+  if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) {
+    fail("a row of ldmatrix is not aligned to 16 bytes");
+  }
+  const int lane = static_cast<int>(position().thread.x) % kLanes, g = lane / 4, t = lane % 4;
+  unsigned char mine[16];
+  std::memcpy(mine, row, sizeof(mine));
+  const unsigned char* rows = exchange(mine, sizeof(mine), 0xffffffffu, site);
+  for (int i = 0; i < 4; ++i) {
+    unsigned char* to = reinterpret_cast<unsigned char*>(&matrices[i]);
+    for (int e = 0; e < 2; ++e) {
+      const int r = transposed ? 2 * t + e : g, column = transposed ? g : 2 * t + e;
+      std::memcpy(to + 2 * e, rows + (8 * i + r) * kExchangeBytes + 2 * column, 2);
+    }
+  }
 }
 
 }  // namespace simt

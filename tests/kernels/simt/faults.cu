@@ -13,6 +13,8 @@
 
 #include "simt/simt.h"
 
+extern "C" void magsd_emulate_capability(int capability);
+
 namespace {
 
 constexpr int kThreads = 96;
@@ -230,6 +232,189 @@ __global__ void blocks_in_order(const float* in, float* out) {
   for (unsigned i = 0; i <= b; ++i) out[b] += in[i];
 }
 
+// A cluster of three blocks, each with a third of `out`. Kernels are called as kernel(in, out).
+constexpr int kBlocks = 3;
+bool one_cluster(Kernel kernel, const std::function<float(int)>& wanted) {
+  const std::vector<float> in = ramp(kThreads);
+  std::vector<float> out(kThreads, -1.0f);
+  simt::launch(
+      kBlocks, kThreads / kBlocks, 64, [&] { kernel(in.data(), out.data()); }, kBlocks);
+  for (int i = 0; i < kThreads; ++i) {
+    if (out[i] != wanted(i)) return false;
+  }
+  return true;
+}
+int cluster_index() { return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
+int next_rank() { return static_cast<int>((simt::position().cluster_rank + 1) % kBlocks); }
+float next_block(int i) { return static_cast<float>((i + kThreads / kBlocks) % kThreads); }
+
+void cluster_arrive(simt::Line line = simt::Line::of_call()) {
+  simt::cluster_arrive({"cluster_arrive", line.number});
+}
+void cluster_barrier(simt::Line line = simt::Line::of_call()) {
+  cluster_arrive(line);
+  simt::cluster_wait();
+}
+
+template <typename T>
+T& at_peer(T& mine, int rank) {
+  return *static_cast<T*>(simt::peer_shared(&mine, rank));
+}
+
+// Every block takes what the next one of its cluster put into its shared memory.
+template <bool kFault>
+__global__ void peer_read_before_a_barrier(const float* in, float* out) {
+  MAGSD_SHARED(float, tile, [kThreads]);
+  const int t = threadIdx.x, i = cluster_index();
+  tile[t] = in[i];
+  if (!kFault) cluster_barrier();
+  out[i] = at_peer(tile[t], next_rank());
+  cluster_barrier();
+}
+
+template <bool kFault>
+__global__ void peer_read_behind_a_barrier_of_the_block(const float* in, float* out) {
+  MAGSD_DYNAMIC_SHARED(float, tile);
+  const int t = threadIdx.x, i = cluster_index();
+  if (t < 16) tile[t] = in[i];
+  if (kFault) {
+    __syncthreads();
+  } else {
+    cluster_barrier();
+  }
+  out[i] = t < 16 ? at_peer(tile[t], next_rank()) : next_block(i);
+  cluster_barrier();
+}
+
+template <bool kFault>
+__global__ void peer_that_ends_while_it_is_read(const float* in, float* out) {
+  MAGSD_SHARED(float, tile, [kThreads]);
+  const int t = threadIdx.x, i = cluster_index();
+  tile[t] = in[i];
+  cluster_barrier();
+  out[i] = at_peer(tile[t], next_rank());
+  if (!kFault) cluster_barrier();
+}
+
+template <bool kFault>
+__global__ void peer_write_after_read(const float* in, float* out) {
+  MAGSD_SHARED(float, tile, [kThreads]);
+  const int t = threadIdx.x, i = cluster_index();
+  float value = in[i];
+  for (int round = 0; round < 4; ++round) {
+    tile[t] = value;
+    cluster_barrier();
+    value = at_peer(tile[t], next_rank());
+    if (!kFault || round == 3) cluster_barrier();
+  }
+  out[i] = value;
+}
+
+template <bool kFault>
+__global__ void peer_out_of_range(const float* in, float* out) {
+  MAGSD_SHARED(float, tile, [kThreads]);
+  const int t = threadIdx.x, i = cluster_index();
+  tile[t] = in[i];
+  cluster_barrier();
+  const int rank = static_cast<int>(simt::position().cluster_rank) + 1;
+  out[i] = at_peer(tile[t], kFault ? rank : rank % kBlocks);
+  cluster_barrier();
+}
+
+template <bool kFault>
+__global__ void peer_of_global_memory(const float* in, float* out) {
+  MAGSD_SHARED(float, tile, [kThreads]);
+  const int t = threadIdx.x, i = cluster_index();
+  tile[t] = in[i];
+  cluster_barrier();
+  out[i] = at_peer(kFault ? out[t] : tile[t], next_rank());
+  cluster_barrier();
+}
+
+template <bool kFault>
+__global__ void peer_read_past_the_end(const float* in, float* out) {
+  MAGSD_SHARED(float, tile, [kThreads / kBlocks]);
+  const int t = threadIdx.x, i = cluster_index();
+  tile[t] = in[i];
+  cluster_barrier();
+  const float* const peer = &at_peer(tile[0], next_rank());
+  out[i] = peer[kFault ? t + 1 : t];
+  cluster_barrier();
+}
+
+template <bool kFault>
+__global__ void cluster_barrier_that_a_block_skips(const float* in, float* out) {
+  const int i = cluster_index();
+  if (!kFault || blockIdx.x != 1) cluster_barrier();
+  out[i] = in[i];
+}
+
+template <bool kFault>
+__global__ void cluster_barrier_that_a_thread_skips(const float* in, float* out) {
+  const int i = cluster_index();
+  if (!kFault || i != 40) cluster_barrier();
+  out[i] = in[i];
+}
+
+template <bool kFault>
+__global__ void cluster_barriers_at_two_places(const float* in, float* out) {
+  const int i = cluster_index();
+  if (kFault && blockIdx.x == 1) {
+    cluster_barrier();
+  } else {
+    cluster_barrier();
+  }
+  out[i] = in[i];
+}
+
+template <bool kFault>
+__global__ void cluster_wait_without_arrival(const float* in, float* out) {
+  const int i = cluster_index();
+  if (!kFault || blockIdx.x != 1) cluster_arrive();
+  simt::cluster_wait();
+  out[i] = in[i];
+}
+
+template <bool kFault>
+__global__ void cluster_arrival_twice(const float* in, float* out) {
+  const int i = cluster_index();
+  for (int arrival = 0; arrival < (kFault ? 2 : 1); ++arrival) cluster_arrive();
+  simt::cluster_wait();
+  out[i] = in[i];
+}
+
+template <bool kFault>
+__global__ void cluster_arrival_without_wait(const float* in, float* out) {
+  const int i = cluster_index();
+  cluster_arrive();
+  if (!kFault) simt::cluster_wait();
+  out[i] = in[i];
+}
+
+template <bool kFault>
+__global__ void misaligned_row_of_ldmatrix(const float* in, float* out) {
+  MAGSD_SHARED(float4, rows, [2 * 32]);
+  const int t = threadIdx.x, lane = t % 32;
+  reinterpret_cast<float*>(&rows[2 * lane])[0] = in[t];
+  __syncthreads();
+  const char* row = reinterpret_cast<const char*>(&rows[2 * lane]) + (kFault && lane == 9 ? 4 : 0);
+  unsigned matrices[4];
+  simt::load_matrices(row, false, matrices, {"ldmatrix", 0});
+  out[t] = in[t];
+}
+
+template <bool kFault>
+__global__ void ldmatrix_past_the_end(const float* in, float* out) {
+  MAGSD_SHARED(float4, rows, [32]);
+  const int t = threadIdx.x, lane = t % 32;
+  rows[lane] = {};
+  __syncthreads();
+  unsigned matrices[4];
+  const float4* const first = rows;
+  simt::load_matrices(first + lane + kFault, false, matrices, {"ldmatrix", 0});
+  out[t] = in[t];
+}
+
 // Several launches: with few blocks some run in the lucky order.
 template <bool kFault>
 bool order_of_blocks(int count) {
@@ -305,9 +490,39 @@ bool everything_offered() {
   return wrong == 0 && counters == std::vector<int>{6 * kThreads, kThreads - 1, 0};
 }
 
-bool launch_of(dim3 grid, int threads, std::size_t shared) {
+// Row r of matrix i holds 64 i + 8 r + column; and what a cluster is told of itself.
+__global__ void offers_of_newer_gpus(int* wrong) {
+  MAGSD_SHARED(uint16_t, rows, [32][8]);
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  const auto require = [&](bool holds) { *wrong += !holds; };
+  for (int column = 0; column < 8; ++column) {
+    rows[lane][column] = static_cast<uint16_t>(8 * lane + column);
+  }
+  __syncthreads();
+  for (const bool transposed : {false, true}) {
+    unsigned matrices[4];
+    simt::load_matrices(rows[lane], transposed, matrices, {"ldmatrix", 0});
+    for (int i = 0; i < 4; ++i) {
+      const int first = 64 * i + (transposed ? 8 * 2 * t + g : 8 * g + 2 * t);
+      require(matrices[i] % 65536 == static_cast<unsigned>(first));
+      require(matrices[i] / 65536 == static_cast<unsigned>(first + (transposed ? 8 : 1)));
+    }
+  }
+  require(simt::position().cluster_size == 2 && simt::position().cluster_rank == blockIdx.x % 2);
+  require(gridDim.x == 6 && gridDim.y == 2 && blockDim.x == 32);
+  // Two barriers, the first of which ends while some have not left it.
+  for (int round = 0; round < 2; ++round) cluster_barrier();
+}
+
+bool everything_of_newer_gpus() {
+  int wrong = 0;
+  simt::launch(dim3(6, 2), 32, 0, [&] { offers_of_newer_gpus(&wrong); }, 2);
+  return wrong == 0 && simt::capability() == 90;
+}
+
+bool launch_of(dim3 grid, int threads, std::size_t shared, int cluster = 1) {
   int ran = 0;
-  simt::launch(grid, threads, shared, [&] { ++ran; });
+  simt::launch(grid, threads, shared, [&] { ++ran; }, cluster);
   return ran == static_cast<int>(grid.x * grid.y * grid.z) * threads;
 }
 
@@ -315,6 +530,9 @@ float third_neighbour(int i) { return static_cast<float>((i + 3) % kThreads); }
 
 #define BOTH(name, wanted) \
   {#name, [](bool fault) { return one_block(fault ? name<true> : name<false>, wanted); }}
+
+#define OF_CLUSTER(name, wanted) \
+  {#name, [](bool fault) { return one_cluster(fault ? name<true> : name<false>, wanted); }}
 
 const std::map<std::string, std::function<bool(bool)>> kCases = {
     BOTH(read_after_write, neighbour),
@@ -342,6 +560,29 @@ const std::map<std::string, std::function<bool(bool)>> kCases = {
                               : too_much_shared_of_both_kinds<false>,
                         same, kThreads, 226 * 1024);
      }},
+    BOTH(misaligned_row_of_ldmatrix, same),
+    BOTH(ldmatrix_past_the_end, same),
+    OF_CLUSTER(peer_read_before_a_barrier, next_block),
+    OF_CLUSTER(peer_read_behind_a_barrier_of_the_block, next_block),
+    OF_CLUSTER(peer_that_ends_while_it_is_read, next_block),
+    OF_CLUSTER(peer_write_after_read, next_block),
+    OF_CLUSTER(peer_out_of_range, next_block),
+    OF_CLUSTER(peer_of_global_memory, next_block),
+    OF_CLUSTER(peer_read_past_the_end, next_block),
+    OF_CLUSTER(cluster_barrier_that_a_block_skips, same),
+    OF_CLUSTER(cluster_barrier_that_a_thread_skips, same),
+    OF_CLUSTER(cluster_barriers_at_two_places, same),
+    OF_CLUSTER(cluster_wait_without_arrival, same),
+    OF_CLUSTER(cluster_arrival_twice, same),
+    OF_CLUSTER(cluster_arrival_without_wait, same),
+    {"cluster_too_large", [](bool fault) { return launch_of(18, 32, 0, fault ? 9 : 6); }},
+    {"cluster_that_does_not_divide_the_grid",
+     [](bool fault) { return launch_of(fault ? 10 : 12, 32, 0, 4); }},
+    {"cluster_on_an_older_gpu",
+     [](bool fault) {
+       if (fault) magsd_emulate_capability(89);
+       return launch_of(4, 32, 0, 4);
+     }},
     {"block_of_no_whole_warps",
      [](bool fault) { return one_block(copy, same, fault ? kThreads - 16 : kThreads); }},
     {"block_too_large", [](bool fault) { return launch_of(1, fault ? 1056 : 1024, 0); }},
@@ -357,7 +598,17 @@ const std::map<std::string, std::function<bool(bool)>> kCases = {
      [](bool fault) {
        return fault ? launch_after_a_refused_one<true>() : launch_after_a_refused_one<false>();
      }},
+    {"launch_after_a_refused_cluster",
+     [](bool fault) {
+       try {
+         if (fault) one_cluster(cluster_barrier_that_a_thread_skips<true>, same);
+       } catch (const std::runtime_error&) {
+       }
+       return one_cluster(peer_write_after_read<false>, next_block) &&
+              one_block(write_after_read<false>, third_neighbour);
+     }},
     {"everything_offered", [](bool) { return everything_offered(); }},
+    {"everything_of_newer_gpus", [](bool) { return everything_of_newer_gpus(); }},
 };
 
 }  // namespace

@@ -56,11 +56,34 @@ FAULTS = {
     "dynamic_shared_past_the_end": OUTSIDE,
     "global_read_past_the_end": OUTSIDE,
     "global_write_past_the_end": OUTSIDE,
+    "peer_read_before_a_barrier": WRONG,
+    "peer_read_behind_a_barrier_of_the_block": WRONG,
+    "peer_that_ends_while_it_is_read": WRONG,
+    "peer_write_after_read": WRONG,
+    "peer_out_of_range": "block 3 of a cluster of 3",
+    "peer_of_global_memory": "does not lie in shared memory",
+    "peer_read_past_the_end": OUTSIDE,
+    "cluster_barrier_that_a_block_skips": f"64 at the cluster's barrier, 32 have ended: {WAIT}",
+    "cluster_barrier_that_a_thread_skips": f"95 at the cluster's barrier, 1 have ended: {WAIT}",
+    "cluster_barriers_at_two_places": f"the threads of a cluster {ELSEWHERE}: cluster_arrive in",
+    "cluster_wait_without_arrival": "waits at the barrier of its cluster where it did not arrive",
+    "cluster_arrival_twice": "arrives twice at the barrier of its cluster",
+    "cluster_arrival_without_wait": "arrives at its cluster's barrier and ends",
+    "cluster_too_large": "a cluster must hold 1 to 8 blocks and divide the grid; got 9 of 18",
+    "cluster_that_does_not_divide_the_grid": "divide the grid; got 4 of 10",
+    "cluster_on_an_older_gpu": "this GPU has no clusters",
+    "misaligned_row_of_ldmatrix": "a row of ldmatrix is not aligned",
+    "ldmatrix_past_the_end": OUTSIDE,
     "misaligned_float4": "runtime error: .*misaligned address",
 }
 FOR_SANITIZERS = {name for name, sign in FAULTS.items() if re.search("Sanitizer|runtime", sign)}
 #: Right with the planted fault too: the shim itself must stand it.
-SOUND = ("launch_after_a_refused_one", "everything_offered")
+SOUND = (
+    "launch_after_a_refused_one",
+    "launch_after_a_refused_cluster",
+    "everything_offered",
+    "everything_of_newer_gpus",
+)
 
 
 @pytest.fixture(scope="module", params=BUILDS)
@@ -124,7 +147,7 @@ def test_the_shim_stands(program: Path, name: str):
 
 
 def test_every_case_is_run():
-    written = re.findall(r"BOTH\((\w+), |\{\"(\w+)\"", CASES.read_text())
+    written = re.findall(r"(?:BOTH|OF_CLUSTER)\((\w+), |\{\"(\w+)\",\s+\[", CASES.read_text())
     names = {a or b for a, b in written} - {"name"}
     assert names == {*FAULTS, *SOUND}
 

@@ -1,0 +1,105 @@
+// Clusters: blocks, neighbours in x, that run at the same time, wait for one another and read one
+// another's shared memory. GPUs have them from compute capability 9.0 on.
+//
+// A block reads a peer's shared memory between a barrier that follows the peer's writes and one
+// that the peer waits for before it ends.
+#pragma once
+
+#include "cuda/kernel.h"
+
+// Around the body of a kernel that works in clusters: for older GPUs it is compiled empty, and the
+// host does not launch it.
+#if defined(MAGSD_SIMT) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+#define MAGSD_HAS_CLUSTERS
+#endif
+
+namespace magsd::MAGSD_ISA {
+
+constexpr int kFirstWithClusters = 90;  // compute capability, major and minor digit
+
+// What a kernel is chosen by: the current device's compute capability, and the dynamic shared
+// memory that a block may ask for.
+struct DeviceLimits {
+  int capability, shared;
+};
+
+inline DeviceLimits device_limits() {
+#if defined(MAGSD_SIMT)
+  return {simt::capability(), 227 * 1024};
+#else
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  const auto attribute = [device](cudaDeviceAttr which) {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+    return value;
+  };
+  return {10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+              attribute(cudaDevAttrComputeCapabilityMinor),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+#endif
+}
+
+// Launches `grid` blocks in clusters of `cluster`.
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(const DeviceScope& scope, dim3 grid, int cluster, int threads, size_t shared,
+                     void (*kernel)(Parameters...), Arguments&&... arguments) {
+  static_assert((sizeof(Parameters) + ... + 0) <= kParameterBytes, "too many parameters");
+#if defined(MAGSD_SIMT)
+  (void)scope;
+  simt::launch(
+      grid, threads, shared, [&] { kernel(static_cast<Parameters>(arguments)...); }, cluster);
+#else
+  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(shared)),
+             "cudaFuncSetAttribute");
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = scope.stream();
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel,
+                                static_cast<Parameters>(std::forward<Arguments>(arguments))...),
+             "kernel launch");
+#endif
+}
+
+#if defined(MAGSD_HAS_CLUSTERS)
+#if defined(MAGSD_SIMT)
+inline void cluster_arrive(simt::Line line = simt::Line::of_call()) {
+  simt::cluster_arrive({"cluster_arrive", line.number});
+}
+inline void cluster_wait() { simt::cluster_wait(); }
+#else
+// Every thread of the cluster arrives, and later waits for the arrival of all. What was written
+// before the arrival is seen after the wait. Not `.aligned`: lanes may come apart before.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+#endif
+
+// Where block `rank` of the cluster holds what `mine` is in this block's shared memory.
+template <typename T>
+__device__ __forceinline__ T* peer_shared(T* mine, int rank) {
+#if defined(MAGSD_SIMT)
+  return static_cast<T*>(simt::peer_shared(mine, rank));
+#else
+  T* peer;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(mine), "r"(rank));
+  return peer;
+#endif
+}
+#endif
+
+}  // namespace magsd::MAGSD_ISA
