@@ -50,10 +50,8 @@ void launch_clusters(const DeviceScope& scope, dim3 grid, int cluster, int threa
   simt::launch(
       grid, threads, shared, [&] { kernel(static_cast<Parameters>(arguments)...); }, cluster);
 #else
-  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(shared)),
-             "cudaFuncSetAttribute");
+  check_cuda(allow_shared(reinterpret_cast<const void*>(kernel), shared),
+             "shared memory of a kernel");
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
