@@ -57,11 +57,11 @@ def model(request):
 
 @pytest.fixture
 def make_loader(cache, classes):
-    """Loader over the cache's given rows."""
+    """Loader over the given rows of the cache, or of another one."""
 
-    def make(indices=range(12), batch_size=5):
+    def make(indices=range(12), batch_size=5, of=cache):
         return BatchLoader(
-            cache,
+            of,
             list(indices),
             classes,
             batch_size=batch_size,

@@ -62,8 +62,7 @@ def test_wrong_predictions_are_counted_at_their_place(cache, classes, make_loade
     wrong = list(cache.records)
     wrong[0] = dataclasses.replace(wrong[0], label="right")
     cache = dataclasses.replace(cache, records=tuple(wrong))
-    loader = make_loader()
-    loader.cache, loader.labels = cache, [2, *loader.labels[1:]]
+    loader = make_loader(of=cache)
     report = evaluate(Oracle(torch.ones(1, 1, 2, 2)), loader, cache, classes=classes)
     assert report.raw.confusion == [[3, 0, 0], [0, 4, 0], [1, 0, 4]]
 
