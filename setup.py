@@ -9,7 +9,7 @@ MAGSD_BUILD_CPU, MAGSD_BUILD_CUDA = auto (default: where the library cannot be b
 succeeds and `magsd_kernels.backends()` gives the reason) | 0 | 1 (where it cannot be built the
 install fails). A compile that fails always fails the install. MAGSD_BUILD_EMULATION=1 adds the
 CUDA kernels for the host, for tests. CXX, CXXFLAGS (C++ alone; nvcc reads NVCC_APPEND_FLAGS),
-LDFLAGS, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
+LDFLAGS, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honored.
 """
 
 from __future__ import annotations

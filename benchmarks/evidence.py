@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import sys
@@ -173,7 +174,7 @@ def _tests(plan: Plan, stage: str, target: str, environment: dict[str, str]) -> 
             {"OMP_NUM_THREADS": "1", **environment},
         )
         for path in files
-        if "target" in path.read_text()
+        if re.search(r"^def test_\w+\([^)]*\btarget\b", path.read_text(), re.MULTILINE)
     ]
 
 

@@ -137,7 +137,9 @@ def _told(error: Exception) -> str:
 
 def _broke_the_device(error: Exception | None) -> bool:
     """After an error of a kernel nothing runs on the device in the same process."""
-    return error is not None and "CUDA error" in str(error) and "out of memory" not in str(error)
+    text = str(error)
+    broken = "CUDA error" in text or "Triton Error [CUDA]" in text
+    return broken and "out of memory" not in text
 
 
 if __name__ == "__main__":

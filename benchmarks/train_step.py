@@ -48,6 +48,7 @@ from benchmarks.published_step import HostDraws, PublishedNetwork, published_ste
 from benchmarks.reporting.train_step import render
 from magsd.config import LossConfig, ViewsConfig
 from magsd.models import MAGSD as Network
+from magsd.torch_settings import timed_convolutions
 from magsd.training.step import make_step
 from magsd.training.views import MAGSDViews
 from magsd_kernels import environment
@@ -123,13 +124,14 @@ def measure(device: Device, batch: int, options: argparse.Namespace) -> dict[str
     everyone = members(device.type)
     pool = GraphPool() if device.type == "cuda" else None
     handle = None if pool is None else pool.handle
-    entries = time_members(
-        everyone,
-        device,
-        lambda member: Contender(member, model, options.backbone, batches, handle),
-        options,
-        batch,
-    )
+    with timed_convolutions():  # as in a run; for every member
+        entries = time_members(
+            everyone,
+            device,
+            lambda member: Contender(member, model, options.backbone, batches, handle),
+            options,
+            batch,
+        )
     return {
         "batch": batch,
         "loss_difference": difference,

@@ -97,7 +97,8 @@ def select(operation: str, backend: str | None, tensor: torch.Tensor) -> str:
     name = backend if backend is not None else asked_for()
     if _known(name) == "reference":
         return name
-    return _resolve(operation, name, tensor.device.type, tensor.dtype)
+    device = tensor.device
+    return _resolve(operation, name, device.type, tensor.dtype, device.index)
 
 
 def asked_for() -> str:
@@ -117,14 +118,14 @@ def _resolve(*question: Any) -> str:
     return answer
 
 
-def _choose(operation: str, name: str, device: str, dtype: torch.dtype) -> str:
+def _choose(operation: str, name: str, device: str, dtype: torch.dtype, index: int | None) -> str:
     if name != "auto":
-        why = why_not(name, operation, device, dtype)
+        why = why_not(name, operation, device, dtype, index)
         if why is not None:
             raise BackendUnavailable(f"{operation}: backend {name!r} cannot run here: {why}")
         return name
     for candidate in preference(operation, device):
-        if why_not(candidate, operation, device, dtype) is None:
+        if why_not(candidate, operation, device, dtype, index) is None:
             return candidate
     return "reference"
 
@@ -141,13 +142,20 @@ def preference(operation: str, device: str) -> tuple[str, ...]:
     return {"cpu": ("cpu",), "cuda": ("triton",), "xpu": ("triton",)}.get(device, ())
 
 
-def why_not(backend: str, operation: str, device: str, dtype: torch.dtype) -> str | None:
-    """Reason why `backend` cannot run `operation` on such tensors, or None if it can."""
+def why_not(
+    backend: str, operation: str, device: str, dtype: torch.dtype, index: int | None = None
+) -> str | None:
+    """Reason why `backend` cannot run `operation` on such tensors, or None if it can.
+
+    index: which of the GPUs, where they may differ.
+    """
     if backend == "reference":
         return None
     why = MISSING.get((backend, operation)) or _column(backend)
     if why is None and device not in _DEVICES[backend]:
         why = f"it takes tensors on {' or '.join(_DEVICES[backend])}, these are on {device}"
+    if why is None and device == "cuda" and index is not None:
+        why = native.unserved(index) if backend == "cuda" else _too_old(index)
     return why
 
 
@@ -191,17 +199,19 @@ def _triton() -> str | None:
         return None
     if not (torch.cuda.is_available() or torch.xpu.is_available()):
         return "torch sees no GPU"
-    return _too_old() if torch.version.hip is None else None
-
-
-def _too_old() -> str | None:
-    """Names an NVIDIA GPU that Triton does not serve, as far as there is one."""
     try:
-        devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    except RuntimeError as error:  # in a process forked after CUDA was initialised
+        reasons = [_too_old(i) for i in range(torch.cuda.device_count())]
+    except RuntimeError as error:  # in a process forked after CUDA was initialized
         return f"torch cannot use CUDA: {error}"
-    for i, (major, minor) in enumerate(devices):
-        if (major, minor) < OLDEST_OF_TRITON:
-            oldest = ".".join(map(str, OLDEST_OF_TRITON))
-            return f"Triton needs compute capability {oldest}, but cuda:{i} has {major}.{minor}"
-    return None
+    return reasons[0] if reasons and all(reasons) else None
+
+
+def _too_old(index: int) -> str | None:
+    """Reason why Triton does not serve one of the GPUs, or None."""
+    if torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) >= OLDEST_OF_TRITON:
+        return None
+    oldest = ".".join(map(str, OLDEST_OF_TRITON))
+    return f"Triton needs compute capability {oldest}, but cuda:{index} has {major}.{minor}"

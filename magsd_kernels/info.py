@@ -39,7 +39,10 @@ def in_use(device: torch.device | str, dtype: torch.dtype = torch.float32) -> st
         chosen = select(operation, None, sample)
         tried = preference(operation, device.type) if asked_for() == "auto" else ()
         better = tried[: tried.index(chosen)] if chosen in tried else tried
-        reasons = [f"{name}: {why_not(name, operation, device.type, dtype)}" for name in better]
+        reasons = [
+            f"{name}: {why_not(name, operation, device.type, dtype, device.index)}"
+            for name in better
+        ]
         rows.setdefault((chosen, "; ".join(reasons)), []).append(operation)
     parts = [
         f"{_KINDS[chosen]()} for {', '.join(operations) if len(rows) > 1 else 'all operations'}"

@@ -115,16 +115,25 @@ def _no_device(built: dict[str, str]) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     try:
-        devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    except RuntimeError as error:  # in a process forked after CUDA was initialised
+        reasons = [_unserved(built, i) for i in range(torch.cuda.device_count())]
+    except RuntimeError as error:  # in a process forked after CUDA was initialized
         return f"torch cannot use CUDA: {error}"
+    return reasons[0] if reasons and all(reasons) else None
+
+
+def unserved(index: int) -> str | None:
+    """Reason why the CUDA library that is loaded does not run on one of the GPUs, or None."""
+    return _unserved(build("cuda"), index)
+
+
+def _unserved(built: dict[str, str], index: int) -> str | None:
     architectures = built.get("architectures", "")
-    for i, device in enumerate(devices):
-        if architectures and not any(_serves(a, device) for a in architectures.split(", ")):
-            has = f"{device[0]}.{device[1]}"
-            remedy = f"; reinstall with TORCH_CUDA_ARCH_LIST={has}" if device >= (8, 0) else ""
-            return f"built for compute capability {architectures}, but cuda:{i} has {has}{remedy}"
-    return None
+    device = torch.cuda.get_device_capability(index)
+    if not architectures or any(_serves(a, device) for a in architectures.split(", ")):
+        return None
+    has = f"{device[0]}.{device[1]}"
+    remedy = f"; reinstall with TORCH_CUDA_ARCH_LIST={has}" if device >= (8, 0) else ""
+    return f"built for compute capability {architectures}, but cuda:{index} has {has}{remedy}"
 
 
 def _serves(architecture: str, capability: tuple[int, int]) -> bool:

@@ -57,12 +57,9 @@ def define(
         if check is not None:
             check(*arguments)
         function = getattr(implementation(arguments[-1], operation), name)
-        if arguments[-1] != "triton":
-            return function(*arguments[:-1])
-        # Triton launches on the current device; torch and the compiled libraries change to their
-        # tensors' device by themselves.
-        with torch.accelerator.device_index(_device_index(arguments)):
-            return function(*arguments[:-1])
+        if arguments[-1] == "triton":
+            return _on_their_device(function, arguments[:-1])
+        return function(*arguments[:-1])
 
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"magsd::{name}", fake, lib=_library)
@@ -89,6 +86,12 @@ def define(
     _library.impl(name, differentiable, "Autograd")
     _below[operator] = (kernel, overload)
     return operator
+
+
+def _on_their_device(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Triton launches on the current device; torch and the libraries change to their tensors'."""
+    with torch.accelerator.device_index(_device_index(arguments)):
+        return function(*arguments)
 
 
 def _native_schema(schema: str) -> str:

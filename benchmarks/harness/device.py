@@ -161,6 +161,9 @@ class HostReads(TorchDispatchMode):
             self.count += _waits(args[0], device, bool(kwargs.get("non_blocking")))
         elif operation is torch.ops.aten.copy_:
             free = bool(args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+            free &= (
+                args[0].device.type != "cpu" or args[0].is_pinned()
+            )  # torch pins no given result
             self.count += _waits(args[1], args[0].device, free)
         else:
             self.count += _mixes(args)

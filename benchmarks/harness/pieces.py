@@ -27,6 +27,7 @@ from typing import IO, Any
 #: Exit status of a command that made progress, cannot go on, and wants to be started again.
 AGAIN = 75
 ABSENT, PASSED, FAILED, OVERRAN, CUT = "absent", "passed", "failed", "overran", "cut"
+EMPTY = "nothing collected"  # the backend is not there; neither passed nor final
 #: What the archive says of a piece that need not be run again.
 _FINAL = (PASSED, FAILED, OVERRAN)
 _BEGUN = ".begun"
@@ -182,8 +183,9 @@ class _Running:
             self._kill()  # what it may have left behind
             if status == AGAIN:
                 return CUT
-            good = status in (0, _NOTHING_COLLECTED if "pytest" in self.piece.command else 0)
-            return PASSED if good else FAILED
+            if status == _NOTHING_COLLECTED and "pytest" in self.piece.command:
+                return EMPTY
+            return PASSED if status == 0 else FAILED
         if self.seconds > self.piece.limit:
             self._kill()
             return OVERRAN

@@ -2,7 +2,7 @@
 // another, and its adjoint.
 //
 // The rows of a cell are added first, along whole vectors. The sums of all rows of cells then lie
-// side by side, and a group of neighbours never reaches past the end of its row, so that their
+// side by side, and a group of neighbors never reaches past the end of its row, so that their
 // columns are added in one run over all of them.
 #pragma once
 
@@ -59,7 +59,7 @@ void add_rows(const A* from, int64_t width, int64_t count, const Each& each, A* 
   }
 }
 
-// to[i] = sum of group i of `size` neighbours.
+// to[i] = sum of group i of `size` neighbors.
 template <typename A>
 void add_groups(const A* MAGSD_RESTRICT from, int64_t count, int64_t size, A* MAGSD_RESTRICT to) {
   if (size == 2) {

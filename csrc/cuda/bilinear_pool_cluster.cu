@@ -121,26 +121,17 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
 #endif
 }
 
-template <typename T, bool kChannelsLast>
-void launch_pool(const DeviceScope& scope, const PoolCall<T>& call, const ClusterJob<T>& job) {
-  const ClusterCut cut(call.channels, call.pixels, kChannelsLast);
-  launch_clusters(scope, grid_of(int64_t{call.batch} * kClusterBlocks), kClusterBlocks,
-                  kClusterThreads, static_cast<size_t>(cut.bytes()),
-                  cluster_pool_kernel<T, kChannelsLast>, call, job);
-}
-
 }  // namespace
 
 template <typename T>
 bool pool_by_clusters(const DeviceScope& scope, const PoolCall<T>& call, T* output, float* norm) {
   const ClusterCut cut(call.channels, call.pixels, call.features.channels_last);
-  if (!fits_clusters(call, cut.bytes())) return false;
-  const ClusterJob<T> job{output, norm};
-  if (call.features.channels_last) {
-    launch_pool<T, true>(scope, call, job);
-  } else {
-    launch_pool<T, false>(scope, call, job);
-  }
+  const auto kernel = call.features.channels_last ? &cluster_pool_kernel<T, true>
+                                                  : &cluster_pool_kernel<T, false>;
+  if (!fits_clusters(call, cut.bytes(), reinterpret_cast<const void*>(kernel))) return false;
+  launch_clusters(scope, grid_of(int64_t{call.batch} * kClusterBlocks), kClusterBlocks,
+                  kClusterThreads, static_cast<size_t>(cut.bytes()), kernel, call,
+                  ClusterJob<T>{output, norm});
   return true;
 }
 

@@ -36,12 +36,15 @@ struct ClusterCut {
   int pixels;
   bool channels_last;
 
+  // Larger sizes, which no cluster takes, count as the largest, so that nothing overflows.
   MAGSD_HD ClusterCut(int channels, int pixels_of, bool last)
-      : octets(ceil_div(channels / 8, kClusterBlocks)), pixels(pixels_of), channels_last(last) {}
+      : octets(smaller(kOctets, ceil_div(channels / 8, kClusterBlocks))),
+        pixels(smaller(kMostPixels, pixels_of)),
+        channels_last(last) {}
 
   // Of a row of features: 16 bytes a piece.
   MAGSD_HD int pitch() const { return (channels_last ? octets : pixels) | 1; }
-  // Of a row of the result, a map's channels. Lanes write neighbours in channels last, every eighth
+  // Of a row of the result, a map's channels. Lanes write neighbors in channels last, every eighth
   // channel in planes: in both no two lanes of a warp write to the same bank.
   MAGSD_HD int result_pitch() const { return 16 * octets + (channels_last ? 16 : 4); }
 
@@ -55,7 +58,7 @@ struct ClusterCut {
 // Whether clusters take a call, given the dynamic shared memory of a block. By sizes, alignment and
 // the device alone, so that it is the same every time.
 template <typename T>
-bool fits_clusters(const PoolCall<T>& call, int shared) {
+bool fits_clusters(const PoolCall<T>& call, int shared, const void* kernel) {
   constexpr int kStaticBytes = 256;  // at least what a kernel declares
   const Features<T>& features = call.features;
   const bool whole_octets = call.channels % 8 == 0 && features.misaligned == 0 &&
@@ -64,8 +67,7 @@ bool fits_clusters(const PoolCall<T>& call, int shared) {
       call.channels > 8 * kOctets * kClusterBlocks || call.pixels > kMostPixels) {
     return false;
   }
-  const DeviceLimits limits = device_limits();
-  return limits.capability >= kFirstWithClusters && shared + kStaticBytes <= limits.shared;
+  return device_runs(kernel, kClusterBlocks, kClusterThreads, shared, kStaticBytes);
 }
 
 #if defined(MAGSD_HAS_CLUSTERS)
@@ -113,7 +115,7 @@ class ClusterTile {
   // A row of maps per pixel, 0 past the last map; and the row of zeros.
   __device__ void load_attention() const {
     const AttentionMaps<T>& maps = call_.attention;
-    const bool maps_inner = maps.step_m == 1;  // neighbouring threads read neighbours
+    const bool maps_inner = maps.step_m == 1;  // neighboring threads read neighbors
     const T* from = maps.data + int64_t{b_} * maps.step_b;
     for (int i = threadIdx.x; i < call_.pixels * kClusterMaps; i += blockDim.x) {
       const int m = maps_inner ? i % kClusterMaps : i / call_.pixels;
@@ -304,12 +306,12 @@ __device__ __forceinline__ double cluster_sum(double mine) {
 #endif
 
 // Pools as the forward does, by the mean, if the call's sizes and the device allow it; whether they
-// did. The result is (B, M, C), the norm (B,) or null where nothing is normalised.
+// did. The result is (B, M, C), the norm (B,) or null where nothing is normalized.
 template <typename T>
 bool pool_by_clusters(const DeviceScope& scope, const PoolCall<T>& call, T* output, float* norm);
 
 // The gradients, of features and attention or of one of them, of what pool_by_clusters pools. The
-// norm is null where nothing is normalised, a gradient where it is not wanted.
+// norm is null where nothing is normalized, a gradient where it is not wanted.
 template <typename T>
 struct ClusterGradients {
   const T* grad;      // (B, M, C)

@@ -273,14 +273,6 @@ __global__ void __launch_bounds__(kClusterThreads, (kBlocks<T, kChannelsLast>))
 #endif
 }
 
-template <typename T, bool kChannelsLast>
-void launch_gradients(const DeviceScope& scope, const PoolCall<T>& call,
-                      const ClusterGradients<T>& job, int shared) {
-  launch_clusters(scope, grid_of(int64_t{call.batch} * kClusterBlocks), kClusterBlocks,
-                  kClusterThreads, static_cast<size_t>(shared),
-                  cluster_gradients_kernel<T, kChannelsLast>, call, job);
-}
-
 }  // namespace
 
 template <typename T>
@@ -288,12 +280,11 @@ bool gradients_by_clusters(const DeviceScope& scope, const PoolCall<T>& call,
                            const ClusterGradients<T>& job) {
   const ClusterCut cut(call.channels, call.pixels, call.features.channels_last);
   const int shared = shared_bytes(cut);
-  if (!fits_clusters(call, shared)) return false;
-  if (call.features.channels_last) {
-    launch_gradients<T, true>(scope, call, job, shared);
-  } else {
-    launch_gradients<T, false>(scope, call, job, shared);
-  }
+  const auto kernel = call.features.channels_last ? &cluster_gradients_kernel<T, true>
+                                                  : &cluster_gradients_kernel<T, false>;
+  if (!fits_clusters(call, shared, reinterpret_cast<const void*>(kernel))) return false;
+  launch_clusters(scope, grid_of(int64_t{call.batch} * kClusterBlocks), kClusterBlocks,
+                  kClusterThreads, static_cast<size_t>(shared), kernel, call, job);
   return true;
 }
 

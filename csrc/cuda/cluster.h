@@ -1,10 +1,13 @@
-// Clusters: blocks, neighbours in x, that run at the same time, wait for one another and read one
+// Clusters: blocks, neighbors in x, that run at the same time, wait for one another and read one
 // another's shared memory. GPUs have them from compute capability 9.0 on.
 //
 // A block reads a peer's shared memory between a barrier that follows the peer's writes and one
 // that the peer waits for before it ends.
 #pragma once
 
+#if !defined(MAGSD_SIMT)
+#include "cuda/cluster_support.h"
+#endif
 #include "cuda/kernel.h"
 
 // Around the body of a kernel that works in clusters: for older GPUs it is compiled empty, and the
@@ -15,28 +18,27 @@
 
 namespace magsd::MAGSD_ISA {
 
-constexpr int kFirstWithClusters = 90;  // compute capability, major and minor digit
-
-// What a kernel is chosen by: the current device's compute capability, and the dynamic shared
-// memory that a block may ask for.
-struct DeviceLimits {
-  int capability, shared;
-};
-
-inline DeviceLimits device_limits() {
+// Whether the current device runs `kernel` in clusters whose blocks have `shared` bytes of dynamic
+// shared memory and declare `declared`.
+inline bool device_runs(const void* kernel, int cluster, int threads, int shared, int declared) {
 #if defined(MAGSD_SIMT)
-  return {simt::capability(), 227 * 1024};
+  (void)kernel, (void)cluster, (void)threads;
+  return simt::capability() >= 90 && shared + declared <= 227 * 1024;
 #else
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  const auto attribute = [device](cudaDeviceAttr which) {
+  const auto attribute = [device = current_device()](cudaDeviceAttr which) {
     int value = 0;
     check_cuda(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
     return value;
   };
-  return {10 * attribute(cudaDevAttrComputeCapabilityMajor) +
-              attribute(cudaDevAttrComputeCapabilityMinor),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  const int capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                         attribute(cudaDevAttrComputeCapabilityMinor);
+  bool runs = false;
+  if (capability >= kFirstWithClusters &&
+      shared + declared <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) {
+    check_cuda(runs_clusters(kernel, cluster, threads, static_cast<size_t>(shared), &runs),
+               "room for clusters");
+  }
+  return runs;
 #endif
 }
 

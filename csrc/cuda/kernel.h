@@ -62,6 +62,7 @@ using Stream = void*;
 using Stream = cudaStream_t;
 
 inline void check_cuda(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) static_cast<void>(cudaGetLastError());  // or the next launch reports it
   STD_TORCH_CHECK(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
 }
 #endif

@@ -4,7 +4,7 @@
 // What a warp does as one is volatile, so that no compiler moves it to where lanes have come apart.
 //
 // Where the entries lie (PTX ISA, "Matrix Fragments for mma.m16n8k16"), lane = 4 g + t, two
-// neighbours along k in a register:
+// neighbors along k in a register:
 //   a0 (g, 2 t)      a1 (g + 8, 2 t)  a2 (g, 2 t + 8)  a3 (g + 8, 2 t + 8)
 //   b0 (2 t, g)      b1 (2 t + 8, g)
 //   d0 (g, 2 t)      d1 (g, 2 t + 1)  d2 (g + 8, 2 t)  d3 (g + 8, 2 t + 1)

@@ -155,7 +155,9 @@ class _WholeStep(nn.Module):
 
 
 def synchronise_batchnorm(model: nn.Module) -> None:
-    """Convert every batch norm in place, those of timm that hold an activation as well."""
+    """Convert every batch norm in place, once, those of timm that hold an activation as well."""
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        return  # timm would take the activations from those that it converted before
     for name, child in model.named_children():
         setattr(model, name, convert_sync_batchnorm(child))
 

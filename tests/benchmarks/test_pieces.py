@@ -215,6 +215,19 @@ def test_what_failed_is_run_again_on_request_alone(tmp_path):
     assert count.read_text().split() == ["good", "bad", "bad"]
 
 
+def test_tests_of_a_backend_that_is_not_there_have_not_passed(tmp_path):
+    """pytest ends with 5 where it collects nothing; the next run asks again."""
+    backend = tmp_path / "backend"
+    tests = Piece(
+        "one", "tests", ("/bin/sh", "-c", f"test -f {backend} || exit 5", "pytest"), limit=60
+    )
+    for ended in (pieces.EMPTY, PASSED):
+        with unpacked(tmp_path / "out" / "evidence.zip") as archive:
+            assert run(archive, tests)
+            assert archive.outcome(tests)["ended"] == ended
+        backend.touch()
+
+
 def test_a_repeated_piece_runs_in_every_run_and_an_absent_one_in_none(tmp_path):
     count = tmp_path / "count"
     made = [

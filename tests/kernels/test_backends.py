@@ -386,21 +386,37 @@ def see(monkeypatch: pytest.MonkeyPatch, *devices: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: devices[i])
 
 
-def on_a_gpu() -> torch.Tensor:
+def on_a_gpu(index: int = 0) -> torch.Tensor:
     with FakeTensorMode():
-        return torch.empty(1, device="cuda:0")
+        return torch.empty(1, device=f"cuda:{index}")
 
 
-@pytest.mark.parametrize("devices", [[(7, 5)], [(6, 1)], [(9, 0), (7, 0)]], ids=str)
+@pytest.mark.parametrize("devices", [[(7, 5)], [(6, 1)], [(7, 0), (7, 5)]], ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_gpus_that_triton_does_not_serve_take_the_reference(operation, devices, monkeypatch):
     see(monkeypatch, *devices)
-    major, minor = devices[-1]
-    reason = f"Triton needs compute capability 8.0, but cuda:{len(devices) - 1} has {major}.{minor}"
+    major, minor = devices[0]
+    reason = f"Triton needs compute capability 8.0, but cuda:0 has {major}.{minor}"
     assert mk.backends()["triton"] == reason
     assert select(operation, "auto", on_a_gpu()) == "reference"
     with pytest.raises(mk.BackendUnavailable, match=reason):
         select(operation, "triton", on_a_gpu())
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_an_old_gpu_takes_nothing_from_a_new_one(backend, monkeypatch):
+    """Each tensor's own device decides."""
+    see(monkeypatch, (7, 5), (9, 0))
+    module = importlib.import_module("magsd_kernels.backends")
+    monkeypatch.setattr(module, "ON_NVIDIA", dict.fromkeys(OPERATIONS, ((backend,), "")))
+    monkeypatch.setattr(native, "_states", {"cuda": None})
+    monkeypatch.setattr(native, "build", lambda _: {"architectures": "8.0, 9.0+PTX"})
+    assert mk.backends()[backend] == "available"
+    assert select("bilinear_pool", "auto", on_a_gpu(0)) == "reference"
+    assert select("bilinear_pool", "auto", on_a_gpu(1)) == backend
+    assert select("bilinear_pool", backend, on_a_gpu(1)) == backend
+    with pytest.raises(mk.BackendUnavailable, match=r"cuda:0 has 7\.5$"):
+        select("bilinear_pool", backend, on_a_gpu(0))
 
 
 @pytest.mark.parametrize("devices", [[OLDEST_OF_TRITON], [(9, 0), (12, 0)]], ids=str)

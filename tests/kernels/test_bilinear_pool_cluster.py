@@ -119,7 +119,7 @@ def test_what_is_not_finite_stays_in_its_channel(
 
 @half_dtypes
 @both_layouts
-def test_does_not_read_uninitialised_memory(target, capability, dtype, layout):
+def test_does_not_read_uninitialized_memory(target, capability, dtype, layout):
     inputs = inputs_of(target, dtype, layout, (2, 72, 7, 7), 5)
     clean = target.call(mk.bilinear_attention_pool, *inputs)
     with poisoned_memory():

@@ -141,7 +141,8 @@ def test_a_cuda_library_that_is_not_built_is_told_without_a_gpu_too(
         (None, [], "built for CUDA 13.0, but torch {} is not a CUDA build"),
         ("12.8", [(9, 0)], "built for CUDA 13.0, but torch {} is built for CUDA 12.8"),
         ("13.1", [], "torch sees no CUDA device"),
-        ("13.1", [(9, 0), (7, 5)], "built for compute capability 8.0, 9.0, but cuda:1 has 7.5"),
+        ("13.1", [(7, 5), (7, 0)], "built for compute capability 8.0, 9.0, but cuda:0 has 7.5"),
+        ("13.1", [(9, 0), (7, 5)], "built for something else than torch {} (for 2.14.0+cu130): "),
         (
             "13.1",
             [(12, 0)],
@@ -150,7 +151,15 @@ def test_a_cuda_library_that_is_not_built_is_told_without_a_gpu_too(
         ),
         ("13.1", [(9, 0), (8, 6)], "built for something else than torch {} (for 2.14.0+cu130): "),
     ],
-    ids=["cpu_torch", "other_major", "no_device", "too_old", "other_device", "not_loadable"],
+    ids=[
+        "cpu_torch",
+        "other_major",
+        "no_device",
+        "too_old",
+        "one_too_old",
+        "other_device",
+        "not_loadable",
+    ],
 )
 def test_states_of_a_cuda_library_are_told_apart(
     false_library: Path,

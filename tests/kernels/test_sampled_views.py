@@ -222,7 +222,7 @@ def test_two_launches(target, layout, views):
 
 
 @each_count
-def test_does_not_read_uninitialised_memory(target, views):
+def test_does_not_read_uninitialized_memory(target, views):
     arguments = on(target.device, given(views))
     images = random(BATCH, 3, 25, 23, dtype=torch.float32).to(target.device)
     clean = target.call(sampled_views, images, **arguments)

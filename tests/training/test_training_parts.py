@@ -137,6 +137,7 @@ def test_synchronised_batch_norms_keep_activations_and_names(backbone: str) -> N
     images = torch.randn(2, 1, 48, 48)
     before = model.eval()(images).logits
     synchronise_batchnorm(model)
+    synchronise_batchnorm(model)  # as after a step that could not be recorded
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert norms
     assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/cluster_support.h"
 #include "cuda/mma.h"
 #include "cuda/multiscale_attention.h"
 #include "cuda/shared_memory.h"
@@ -192,10 +193,34 @@ bool shared_memory_is_asked_for() {
   return right;
 }
 
+// On the first device the kernel is what nvcc made; on the second the driver compiled it from the
+// PTX of an older GPU (0), finds no room for a cluster (1), or does not answer (2).
+bool clusters_run_where_they_are_compiled_and_find_room() {
+  static const char kernels[3] = {};
+  for (const char* kernel = kernels; kernel < kernels + 3; ++kernel) {
+    driver::kernels[kernel].ptx = {90, kernel == kernels ? 80 : 90};
+    driver::kernels[kernel].clusters = {33, kernel == kernels ? 33 : kernel == kernels + 1 ? 0 : -1};
+  }
+  bool right = true;
+  for (driver::device = 0; driver::device < 2; ++driver::device) {
+    for (const char* kernel = kernels; kernel < kernels + 3; ++kernel) {
+      bool runs = driver::device == 1;
+      right &= runs_clusters(kernel, 4, 256, 120 * 1024, &runs) == cudaSuccess;
+      right &= runs == (driver::device == 0) && driver::last_error == cudaSuccess;
+      const int calls = driver::calls;
+      right &= runs_clusters(kernel, 4, 256, 120 * 1024, &runs) == cudaSuccess;
+      right &= runs == (driver::device == 0) && driver::calls == calls;
+    }
+  }
+  return right;
+}
+
 const std::map<std::string, std::function<bool()>> kCases = {
     {"product", [] { return product(true); }},
     {"product_of_longer_numbers", [] { return product(false); }},
     {"values_are_cut_in_two", values_are_cut_in_two},
+    {"clusters_run_where_they_are_compiled_and_find_room",
+     clusters_run_where_they_are_compiled_and_find_room},
     {"the_last_block_adds_up", the_last_block_adds_up},
     {"calls_that_may_meet_share_no_counter", calls_that_may_meet_share_no_counter},
     {"parts_have_equal_loads", parts_have_equal_loads},
