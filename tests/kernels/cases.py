@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,6 +107,7 @@ def _views(batch: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+@functools.wraps(guided_views.sampled_views)
 def sampled_views(*arguments: Any, **options: Any) -> Tensor:
     """The views alone, as `AttentionViews` returns them; it is what calls the function."""
     return guided_views.sampled_views(*arguments, **options)[0]
