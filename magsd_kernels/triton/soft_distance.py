@@ -17,7 +17,7 @@ import triton.language as tl
 from magsd_kernels._layout import accumulation_dtype
 from magsd_kernels.triton._common import accumulation, block, tile, tunable, with_warps
 
-_TILE = 2048  # logits in flight
+_TILE = 512  # logits in flight; of more, one warp spills
 _MOST_GROUPS = 16  # every group is a loop of its own in the compiled kernel
 _MOST_TURNS = 4  # of one program over tiles of rows
 _MOST_PROGRAMS = 256

@@ -114,8 +114,8 @@ def sampling(dtype, layout):
     attention_sampling.sample_attention(maps, empty(64, 3), 1e-12)
 
 
-def distance(dtype, layout):
-    logits, targets = empty(64, 4, dtype=dtype), empty(64, dtype=torch.int64)
+def distance(dtype, layout, *, rows=64):
+    logits, targets = empty(rows, 4, dtype=dtype), empty(rows, dtype=torch.int64)
     settings = ([logits] * 3, targets, None, 0.7, 0.01)
     loss = soft_distance.soft_distance_loss(logits, *settings)
     soft_distance.soft_distance_loss_backward(*loss, logits, *settings)
@@ -136,6 +136,7 @@ CASES: dict[str, Launch] = {
     "single views": single_views,
     "sampling": sampling,
     "distance": distance,
+    "distance of many rows": functools.partial(distance, rows=4096),
 }
 PRODUCTS = ("pool 7x7", "pool 14x14", "pool 28x28", "pool resized")
 #: Each distinct kernel for each GPU; every dtype and layout for one GPU of either maker.
