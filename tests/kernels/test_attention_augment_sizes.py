@@ -26,8 +26,8 @@ def test_long_rows(target, dtype, align_corners, width, layout):
 @both_corners
 def test_pixels_of_many_channels(target, dtype, align_corners):
     """Rows too long for shared memory: the same bits as those of planes of one channel."""
-    if target.interpreted:
-        pytest.skip("has no shared memory, and takes minutes")
+    if target.backend != "cuda":
+        pytest.skip("stages no rows in shared memory")
     images = random(2, 4700, 3, 5, seed=34, dtype=dtype).to(target.device)
     g = {k: v.to(target.device) for k, v in views_guide(batch=2, low=(3, 2)).items()}
     planes, pixels = (
