@@ -81,7 +81,9 @@ def test_the_run_fails_with_a_wrong_competitor(tmp_path):
     (tmp_path / "test_wrong.py").write_text(WRONG)
     saved = tmp_path / "saved.json"
     packages = Path(magsd_kernels.__file__).parents[1]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAGSD_", "PYTEST_XDIST"))}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("MAGSD_", "PYTEST_XDIST"))
+    }
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(packages), str(ROOT), environment.get("PYTHONPATH", "")]
     )
