@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 
 import magsd_kernels as mk
 from magsd_kernels import environment, native
@@ -386,9 +385,9 @@ def see(monkeypatch: pytest.MonkeyPatch, *devices: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: devices[i])
 
 
-def on_a_gpu(index: int = 0) -> torch.Tensor:
-    with FakeTensorMode():
-        return torch.empty(1, device=f"cuda:{index}")
+def on_a_gpu(index: int = 0) -> Any:
+    """What `select` asks of a tensor; torch 2.10 starts CUDA for a fake one."""
+    return types.SimpleNamespace(device=torch.device("cuda", index), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("devices", [[(7, 5)], [(6, 1)], [(7, 0), (7, 5)]], ids=str)
