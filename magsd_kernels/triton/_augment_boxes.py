@@ -27,7 +27,6 @@ from magsd_kernels.triton.attention_sampling import drawn_maps, shares_of, weigh
 _CONFIGS = [
     *with_warps(16, TILE=tile(2048)),
     *with_warps(8, registers=144, TILE=tile(2048)),
-    *with_warps(16, registers=96, TILE=tile(4096)),
 ]
 _COLUMNS = tile(2048)
 _FAR: tl.constexpr = tl.constexpr(2147483647)  # the first row or column where none is found
