@@ -25,7 +25,7 @@ from magsd_kernels.triton.attention_sampling import drawn_maps, shares_of, weigh
 
 # Pixels in flight, and warps: many, because there are few programs.
 _CONFIGS = [
-    *with_warps(16, TILE=tile(2048)),
+    *with_warps(16, registers=96, TILE=tile(2048)),
     *with_warps(8, registers=144, TILE=tile(2048)),
 ]
 _COLUMNS = tile(2048)

@@ -47,10 +47,11 @@ def _views_kernel(
     planes, height, width, row, image_b, image_plane, image_y, offset_b, offset_axis,
     maps, low_height, low_width, step_b, step_m, step_y, step_x, step_index, step_theta,
     INNER: tl.constexpr, WEIGHT: tl.constexpr, FLOOR: tl.constexpr, ALIGN: tl.constexpr,
-    TILE: tl.constexpr, COLUMNS: tl.constexpr, MAP_TILE: tl.constexpr, REAL: tl.constexpr,
+    TILE: tl.constexpr, SHARE: tl.constexpr, COLUMNS: tl.constexpr, MAP_TILE: tl.constexpr,
+    REAL: tl.constexpr,
 ):  # fmt: skip
     """One program per image, tile of its rows (those of all planes), and tile of columns."""
-    ROWS: tl.constexpr = TILE // COLUMNS
+    ROWS: tl.constexpr = TILE // SHARE // COLUMNS
     tiles = tl.cdiv(planes * height, ROWS)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     r = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)[:, None]
@@ -167,13 +168,16 @@ class _Plan:
         }  # fmt: skip
 
 
-def _cut(images: _Images) -> tuple[Grid, int]:
-    """Grid and columns of a kernel that has a program for a tile of an image's rows and columns."""
+def _cut(images: _Images, share: int = 1) -> tuple[Grid, int]:
+    """Grid and columns of a kernel that has a program for a tile of an image's rows and columns.
+
+    share: the part of the configuration's tile that a program takes is 1 / share.
+    """
     # In float64, what a kernel keeps of every column takes twice the registers.
     columns = block(images.row, _COLUMNS // (2 if images.tensor.dtype == torch.float64 else 1))
 
     def grid(settings: dict[str, Any]) -> tuple[int, int]:
-        tiles = triton.cdiv(images.planes * images.height, settings["TILE"] // columns)
+        tiles = triton.cdiv(images.planes * images.height, settings["TILE"] // share // columns)
         return images.batch * tiles, triton.cdiv(images.row, columns)
 
     return grid, columns
@@ -184,11 +188,12 @@ def _make(images: torch.Tensor, plan: _Plan, views: tuple[torch.Tensor | None, .
     given = _rows_of(images)
     if given.batch == 0:
         return
-    grid, columns = _cut(given)
+    share = 2 if images.dtype == torch.float64 else 1  # which takes twice the registers
+    grid, columns = _cut(given, share)
     _views_kernel[grid](
         given.tensor, *views, *plan.tensors(),
         given.planes, given.height, given.width, given.row, *given.steps, *plan.offset_steps(),
-        *plan.guide_sizes, COLUMNS=columns, **plan.settings(given),
+        *plan.guide_sizes, SHARE=share, COLUMNS=columns, **plan.settings(given),
     )  # fmt: skip
 
 
