@@ -54,11 +54,7 @@ void launch_clusters(const DeviceScope& scope, dim3 grid, int cluster, int threa
 #else
   check_cuda(allow_shared(reinterpret_cast<const void*>(kernel), shared),
              "shared memory of a kernel");
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attribute = cluster_attribute(cluster);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));

@@ -17,6 +17,16 @@ namespace magsd::MAGSD_ISA {
 
 constexpr int kFirstWithClusters = 90;  // compute capability, major and minor digit
 
+// Makes a launch one in clusters of so many blocks, neighbors in x.
+inline cudaLaunchAttribute cluster_attribute(int cluster) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+
 // Sets `runs` for clusters of `cluster` blocks with `shared` bytes of dynamic shared memory. Asked
 // once for each device, kernel and size; no question concerns a stream.
 inline cudaError_t runs_clusters(const void* kernel, int cluster, int threads, size_t shared,
@@ -40,11 +50,7 @@ inline cudaError_t runs_clusters(const void* kernel, int cluster, int threads, s
   if (attributes.ptxVersion >= kFirstWithClusters) {
     status = allow_shared(kernel, shared);
     if (status != cudaSuccess) return status;
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-    attribute.val.clusterDim.y = 1;
-    attribute.val.clusterDim.z = 1;
+    cudaLaunchAttribute attribute = cluster_attribute(cluster);
     cudaLaunchConfig_t config{};
     config.gridDim.x = static_cast<unsigned>(cluster);
     config.blockDim.x = static_cast<unsigned>(threads);
