@@ -210,6 +210,8 @@ def machine_with(**limits: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", MACHINE],
         capture_output=True, text=True, env=environment | limits, timeout=120, check=False,
+        # -c looks in its working directory first, where a checkout may have no compiled library.
+        cwd=packages,
     )  # fmt: skip
 
 

@@ -285,9 +285,8 @@ print(json.dumps([len(filled), int(cache.images.sum(dtype="int64"))]))
 def start(code: str) -> subprocess.Popen[str]:
     root = Path(cache_module.__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("settings", [{"image_size": 0}, {"image_size": 32, "channels": 2}])

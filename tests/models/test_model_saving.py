@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -141,9 +139,6 @@ def test_unknown_model_name():
         build_model(ModelConfig(name="magsdd", pretrained=False), 3)
 
 
-def test_config_imports_without_torch():
+def test_config_imports_without_torch(run_python):
     code = "import sys, magsd.models; magsd.models.ModelConfig(); print('torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert done.stdout.strip() == "False"
+    assert run_python("-c", code).stdout.strip() == "False"

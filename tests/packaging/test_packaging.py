@@ -33,7 +33,12 @@ TRAIN_ONLY = (
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, check=False,
+        # -c looks in its working directory first: what is installed, not the checkout.
+        cwd=Path(magsd_kernels.__file__).parents[1],
+    )  # fmt: skip
 
 
 def test_version_of_the_distribution_is_that_of_the_package():

@@ -136,7 +136,8 @@ while True:
 def test_kill_at_any_instant_leaves_a_loadable_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     for delay in (0.0, 0.013, 0.057):
-        child = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
+        packages = Path(checkpoint.__file__).parents[2]
+        child = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], cwd=packages)
         try:
             seen = path.stat().st_mtime_ns if path.exists() else 0
             deadline = time.monotonic() + 120
