@@ -1,8 +1,9 @@
 """Multiscale attention, backward: sums of the batch norm's gradient by parts, then the gradient.
 
 Must move every projection twice in and its gradient once out; the incoming gradient, which is
-small, is gathered. Two launches; without norms the second alone. The gradient of a resampled map is
-computed where it is needed, in both, instead of stored.
+small, is gathered. Three launches: sums by parts of about as many loads each, the sums of the
+parts, and the gradient; without norms the last alone. The gradient of a resampled map is computed
+where it is needed, in the first and in the last, instead of stored.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from magsd_kernels.triton._common import (
 )
 from magsd_kernels.triton._resampling import entry, first_output, share
 from magsd_kernels.triton._scales import (
+    COMBINED,
     Tensors,
     empty_like_first,
-    parts_of,
+    parameter_steps,
+    partition,
+    parts_in,
     resampling,
     sizes_of,
     tile_of,
@@ -33,7 +37,7 @@ from magsd_kernels.triton._scales import (
 _SUMS_TILE = 2048  # elements in flight
 _GRADIENT_TILE = 4096
 _CONFIGS = [*with_warps(8, registers=168), *with_warps(16, registers=128)]
-_KEY = ["maps", "height", "width", "heights", "widths", "steps", "PARTS"]
+_KEY = ["maps", "height", "width", "heights", "widths", "steps"]
 
 
 @triton.jit
@@ -90,16 +94,18 @@ def _sums_kernel(
     batch, maps: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
     grad_b, grad_c, grad_p, heights, widths, steps, lengths, parameter_steps,
     MODES: tl.constexpr, ALIGN: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.constexpr,
-    PARTS: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr, INDEX: tl.constexpr,
-    ACC: tl.constexpr,
+    PIXELS: tl.constexpr, MAPS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the norm's gradient, and of that times (x - mean) rstd, by parts."""
-    part = tl.program_id(0)
-    m = tl.program_id(2) * MAPS + tl.arange(0, MAPS)[None, :]
+    """Sums of the norm's gradient, and of that times (x - mean) rstd -> sums (all parts, 2, M)."""
+    m = tl.program_id(1) * MAPS + tl.arange(0, MAPS)[None, :]
+    earlier = 0
     for scale in tl.static_range(len(xs)):
-        if tl.program_id(1) == scale:
-            low_height, low_width = heights[scale], widths[scale]
-            pixels = tl.cast(low_height, INDEX) * low_width
+        low_height, low_width = heights[scale], widths[scale]
+        pixels = tl.cast(low_height, INDEX) * low_width
+        part = tl.program_id(0) - earlier
+        count = parts_in(batch, pixels, lengths[scale], INDEX)
+        earlier += count
+        if (part >= 0) & (part < count):
             begin = tl.cast(part, INDEX) * lengths[scale]
             end = tl.minimum(begin + lengths[scale], batch * pixels)
             at_mean, at_rstd, weight, bias = _parameters(
@@ -124,30 +130,52 @@ def _sums_kernel(
                 back = tl.where(passes & inside, back, 0.0)
                 plain += back
                 centred += tl.where(back != 0, back * normal, 0.0)
-            to = sums + ((scale * PARTS + part) * 2) * maps + m
+            to = sums + tl.program_id(0) * 2 * maps + m
             tl.store(to, tl.sum(plain, 0)[None, :], mask=m < maps)
             tl.store(to + maps, tl.sum(centred, 0)[None, :], mask=m < maps)
 
 
+@tunable(with_warps(4), ["maps", "heights", "widths", "lengths"])
 @triton.jit
-def _added(sums, scale, m, maps, PARTS: tl.constexpr):
-    """The sums of a scale's parts, in a fixed order."""
-    at = sums + ((scale * PARTS + tl.arange(0, PARTS)[:, None]) * 2) * maps + m
-    of_bias = tl.sum(tl.load(at, mask=m < maps, other=0.0), 0)
-    of_weight = tl.sum(tl.load(at + maps, mask=m < maps, other=0.0), 0)
-    return of_bias[None, :], of_weight[None, :]
+def _total_kernel(
+    sums, totals, grad_weights, grad_biases, batch, maps, heights, widths, lengths,
+    ROWS: tl.constexpr, MAPS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Sums of the parts, in a fixed order -> totals (scales, 2, M); the parameters' gradients."""
+    m = tl.program_id(1) * MAPS + tl.arange(0, MAPS)[None, :]
+    present = m < maps
+    earlier = 0
+    for scale in tl.static_range(len(grad_weights)):
+        pixels = tl.cast(heights[scale], INDEX) * widths[scale]
+        count = parts_in(batch, pixels, lengths[scale], INDEX)
+        if tl.program_id(0) == scale:
+            of_bias = tl.zeros([1, MAPS], ACC)
+            of_weight = tl.zeros([1, MAPS], ACC)
+            for start in range(0, count, ROWS):
+                part = start + tl.arange(0, ROWS)[:, None]
+                at = sums + (earlier + part) * 2 * maps + m
+                inside = (part < count) & present
+                of_bias += tl.sum(tl.load(at, mask=inside, other=0.0), 0)[None, :]
+                of_weight += tl.sum(tl.load(at + maps, mask=inside, other=0.0), 0)[None, :]
+            to = totals + scale * 2 * maps + m
+            tl.store(to, of_bias, mask=present)
+            tl.store(to + maps, of_weight, mask=present)
+            kind = grad_weights[scale].dtype.element_ty
+            tl.store(grad_weights[scale] + m, of_weight.to(kind), mask=present)
+            kind = grad_biases[scale].dtype.element_ty
+            tl.store(grad_biases[scale] + m, of_bias.to(kind), mask=present)
+        earlier += count
 
 
 @tunable(with_warps(16), _KEY)
 @triton.jit
 def _gradient_kernel(
-    grad, xs, weights, biases, mean, rstd, sums, grads, grad_weights, grad_biases,
+    grad, xs, weights, biases, mean, rstd, totals, grads,
     batch, maps: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
     grad_b, grad_c, grad_p, heights: tl.constexpr, widths: tl.constexpr, steps, to_steps,
     parameter_steps, NORM: tl.constexpr, TRAINING: tl.constexpr,
     MODES: tl.constexpr, ALIGN: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.constexpr,
-    PARTS: tl.constexpr, PIXELS: tl.constexpr, MAPS: tl.constexpr, INDEX: tl.constexpr,
-    ACC: tl.constexpr,
+    PIXELS: tl.constexpr, MAPS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(2) * MAPS + tl.arange(0, MAPS)[None, :]
     for scale in tl.static_range(len(grads)):
@@ -171,18 +199,15 @@ def _gradient_kernel(
                     weights[scale], biases[scale], mean, rstd, scale, m, maps,
                     parameter_steps[scale], ACC,
                 )  # fmt: skip
-                of_bias, of_weight = _added(sums, scale, m, maps, PARTS)
-                if first == 0:
-                    to = grad_weights[scale] + m
-                    tl.store(to, of_weight.to(grad_weights[scale].dtype.element_ty), mask=m < maps)
-                    to = grad_biases[scale] + m
-                    tl.store(to, of_bias.to(grad_biases[scale].dtype.element_ty), mask=m < maps)
                 at = b * steps[scale][0] + p * steps[scale][2] + m.to(INDEX) * steps[scale][1]
                 normal, passes = _normal(xs[scale], at, inside, at_mean, at_rstd, weight, bias, ACC)
                 back = tl.where(passes, back, 0.0)
                 if TRAINING:
                     # Ioffe and Szegedy 2015: the batch's mean and variance depend on every element.
                     count = tl.cast(total, ACC)
+                    sums = totals + scale * 2 * maps + m
+                    of_bias = tl.load(sums, mask=m < maps, other=0.0)
+                    of_weight = tl.load(sums + maps, mask=m < maps, other=0.0)
                     back -= of_bias / count + normal * (of_weight / count)
                 back *= weight * at_rstd
             to = b * to_steps[scale][0] + p * to_steps[scale][2] + m.to(INDEX) * to_steps[scale][1]
@@ -190,14 +215,18 @@ def _gradient_kernel(
             tl.store(grads[scale] + to, back.to(kind), mask=inside)
 
 
+def _loads(outputs: object) -> tuple[int, ...]:
+    """Of a pixel of each scale: its own, and those of the outputs that read it."""
+    return tuple(1 + rows * columns for rows, columns in outputs)  # type: ignore[attr-defined]
+
+
 def _gradients(
     grad: torch.Tensor,
     grads: Tensors,
     maps: Tensors,
-    norms: tuple[object, ...],
+    norms: tuple[Tensors | None, ...],
     statistics: tuple[torch.Tensor | None, ...],
-    results: tuple[object, ...],
-    parameter_steps: tuple[tuple[int, int], ...],
+    results: tuple[Tensors, ...],
     mode: str,
     align_corners: bool,
     training: bool,
@@ -205,29 +234,36 @@ def _gradients(
     """Write `grads`, and with norms the parameters' gradients `results`."""
     batch, channels, height, width = grad.shape
     grad = with_rows(grad)
-    tile = tile_of(channels, _SUMS_TILE, grad.dtype)
-    parts = parts_of(grads, tile.pixels)
-    sums = grad.new_empty(0)
-    sizes = (batch, channels, height, width, *pixel_steps(grad), *sizes_of(maps))
-    settings = {
-        "PARTS": parts.count, "MAPS": tile.maps, "INDEX": offset_type(grad, *maps, *grads),
-        "ACC": accumulation(grad.dtype),
-        **resampling(grads, (height, width), mode, align_corners),
-    }  # fmt: skip
     norm = norms[0] is not None
+    parameters = [None if values is None else tuple(values) for values in norms]
+    steps = parameter_steps(norms, len(grads))
+    sizes = (batch, channels, height, width, *pixel_steps(grad), *sizes_of(maps))
+    resampled = resampling(grads, (height, width), mode, align_corners)
+    tile = tile_of(channels, _SUMS_TILE, grad.dtype)
+    place = {
+        "MAPS": tile.maps, "INDEX": offset_type(grad, *maps, *grads),
+        "ACC": accumulation(grad.dtype),
+    }  # fmt: skip
+    totals = grad.new_empty(0)
     if norm:
-        shape = (len(grads), parts.count, 2, channels)
-        sums = grad.new_empty(shape, dtype=accumulation_dtype(grad.dtype))
-        _sums_kernel[(parts.count, len(grads), tile.chunks)](
-            grad, tuple(maps), *norms, *statistics, sums, *sizes, parts.lengths, parameter_steps,
-            PIXELS=tile.pixels, **settings,
+        dtype = accumulation_dtype(grad.dtype)
+        parts = partition(grads, tile.pixels, _loads(resampled["OUTPUTS"]))
+        sums = grad.new_empty((sum(parts.counts), 2, channels), dtype=dtype)
+        totals = grad.new_empty((len(grads), 2, channels), dtype=dtype)
+        _sums_kernel[(sum(parts.counts), tile.chunks)](
+            grad, tuple(maps), *parameters, *statistics, sums, *sizes, parts.lengths, steps,
+            PIXELS=tile.pixels, **place, **resampled,
+        )  # fmt: skip
+        _total_kernel[(len(grads), tile.chunks)](
+            sums, totals, *map(tuple, results), batch, channels, *sizes_of(maps)[:2],
+            parts.lengths, ROWS=COMBINED, **place,
         )  # fmt: skip
     tile = tile_of(channels, _GRADIENT_TILE, grad.dtype)
     largest = max(g.shape[2] * g.shape[3] for g in grads)
     _gradient_kernel[(triton.cdiv(max(batch * largest, 1), tile.pixels), len(grads), tile.chunks)](
-        grad, tuple(maps), *norms, *statistics, sums, tuple(grads), *results, *sizes,
-        tuple(pixel_steps(g) for g in grads), parameter_steps,
-        NORM=norm, TRAINING=training, PIXELS=tile.pixels, **settings,
+        grad, tuple(maps), *parameters, *statistics, totals, tuple(grads), *sizes,
+        tuple(pixel_steps(g) for g in grads), steps,
+        NORM=norm, TRAINING=training, PIXELS=tile.pixels, **place, **resampled,
     )  # fmt: skip
 
 
@@ -237,10 +273,7 @@ def resample_attention_backward(
     """Gradients (B, M, heights[i], widths[i]) of the maps."""
     grads = [empty_like_first(grad, size) for size in zip(heights, widths, strict=True)]
     if grad.shape[0] > 0:
-        _gradients(
-            grad, grads, grads, (None, None), (None, None), (None, None),
-            ((0, 0),) * len(grads), mode, align_corners, False,
-        )  # fmt: skip
+        _gradients(grad, grads, grads, (None, None), (None, None), (), mode, align_corners, False)
     return grads
 
 
@@ -260,10 +293,9 @@ def multiscale_attention_backward(
     empty = torch.zeros_like if grad.shape[0] == 0 else torch.empty_like
     grad_weights, grad_biases = ([empty(v) for v in values] for values in (weights, biases))
     if grad.shape[0] > 0:
-        steps = tuple((w.stride(0), b.stride(0)) for w, b in zip(weights, biases, strict=True))
         _gradients(
-            grad, grads, [with_rows(x) for x in projections], (tuple(weights), tuple(biases)),
-            (mean.contiguous(), rstd.contiguous()), (tuple(grad_weights), tuple(grad_biases)),
-            steps, mode, align_corners, training,
+            grad, grads, [with_rows(x) for x in projections], (weights, biases),
+            (mean.contiguous(), rstd.contiguous()), (grad_weights, grad_biases),
+            mode, align_corners, training,
         )  # fmt: skip
     return grads, grad_weights, grad_biases

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
 
 from magsd_kernels._layout import is_channels_last
 from magsd_kernels.triton._common import block, pixel_steps
 from magsd_kernels.triton._resampling import kernel_mode, most_inputs, most_outputs
 
-_MOST_PARTS = 64
+_PROGRAMS = 512  # about as many parts: several for each multiprocessor, whatever GPU it is
 _MOST_MAPS = 64  # maps of a tile
+COMBINED = 32  # parts that are combined at once
 
 Tensors = list[torch.Tensor]
 
@@ -34,18 +36,41 @@ def tile_of(maps: int, elements: int, dtype: torch.dtype) -> Tile:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The pixels of each scale, cut into `count` parts of lengths[scale] pixels or fewer."""
+class Partition:
+    """The pixels of scale i, cut into counts[i] parts of lengths[i] pixels or fewer."""
 
-    count: int
+    counts: tuple[int, ...]
     lengths: tuple[int, ...]
 
 
-def parts_of(maps: Tensors, pixels: int) -> Parts:
-    """Parts of whole tiles, so that every part begins where 16-byte accesses can."""
+def partition(maps: Tensors, pixels: int, loads: tuple[int, ...] | None = None) -> Partition:
+    """Parts of about as many loads each. loads: of a pixel of each scale, by default 1.
+
+    They are of whole tiles of `pixels`, so that every part begins where 16-byte accesses can.
+    """
     totals = [m.shape[0] * m.shape[2] * m.shape[3] for m in maps]
-    count = block(triton.cdiv(max(totals), pixels), _MOST_PARTS)
-    return Parts(count, tuple(triton.cdiv(triton.cdiv(n, count), pixels) * pixels for n in totals))
+    loads = loads or (1,) * len(maps)
+    work = sum(triton.cdiv(n, pixels) * one for n, one in zip(totals, loads, strict=True))
+    most = triton.cdiv(work, _PROGRAMS)
+    lengths = tuple(max(most // one, 1) * pixels for one in loads)
+    counts = tuple(triton.cdiv(n, length) for n, length in zip(totals, lengths, strict=True))
+    return Partition(counts, lengths)
+
+
+@triton.jit
+def parts_in(batch, pixels, length, INDEX: tl.constexpr):
+    """How many parts a scale has."""
+    return tl.cdiv(tl.cast(batch, INDEX) * pixels, length).to(tl.int32)
+
+
+def parameter_steps(
+    parameters: tuple[Tensors | None, ...], scales: int
+) -> tuple[tuple[int, ...], ...]:
+    """Steps of each scale's parameters from map to map; 0 of those that are not there."""
+    return tuple(
+        tuple(0 if values is None else values[i].stride(0) for values in parameters)
+        for i in range(scales)
+    )
 
 
 def sizes_of(maps: Tensors) -> tuple[tuple[object, ...], ...]:

@@ -153,9 +153,10 @@ def test_multiscale_maps_of_many_blocks(target, training, layout, channels):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-def test_multiscale_parts_of_a_large_device(target, layout, dtype):
+@pytest.mark.parametrize("channels", [5, 40])
+def test_multiscale_parts_of_a_large_device(target, layout, dtype, channels):
     """More parts of a channel than a warp has lanes, of maps of very different sizes."""
-    inputs = scale_inputs(((28, 28), (14, 14), (7, 7)), batch=6, channels=5)
+    inputs = scale_inputs(((28, 28), (14, 14), (7, 7)), batch=6, channels=channels)
     with multiprocessors(target, 132):
         check_multiscale(target, dtype, training=True, inputs=inputs, layout=layout)
 
