@@ -21,7 +21,7 @@ from benchmarks.harness.sizes import MAGSD, WSDAN, Draw
 from benchmarks.harness.subject import Function, Rival, Subject, Tolerance
 from magsd_kernels.reference import attention_augment as reference
 
-#: Their float32 coordinates count from the image's edge or centre, ours from the box: hundred
+#: Their float32 coordinates count from the image's edge or center, ours from the box: hundred
 #: thousandths of a pixel are rounded off, which the gradient shows most.
 _COORDINATES = Tolerance(single=5e-5)
 _PADDING, _WEIGHT, _FLOOR = rivals.PADDING, rivals.WEIGHT, rivals.FLOOR

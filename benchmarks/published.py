@@ -2,7 +2,7 @@
 
 MAG-SD (Li et al., arXiv 2012.02278) and WS-DAN (Hu et al., arXiv 1901.09891) as their released
 training code computes: boxes through nonzero() and item(), one interpolation per image, maps drawn
-with numpy per image, an `if` on a tensor per image in the loss; normalisation, rectifier, pooling,
+with numpy per image, an `if` on a tensor per image in the loss; normalization, rectifier, pooling,
 root and norm as operations of their own. Everything random comes in, on the host where the
 released code draws it on the host, so that a result can be compared with ours.
 

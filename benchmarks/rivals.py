@@ -84,7 +84,7 @@ def _grid(
 ) -> Tensor:
     """(B, H, W, 2): where each box is sampled, as interpolate samples a slice.
 
-    Held within the centres of the box's outer pixels, so that nothing outside it is read.
+    Held within the centers of the box's outer pixels, so that nothing outside it is read.
     """
     boxes = reference.attention_boxes(attention, index, theta, list(size), PADDING, align_corners)
     axes = []

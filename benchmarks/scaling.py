@@ -31,7 +31,7 @@ from magsd.data import Part
 from magsd.models import MAGSD as Network
 from magsd.training.distributed import Team, team_of
 from magsd.training.precision import Precision
-from magsd.training.step import Share, make_step
+from magsd.training.step import BatchShard, make_step
 
 _HERE = Path(__file__).parent
 _BUCKET = 25 << 20  # DistributedDataParallel's default
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if team.size < 2:
             raise SystemExit("one process exchanges nothing: torchrun --nproc-per-node=2 or more")
         saved = measure(team, options)
-        if team.leads:
+        if team.is_main:
             out = options.out or _HERE / "results" / folder(Device(options.device))
             out.mkdir(parents=True, exist_ok=True)
             (out / "scaling.json").write_text(json.dumps(saved, indent=1) + "\n")
@@ -122,7 +122,7 @@ def _steps(
     images, labels = draw_batch(Device(options.device), options.images, options.side, team.rank)
     generator = torch.Generator(options.device).manual_seed(0)
     part = Part(team.rank * options.images, team.size * options.images)
-    share = Share(part, 1.0, 1.0, team.sum)
+    share = BatchShard(part, 1.0, 1.0, team.sum)
     own = precision.model(model)
     common = team.join(copy.deepcopy(own), step, sync_batchnorm=False)
 

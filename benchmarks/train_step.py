@@ -1,6 +1,6 @@
 """`python -m benchmarks.train_step`: the whole training step, ours against the published one.
 
-Forward passes, backward and optimiser. The losses of both are compared first, from the same weights
+Forward passes, backward and optimizer. The losses of both are compared first, from the same weights
 and the same draws; then all are timed in turn, with four passes of the bare backbone as the floor.
 Writes JSON and, beside it, train_step.md.
 """

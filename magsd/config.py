@@ -73,14 +73,14 @@ class ViewsConfig:
 
 @dataclass
 class LossConfig:
-    """What is minimised.
+    """What is minimized.
 
     name: "soft_distance" (cross entropy of the image, and how far the views' predictions are from
         its own), "cross_entropy" (mean over the image and the views), or "published": the first
         for MAG-SD, the second with the center loss for WS-DAN. The plain model has no views.
     confidence, smoothing: of the soft distance.
     center_weight, center_rate: of WS-DAN's center loss, and how far a center moves in a step.
-    class_weights: of every cross entropy: "none", "balanced", or one number a class, in order.
+    class_weights: of every cross entropy: "none", "balanced", or one number per class, in order.
     """
 
     name: Literal["published", "soft_distance", "cross_entropy"] = "published"
@@ -93,7 +93,7 @@ class LossConfig:
 
 @dataclass
 class OptimConfig:
-    """Optimiser and learning-rate schedule; epochs may be fractions for `warmup_epochs`."""
+    """Optimizer and learning-rate schedule; epochs may be fractions for `warmup_epochs`."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: float = 1e-3
@@ -123,7 +123,7 @@ class TrainConfig:
     cuda_graph: on a GPU, record the step in a CUDA graph; a line says so where that does not go.
     batch_size: images of a step, which all processes share.
     sync_batchnorm: where several processes train on GPUs, batch statistics are those of all of
-        them; otherwise each process normalises by its own images.
+        them; otherwise each process normalizes by its own images.
     images_on_device: keep all images on the GPU; "auto" does where they take less than half of it.
     """
 
@@ -233,7 +233,7 @@ def load_config(
 
     `file` is a path or the name of a packaged configuration. A pair `model=NAME` applies a packaged
     model, or the YAML file of that path, before the other pairs. Warns of keys that a user's own
-    file or pairs set and the chosen model, loss or optimiser never reads. Raises `ConfigError`.
+    file or pairs set and the chosen model, loss or optimizer never reads. Raises `ConfigError`.
     """
     config = base if base is not None else Config()
     chosen: list[str] = []

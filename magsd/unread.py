@@ -1,4 +1,4 @@
-"""Keys of a configuration that the chosen model, loss, optimiser or schedule never reads."""
+"""Keys of a configuration that the chosen model, loss, optimizer or schedule never reads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _READERS: list[tuple[str, tuple[str, ...], str]] = [
         "views.crop_theta views.drop_theta loss.center_weight loss.center_rate",
     ),
     ("the loss", ("soft_distance",), "loss.confidence loss.smoothing"),
-    ("model.regulariser", ("dropout",), "model.dropout"),
+    ("model.regularizer", ("dropout",), "model.dropout"),
     ("optim.name", ("sgd",), "optim.momentum optim.nesterov"),
     ("optim.name", ("adamw",), "optim.betas"),
     ("optim.schedule", ("step",), "optim.milestones optim.gamma"),
@@ -48,7 +48,7 @@ def unread_keys(config: Config) -> dict[str, str]:
     """Dotted key that nothing reads under `config` -> why, in words."""
     choices = {
         "model.name": config.model.name,
-        "model.regulariser": config.model.regulariser,
+        "model.regularizer": config.model.regularizer,
         "the loss": loss_of(config.model.name, config.loss),
         "optim.name": config.optim.name,
         "optim.schedule": config.optim.schedule,

@@ -212,7 +212,7 @@ def test_evaluate_own_validation(trained: Path, tmp_path: Path) -> None:
         assert 0 <= report["raw"][name] <= 1
         assert 0 <= report["refined"][name] <= 1
     assert "auroc" in report["raw"]
-    assert report["localisation"]["overall"]["images"] > 0
+    assert report["localization"]["overall"]["images"] > 0
     assert (trained / "plots" / "validation" / "confusion.png").is_file()
     assert json.loads((trained / "evaluation.json").read_text())["raw"] == report["raw"]
 
@@ -253,8 +253,8 @@ def test_localize(trained: Path, tmp_path: Path) -> None:
     assert code == 0
     for words in ("validation images of the run's own source", "IoU of best box", "pointing game"):
         assert words in output, words
-    report = json.loads((tmp_path / "maps" / "localisation.json").read_text())
-    evaluation = json.loads((trained / "evaluation.json").read_text())["localisation"]["overall"]
+    report = json.loads((tmp_path / "maps" / "localization.json").read_text())
+    evaluation = json.loads((trained / "evaluation.json").read_text())["localization"]["overall"]
     means = report["overall"]["means"]
     assert report["overall"]["images"] == evaluation["images"]
     assert means["values"]["inside"] == pytest.approx(evaluation["inside"], rel=1e-4)

@@ -221,7 +221,7 @@ def test_a_packaged_model_is_the_same_over_any_base(name: str, tmp_path: Path) -
     """But for what goes with the images and the backbone: sizes, and which of its maps is taken."""
     other = tmp_path / "other.yaml"
     other.write_text(
-        "model: {name: magsd, scales: 3, fusion: up, pool: max, regulariser: dropout, dropout: 0.9,"
+        "model: {name: magsd, scales: 3, fusion: up, pool: max, regularizer: dropout, dropout: 0.9,"
         " refine_weight: 1.0}\nloss.name: cross_entropy\nviews.weight: 1.0\n"
     )
     kept = ("model.backbone", "model.in_channels", "model.attention_maps", "model.level")
@@ -265,7 +265,7 @@ def test_crop_model_has_no_mixup() -> None:
             "train.views=merged",
             "only magsd and wsdan read it",
         ),
-        (["dropout=0.2"], "model.dropout=0.2", "model.regulariser is l2"),
+        (["dropout=0.2"], "model.dropout=0.2", "model.regularizer is l2"),
         (["optim.name=adamw", "momentum=0.8"], "optim.momentum=0.8", "optim.name is adamw"),
     ],
 )

@@ -117,8 +117,8 @@ class Draw:
         grid = (torch.arange(side, device=self.device) + 0.5) / side
         distance = torch.zeros((), device=self.device)
         for shape in ((side, 1), (1, side)):
-            centre = self.uniform(self.batch, self.network.maps, 1, 1)
-            distance = distance + (grid.view(shape) - centre) ** 2
+            center = self.uniform(self.batch, self.network.maps, 1, 1)
+            distance = distance + (grid.view(shape) - center) ** 2
         width = self.uniform(self.batch, self.network.maps, 1, 1, low=0.15, high=0.35)
         noise = self.uniform(self.batch, self.network.maps, side, side, high=0.05)
         return self._activation((-distance / (2 * width**2)).exp() + noise)

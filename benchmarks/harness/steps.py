@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 class Member:
     """Someone's step: whose, in which arithmetic and memory format, replayed from a graph or not.
 
-    The floor is the backbone alone: four forward passes and a backward, without an optimiser.
+    The floor is the backbone alone: four forward passes and a backward, without an optimizer.
     """
 
     who: str
@@ -150,7 +150,7 @@ class GraphPool:
 
 
 class Contender:
-    """A member with a model and an optimiser of its own, ready to be called.
+    """A member with a model and an optimizer of its own, ready to be called.
 
     pool: handle of the memory in which captured members record their graphs.
     """

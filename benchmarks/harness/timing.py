@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 Call = Callable[[], object]
 
-#: A sample lasts at least this long, so that the clock and the synchronisation do not count.
+#: A sample lasts at least this long, so that the clock and the synchronization do not count.
 _SAMPLE_SECONDS = 0.01
 _WARM_UP_SECONDS = 0.2
 #: A call that lasts this long leaves no trace of the caches that it found.

@@ -20,7 +20,7 @@ from benchmarks.reporting.results import Entry, Key, Results, Row
 from benchmarks.reporting.rivals import rivals
 from benchmarks.reporting.tables import fit, memory, seconds
 
-#: Okabe and Ito's colours, told apart with every kind of colour vision; shapes say the same.
+#: Okabe and Ito's colors, told apart with every kind of color vision; shapes say the same.
 _LOOK = {
     "published": ("#D55E00", "s"),
     "eager": ("#E69F00", "D"),
@@ -114,11 +114,11 @@ def _mark(axes: Axes, y: int, entry: Entry, name: str) -> None:
 
 
 def _handle(name: str, x: Sequence[float] = (), y: Sequence[float] = ()) -> Line2D:
-    colour, marker = _LOOK[name]
+    color, marker = _LOOK[name]
     bar = marker == "|"
     return Line2D(
-        x, y, linestyle="none", marker=marker, color=colour, markersize=11 if bar else 6.5,
-        markeredgewidth=1.6 if bar else 0.6, markeredgecolor=colour if bar else "white", zorder=3,
+        x, y, linestyle="none", marker=marker, color=color, markersize=11 if bar else 6.5,
+        markeredgewidth=1.6 if bar else 0.6, markeredgecolor=color if bar else "white", zorder=3,
     )  # fmt: skip
 
 
@@ -163,16 +163,16 @@ def _labels(keys: Sequence[Key]) -> list[str]:
 
 def _growth(results: Results, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 4.0), layout="constrained")
-    colours = ["#009E73", "#D55E00", "#0072B2", "#CC79A7", "#E69F00"]
+    colors = ["#009E73", "#D55E00", "#0072B2", "#CC79A7", "#E69F00"]
     markers = ["o", "s", "^", "D", "v"]
-    for function, colour, marker in zip(_DRAWN_GROWTH, colours, markers, strict=True):
+    for function, color, marker in zip(_DRAWN_GROWTH, colors, markers, strict=True):
         entries = results.growth.get((function, "batch"), [])
         if len(entries) < 3:
             continue
         label = f"{function}, {entries[0].facts['direction']}"
-        _points(left, entries, [e.median for e in entries], colour, marker, label)
+        _points(left, entries, [e.median for e in entries], color, marker, label)
         held = [max(entry.facts["memory"], 1) for entry in entries]
-        _points(right, entries, held, colour, marker, label)
+        _points(right, entries, held, color, marker, label)
     for axes, label, form, base in (
         (left, "time per call", seconds, 10),
         (right, "peak memory", memory, 1024),
@@ -193,7 +193,7 @@ def _points(
     axes: Axes,
     entries: Sequence[Entry],
     values: Sequence[float],
-    colour: str,
+    color: str,
     marker: str,
     label: str,
 ) -> None:
@@ -201,8 +201,8 @@ def _points(
     line = fit(amounts, values)
     x = np.geomspace(amounts[0], amounts[-1], 100)
     y = line.fixed + line.slope * x
-    axes.plot(x, np.where(y > 0, y, np.nan), color=colour, linewidth=1)
-    axes.plot(amounts, values, marker, color=colour, markersize=5, label=label, linestyle="none")
+    axes.plot(x, np.where(y > 0, y, np.nan), color=color, linewidth=1)
+    axes.plot(amounts, values, marker, color=color, markersize=5, label=label, linestyle="none")
 
 
 def _logarithmic(axes: Axes, which: str, form: Callable[[float], str], base: int = 10) -> None:

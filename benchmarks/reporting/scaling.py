@@ -97,7 +97,7 @@ def render(saved: dict[str, Any]) -> str:
         table(("", ""), facts),
         f"Measured with {saved['processes']} processes of {saved['images']} images each,"
         f" {saved['backbone']}, {saved['side']}², {saved['arithmetic']}, channels_last: forward"
-        " passes and backward, without an optimiser. Medians; of the processes the slowest.",
+        " passes and backward, without an optimizer. Medians; of the processes the slowest.",
         table(("constant", "measured"), constants),
         "The first two lines made the constants; the third tests the model.",
         table(("", "measured", "the model"), step),

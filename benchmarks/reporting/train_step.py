@@ -51,7 +51,7 @@ def _head(saved: dict[str, Any]) -> str:
         [*((name, str(value)) for name, value in saved["machine_info"].items()), ("run", run)],
     )
     notes = (
-        "Forward passes, backward and optimiser. Times are medians per step. A ratio is the median"
+        "Forward passes, backward and optimizer. Times are medians per step. A ratio is the median"
         " of the ratios within single rounds, in which all take their turn; in brackets its"
         " quartiles. The floor is four forward passes of the bare backbone and their backward, in"
         " the same arithmetic. Memory is parameters, gradients and momentum, and the peak of one"
@@ -145,7 +145,7 @@ def _no_waits() -> StepTarget:
         most = max(e["waits"] for e in ours)
         return Verdict("; ".join([str(most), *dict.fromkeys(reasons)]), not (most or reasons))
 
-    return StepTarget("host synchronisations of our step", "0", judge)
+    return StepTarget("host synchronizations of our step", "0", judge)
 
 
 CPU = (

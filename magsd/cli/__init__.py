@@ -23,7 +23,7 @@ except ImportError as _error:  # the base install holds the kernels alone
     ) from None
 
 from magsd.cli.cross_validation import crossval
-from magsd.cli.localisation import localize
+from magsd.cli.localization import localize
 from magsd.cli.shards import shards
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def train(
     except Interrupted as stopped:
         console.print(
             f"{signal.Signals(stopped.signum).name}: the step was finished and the state saved; "
-            f"go on with: magsd train --resume --out {folder}",
+            f"resume with: magsd train --resume --out {folder}",
             highlight=False,
             soft_wrap=True,
         )

@@ -44,7 +44,7 @@ def crossval(
         str | None, typer.Option(metavar="N,N", help="Some of the data.folds parts; default all.")
     ] = None,
 ) -> None:
-    """Train and compare models by cross-validation; goes on where an earlier call stopped."""
+    """Train and compare models by cross-validation; resumes where an earlier call stopped."""
     from magsd.config import load_config
 
     if launched():
@@ -71,7 +71,7 @@ def _compare(out: Path, runs: list[PlannedRun]) -> None:
     """
     from magsd.crossval.execute import check_images, execute
     from magsd.crossval.report import print_report, write_results, write_summary
-    from magsd.crossval.summary import summarise
+    from magsd.crossval.summary import summarize
     from magsd.training.checkpoint import disk_full_as_error
     from magsd.training.run_folder import RunFolder
     from magsd.training.trainer import Interrupted
@@ -85,12 +85,12 @@ def _compare(out: Path, runs: list[PlannedRun]) -> None:
         outcomes = execute(runs, console)
         with disk_full_as_error(out, "every run is kept; free some space, give the command again"):
             write_results(out / "results.csv", outcomes)
-            summary = summarise(outcomes)
+            summary = summarize(outcomes)
             write_summary(out, summary)
     except Interrupted as stopped:
         console.print(
             f"{signal.Signals(stopped.signum).name}: the run's state is saved; the same command "
-            "goes on",
+            "resumes",
             soft_wrap=True,
         )
         raise typer.Exit(128 + stopped.signum) from None

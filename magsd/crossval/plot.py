@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from magsd.crossval.results import LOGITS, METRICS
 from magsd.crossval.summary import Score, Summary
-from magsd.evaluation.plots import COLOURS, save_figure
+from magsd.evaluation.plots import COLORS, save_figure
 from magsd.evaluation.tables import HEADINGS
 
 _COLUMNS = 3
@@ -37,7 +37,7 @@ def plot_scores(path: str | Path, summary: Summary) -> Path:
             for k, kind in enumerate(kinds):
                 if (kind, metric) in model.scores:
                     place = row + 0.32 * (k - (len(kinds) - 1) / 2)
-                    _draw(axes, place, model.scores[kind, metric], COLOURS[k])
+                    _draw(axes, place, model.scores[kind, metric], COLORS[k])
         _dress(axes, HEADINGS[metric], names)
     handles = _legend(kinds)
     figure.legend(
@@ -50,11 +50,11 @@ def plot_scores(path: str | Path, summary: Summary) -> Path:
     return save_figure(figure, path)
 
 
-def _draw(axes: Axes, place: float, score: Score, colour: str) -> None:
+def _draw(axes: Axes, place: float, score: Score, color: str) -> None:
     values = np.array([score.values[key] for key in sorted(score.values)])
     # Spread over the row's height in a fixed order, so that equal values stay apart.
     spread = place + 0.09 * np.linspace(-1, 1, len(values)) if len(values) > 1 else [place]
-    axes.scatter(values, spread, s=11, color=colour, alpha=0.45, linewidths=0, zorder=2)
+    axes.scatter(values, spread, s=11, color=color, alpha=0.45, linewidths=0, zorder=2)
     if score.n:
         deviation = None if np.isnan(score.deviation) else score.deviation
         axes.errorbar(
@@ -65,7 +65,7 @@ def _draw(axes: Axes, place: float, score: Score, colour: str) -> None:
             ms=4.5,
             mec="white",
             mew=0.6,
-            color=colour,
+            color=color,
             lw=1.4,
             capsize=2.5,
             zorder=3,
@@ -90,10 +90,10 @@ def _dress(axes: Axes, title: str, names: list[str]) -> None:
 
 def _legend(kinds: list[str]) -> list[Line2D]:
     handles = [
-        Line2D([], [], color=COLOURS[k], marker="D", ms=4.5, lw=1.4, label=_LABELS[kind])
+        Line2D([], [], color=COLORS[k], marker="D", ms=4.5, lw=1.4, label=_LABELS[kind])
         for k, kind in enumerate(kinds)
     ]
-    grey = "#606060"
-    dot = Line2D([], [], color=grey, marker="o", ms=4, lw=0, alpha=0.6, label="single runs")
-    mean = Line2D([], [], color=grey, marker="D", ms=4.5, lw=1.4, label="mean ± standard deviation")
+    gray = "#606060"
+    dot = Line2D([], [], color=gray, marker="o", ms=4, lw=0, alpha=0.6, label="single runs")
+    mean = Line2D([], [], color=gray, marker="D", ms=4.5, lw=1.4, label="mean ± standard deviation")
     return [*handles, mean, dot]

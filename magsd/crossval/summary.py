@@ -104,7 +104,7 @@ def corrected_resampled_t_test(differences: ArrayLike, ratio: float) -> tuple[fl
     return t, float(2 * stats.t.sf(abs(t), df=n - 1))
 
 
-def summarise(outcomes: Sequence[Outcome]) -> Summary:
+def summarize(outcomes: Sequence[Outcome]) -> Summary:
     """Statistics of each model over its finished runs; the first model is the baseline.
 
     Raises `RunError` where two runs that pair up were validated on different images.

@@ -82,7 +82,7 @@ def jitter(
 ) -> Tensor:
     """Brightness and contrast factors per image, in random order, each clamped to 0..1.
 
-    As torchvision's ColorJitter: contrast turns about the mean of the grey image.
+    As torchvision's ColorJitter: contrast turns about the mean of the gray image.
     """
     draws = _uniform(images.shape[0], part, generator, 4)[:, :, None, None, None]
     chosen, order = draws[:, 0] < config.probability, draws[:, 1] < 0.5
@@ -100,11 +100,11 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Images moved from their grey mean by factor (B, 1, 1, 1), clamped to 0..1."""
+    """Images moved from their gray mean by factor (B, 1, 1, 1), clamped to 0..1."""
     if images.shape[1] == 3:
         red, green, blue = images.unbind(1)
-        grey = 0.2989 * red + 0.587 * green + 0.114 * blue
-        mean = grey.mean((1, 2))[:, None, None, None]
+        gray = 0.2989 * red + 0.587 * green + 0.114 * blue
+        mean = gray.mean((1, 2))[:, None, None, None]
     else:
         mean = images.mean((1, 2, 3), keepdim=True)
     return (mean + factor * (images - mean)).clamp(0, 1)
@@ -121,30 +121,30 @@ def draw_geometry(
     draws = _uniform(batch, part, generator, 5)
     angle = (2 * draws[:, 0] - 1) * math.radians(config.rotation)
     angle = torch.where(draws[:, 1] < config.probability, angle, 0.0)
-    centre, half = draw_crop(batch, config, generator, part)
+    center, half = draw_crop(batch, config, generator, part)
     cropped = (draws[:, 2] < config.probability)[:, None]
-    centre, half = torch.where(cropped, centre, 0.0), torch.where(cropped, half, 1.0)
+    center, half = torch.where(cropped, center, 0.0), torch.where(cropped, half, 1.0)
     flip_x = (draws[:, 3] < config.probability) & config.horizontal_flip
     flip_y = (draws[:, 4] < config.probability) & config.vertical_flip
     scale_x = torch.where(flip_x, -half[:, 0], half[:, 0])
     scale_y = torch.where(flip_y, -half[:, 1], half[:, 1])
-    return compose(angle, centre, torch.stack([scale_x, scale_y], 1))
+    return compose(angle, center, torch.stack([scale_x, scale_y], 1))
 
 
-def compose(angle: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
-    """(B, 2, 3) of rotation by angle (B,) radians after the crop x -> centre + scale * x.
+def compose(angle: Tensor, center: Tensor, scale: Tensor) -> Tensor:
+    """(B, 2, 3) of rotation by angle (B,) radians after the crop x -> center + scale * x.
 
-    centre, scale: (B, 2), as (x, y) in -1..1. A positive angle turns the picture
+    center, scale: (B, 2), as (x, y) in -1..1. A positive angle turns the picture
     counter-clockwise, as torchvision's rotate.
     """
     cos, sin = torch.cos(angle), torch.sin(angle)
     # The image's y axis points down: turning the picture counter-clockwise by the angle samples
     # the input at the output point turned clockwise, which reads [cos, -sin; sin, cos] here.
     row_x = torch.stack(
-        [cos * scale[:, 0], -sin * scale[:, 1], cos * centre[:, 0] - sin * centre[:, 1]], 1
+        [cos * scale[:, 0], -sin * scale[:, 1], cos * center[:, 0] - sin * center[:, 1]], 1
     )
     row_y = torch.stack(
-        [sin * scale[:, 0], cos * scale[:, 1], sin * centre[:, 0] + cos * centre[:, 1]], 1
+        [sin * scale[:, 0], cos * scale[:, 1], sin * center[:, 0] + cos * center[:, 1]], 1
     )
     return torch.stack([row_x, row_y], 1)
 
@@ -152,7 +152,7 @@ def compose(angle: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
 def draw_crop(
     batch: int, config: AugmentConfig, generator: torch.Generator, part: Part | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Centre and half size (B, 2), as (x, y) in -1..1, of a random resized crop.
+    """Center and half size (B, 2), as (x, y) in -1..1, of a random resized crop.
 
     As torchvision's: area uniform in crop_scale, log ratio uniform, ten tries, then the whole
     image; the tries are drawn at once and the first that fits is taken.
@@ -183,9 +183,9 @@ def z_score(images: Tensor, epsilon: float = 1e-6) -> Tensor:
     images: (B, C, H, W) float. A constant image becomes 0.
     """
     dims = (1, 2, 3)
-    centred = images - images.mean(dims, keepdim=True)
-    deviation = centred.square().mean(dims, keepdim=True).sqrt()
-    return torch.where(deviation > epsilon, centred / deviation.clamp_min(epsilon), 0.0)
+    centerd = images - images.mean(dims, keepdim=True)
+    deviation = centerd.square().mean(dims, keepdim=True).sqrt()
+    return torch.where(deviation > epsilon, centerd / deviation.clamp_min(epsilon), 0.0)
 
 
 def _uniform(batch: int, part: Part | None, generator: torch.Generator, *shape: int) -> Tensor:

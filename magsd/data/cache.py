@@ -1,4 +1,4 @@
-"""Images decoded, resized and equalised once, then mapped into memory."""
+"""Images decoded, resized and equalized once, then mapped into memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from magsd.data.images import to_grey
+from magsd.data.images import to_gray
 from magsd.data.record import Record
 from magsd.data.sources.base import Source
 from magsd.errors import DataError
@@ -60,7 +60,7 @@ class ImageCache:
 
     @property
     def channels(self) -> int:
-        """1 (grey) or 3."""
+        """1 (gray) or 3."""
         return 1 if self.images.ndim == 3 else int(self.images.shape[3])
 
 
@@ -75,10 +75,10 @@ def prepare_image(
     image: (H, W) or (H, W, 3) RGB uint8. Returns (S, S), or (S, S, 3) for three channels.
     """
     if channels == 1:
-        image = to_grey(image)
+        image = to_gray(image)
     image = _resize(image, image_size)
     if clahe is not None:
-        image = _equalise(image, *clahe)
+        image = _equalize(image, *clahe)
     if channels == 3 and image.ndim == 2:
         image = np.repeat(image[..., None], 3, axis=2)
     return image
@@ -99,12 +99,12 @@ def _resize(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return np.asarray(cv2.resize(image, (size, size), interpolation=interpolation), np.uint8)
 
 
-def _equalise(image: NDArray[np.uint8], clip: float, tiles: int) -> NDArray[np.uint8]:
-    equaliser = cv2.createCLAHE(clipLimit=float(clip), tileGridSize=(int(tiles), int(tiles)))
+def _equalize(image: NDArray[np.uint8], clip: float, tiles: int) -> NDArray[np.uint8]:
+    equalizer = cv2.createCLAHE(clipLimit=float(clip), tileGridSize=(int(tiles), int(tiles)))
     if image.ndim == 2:
-        return np.asarray(equaliser.apply(image), np.uint8)
+        return np.asarray(equalizer.apply(image), np.uint8)
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
-    lab[..., 0] = equaliser.apply(np.ascontiguousarray(lab[..., 0]))
+    lab[..., 0] = equalizer.apply(np.ascontiguousarray(lab[..., 0]))
     return np.asarray(cv2.cvtColor(lab, cv2.COLOR_LAB2RGB), np.uint8)
 
 

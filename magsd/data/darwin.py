@@ -55,7 +55,7 @@ class DarwinAnnotation:
         scale = np.array([width / self.width, height / self.height])
         mask = np.zeros((height, width), np.uint8)
         for polygon in self.lungs:
-            # Pixel centres lie at whole numbers for opencv, at halves in the annotation.
+            # Pixel centers lie at whole numbers for opencv, at halves in the annotation.
             points = (polygon * scale - 0.5) * (1 << _SUBPIXEL_BITS)
             cv2.fillPoly(mask, [np.rint(points).astype(np.int32)], 1, shift=_SUBPIXEL_BITS)
         return mask.astype(bool)

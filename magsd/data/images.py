@@ -72,7 +72,7 @@ def to_uint8(image: NDArray[np.bool_ | np.number]) -> NDArray[np.uint8]:
     return levels
 
 
-def to_grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def to_gray(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(H, W) from (H, W) or (H, W, 3) RGB, uint8."""
     if image.ndim == 2:
         return image
@@ -94,7 +94,7 @@ def _tidy_channels(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _check_complete(name: str, data: bytes) -> None:
-    """Raise DataError on a truncated file: opencv fills what is missing with grey, unasked."""
+    """Raise DataError on a truncated file: opencv fills what is missing with gray, unasked."""
     if data.startswith(b"\xff\xd8") and b"\xff\xd9" not in data[-4096:]:
         raise DataError(f"{name}: truncated JPEG (no end marker)")
     if data.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" not in data[-4096:]:
@@ -137,17 +137,17 @@ def _dicom_to_uint8(name: str, dataset: Any, pixels: NDArray[np.number]) -> NDAr
         low, high = (float(v) for v in np.percentile(values, _PERCENTILES))
     if high <= low:
         return np.zeros(values.shape, np.uint8)
-    grey = np.clip((values.astype(np.float32) - low) / (high - low), 0, 1)
+    gray = np.clip((values.astype(np.float32) - low) / (high - low), 0, 1)
     if photometric == "MONOCHROME1":
-        grey = 1 - grey
-    levels: NDArray[np.uint8] = np.rint(grey * 255).astype(np.uint8)
+        gray = 1 - gray
+    levels: NDArray[np.uint8] = np.rint(gray * 255).astype(np.uint8)
     return levels
 
 
 def _dicom_window(dataset: Any) -> tuple[float, float] | None:
-    """(centre, width) of the first window, or None."""
+    """(center, width) of the first window, or None."""
     values = [dataset.get(name) for name in ("WindowCenter", "WindowWidth")]
     if any(value is None or value == "" for value in values):
         return None
-    centre, width = (np.atleast_1d(np.asarray(value, np.float64))[0] for value in values)
-    return float(centre), float(width)
+    center, width = (np.atleast_1d(np.asarray(value, np.float64))[0] for value in values)
+    return float(center), float(width)

@@ -22,15 +22,15 @@ class Batch(NamedTuple):
     """images (B, C, S, S) float32 z-scored; labels (B,) int64; indices into the cache, or
     numbers in the shards; host_labels: the labels where the host can read them without a wait.
 
-    places: of the whole batch, in the loader's `indices` and `labels`; of shards, whose labels are
-    not known before they are read, those that are here. part: which of the batch are here, all
+    positions: of the whole batch, in the loader's `indices` and `labels`; of shards, whose labels
+    are not known before they are read, those that are here. part: which of the batch are here, all
     where one process takes every batch.
     """
 
     images: Tensor
     labels: Tensor
     indices: list[int]
-    places: list[int]
+    positions: list[int]
     part: Part
     host_labels: Tensor
 
@@ -45,10 +45,10 @@ def share_bounds(count: int, rank: int, ranks: int) -> tuple[int, int]:
 
 
 class Loader(ABC):
-    """Batches of labelled images on a device, the same ones again after a resume.
+    """Batches of labeled images on a device, the same ones again after a resume.
 
     count: images in an epoch. classes: label names in the order of the model's outputs. augment:
-    None leaves the images as they are. channels: 1, or 3, which repeats a grey image. Order and
+    None leaves the images as they are. channels: 1, or 3, which repeats a gray image. Order and
     every random number depend on seed, epoch and step alone. rank, ranks: of every batch this
     loader brings part `rank` of `ranks`, which differ by one image at most.
     """
@@ -98,8 +98,8 @@ class Loader(ABC):
         """Images of each class. Raises DataError where that is not known."""
 
     @abstractmethod
-    def describe(self, places: Sequence[int]) -> list[str]:
-        """Names for a person of the images at a batch's `places`."""
+    def describe(self, positions: Sequence[int]) -> list[str]:
+        """Names for a person of the images at a batch's `positions`."""
 
     def whole_labels(self, batch: Batch) -> list[int] | None:
         """Labels of the whole batch, of which this loader brought a part; None: not known here."""
@@ -192,28 +192,28 @@ class BatchLoader(Loader):
         counts = torch.bincount(torch.tensor(self.labels), minlength=len(self.classes))
         return [int(count) for count in counts]
 
-    def describe(self, places: Sequence[int]) -> list[str]:
+    def describe(self, positions: Sequence[int]) -> list[str]:
         """The images' keys."""
-        return [self.cache.records[self.indices[place]].key for place in places]
+        return [self.cache.records[self.indices[place]].key for place in positions]
 
     def whole_labels(self, batch: Batch) -> list[int]:
         """Labels of the whole batch."""
-        return [self.labels[place] for place in batch.places]
+        return [self.labels[place] for place in batch.positions]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from `start_step` on."""
         order = self._order(epoch)
         steps = range(start_step, len(self))
         whole = [order[step * self.batch_size : (step + 1) * self.batch_size] for step in steps]
-        bounds = [share_bounds(len(places), self.rank, self.ranks) for places in whole]
-        chosen = [places[slice(*ends)] for places, ends in zip(whole, bounds, strict=True)]
-        for step, places, here, (first, _), (pixels, labels) in zip(
+        bounds = [share_bounds(len(positions), self.rank, self.ranks) for positions in whole]
+        chosen = [positions[slice(*ends)] for positions, ends in zip(whole, bounds, strict=True)]
+        for step, positions, here, (first, _), (pixels, labels) in zip(
             steps, whole, chosen, bounds, self._fetch(chosen), strict=True
         ):
-            part = Part(first, len(places))
+            part = Part(first, len(positions))
             indices = [self.indices[place] for place in here]
             images = self._prepare(pixels, epoch, step, part)
-            yield Batch(images, labels, indices, places, part, self._host_labels[here])
+            yield Batch(images, labels, indices, positions, part, self._host_labels[here])
 
     def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:
@@ -225,8 +225,8 @@ class BatchLoader(Loader):
     def _fetch(self, chosen: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """uint8 pixels and labels of each batch, on the device."""
         if self.device.type not in PINNED_FOR:
-            for places in chosen:
-                images, labels = self._gather(places)
+            for positions in chosen:
+                images, labels = self._gather(positions)
                 yield self._send(images), self._send(labels)
             return
         held = self._images_on_device()
@@ -235,21 +235,22 @@ class BatchLoader(Loader):
             return
         all_labels, rows = self._on_device()
         order = self._send(self._pin(torch.tensor(list(chain(*chosen)), dtype=torch.int64)))
-        for here in order.split([len(places) for places in chosen]):
+        for here in order.split([len(positions) for positions in chosen]):
             yield held[rows[here]], all_labels[here]
 
-    def _gather(self, places: list[int]) -> tuple[Tensor, Tensor]:
+    def _gather(self, positions: list[int]) -> tuple[Tensor, Tensor]:
         """uint8 pixels and labels of one batch, on the host."""
-        pixels = torch.from_numpy(self.cache.images[self._numbers[places]])
-        return self._pin(pixels), self._pin(self._host_labels[places])
+        pixels = torch.from_numpy(self.cache.images[self._numbers[positions]])
+        return self._pin(pixels), self._pin(self._host_labels[positions])
 
     def _fetch_ahead(self, chosen: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """The same as `_fetch`, each batch gathered while the one before is trained on."""
         with ThreadPoolExecutor(1) as pool:
-            ahead = [pool.submit(self._gather, places) for places in chosen[:1]]
+            ahead = [pool.submit(self._gather, positions) for positions in chosen[:1]]
             for place in range(len(chosen)):
                 ahead += [
-                    pool.submit(self._gather, places) for places in chosen[place + 1 : place + 2]
+                    pool.submit(self._gather, positions)
+                    for positions in chosen[place + 1 : place + 2]
                 ]
                 images, labels = ahead.pop(0).result()
                 yield self._send(images), self._send(labels)

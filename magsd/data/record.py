@@ -12,7 +12,7 @@ Side = Literal["train", "validation"]
 
 @dataclass(frozen=True)
 class Record:
-    """One labelled image.
+    """One labeled image.
 
     key: unique within the source and stable across machines (a relative POSIX path, or
         ``phantom/<seed>/<number>``).

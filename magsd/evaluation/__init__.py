@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from magsd.evaluation.evaluate import EvaluationReport, evaluate, refined_logits
-from magsd.evaluation.localisation import Localisation, LocalisationScore, attention_inside
+from magsd.evaluation.localization import Localization, LocalizationScore, attention_inside
 from magsd.evaluation.metrics import ClassMetrics, Metrics, compute_metrics
 from magsd.evaluation.overlay import OverlayItem, contact_sheet, overlay_image, save_overlay
 from magsd.evaluation.plots import plot_confusion, plot_curves
@@ -12,8 +12,8 @@ from magsd.evaluation.predict import Prediction, predict_images, write_overlays
 __all__ = [
     "ClassMetrics",
     "EvaluationReport",
-    "Localisation",
-    "LocalisationScore",
+    "Localization",
+    "LocalizationScore",
     "Metrics",
     "OverlayItem",
     "Prediction",

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 # Pixels that touch at a corner belong together: a component is what the eye takes for one.
-_NEIGHBOURS = np.ones((3, 3), dtype=bool)
+_NEIGHBORS = np.ones((3, 3), dtype=bool)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def hot_region(heat: NDArray[np.floating], threshold: float) -> NDArray[np.bool_
 
 def component_boxes(region: NDArray[np.bool_], heat: NDArray[np.floating]) -> list[Box]:
     """Box of each connected component of a region (H, W), the one with most of `heat` first."""
-    labels, count = ndimage.label(region, structure=_NEIGHBOURS)
+    labels, count = ndimage.label(region, structure=_NEIGHBORS)
     sums = ndimage.sum_labels(heat.astype(np.float64), labels, range(1, count + 1))
     total = heat.sum(dtype=np.float64)
     boxes = [
@@ -74,13 +74,13 @@ def filled(boxes: Sequence[Box], shape: tuple[int, ...]) -> NDArray[np.bool_]:
 
 
 def peak(heat: NDArray[np.floating]) -> tuple[int, int]:
-    """Row and column of the maximum of a map (H, W); of several, that next to their centre.
+    """Row and column of the maximum of a map (H, W); of several, that next to their center.
 
-    Interpolation by an even factor leaves the maximum to four neighbours, and a plateau at the
+    Interpolation by an even factor leaves the maximum to four neighbors, and a plateau at the
     image's edge to more.
     """
-    places = np.argwhere(heat == heat.max())
-    row, column = places[((places - places.mean(axis=0)) ** 2).sum(axis=1).argmin()]
+    positions = np.argwhere(heat == heat.max())
+    row, column = positions[((positions - positions.mean(axis=0)) ** 2).sum(axis=1).argmin()]
     return int(row), int(column)
 
 

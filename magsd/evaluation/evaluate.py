@@ -1,4 +1,4 @@
-"""Evaluation of a classifier over a loader: metrics, refined metrics, localisation, speed."""
+"""Evaluation of a classifier over a loader: metrics, refined metrics, localization, speed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from magsd.data import Batch, ImageCache
 from magsd.errors import MagsdError
-from magsd.evaluation.localisation import Localisation, attention_inside, summarise
+from magsd.evaluation.localization import Localization, attention_inside, summarize
 from magsd.evaluation.metrics import Metrics, compute_metrics
 from magsd.evaluation.tables import report_tables
 from magsd.models.classifier import Classifier, ClassifierOutput
@@ -49,13 +49,13 @@ class EvaluationReport:
     """Result of `evaluate`; printing it with rich shows tables.
 
     raw: metrics of the logits of the image. refined: of the mean of these and of the logits of the
-    image blended with the crop that its attention names, or None. localisation: None without masks.
+    image blended with the crop that its attention names, or None. localization: None without masks.
     """
 
     classes: tuple[str, ...]
     raw: Metrics
     refined: Metrics | None
-    localisation: Localisation | None
+    localization: Localization | None
     images_per_second: float
     predictions: Predictions = field(repr=False, compare=False)
 
@@ -65,8 +65,8 @@ class EvaluationReport:
             "classes": list(self.classes),
             "raw": jsonable(asdict(self.raw)),
             "refined": None if self.refined is None else jsonable(asdict(self.refined)),
-            "localisation": (
-                None if self.localisation is None else jsonable(asdict(self.localisation))
+            "localization": (
+                None if self.localization is None else jsonable(asdict(self.localization))
             ),
             "images_per_second": jsonable(self.images_per_second),
         }
@@ -79,7 +79,7 @@ class EvaluationReport:
         return text
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from report_tables(self.classes, self.raw, self.refined, self.localisation)
+        yield from report_tables(self.classes, self.raw, self.refined, self.localization)
 
 
 def evaluate(
@@ -95,7 +95,7 @@ def evaluate(
     """Run `model` over `loader` without augmentation and report.
 
     loader yields batches with images (B, C, S, S), labels (B,) and indices, the rows of the images
-    in `cache`. cache: where the masks are; None or no masks leaves localisation out.
+    in `cache`. cache: where the masks are; None or no masks leaves localization out.
     precision: float32, tf32 (float32 whose products may run in TF32 on a GPU), bfloat16 or float16
     (autocast). The model's mode is restored.
     The results are read from the device once, at the end.
@@ -111,9 +111,9 @@ def evaluate(
             refined = refined_logits(model, images, output, saliency) if refine else None
             gathered.add(output.logits, refined, batch)
             if cache is not None and cache.masks is not None:
-                gathered.add_localisation(saliency, cache, batch)
+                gathered.add_localization(saliency, cache, batch)
     predictions = gathered.predictions()
-    localisation = gathered.localisation(classes)
+    localization = gathered.localization(classes)
     seconds = time.perf_counter() - start
     refined_metrics = (
         None
@@ -124,7 +124,7 @@ def evaluate(
         classes=tuple(classes),
         raw=_metrics(predictions.targets, predictions.logits, classes),
         refined=refined_metrics,
-        localisation=localisation,
+        localization=localization,
         images_per_second=len(predictions.targets) / max(seconds, 1e-9),
         predictions=predictions,
     )
@@ -147,7 +147,7 @@ class _Gathered:
         self._labels.append(batch.labels)
         self._indices.extend(batch.indices)
 
-    def add_localisation(self, saliency: Tensor, cache: ImageCache, batch: Batch) -> None:
+    def add_localization(self, saliency: Tensor, cache: ImageCache, batch: Batch) -> None:
         assert cache.masks is not None
         rows = np.asarray(batch.indices, dtype=np.int64)
         masked = np.flatnonzero(np.asarray(cache.has_mask)[rows])
@@ -168,13 +168,13 @@ class _Gathered:
             indices=np.asarray(self._indices, dtype=np.int64),
         )
 
-    def localisation(self, classes: Sequence[str]) -> Localisation | None:
+    def localization(self, classes: Sequence[str]) -> Localization | None:
         if not self._shares:
             return None
         inside, uniform, labels = (
             _read(list(column)) for column in zip(*self._shares, strict=True)
         )
-        return summarise(inside, uniform, labels, classes)
+        return summarize(inside, uniform, labels, classes)
 
 
 def refined_logits(

@@ -82,9 +82,9 @@ def overlay_image(
         raise ValueError(f"image: expected (H, W[, 3]) uint8, got {image.shape} {image.dtype}")
     base = fitted(image, size).astype(np.float32)
     heat = heat_map(saliency, base.shape[:2])
-    colours = colormaps[COLORMAP](heat)[..., :3].astype(np.float32) * 255.0
+    colors = colormaps[COLORMAP](heat)[..., :3].astype(np.float32) * 255.0
     opacity = OPACITY * heat[..., None]
-    picture = (base + opacity * (colours - base)).round().clip(0, 255).astype(np.uint8)
+    picture = (base + opacity * (colors - base)).round().clip(0, 255).astype(np.uint8)
     if mask is not None:
         picture = with_outline(picture, mask)
     scales = picture.shape[1] / image.shape[1], picture.shape[0] / image.shape[0]
@@ -137,7 +137,7 @@ def with_boxes(picture: NDArray[np.uint8], boxes: Sequence[Box]) -> NDArray[np.u
     height, width = picture.shape[:2]
     thickness = max(round(min(height, width) / 300), 1)
     drawn = picture.copy()
-    for colour, extra in (((0, 0, 0), thickness), (BOX, 0)):
+    for color, extra in (((0, 0, 0), thickness), (BOX, 0)):
         for box in boxes:
             # A box ends where its last pixel does; at the picture's edge the line stays inside.
             first = (max(round(box.x0), thickness), max(round(box.y0), thickness))
@@ -145,7 +145,7 @@ def with_boxes(picture: NDArray[np.uint8], boxes: Sequence[Box]) -> NDArray[np.u
                 min(round(box.x1), width - 1 - thickness),
                 min(round(box.y1), height - 1 - thickness),
             )
-            cv2.rectangle(drawn, first, last, colour, thickness + extra, cv2.LINE_AA)
+            cv2.rectangle(drawn, first, last, color, thickness + extra, cv2.LINE_AA)
     return drawn
 
 
@@ -217,11 +217,11 @@ def contact_sheet(
     for k, item in enumerate(items):
         x = left + (k % columns) * (side + gap)
         y = top + (k // columns) * (caption + 2 * side + gap + between) + caption
-        colour = "#202020" if item.label in (None, item.predicted) else "#b00020"
+        color = "#202020" if item.label in (None, item.predicted) else "#b00020"
         text = item.caption()
         # At 7 points some 38 characters stand over a picture; long class names are set smaller.
         points = 7.0 * min(1.0, 38 / max(map(len, text.split("\n"))))
-        _text(figure, x + side / 2, y - 0.05, text, points, "bottom", color=colour)
+        _text(figure, x + side / 2, y - 0.05, text, points, "bottom", color=color)
         overlay = overlay_image(item.image, item.saliency, item.mask, boxes=item.boxes)
         for picture in (fitted(item.image, DRAW_SIZE), overlay):
             axes = figure.add_axes(_place(figure, x, y, side, side))
@@ -240,7 +240,7 @@ def contact_sheet(
 
 
 def _legend(figure: Figure, marks: Mapping[str, tuple[int, int, int]]) -> None:
-    """Colour scale of the attention, and what the lines' colours are, along the lower edge."""
+    """Color scale of the attention, and what the lines' colors are, along the lower edge."""
     y, bar, each = figure.get_figheight() - 0.2, 1.1, 0.65
     x = figure.get_figwidth() / 2 - bar / 2 + each / 2 * len(marks)
     axes = figure.add_axes(_place(figure, x, y, bar, 0.1))
@@ -249,9 +249,9 @@ def _legend(figure: Figure, marks: Mapping[str, tuple[int, int, int]]) -> None:
     _text(figure, x - 0.06, y + 0.05, "least attention", 7.0, "center", ha="right")
     _text(figure, x + bar + 0.06, y + 0.05, "most", 7.0, "center", ha="left")
     x -= 0.9 + each * len(marks)
-    for name, colour in marks.items():
+    for name, color in marks.items():
         axes = figure.add_axes(_place(figure, x, y + 0.035, 0.22, 0.03))
-        red, green, blue = (channel / 255 for channel in colour)
+        red, green, blue = (channel / 255 for channel in color)
         axes.set_facecolor((red, green, blue))
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(color="black", linewidth=0.6)

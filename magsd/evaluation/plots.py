@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from magsd.errors import RunError
 
-# Colour-blind safe (Okabe and Ito, 2008).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Color-blind safe (Okabe and Ito, 2008).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DPI = 150
 
 
@@ -36,9 +36,9 @@ def plot_confusion(
     axes = figure.add_subplot()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for i, j in np.ndindex(*counts.shape):
-        colour = "white" if shares[i, j] > 0.55 else "#202020"
+        color = "white" if shares[i, j] > 0.55 else "#202020"
         text = f"{counts[i, j]}\n{shares[i, j]:.0%}" if totals[i, 0] else "0"
-        axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=9)
+        axes.text(j, i, text, ha="center", va="center", color=color, fontsize=9)
     axes.set_xticks(range(len(classes)), classes, rotation=30, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(classes)), classes)
     axes.set_xlabel("predicted")
@@ -71,14 +71,14 @@ def plot_curves(path: str | Path, metrics_csv: str | Path) -> Path:
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     for k, (name, columns) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), k + 1)
-        for colour, column in zip(np.resize(COLOURS, len(columns)), columns, strict=True):
+        for color, column in zip(np.resize(COLORS, len(columns)), columns, strict=True):
             known = ~np.isnan(table[column])
             mark = "o" if known.sum() == 1 else None
             axes.plot(
                 table["epoch"][known],
                 table[column][known],
                 label=_label(column),
-                color=colour,
+                color=color,
                 lw=1.6,
                 marker=mark,
             )

@@ -17,7 +17,7 @@ from magsd.data.cache import prepare_image
 from magsd.data.images import read_image_file
 from magsd.errors import DataError, RunError
 from magsd.evaluation.evaluate import inference, probabilities_of, refined_logits
-from magsd.evaluation.localisation import attention_inside
+from magsd.evaluation.localization import attention_inside
 from magsd.evaluation.overlay import OverlayItem, save_items, save_overlay
 from magsd.models.classifier import Classifier
 from magsd.models.config import Preprocessing

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from magsd.evaluation.localisation import Localisation, LocalisationScore
+from magsd.evaluation.localization import Localization, LocalizationScore
 from magsd.evaluation.metrics import AVERAGED, Metrics
 
 HEADINGS = {
@@ -26,16 +26,16 @@ def report_tables(
     classes: Sequence[str],
     raw: Metrics,
     refined: Metrics | None,
-    localisation: Localisation | None,
+    localization: Localization | None,
 ) -> Iterator[Table]:
-    """Means, classes, confusion and, where there are masks, localisation."""
+    """Means, classes, confusion and, where there are masks, localization."""
     best = refined or raw
     kind = "raw + refined logits" if refined else "raw logits"
     yield means_table(raw, refined)
     yield classes_table(best, f"By class ({kind})")
     yield confusion_table(best, classes, f"Confusion ({kind})")
-    if localisation is not None:
-        yield localisation_table(localisation)
+    if localization is not None:
+        yield localization_table(localization)
 
 
 def means_table(raw: Metrics, refined: Metrics | None) -> Table:
@@ -67,15 +67,15 @@ def confusion_table(metrics: Metrics, classes: Sequence[str], title: str) -> Tab
     return table
 
 
-def localisation_table(localisation: Localisation) -> Table:
+def localization_table(localization: Localization) -> Table:
     """Share of the attention inside the masks against that of a uniform map."""
     table = new_table(
         "Attention inside the masks", ["images", "attention", "uniform map", "ratio", "left out"]
     )
-    for name, score in localisation.per_class.items():
+    for name, score in localization.per_class.items():
         table.add_row(escape(name), *_score_cells(score))
     table.add_section()
-    table.add_row("all", *_score_cells(localisation.overall))
+    table.add_row("all", *_score_cells(localization.overall))
     return table
 
 
@@ -84,7 +84,7 @@ def percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f}%"
 
 
-def _score_cells(score: LocalisationScore) -> list[str]:
+def _score_cells(score: LocalizationScore) -> list[str]:
     ratio = "-" if math.isnan(score.gain) else f"{score.gain:.2f}"
     return [
         str(score.images),

@@ -99,7 +99,7 @@ class Backbone(nn.Module):
 
 @contextlib.contextmanager
 def _statistics_kept(net: nn.Module) -> Iterator[None]:
-    """Within the context batch norms normalise as in training, and their statistics stay."""
+    """Within the context batch norms normalize as in training, and their statistics stay."""
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

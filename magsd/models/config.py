@@ -12,7 +12,7 @@ MODEL_KEYS: dict[str, tuple[str, ...]] = {
         "scales",
         "fusion",
         "pool",
-        "regulariser",
+        "regularizer",
         "dropout",
         "refine_weight",
     ),
@@ -28,7 +28,7 @@ class ModelConfig:
     name: "magsd", "wsdan", or "plain" (the same backbone, global average pooling and a linear
         layer).
     backbone: any timm model that supports `features_only`.
-    in_channels: 1 for grey images, 3 for colour.
+    in_channels: 1 for gray images, 3 for color.
     attention_maps: M, number of attention maps (magsd, wsdan).
     scales: how many of the backbone's last maps attend (magsd).
     fusion: how the maps of several scales come together (magsd): "down" averages all to the
@@ -36,7 +36,7 @@ class ModelConfig:
         pixel shuffle; "cascade" pools each scale's own features.
     level: which of the backbone's maps, counted from the end, is pooled (wsdan).
     pool: "avg" or "max" over the pixels in bilinear attention pooling (magsd, wsdan).
-    regulariser: of the pooled matrix (magsd): "l2" normalises it, "dropout" drops entries instead.
+    regularizer: of the pooled matrix (magsd): "l2" normalizes it, "dropout" drops entries instead.
     dropout: probability with which an entry is dropped.
     refine_weight: share of the attended crop in the view that evaluation adds (magsd).
     pretrained: True for timm's weights, False for a random start, or the path of a safetensors
@@ -52,7 +52,7 @@ class ModelConfig:
     fusion: Literal["down", "up", "shuffle", "cascade"] = "down"
     level: int = -1
     pool: Literal["avg", "max"] = "avg"
-    regulariser: Literal["l2", "dropout"] = "l2"
+    regularizer: Literal["l2", "dropout"] = "l2"
     dropout: float = 0.5
     refine_weight: float = 0.4
     pretrained: bool | str = True
@@ -64,7 +64,7 @@ class Preprocessing:
     """What happens to a decoded image before the z-score; stored with a model that is saved.
 
     image_size: side of the square input, in pixels.
-    clahe: (clip limit, tiles per side) of the contrast equalisation, or None.
+    clahe: (clip limit, tiles per side) of the contrast equalization, or None.
     """
 
     image_size: int = 224

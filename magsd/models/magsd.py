@@ -34,7 +34,7 @@ class MAGSD(AttentiveClassifier):
     and "shuffle" sum at the size of the finest, brought there bilinearly or by pixel shuffle;
     "cascade", of three scales F1, F2, F3, pools F2 under the attention of F1, F3 under that of F2
     and F3 under its own, and classifies all three; its attention is the sum of the three.
-    pool: "avg" or "max" over the pixels. regulariser: "l2" normalises the pooled matrix, "dropout"
+    pool: "avg" or "max" over the pixels. regularizer: "l2" normalizes the pooled matrix, "dropout"
     drops its entries with probability `dropout` instead. refine_weight: share of the attended crop
     in the view that evaluation adds. pretrained: False, True (timm's weights), or the path of a
     safetensors file with timm's parameter names.
@@ -54,7 +54,7 @@ class MAGSD(AttentiveClassifier):
         scales: int = 2,
         fusion: str = "down",
         pool: str = "avg",
-        regulariser: str = "l2",
+        regularizer: str = "l2",
         dropout: float = 0.5,
         refine_weight: float = 0.4,
         pretrained: bool | str = False,
@@ -66,8 +66,8 @@ class MAGSD(AttentiveClassifier):
             raise ValueError(f"attention_maps: expected at least 1, got {attention_maps}")
         if fusion not in FUSIONS:
             raise ConfigError(f"unknown fusion {fusion!r}; known: {', '.join(FUSIONS)}")
-        if regulariser not in ("l2", "dropout"):
-            raise ConfigError(f"unknown regulariser {regulariser!r}; known: l2, dropout")
+        if regularizer not in ("l2", "dropout"):
+            raise ConfigError(f"unknown regularizer {regularizer!r}; known: l2, dropout")
         if fusion == "cascade" and scales != 3:
             raise ConfigError(f"fusion=cascade needs scales=3, got scales={scales}")
         super().__init__(
@@ -90,7 +90,7 @@ class MAGSD(AttentiveClassifier):
             pool=pool,
             # Of the whole vector, also where it is put together of several matrices.
             length=POOLED_LENGTH / math.sqrt(len(pooled)),
-            dropout=dropout if regulariser == "dropout" else None,
+            dropout=dropout if regularizer == "dropout" else None,
         )
         self.head = nn.Linear(attention_maps * sum(pooled), num_classes, bias=False)
 

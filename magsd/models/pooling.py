@@ -1,5 +1,5 @@
 """Bilinear attention pooling as the classifiers use it: attention finer than the features, and a
-choice of regulariser.
+choice of regularizer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from magsd_kernels import bilinear_attention_pool
 class AttentionPool(nn.Module):
     """Features (B, C, H, W) under attention (B, M, h, w) -> (B, M*C).
 
-    pool: "avg" or "max" over the pixels. length: of the pooled vector, where it is normalised.
-    dropout: None normalises; else the vector is not normalised, and its entries are dropped with
+    pool: "avg" or "max" over the pixels. length: of the pooled vector, where it is normalized.
+    dropout: None normalizes; else the vector is not normalized, and its entries are dropped with
     this probability in training.
 
     Features coarser than the attention are pooled as if they had been upsampled to it, bilinearly
@@ -32,7 +32,7 @@ class AttentionPool(nn.Module):
             raise ValueError(f"pool: expected avg or max, got {pool!r}")
         self.pool = pool
         normalize = dropout is None
-        # Without normalisation the signed square roots have about the length that the published
+        # Without normalization the signed square roots have about the length that the published
         # classifier sees, so that they need no factor.
         self.settings: dict[str, Any] = {
             "pool": pool,

@@ -1,9 +1,9 @@
 """A training step recorded in a CUDA graph and replayed: one launch where there were thousands.
 
 The first steps run as they are, on a stream of their own, so that libraries have chosen their
-algorithms and the optimiser has its state; the next one is recorded, and every later one replayed.
+algorithms and the optimizer has its state; the next one is recorded, and every later one replayed.
 Each is a real step of the training. A batch of another shape, as the last of an epoch may be, runs
-as it is. Where recording fails the run goes on without, and says once why.
+as it is. Where recording fails the run continues without a graph and prints the reason once.
 
 Processes that train together record the exchange of gradients with the rest (NCCL). What one of
 them launches in a graph the others must, too: so they decide by the whole batch, which all know,
@@ -138,7 +138,7 @@ class CapturedStep:
                 self._body(self._images, self._labels, self._generator)
         except RuntimeError as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if self._team.greatest(int(reason is not None)):
+        if self._team.all_reduce_max(int(reason is not None)):
             self._refused = True
             torch.cuda.synchronize(self._device)
             reason = reason or "another process could not record its step"

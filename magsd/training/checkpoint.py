@@ -23,7 +23,7 @@ _TEMPORARY = ".part"
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that `path` holds the old or the whole new content, even after a crash.
 
-    The data goes to a neighbour, is forced to the disk, and takes the name in one step.
+    The data goes to a neighbor, is forced to the disk, and takes the name in one step.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{_TEMPORARY}")
@@ -114,7 +114,7 @@ def load_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
 
 
 def all_finite(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> bool:
-    """True if weights, buffers and the optimiser's state are finite: one read of the device."""
+    """True if weights, buffers and the optimizer's state are finite: one read of the device."""
     values = list(model.state_dict().values())
     if optimizer is not None:
         values += [v for state in optimizer.state.values() for v in state.values()]

@@ -37,7 +37,7 @@ from magsd.training.launch import (
     restarts,
 )
 from magsd.training.precision import choose_device
-from magsd.training.step import Share, StepFunction, StepResult
+from magsd.training.step import BatchShard, StepFunction, StepResult
 
 T = TypeVar("T")
 _LAUNCH = ".launch"
@@ -60,7 +60,7 @@ class Team:
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """True for the one process that writes files and speaks."""
         return self.rank == 0
 
@@ -76,7 +76,7 @@ class Team:
             dist.all_reduce(values, dist.ReduceOp.MIN)
         return values
 
-    def greatest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The greatest of the processes' numbers; no device is waited for."""
         if self.size == 1:
             return number
@@ -84,15 +84,15 @@ class Team:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
 
-    def tell(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The leader's value, which every process gets; the others' own values are ignored."""
         if self.size == 1:
             return value
-        box = [value if self.leads else None]
+        box = [value if self.is_main else None]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return cast(T, box[0])
 
-    def tell_buffers(self, model: nn.Module) -> None:
+    def broadcast_buffers(self, model: nn.Module) -> None:
         """Give the leader's buffers, batch norms' running statistics among them, to all."""
         if self.size > 1:
             for buffer in model.buffers():
@@ -105,8 +105,8 @@ class Team:
         norms are converted first, in place.
         """
         if sync_batchnorm:
-            synchronise_batchnorm(model)
-        self.tell_buffers(model)
+            synchronize_batchnorm(model)
+        self.broadcast_buffers(model)
         return DistributedDataParallel(
             _WholeStep(model, step),
             gradient_as_bucket_view=True,
@@ -115,7 +115,7 @@ class Team:
             **_BUFFERS_STAY,
         )
 
-    def share(self, batch: Batch, weights: Tensor | None, labels: list[int] | None) -> Share:
+    def share(self, batch: Batch, weights: Tensor | None, labels: list[int] | None) -> BatchShard:
         """What this process has of a batch.
 
         weights: (K,) float64 on the host, of the classes in the cross entropy; None: all alike.
@@ -134,7 +134,7 @@ class Team:
                 here = weights[batch.host_labels].sum()
                 whole = self.sum(here.clone())
             own = float(here / whole) if whole else 0.0  # a batch may weigh nothing
-        return Share(batch.part, self.size * own, self.size * images / total, self.sum)
+        return BatchShard(batch.part, self.size * own, self.size * images / total, self.sum)
 
 
 ALONE = Team()
@@ -149,12 +149,12 @@ class _WholeStep(nn.Module):
         self.step = step
 
     def forward(
-        self, images: Tensor, labels: Tensor, generator: torch.Generator, share: Share
+        self, images: Tensor, labels: Tensor, generator: torch.Generator, share: BatchShard
     ) -> StepResult:
         return self.step(self.model, images, labels, generator, share)
 
 
-def synchronise_batchnorm(model: nn.Module) -> None:
+def synchronize_batchnorm(model: nn.Module) -> None:
     """Convert every batch norm in place, once, those of timm that hold an activation as well."""
     if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         return  # timm would take the activations from those that it converted before
@@ -170,7 +170,7 @@ def team_of(train: TrainConfig) -> Iterator[Team]:
     """
     if train.sync_batchnorm and choose_device(train.device).type != "cuda":
         raise ConfigError(
-            "train.sync_batchnorm=true needs GPUs: torch has no synchronised batch norm on the CPU"
+            "train.sync_batchnorm=true needs GPUs: torch has no synchronized batch norm on the CPU"
         )
     if process_count() == 1:
         yield ALONE
@@ -291,10 +291,10 @@ def note_launch(folder: Path) -> None:
 def restarted(team: Team, folder: Path) -> bool:
     """True where `torchrun` has started the processes again and `folder` is of an earlier try.
 
-    A run that another start left there does not count: nobody asked to go on with it. torchrun
+    A run that another start left there does not count: nobody asked to resume it. torchrun
     counts restarts on the machine where a process failed, and nowhere else.
     """
-    if not team.greatest(restarts()):
+    if not team.all_reduce_max(restarts()):
         return False
     note = folder / _LAUNCH
-    return team.tell(note.is_file() and note.read_text() == launch_name())
+    return team.broadcast(note.is_file() and note.read_text() == launch_name())

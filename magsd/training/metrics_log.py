@@ -33,7 +33,7 @@ COLUMNS = (
 
 
 class StepSums:
-    """Sums over the steps of an epoch, on the device; reading them is the only synchronisation.
+    """Sums over the steps of an epoch, on the device; reading them is the only synchronization.
 
     `first_bad` is the first step whose loss was NaN or infinite, -1 while there is none. Each
     process of a team keeps its own sums; `read` and `state`, which all must call, add them up.
@@ -84,7 +84,7 @@ class StepSums:
     def load(self, state: Tensor) -> None:
         """The inverse of `state`."""
         self.values.copy_(state)
-        if not self._team.leads:
+        if not self._team.is_main:
             self.values[: self._STEPS].zero_()  # they count once
 
     def _total(self) -> Tensor:
@@ -113,7 +113,7 @@ class MetricsLog:
         self._folder = tensorboard
 
     def start(self, epochs_done: int, step: int) -> None:
-        """Forget what an interrupted run wrote after the checkpoint from which it goes on."""
+        """Forget what an interrupted run wrote after the checkpoint from which it resumes."""
         rows = read_metrics(self._path) if self._path is not None and self._path.is_file() else []
         self._rows = [row for row in rows if int(row["epoch"]) <= epochs_done]
         self._write_csv()

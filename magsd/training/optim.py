@@ -1,4 +1,4 @@
-"""Optimisers, and the learning rate as a function of the step alone: nothing to resume."""
+"""Optimizers, and the learning rate as a function of the step alone: nothing to resume."""
 
 from __future__ import annotations
 

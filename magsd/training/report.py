@@ -102,8 +102,8 @@ def closing_table(
     table.add_row("validation accuracy", f"{report.raw.accuracy:.4f}")
     if report.refined is not None:
         table.add_row("  raw + refined logits", f"{report.refined.accuracy:.4f}")
-    if report.localisation is not None:
-        score = report.localisation.overall
+    if report.localization is not None:
+        score = report.localization.overall
         table.add_row("attention inside masks", _percent(score.inside))
         table.add_row("  uniform map", f"{_percent(score.uniform)} (ratio {score.gain:.2f})")
     table.add_row("best epoch", f"{trained.best_epoch} of {config.train.epochs}")

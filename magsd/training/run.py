@@ -104,16 +104,16 @@ def train_run(
 ) -> TrainedRun:
     """Train as `config` says and keep everything in the folder `out`.
 
-    With `resume` go on from the folder's last checkpoint. Under `torchrun` the processes train
+    With `resume` continue from the folder's last checkpoint. Under `torchrun` the processes train
     together, the first of them writes, and after a failure that torchrun answers by a new try the
-    run goes on from its checkpoint unasked. Raises `RunError` where the folder holds
+    run resumes from its checkpoint by itself. Raises `RunError` where the folder holds
     another run, a checkpoint is corrupt or the disk is full; `Interrupted` after SIGINT or SIGTERM,
     once the state is saved; `TrainingDiverged`; `DataError`; `ConfigError`.
     """
     config.validate()
     folder = RunFolder(out)
     with team_of(config.train) as team:
-        if not team.leads:
+        if not team.is_main:
             console = Console(quiet=True)
         resume = resume or restarted(team, folder.root)
         return _train_run(config, folder, resume, overwrite, console or Console(), team)
@@ -129,9 +129,9 @@ def _train_run(
 ) -> TrainedRun:
     """`train_run` in each process of a team, of which the leader alone looks at the folder."""
     precision = precision_of(config)
-    if team.leads:
+    if team.is_main:
         claim(folder, config, resume=resume, overwrite=overwrite)
-    advice = "free some space and go on with --resume; the last checkpoint is kept"
+    advice = "free some space and resume with --resume; the last checkpoint is kept"
     try:
         with (
             disk_full_as_error(folder.root, advice),
@@ -142,12 +142,12 @@ def _train_run(
         ):
             using = kernels_in_use(config, precision.device)
             console.print(f"kernels: {using}", highlight=False, markup=False, soft_wrap=True)
-            payload = team.tell(stored_state(folder) if resume and team.leads else None)
+            payload = team.broadcast(stored_state(folder) if resume and team.is_main else None)
             # Images or weights that cannot be used are told before the folder is touched: a run
             # that is to be overwritten still stands then.
             data = prepare_data(config, folder.split if resume else None, payload, console, team)
             trainer = _build_trainer(config, data, folder, precision, payload, console, team)
-            if team.leads:
+            if team.is_main:
                 begin(
                     folder,
                     config,
@@ -174,7 +174,9 @@ def _build_trainer(
     torch.manual_seed(config.train.seed)
     model = build_model(
         # Weights that a checkpoint or the leader's replace need not be fetched.
-        config.model if payload is None and team.leads else replace(config.model, pretrained=False),
+        config.model
+        if payload is None and team.is_main
+        else replace(config.model, pretrained=False),
         len(data.classes),
         classes=data.classes,
         preprocessing=preprocessing_of(config),
@@ -199,9 +201,9 @@ def _fit(trainer: Trainer, console: Console, *, resumed: bool) -> None:
     """Train with a log, a progress bar and an eye on signals."""
     train, folder = trainer.config.train, trainer.folder
     if resumed:
-        console.print(f"going on after epoch {trainer.epoch}, step {trainer.step} of the next")
+        console.print(f"resuming after epoch {trainer.epoch}, step {trainer.step} of the next")
     log = MetricsLog(None, None)
-    if trainer.team.leads:
+    if trainer.team.is_main:
         log = MetricsLog(folder.metrics, folder.tensorboard if train.tensorboard else None)
     steps = len(trainer.train_loader)
     try:

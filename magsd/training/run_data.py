@@ -136,7 +136,7 @@ class StreamedData(RunData):
         if stored != self._rows():
             raise DataError(
                 f"{path}: the run was trained on other shards, or in another order, than"
-                f" {self.train.spec} and {self.validation.spec}; a run goes on with the same"
+                f" {self.train.spec} and {self.validation.spec}; a run resumes with the same"
             )
 
     def _rows(self) -> list[list[str]]:
@@ -344,14 +344,14 @@ def _open_streams(
         raise DataError(f"{min(both)} is both trained and validated on")
     _compare(config.data.source, train.digest() + validation.digest(), team)
     data = StreamedData(train.classes, train, validation)
-    if team.leads and stored_split is not None and stored_split.is_file():
+    if team.is_main and stored_split is not None and stored_split.is_file():
         data.check_split(stored_split)
     return data
 
 
 def _compare(source: str, digest: str, team: Team) -> None:
     """Raise DataError where this process sees other images than the leader."""
-    if team.tell(digest) != digest:
+    if team.broadcast(digest) != digest:
         raise DataError(f"{source} holds other images or labels here than elsewhere")
 
 
@@ -369,14 +369,14 @@ def _open_cached(
             config, source, lambda n, total: status.update(f"preparing images: {n}/{total}")
         )
     _compare(spec, _digest(cache), team)
-    if not team.leads:
+    if not team.is_main:
         split = Split([], [])
     elif stored_split is not None and stored_split.is_file():
         split = read_split(stored_split, cache.records)
     else:
         whole = split_of(config, source.records)
         split = split_of_rest(source.records, whole, cache.records)
-    return CachedData(tuple(source.classes), cache, team.tell(split))
+    return CachedData(tuple(source.classes), cache, team.broadcast(split))
 
 
 def split_of(config: Config, records: Sequence[Record]) -> Split:

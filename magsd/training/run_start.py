@@ -11,7 +11,7 @@ from magsd.training.distributed import note_launch
 from magsd.training.run_data import RunData
 from magsd.training.run_folder import RunFolder
 
-# What the stored state depends on; any other value may change when a run goes on.
+# What the stored state depends on; any other value may change when a run resumes.
 FIXED_ON_RESUME = (
     "model.",
     "data.image_size",
@@ -28,7 +28,7 @@ FIXED_ON_RESUME = (
 
 
 def claim(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool) -> None:
-    """Raises where the run cannot be gone on with, or where the folder is not free for it."""
+    """Raises where the run cannot be resumed, or where the folder is not free for it."""
     if resume:
         folder.require_run()
         _check_resumable(folder.load_config(), config)
@@ -57,10 +57,10 @@ def begin(
 
 
 def stored_state(folder: RunFolder) -> dict[str, Any] | None:
-    """What `--resume` goes on from, or None for a run that ended before its first checkpoint."""
+    """What `--resume` starts from, or None for a run that ended before its first checkpoint."""
     if not folder.last.is_file() and folder.best.is_file():
         raise RunError(
-            f"no checkpoint at {folder.last}, from which a run goes on; {folder.best} is there and "
+            f"no checkpoint at {folder.last}, from which a run resumes; {folder.best} is there and "
             "can be evaluated. Put back a copy of the first, or start again in another --out"
         )
     return load_checkpoint(folder.last) if folder.last.is_file() else None
@@ -72,7 +72,7 @@ def _check_resumable(before: Config, now: Config) -> None:
         text for key, text in changed_values(before, now).items() if key.startswith(FIXED_ON_RESUME)
     ]
     if changed:
-        raise ConfigError(f"a run that goes on cannot change: {'; '.join(changed)}")
+        raise ConfigError(f"a resumed run cannot change: {'; '.join(changed)}")
 
 
 def changed_values(before: Config, now: Config) -> dict[str, str]:

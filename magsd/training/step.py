@@ -42,7 +42,7 @@ def _as_it_is(values: Tensor) -> Tensor:
     return values
 
 
-class Share(NamedTuple):
+class BatchShard(NamedTuple):
     """What one of several processes has of a batch.
 
     part: its images. cross_entropy, distance: factors of its two losses under which the mean of
@@ -66,7 +66,7 @@ class StepFunction(Protocol):
         images: Tensor,
         labels: Tensor,
         generator: torch.Generator | None,
-        share: Share | None = None,
+        share: BatchShard | None = None,
         /,
     ) -> StepResult:
         """Forward passes and loss."""
@@ -181,7 +181,7 @@ def attention_step(
     images: Tensor,
     labels: Tensor,
     generator: torch.Generator | None,
-    share: Share | None = None,
+    share: BatchShard | None = None,
     *,
     views: GuidedViews,
     loss: ViewLoss,
@@ -234,7 +234,7 @@ def plain_step(
     images: Tensor,
     labels: Tensor,
     generator: torch.Generator | None = None,
-    share: Share | None = None,
+    share: BatchShard | None = None,
     *,
     class_weights: Tensor | None = None,
 ) -> StepResult:

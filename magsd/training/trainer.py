@@ -1,4 +1,4 @@
-"""The training loop: epochs of steps, validation, checkpoints, and going on where a run stopped.
+"""The training loop: epochs of steps, validation, checkpoints, and resuming.
 
 Everything random at a step is a function of (seed, epoch, step), or lies in the checkpoint; so a
 resumed run repeats an uninterrupted one bit for bit where the device's arithmetic is repeatable.
@@ -41,7 +41,7 @@ from magsd.training.precision import Precision
 from magsd.training.progress import TrainingProgress
 from magsd.training.run_folder import RunFolder
 from magsd.training.signals import StopRequest
-from magsd.training.step import Share, StepResult, class_weights, make_step
+from magsd.training.step import BatchShard, StepResult, class_weights, make_step
 from magsd.training.validation import validate
 
 _NAMED_IMAGES = 16
@@ -107,7 +107,7 @@ class Trainer:
         self._class_weights = None if weights is None else weights.double()
         self._joined: nn.Module | None = None
         self._join()
-        self._share: Share | None = None
+        self._share: BatchShard | None = None
         self._factor = torch.ones((), device=precision.device)
         self.sums = StepSums(precision.device, team)
         self._saved = False
@@ -177,7 +177,7 @@ class Trainer:
         self.model.train()
         self._clock = time.perf_counter()
         for batch in self.train_loader.epoch(self.epoch, self.step):
-            self._recent[self.step] = batch.places
+            self._recent[self.step] = batch.positions
             if self.team.size > 1:
                 labels = self.train_loader.whole_labels(batch)
                 self._share = self._place(self.team.share(batch, self._class_weights, labels))
@@ -197,7 +197,7 @@ class Trainer:
         A signal may reach the processes of a team at different steps.
         """
         if meeting or self.team.size == 1:
-            signum = self.team.greatest(stop.signum or 0)
+            signum = self.team.all_reduce_max(stop.signum or 0)
             if signum:
                 raise _Stop(signum)
 
@@ -214,7 +214,7 @@ class Trainer:
             self._update(images, labels, generator)
         self.step += 1
 
-    def _place(self, share: Share) -> Share:
+    def _place(self, share: BatchShard) -> BatchShard:
         """The share, what changes in it from step to step where a recorded step reads it."""
         if self._captured is None:
             return share
@@ -258,7 +258,7 @@ class Trainer:
         )
 
     def _report(self, log: MetricsLog, progress: TrainingProgress) -> dict[str, float]:
-        """Read the sums (the interval's one synchronisation), check them and show them."""
+        """Read the sums (the interval's one synchronization), check them and show them."""
         values = self.read_sums()
         rate = self._images_in_epoch() / max(self._tick(), 1e-9)
         progress.measured(values["train_loss"], rate)
@@ -281,7 +281,7 @@ class Trainer:
         return (
             f"{what} at epoch {self.epoch + 1}, step {step + 1} of {len(self.train_loader)}; "
             f"its batch: {', '.join(keys[:_NAMED_IMAGES])}{more}. The last good checkpoint is "
-            f"kept in {self.folder.last}; go on from it with --resume and a lower optim.lr, or "
+            f"kept in {self.folder.last}; resume from it with --resume and a lower optim.lr, or "
             "look at these images"
         )
 
@@ -296,7 +296,7 @@ class Trainer:
         values = self._report(log, progress)
         self._leave_if_asked(stop, meeting=True)
         last_lr = float(self.optimizer.param_groups[0]["lr"])
-        self.team.tell_buffers(self.model)
+        self.team.broadcast_buffers(self.model)
         measured = validate(
             self.model,
             self.validation_loader,
@@ -355,7 +355,7 @@ class Trainer:
     def save_last(self, *, checked: bool = False) -> None:
         """Write the whole state, unless it is spoilt: then the older checkpoint stays."""
         if not checked:
-            self.team.tell_buffers(self.model)
+            self.team.broadcast_buffers(self.model)
             self.read_sums()
             self._check_weights()
             self._tick()
@@ -371,13 +371,13 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "images_seen": self.images_seen,
         }
-        if self.team.leads:
+        if self.team.is_main:
             save_checkpoint(self.folder.last, payload)
         self._saved = True
         self._clock = time.perf_counter()
 
     def _save_best(self) -> None:
-        if self.team.leads:
+        if self.team.is_main:
             save_checkpoint(self.folder.best, self._weights())
 
     def _weights(self) -> dict[str, Any]:

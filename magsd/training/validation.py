@@ -37,7 +37,7 @@ def validate(
         logits = logits.double()
         loss += nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
         cells = batch.labels * classes + logits.argmax(1)
-        # scatter_add_ needs no host synchronisation, unlike bincount.
+        # scatter_add_ needs no host synchronization, unlike bincount.
         confusion.scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.float64))
     team.sum(loss)
     table = team.sum(confusion).reshape(classes, classes).cpu()

@@ -91,14 +91,14 @@ def test_interrupted_run_goes_on(
     monkeypatch.setattr(Trainer, "_one_step", signalled)
     code, output = crossval("--model", "plain", "--folds", "1")
     assert code == 128 + signal.SIGINT
-    assert "the same command goes on" in output
+    assert "the same command resumes" in output
     assert not list((tmp_path / "out").rglob("failed.txt"))
     monkeypatch.undo()
     # Cut off while it was written, or left from before: no result.
     (tmp_path / "out" / "plain" / "seed0" / "fold1" / "evaluation.json").write_text('{"raw":')
     code, output = crossval("--model", "plain", "--folds", "1")
     assert code == 0
-    assert "going on after epoch 0, step 2" in output
+    assert "resuming after epoch 0, step 2" in output
 
 
 def test_refusals_come_before_any_training(

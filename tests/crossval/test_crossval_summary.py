@@ -13,7 +13,7 @@ from magsd.config import Config
 from magsd.crossval.plan import PlannedRun
 from magsd.crossval.report import caption, summary_table, write_results, write_summary
 from magsd.crossval.results import METRICS, Outcome, RunResult
-from magsd.crossval.summary import corrected_resampled_t_test, summarise
+from magsd.crossval.summary import corrected_resampled_t_test, summarize
 from magsd.errors import RunError
 from magsd.training.run_folder import RunFolder
 
@@ -52,7 +52,7 @@ def test_no_p_without_two_pairs_that_vary(differences: list[float]) -> None:
 
 
 def test_summary() -> None:
-    first, second = summarise(outcomes()).models
+    first, second = summarize(outcomes()).models
     score = second.scores["raw", "f1"]
     assert (score.n, first.finished, first.planned) == (5, 5, 5)
     assert first.scores["raw", "f1"].mean == pytest.approx(0.54)
@@ -70,7 +70,7 @@ def test_missing_runs_leave_pairs_out() -> None:
     runs[1] = outcome("base_1", 1, None)
     runs[7] = outcome("new", 2, None)
     runs[9] = outcome("new", 4, math.nan)
-    first, second = summarise(runs).models
+    first, second = summarize(runs).models
     assert (first.finished, second.finished, second.planned) == (4, 4, 5)
     score = second.scores["raw", "accuracy"]
     assert set(score.values) == {(0, 0), (0, 1), (0, 3)}
@@ -84,7 +84,7 @@ def test_runs_on_other_images_are_not_compared() -> None:
     assert result is not None
     runs[5] = Outcome(runs[5].run, RunResult(40, KEYS[1], result.scores))
     with pytest.raises(RunError, match="new, seed 0, fold 0 was validated on other images"):
-        summarise(runs)
+        summarize(runs)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -95,7 +95,7 @@ def read(path: Path) -> list[dict[str, str]]:
 def test_files(tmp_path: Path) -> None:
     runs = outcomes()
     runs[6] = outcome("new", 1, None)
-    summary = summarise(runs)
+    summary = summarize(runs)
     write_results(tmp_path / "results.csv", runs)
     write_summary(tmp_path, summary)
     lines = read(tmp_path / "results.csv")
@@ -121,7 +121,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_nothing_finished(tmp_path: Path) -> None:
-    summary = summarise([outcome("base_1", 0, None), outcome("new", 0, None)])
+    summary = summarize([outcome("base_1", 0, None), outcome("new", 0, None)])
     (tmp_path / "scores.png").touch()  # of an earlier call
     write_summary(tmp_path, summary)
     assert "| new | - | 0/1 | - |" in (tmp_path / "summary.md").read_text()

@@ -41,11 +41,11 @@ def smooth_image(size: int = 64, channels: int = 1) -> Tensor:
 
 def geometry(
     angle: float = 0.0,
-    centre: tuple[float, float] = (0.0, 0.0),
+    center: tuple[float, float] = (0.0, 0.0),
     scale: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     return compose(
-        torch.tensor([math.radians(angle)]), torch.tensor([centre]), torch.tensor([scale])
+        torch.tensor([math.radians(angle)]), torch.tensor([center]), torch.tensor([scale])
     )
 
 
@@ -75,8 +75,8 @@ def test_crop_equals_torchvision() -> None:
         image, top, left, height, width, [64, 64],
         interpolation=tvf.InterpolationMode.BILINEAR, antialias=False,
     )  # fmt: skip
-    centre = ((left + width / 2) / 32 - 1, (top + height / 2) / 32 - 1)
-    out = warp(image, geometry(centre=centre, scale=(width / 64, height / 64)))
+    center = ((left + width / 2) / 32 - 1, (top + height / 2) / 32 - 1)
+    out = warp(image, geometry(center=center, scale=(width / 64, height / 64)))
     # At its border the resized crop repeats the edge pixel; the grid reads on beyond it.
     torch.testing.assert_close(out[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2], atol=1e-5, rtol=0)
 
@@ -98,8 +98,8 @@ def test_composition_is_rotation_then_crop_then_flip() -> None:
         interpolation=tvf.InterpolationMode.BILINEAR, antialias=False,
     )  # fmt: skip
     steps = tvf.horizontal_flip(steps)
-    centre = ((left + width / 2) / 48 - 1, (top + height / 2) / 48 - 1)
-    out = warp(image, geometry(25, centre, (-width / 96, height / 96)))
+    center = ((left + width / 2) / 48 - 1, (top + height / 2) / 48 - 1)
+    out = warp(image, geometry(25, center, (-width / 96, height / 96)))
     assert (out - steps)[..., 24:-24, 24:-24].abs().max() < 2e-3
 
 
@@ -143,9 +143,9 @@ def test_geometry_distribution() -> None:
 def test_crop_distribution_equals_torchvision() -> None:
     from torchvision.transforms import RandomResizedCrop
 
-    centre, half = draw_crop(4000, ALWAYS, generator())
+    center, half = draw_crop(4000, ALWAYS, generator())
     assert float(half.max()) <= 1
-    assert float((centre.abs() + half).max()) <= 1 + 1e-6
+    assert float((center.abs() + half).max()) <= 1 + 1e-6
     area, ratio = half.prod(1), half[:, 0] / half[:, 1]
     assert float(area.min()) >= 0.6 - 1e-5
     assert 0.75 - 1e-5 <= float(ratio.min()) < float(ratio.max()) <= 1.33 + 1e-5
@@ -160,7 +160,7 @@ def test_crop_distribution_equals_torchvision() -> None:
     theirs = drawn[:, 3] / drawn[:, 2]
     for share in (0.1, 0.5, 0.9):
         assert abs(float(ratio.quantile(share)) - float(theirs.quantile(share))) < 0.03
-    place = (centre[:, 0] + 1 - half[:, 0]) / 2
+    place = (center[:, 0] + 1 - half[:, 0]) / 2
     theirs = drawn[:, 1] / 1000
     assert abs(float(place.mean()) - float(theirs.mean())) < 0.01
 
@@ -210,7 +210,7 @@ def test_z_score_of_a_constant_image_is_zero() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_no_host_synchronisation() -> None:
+def test_no_host_synchronization() -> None:
     images = smooth_image().expand(4, -1, -1, -1).cuda()
     draws = torch.Generator("cuda").manual_seed(0)
     augment_images(images, ALWAYS, draws)

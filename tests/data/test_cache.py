@@ -60,19 +60,19 @@ def test_content(tmp_path: Path) -> None:
 
 
 def test_prepare_image() -> None:
-    grey = np.random.default_rng(0).integers(0, 256, (40, 60)).astype(np.uint8)
-    resized = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA)
-    np.testing.assert_array_equal(prepare_image(grey, 32), resized)
-    equalised = cv2.createCLAHE(clipLimit=4.0, tileGridSize=(4, 4)).apply(resized)
-    np.testing.assert_array_equal(prepare_image(grey, 32, 1, (4.0, 4)), equalised)
-    repeated = prepare_image(grey, 32, 3, (4.0, 4))
-    np.testing.assert_array_equal(repeated, np.repeat(equalised[..., None], 3, 2))
-    colour = np.dstack([grey, 255 - grey, grey])
-    assert prepare_image(colour, 32, 3, (4.0, 4)).shape == (32, 32, 3)
+    gray = np.random.default_rng(0).integers(0, 256, (40, 60)).astype(np.uint8)
+    resized = cv2.resize(gray, (32, 32), interpolation=cv2.INTER_AREA)
+    np.testing.assert_array_equal(prepare_image(gray, 32), resized)
+    equalized = cv2.createCLAHE(clipLimit=4.0, tileGridSize=(4, 4)).apply(resized)
+    np.testing.assert_array_equal(prepare_image(gray, 32, 1, (4.0, 4)), equalized)
+    repeated = prepare_image(gray, 32, 3, (4.0, 4))
+    np.testing.assert_array_equal(repeated, np.repeat(equalized[..., None], 3, 2))
+    color = np.dstack([gray, 255 - gray, gray])
+    assert prepare_image(color, 32, 3, (4.0, 4)).shape == (32, 32, 3)
     np.testing.assert_array_equal(
-        prepare_image(colour, 32), prepare_image(cv2.cvtColor(colour, cv2.COLOR_RGB2GRAY), 32)
+        prepare_image(color, 32), prepare_image(cv2.cvtColor(color, cv2.COLOR_RGB2GRAY), 32)
     )
-    assert prepare_image(grey, 90).shape == (90, 90)
+    assert prepare_image(gray, 90).shape == (90, 90)
 
 
 def test_prepare_mask_keeps_the_share() -> None:

@@ -33,21 +33,21 @@ def test_png_16_bit_uses_percentiles(tmp_path: Path) -> None:
     image = np.linspace(1000, 3000, 10_000).reshape(100, 100).astype(np.uint16)
     image[0, 0] = 65535  # one hot pixel must not darken the rest
     cv2.imwrite(str(tmp_path / "deep.png"), image)
-    grey = read_image_file(tmp_path / "deep.png")
-    assert grey.dtype == np.uint8
-    assert grey[0, 0] == 255
-    assert abs(int(grey[50, 0]) - 127) <= 2
-    assert grey[0, 1:20].max() == 0
-    assert grey[-1, -1] == 255
+    gray = read_image_file(tmp_path / "deep.png")
+    assert gray.dtype == np.uint8
+    assert gray[0, 0] == 255
+    assert abs(int(gray[50, 0]) - 127) <= 2
+    assert gray[0, 1:20].max() == 0
+    assert gray[-1, -1] == 255
 
 
-def test_colour_is_rgb_and_equal_channels_become_grey(tmp_path: Path, ramp: np.ndarray) -> None:
-    colour = np.zeros((8, 8, 3), np.uint8)
-    colour[..., 0] = 200  # red, in RGB
-    cv2.imwrite(str(tmp_path / "red.png"), colour[..., ::-1])
-    np.testing.assert_array_equal(read_image_file(tmp_path / "red.png"), colour)
-    cv2.imwrite(str(tmp_path / "grey.png"), np.repeat(ramp[..., None], 3, 2))
-    np.testing.assert_array_equal(read_image_file(tmp_path / "grey.png"), ramp)
+def test_color_is_rgb_and_equal_channels_become_gray(tmp_path: Path, ramp: np.ndarray) -> None:
+    color = np.zeros((8, 8, 3), np.uint8)
+    color[..., 0] = 200  # red, in RGB
+    cv2.imwrite(str(tmp_path / "red.png"), color[..., ::-1])
+    np.testing.assert_array_equal(read_image_file(tmp_path / "red.png"), color)
+    cv2.imwrite(str(tmp_path / "gray.png"), np.repeat(ramp[..., None], 3, 2))
+    np.testing.assert_array_equal(read_image_file(tmp_path / "gray.png"), ramp)
     alpha = np.dstack([np.repeat(ramp[..., None], 3, 2), np.full_like(ramp, 9)])
     cv2.imwrite(str(tmp_path / "alpha.png"), alpha)
     np.testing.assert_array_equal(read_image_file(tmp_path / "alpha.png"), ramp)

@@ -83,7 +83,7 @@ def test_focal_is_on_one_side_and_ground_glass_on_both() -> None:
     ("options", "message"),
     [
         ("size=x", "whole number"),
-        ("colour=1", "option 'colour' is not known; use n, seed, size"),
+        ("color=1", "option 'color' is not known; use n, seed, size"),
         ("n=0", "n >= 1"),
         ("size=8", "size >= 32"),
         ("seed=-1", "seed >= 0"),

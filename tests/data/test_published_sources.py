@@ -260,7 +260,7 @@ class TestCub:
         with pytest.raises(DataError, match=r"no CUB_200_2011/train_test_split\.txt .*caltech"):
             open_source(f"cub:{folder}")
 
-    def test_colour_survives_the_cache(self, folder: Path, tmp_path: Path) -> None:
+    def test_color_survives_the_cache(self, folder: Path, tmp_path: Path) -> None:
         """Three channels, and CLAHE on the lightness alone: hue stays where it was."""
         path = folder / "CUB_200_2011" / "images" / "001.Albatross" / "a.jpg"
         blue, green, red = 40, 60, 200
@@ -276,8 +276,8 @@ class TestCub:
             cv2.cvtColor(np.array(cache.images[3]), cv2.COLOR_RGB2LAB).astype(int)
             for cache in (plain, clahe)
         )
-        colour = np.abs(before - after)[..., 1:].mean()
-        assert np.abs(before - after)[..., 0].mean() > 4 * colour
+        color = np.abs(before - after)[..., 1:].mean()
+        assert np.abs(before - after)[..., 0].mean() > 4 * color
 
 
 class TestAircraft:

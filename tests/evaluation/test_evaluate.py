@@ -1,4 +1,4 @@
-"""evaluate: what it counts, refines, localises, and writes."""
+"""evaluate: what it counts, refines, localizes, and writes."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_known_answers(cache, classes, make_loader):
     assert report.raw.accuracy == 1.0
     assert report.raw.confusion == (4 * np.eye(3, dtype=int)).tolist()
     assert report.raw.images == 12
-    overall = report.localisation.overall
+    overall = report.localization.overall
     assert overall.images == 8
-    assert set(report.localisation.per_class) == {"left", "right"}
+    assert set(report.localization.per_class) == {"left", "right"}
     area = float((cache.masks[0] > 0).mean())
     assert overall.uniform == pytest.approx(area, rel=0.05)
     # The whole map lies in the left half: there it is twice as dense as a uniform map.
-    assert report.localisation.per_class["left"].gain == pytest.approx(2.0, rel=0.02)
-    assert report.localisation.per_class["right"].gain < 0.05
+    assert report.localization.per_class["left"].gain == pytest.approx(2.0, rel=0.02)
+    assert report.localization.per_class["right"].gain < 0.05
     assert report.images_per_second > 0
     assert model.training
 
@@ -104,9 +104,9 @@ def test_batch_size_does_not_matter(model, cache, classes, make_loader, batch_si
         parts.predictions.logits, whole.predictions.logits, rtol=1e-4, atol=1e-4
     )
     assert parts.predictions.indices.tolist() == list(range(12))
-    assert parts.localisation.overall.images == 8
-    assert parts.localisation.overall.inside == pytest.approx(
-        whole.localisation.overall.inside, rel=1e-4
+    assert parts.localization.overall.images == 8
+    assert parts.localization.overall.inside == pytest.approx(
+        whole.localization.overall.inside, rel=1e-4
     )
 
 
@@ -119,17 +119,17 @@ def test_subset_in_any_order_reads_its_own_masks(model, cache, classes, make_loa
     for place, name in ((0, "right"), (2, "left")):
         mask = torch.from_numpy(cache.masks[order[place]])[None]
         inside, _ = attention_inside(saliency[place : place + 1], mask)
-        assert report.localisation.per_class[name].inside == pytest.approx(inside.item(), rel=1e-4)
+        assert report.localization.per_class[name].inside == pytest.approx(inside.item(), rel=1e-4)
 
 
 def test_without_masks_and_without_refinement(model, cache, classes, make_loader):
     bare = dataclasses.replace(cache, masks=None, has_mask=np.zeros(12, bool))
     for given in (None, bare):
         report = evaluate(model, make_loader(), given, classes=classes, refine=False)
-        assert report.localisation is None
+        assert report.localization is None
         assert report.refined is None
         assert json.loads(report.to_json())["refined"] is None
-    assert evaluate(model, make_loader([1, 4]), cache, classes=classes).localisation is None
+    assert evaluate(model, make_loader([1, 4]), cache, classes=classes).localization is None
 
 
 def test_mode_is_restored_also_after_an_error(model, cache, classes, make_loader):
@@ -167,7 +167,7 @@ def test_json(model, cache, classes, make_loader, tmp_path):
     assert read == json.loads(text) == report.to_dict()
     assert read["raw"]["confusion"] == report.raw.confusion
     assert read["refined"]["per_class"]["left"]["recall"] == report.refined.per_class["left"].recall
-    assert read["localisation"]["overall"]["inside"] == report.localisation.overall.inside
+    assert read["localization"]["overall"]["inside"] == report.localization.overall.inside
     # One class only: what is undefined is null.
     single = evaluate(model, make_loader([0, 3]), cache, classes=classes)
     assert json.loads(single.to_json())["raw"]["auroc"] is None
@@ -195,4 +195,4 @@ def test_class_name_with_brackets_is_printed_as_it_is(cache, make_loader):
     report = evaluate(model, make_loader(), cache, classes=("[red]", "none", "right"))
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(report)
-    assert console.export_text().count("[red]") == 4  # two rows and a column, and localisation's
+    assert console.export_text().count("[red]") == 4  # two rows and a column, and localization's

@@ -10,12 +10,12 @@ from magsd.evaluation import OverlayItem, contact_sheet, overlay_image, save_ove
 from magsd.evaluation.boxes import Box
 from magsd.evaluation.overlay import BOX, OUTLINE, heat_map, save_items
 
-GREY = np.full((64, 64), 100, np.uint8)
+GRAY = np.full((64, 64), 100, np.uint8)
 
 
 def _item(**changes):
     values = {
-        "image": GREY,
+        "image": GRAY,
         "saliency": np.eye(4),
         "predicted": "pneumonia",
         "probability": 0.914,
@@ -49,7 +49,7 @@ def test_heat_lies_where_the_map_is_high():
     }
     assert heat.max() == pytest.approx(1.0, abs=0.05)
     assert heat[50:, :40].max() == 0
-    changed = np.abs(overlay_image(GREY, saliency, size=70).astype(int) - 100).sum(axis=2)
+    changed = np.abs(overlay_image(GRAY, saliency, size=70).astype(int) - 100).sum(axis=2)
     assert changed[15, 55] > 100
     assert changed[60, 10] == 0
 
@@ -64,7 +64,7 @@ def test_heat_does_not_depend_on_the_maps_offset_or_scale():
 def test_outline_follows_the_mask_of_another_size():
     mask = np.zeros((32, 32), np.uint8)
     mask[8:24, 8:24] = 1
-    picture = overlay_image(GREY, np.zeros((4, 4)), mask, size=640)
+    picture = overlay_image(GRAY, np.zeros((4, 4)), mask, size=640)
     outlined = (np.abs(picture.astype(int) - OUTLINE) < 30).all(axis=2)
     rows, columns = np.nonzero(outlined)
     # One mask pixel is 20 of the picture's; the line lies within half of one from the edge.
@@ -76,16 +76,16 @@ def test_outline_follows_the_mask_of_another_size():
 
 
 def test_outline_of_a_mask_at_the_edge_and_of_an_empty_one():
-    full = overlay_image(GREY, np.zeros((4, 4)), np.ones((64, 64)), size=128)
+    full = overlay_image(GRAY, np.zeros((4, 4)), np.ones((64, 64)), size=128)
     assert not (full == 100).all()
     assert (full[20:-20, 20:-20] == 100).all()
-    empty = overlay_image(GREY, np.zeros((4, 4)), np.zeros((64, 64)), size=128)
+    empty = overlay_image(GRAY, np.zeros((4, 4)), np.zeros((64, 64)), size=128)
     assert (empty == 100).all()
 
 
 def test_box_is_drawn_in_the_images_pixels():
     boxes = [Box(8, 16, 40, 48, 1.0), Box(60, 0, 64, 4, 0.1)]
-    picture = overlay_image(GREY, np.zeros((4, 4)), boxes=boxes, size=640)
+    picture = overlay_image(GRAY, np.zeros((4, 4)), boxes=boxes, size=640)
     drawn = (picture == BOX).all(axis=2)
     rows, columns = np.nonzero(drawn[100:, :500])
     assert (columns.min(), columns.max()) == pytest.approx((80, 400), abs=3)
@@ -95,7 +95,7 @@ def test_box_is_drawn_in_the_images_pixels():
 
 
 def test_inputs_are_not_changed():
-    image, saliency, mask = GREY.copy(), np.random.rand(7, 7), np.eye(64)
+    image, saliency, mask = GRAY.copy(), np.random.rand(7, 7), np.eye(64)
     copies = image.copy(), saliency.copy(), mask.copy()
     overlay_image(image, saliency, mask, size=64)
     for given, kept in zip((image, saliency, mask), copies, strict=True):
@@ -145,9 +145,9 @@ def test_captions():
 @pytest.mark.parametrize(
     ("image", "saliency"),
     [
-        (GREY.astype(float), np.ones((7, 7))),
-        (GREY[0], np.ones((7, 7))),
-        (GREY, np.ones((1, 7, 7))),
+        (GRAY.astype(float), np.ones((7, 7))),
+        (GRAY[0], np.ones((7, 7))),
+        (GRAY, np.ones((1, 7, 7))),
     ],
 )
 def test_refusals(image, saliency):

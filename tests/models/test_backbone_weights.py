@@ -34,13 +34,13 @@ def test_file_of_a_whole_model_fills_the_backbone(name, tmp_path):
     whole = _whole_model(name)
     save_file(whole.state_dict(), tmp_path / "w.safetensors")
     path = str(tmp_path / "w.safetensors")
-    grey = Backbone(name, in_channels=1, pretrained=path).eval()
-    colour = Backbone(name, in_channels=3, pretrained=path).eval()
+    gray = Backbone(name, in_channels=1, pretrained=path).eval()
+    color = Backbone(name, in_channels=3, pretrained=path).eval()
     images = torch.randn(IMAGES)
     with torch.no_grad():
         expected = whole.forward_features(images.expand(-1, 3, -1, -1))
-        torch.testing.assert_close(colour(images.expand(-1, 3, -1, -1))[-1], expected)
-        torch.testing.assert_close(grey(images)[-1], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(color(images.expand(-1, 3, -1, -1))[-1], expected)
+        torch.testing.assert_close(gray(images)[-1], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_transformer_backbone_loads(tmp_path):
@@ -57,13 +57,13 @@ def test_transformer_backbone_loads(tmp_path):
         torch.testing.assert_close(backbone.eval()(images)[-1], expected[-1])
 
 
-def test_one_channel_stem_equals_three_on_repeated_grey(shared_dir):
+def test_one_channel_stem_equals_three_on_repeated_gray(shared_dir):
     path = shared_dir / "weights" / "tf_efficientnet_lite0.safetensors"
     if not path.is_file():
         pytest.skip(f"no weights at {path}")
     name = "tf_efficientnet_lite0"
-    grey = Backbone(name, in_channels=1, scales=3, pretrained=str(path)).eval()
-    colour = Backbone(name, in_channels=3, scales=3, pretrained=str(path)).eval()
+    gray = Backbone(name, in_channels=1, scales=3, pretrained=str(path)).eval()
+    color = Backbone(name, in_channels=3, scales=3, pretrained=str(path)).eval()
     by_timm = timm.create_model(
         name,
         features_only=True,
@@ -74,9 +74,7 @@ def test_one_channel_stem_equals_three_on_repeated_grey(shared_dir):
     ).eval()
     images = torch.randn(IMAGES)
     with torch.no_grad():
-        three = zip(
-            grey(images), colour(images.expand(-1, 3, -1, -1)), by_timm(images), strict=True
-        )
+        three = zip(gray(images), color(images.expand(-1, 3, -1, -1)), by_timm(images), strict=True)
         for ours, repeated, theirs in three:
             torch.testing.assert_close(ours, repeated, rtol=1e-4, atol=1e-4)
             assert torch.equal(ours, theirs)

@@ -79,7 +79,7 @@ def test_forward_is_the_published_network():
 
 
 def test_every_parameter_is_trained():
-    """The released code optimises a module that no output depends on; here each has a gradient."""
+    """The released code optimizes a module that no output depends on; here each has a gradient."""
     model = MAGSD("resnet18", 3, scales=3, attention_maps=4)
     model(torch.randn(2, 1, 64, 64)).logits.square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []

@@ -68,7 +68,7 @@ def sqrt_of(pooled: Tensor) -> Tensor:
 
 
 def parts_of(layer: torch.nn.Module, maps: list[Tensor]) -> list[Tensor]:
-    """Each scale's rectified, normalised projection."""
+    """Each scale's rectified, normalized projection."""
     return [
         norm(projection(m)).relu()
         for m, projection, norm in zip(maps, layer.projections, layer.norms, strict=True)
@@ -181,7 +181,7 @@ def test_self_attention_mixes_pixels_by_their_likeness() -> None:
     torch.testing.assert_close(layer(features), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_replaces_the_normalisation() -> None:
+def test_dropout_replaces_the_normalization() -> None:
     model, images = settled("magsd-dropout", dropout=0.25)
     with torch.no_grad():
         output = model(images)
@@ -209,7 +209,7 @@ def test_crop_is_refined_by_the_crop_alone() -> None:
     ("arguments", "message"),
     [
         ({"fusion": "sideways"}, "fusion 'sideways'; known: down, up"),
-        ({"regulariser": "L2"}, "regulariser 'L2'; known: l2, dropout"),
+        ({"regularizer": "L2"}, "regularizer 'L2'; known: l2, dropout"),
         ({"fusion": "cascade", "scales": 2}, "cascade needs scales=3, got scales=2"),
     ],
 )

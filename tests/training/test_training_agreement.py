@@ -97,7 +97,7 @@ class Run:
         return self.result
 
     def follow(self, other: Run) -> None:
-        """Take over the other's parameters, buffers and optimiser."""
+        """Take over the other's parameters, buffers and optimizer."""
         self.trainer.model.load_state_dict(other.trainer.model.state_dict())
         self.trainer.optimizer.load_state_dict(deepcopy(other.trainer.optimizer.state_dict()))
 

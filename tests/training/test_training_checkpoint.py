@@ -194,7 +194,7 @@ def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
         raise RuntimeError("other")
 
 
-def test_wrapped_no_space_is_recognised() -> None:
+def test_wrapped_no_space_is_recognized() -> None:
     wrapped = RuntimeError("writer failed")
     wrapped.__cause__ = OSError(errno.EDQUOT, "quota")
     assert is_disk_full(wrapped)
@@ -202,7 +202,7 @@ def test_wrapped_no_space_is_recognised() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_spoilt_values_are_found_in_weights_buffers_and_optimiser(value: float) -> None:
+def test_spoilt_values_are_found_in_weights_buffers_and_optimizer(value: float) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.randn(4, 2)).sum().backward()

@@ -70,7 +70,7 @@ def no_waits(device: str) -> Iterator[None]:
 def test_an_epoch_between_two_reports_waits_for_nothing(
     device: str, model: str, precision: str, small_config: Callable[..., Config], tmp_path: Path
 ) -> None:
-    """From the loader to the optimiser, at a new learning rate each step."""
+    """From the loader to the optimizer, at a new learning rate each step."""
     config = small_config(
         f"model={model}",
         f"train.device={device}",
@@ -82,7 +82,7 @@ def test_an_epoch_between_two_reports_waits_for_nothing(
     )
     said: list[str] = []
     trainer = make_trainer(config, tmp_path, said)
-    one_epoch(trainer)  # what happens once: libraries' choices, the optimiser's state
+    one_epoch(trainer)  # what happens once: libraries' choices, the optimizer's state
     trainer.epoch, trainer.step = 1, 0
     with no_waits(device):
         one_epoch(trainer)
@@ -105,7 +105,7 @@ def test_an_epoch_waits_for_no_copy(
         "clip_norm=5",
     )
     trainer = make_trainer(config, tmp_path, [])
-    one_epoch(trainer)  # what happens once: the images' copy, the optimiser's state
+    one_epoch(trainer)  # what happens once: the images' copy, the optimizer's state
     trainer.epoch, trainer.step = 1, 0
     with HostReads() as reads:
         one_epoch(trainer)

@@ -111,7 +111,7 @@ def save_gradients(out: str, *pairs: str) -> None:
     configs = [load_config(None, [*pairs, *setting]) for setting in SETTINGS]
     with team_of(configs[0].train) as team:
         kept = [one_epoch(config, team, Path(out)) for config in configs]
-    if team.leads:
+    if team.is_main:
         torch.save(kept, out)
 
 
@@ -247,7 +247,7 @@ def test_a_killed_process_ends_in_the_same_run(
         AT=STEPS + 1,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on after epoch 1, step 0 of the next" in done.stdout
+    assert "resuming after epoch 1, step 0 of the next" in done.stdout
     check_rows(out)
     one, other = (load_checkpoint(run / "checkpoints" / "last.pt") for run in (two[0], out))
     for name in ("epoch", "step", "global_step", "images_seen", "classes"):
@@ -293,7 +293,7 @@ def test_two_go_on_where_one_stopped(
         train_run(small_config(), out, console=console)
     done = train_on_two(["--out", str(out), "--resume"])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on after epoch 0, step 1 of the next" in done.stdout
+    assert "resuming after epoch 0, step 1 of the next" in done.stdout
     check_rows(out)
 
 

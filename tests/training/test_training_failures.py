@@ -116,7 +116,7 @@ def test_full_disk_is_said_and_keeps_what_was_there(
 
 
 def test_training_on_a_disk_that_is_really_full(small_disk, small_config, console) -> None:
-    """The first checkpoint fits; with the optimiser's state the next does not."""
+    """The first checkpoint fits; with the optimizer's state the next does not."""
     tiny_disk = small_disk(megabytes=3)
     with pytest.raises(RunError, match=r"disk is full.*--resume"):
         train_run(small_config("optim.name=adamw"), tiny_disk / "run", console=console)

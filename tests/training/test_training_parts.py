@@ -19,11 +19,11 @@ from magsd.training.distributed import (
     Team,
     note_launch,
     restarted,
-    synchronise_batchnorm,
+    synchronize_batchnorm,
     team_of,
 )
 from magsd.training.run_data import open_images, training_loader
-from magsd.training.step import Share, make_step
+from magsd.training.step import BatchShard, make_step
 from magsd.training.views import MAGSDViews, WSDANViews
 from magsd_kernels import AttentionViews
 
@@ -51,7 +51,7 @@ def test_parts_of_a_batch_are_the_batch(ranks: int, images, small_config) -> Non
         assert torch.equal(torch.cat([part.labels for part in own]), batch.labels)
         assert torch.equal(torch.cat([part.images for part in own]), batch.images)
         for part in own:
-            assert part.places == batch.places
+            assert part.positions == batch.positions
             first = part.part.first
             assert batch.indices[first : first + len(part.indices)] == part.indices
 
@@ -89,7 +89,7 @@ def test_a_part_without_weight_takes_part_without_a_nan(name: str) -> None:
     model = small_model(name)
     step = make_step(name, ViewsConfig(), LossConfig(), torch.tensor([0.0, 1, 1, 1]))
     labels = torch.zeros(2, dtype=torch.int64)
-    share = Share(Part(2, 6), 0.0, 2 / 3)
+    share = BatchShard(Part(2, 6), 0.0, 2 / 3)
     images = torch.randn(2, 1, 48, 48)
     result = step(model, images, labels, torch.Generator().manual_seed(0), share)
     assert float(result.cross_entropy) == 0
@@ -130,14 +130,14 @@ def test_views_of_a_step_are_one_operator(views) -> None:
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet"])
-def test_synchronised_batch_norms_keep_activations_and_names(backbone: str) -> None:
+def test_synchronized_batch_norms_keep_activations_and_names(backbone: str) -> None:
     """timm's fused norms hold an activation that torch's own conversion drops."""
     model = small_model("magsd", backbone)
     names = list(model.state_dict())
     images = torch.randn(2, 1, 48, 48)
     before = model.eval()(images).logits
-    synchronise_batchnorm(model)
-    synchronise_batchnorm(model)  # as after a step that could not be recorded
+    synchronize_batchnorm(model)
+    synchronize_batchnorm(model)  # as after a step that could not be recorded
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert norms
     assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
@@ -183,7 +183,7 @@ def test_nothing_is_noted_without_torchrun(tmp_path: Path, monkeypatch) -> None:
     note_launch(tmp_path)
     assert not list(tmp_path.iterdir())
     with team_of(load_config().train) as team:
-        assert (team.rank, team.size, team.leads) == (0, 1, True)
+        assert (team.rank, team.size, team.is_main) == (0, 1, True)
 
 
 def test_settings_that_several_processes_cannot_train_with(

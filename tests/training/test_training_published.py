@@ -1,4 +1,4 @@
-"""A run on colour images with a published split, from the source to the overlays."""
+"""A run on color images with a published split, from the source to the overlays."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_run(
     assert trained.data.split.validation == [0, 3, 6, 9]
     assert read_split(trained.folder.split, records) == trained.data.split
     report = finish_run(trained, console)
-    assert report.localisation is not None  # the birds' boxes
+    assert report.localization is not None  # the birds' boxes
     sheet = cv2.imread(str(next(trained.folder.overlays.glob("*.png"))))
     assert sheet is not None
     longer = small_config(f"data.source=cub:{birds}", "in_channels=3", "epochs=2")

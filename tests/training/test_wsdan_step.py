@@ -12,7 +12,7 @@ from magsd.config import LossConfig, ViewsConfig
 from magsd.data import Part
 from magsd.models import ModelConfig, build_model
 from magsd.models.wsdan import center_loss
-from magsd.training.step import Share, make_step
+from magsd.training.step import BatchShard, make_step
 
 CLASSES = 4
 
@@ -87,7 +87,7 @@ def test_shares_of_two_processes_make_the_whole_batch() -> None:
     losses = []
     for model, (first, count) in zip(parts, ((0, 4), (4, 2)), strict=True):
         answers = iter(totals)
-        share = Share(
+        share = BatchShard(
             Part(first, 6), 2 * count / 6, 2 * count / 6, lambda _, answers=answers: next(answers)
         )
         own = slice(first, first + count)

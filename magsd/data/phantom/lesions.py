@@ -76,11 +76,11 @@ def _focal(chest: Chest, random: np.random.Generator) -> _Drawn:
     """One dense consolidation with an uneven edge."""
     inside = np.flatnonzero(chest.depth * (1 - chest.dense) > 0.5)
     place = inside[random.integers(len(inside))]
-    centre_x, centre_y = chest.x.flat[place], chest.y.flat[place]
+    center_x, center_y = chest.x.flat[place], chest.y.flat[place]
     radius = random.uniform(0.18, 0.29)
     stretch = random.uniform(0.75, 1.3)
     turn = random.uniform(0, np.pi)
-    dx, dy = chest.x - centre_x, chest.y - centre_y
+    dx, dy = chest.x - center_x, chest.y - center_y
     along = (np.cos(turn) * dx + np.sin(turn) * dy) / stretch
     across = (np.cos(turn) * dy - np.sin(turn) * dx) * stretch
     distance = np.sqrt(along * along + across * across) / radius

@@ -23,7 +23,7 @@ _Sample = tuple[NDArray[np.uint8], int, int]  # pixels, label, number in the ind
 
 
 class ShardLoader(Loader):
-    """Batches of a shard index's images, decoded, resized and equalised as they are read.
+    """Batches of a shard index's images, decoded, resized and equalized as they are read.
 
     In each epoch the shards stand in a row in an order of its own. A process reads its stretch of
     the row, eight shards at a time, into a buffer; when full, this is shuffled and emitted while
@@ -80,12 +80,12 @@ class ShardLoader(Loader):
             )
         return [int(sum(column)) for column in zip(*(c for c in counts if c), strict=True)]
 
-    def describe(self, places: Sequence[int]) -> list[str]:
+    def describe(self, positions: Sequence[int]) -> list[str]:
         """Shard and number of the images."""
-        shards = np.searchsorted(self._starts, places, "right") - 1
+        shards = np.searchsorted(self._starts, positions, "right") - 1
         return [
             f"{self.index.shards[shard].url} image {place - self._starts[shard]}"
-            for shard, place in zip(shards, places, strict=True)
+            for shard, place in zip(shards, positions, strict=True)
         ]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -158,11 +158,11 @@ class ShardLoader(Loader):
             with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(TOGETHER) as pool:
                 last: tuple[NDArray[np.int64], Future[dict[int, _Sample]]] | None = None
                 try:
-                    for places in plan.blocks(skip):
-                        coming = ahead.submit(self._read, plan, readers, places, pool)
+                    for positions in plan.blocks(skip):
+                        coming = ahead.submit(self._read, plan, readers, positions, pool)
                         if last is not None:
                             yield from _emit(*last)
-                        last = places, coming
+                        last = positions, coming
                     if last is not None:
                         yield from _emit(*last)
                 finally:
@@ -180,11 +180,11 @@ class ShardLoader(Loader):
         self,
         plan: Plan,
         readers: Sequence[ShardReader],
-        places: NDArray[np.int64],
+        positions: NDArray[np.int64],
         pool: ThreadPoolExecutor,
     ) -> dict[int, _Sample]:
-        """The images at some places, by place; each shard is read by one thread."""
-        arrived = np.sort(places)
+        """The images at some positions, by place; each shard is read by one thread."""
+        arrived = np.sort(positions)
         owners = plan.piece[arrived]
         parts = [arrived[owners == piece] for piece in np.unique(owners)]
 
@@ -202,9 +202,9 @@ class ShardLoader(Loader):
 
 
 def _emit(
-    places: NDArray[np.int64], coming: Future[dict[int, _Sample]]
+    positions: NDArray[np.int64], coming: Future[dict[int, _Sample]]
 ) -> Generator[_Sample, None, None]:
     """The images of a block in its order; each is let go when it is emitted."""
     arrived = coming.result()
-    for place in places.tolist():
+    for place in positions.tolist():
         yield arrived.pop(place)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from magsd.data.random import step_seed
 
-# Read at once, image by image in turn: neighbours in a shard part, and decoding keeps cores busy.
+# Read at once, image by image in turn: neighbors in a shard part, and decoding keeps cores busy.
 # Part of the order, so that it may not depend on the machine.
 TOGETHER = 8
 
@@ -40,12 +40,14 @@ class Plan:
         """Places in the order of emission, a buffer at a time; the first `skip` are gone."""
         for number in range(skip // self.buffer, -(-len(self.piece) // self.buffer)):
             first = number * self.buffer
-            places: NDArray[np.int64] = np.arange(first, min(first + self.buffer, len(self.piece)))
+            positions: NDArray[np.int64] = np.arange(
+                first, min(first + self.buffer, len(self.piece))
+            )
             if self.shuffle:
                 stream = f"shuffle {self.rank}"
                 random = np.random.default_rng(step_seed(self.seed, self.epoch, number, stream))
-                places = random.permutation(places)
-            yield places[max(0, skip - first) :]
+                positions = random.permutation(positions)
+            yield positions[max(0, skip - first) :]
 
 
 def make_plan(

@@ -169,7 +169,7 @@ def _encoded(source: Source, record: Record) -> tuple[str, bytes]:
 
 
 def _png(image: NDArray[np.uint8]) -> bytes:
-    """A grey or RGB image as the content of a PNG file."""
+    """A gray or RGB image as the content of a PNG file."""
     if image.ndim == 3:
         return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
     return cv2.imencode(".png", image)[1].tobytes()

@@ -46,7 +46,7 @@ def open_source(
 ) -> Source:
     """Open the images that `spec` names.
 
-    spec: ``folder:DIR`` (a class a folder), ``csv:FILE`` (columns file, label and optional
+    spec: ``folder:DIR`` (one subfolder per class), ``csv:FILE`` (columns file, label and optional
         patient, mask), ``v7:DIR`` (images with Darwin JSON), a public set in its published layout
         (``nih:``, ``cohen:``, ``covidx:``, ``cub:``, ``aircraft:``, ``cars:``, ``dogs:``, each with
         DIR), ``phantom`` or ``phantom:n=480,seed=0,size=224`` (drawn). Options follow a path as

@@ -1,4 +1,4 @@
-"""`folder:DIR`: a class a folder."""
+"""`folder:DIR`: one subfolder per class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FolderSource(FileSource):
         records = list(self._find(folder))
         if not records:
             raise DataError(
-                f"{folder}: no images found; it must hold a subfolder a class, with files of"
+                f"{folder}: no images found; it must hold one subfolder per class, with files of"
                 f" {', '.join(sorted(IMAGE_SUFFIXES))}"
             )
         self._set_records(records, origin=str(folder), classes=classes, limit=limit)

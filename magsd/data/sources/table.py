@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magsd.data.darwin import DarwinAnnotation, read_darwin
-from magsd.data.images import read_image_file, to_grey
+from magsd.data.images import read_image_file, to_gray
 from magsd.data.record import Record
 from magsd.data.sources.base import FileSource, merge_patients
 from magsd.data.sources.rows import read_rows
@@ -85,7 +85,7 @@ class TableSource(FileSource):
         height, width = self.read_image(record).shape[:2]
         if (annotation := self._annotations.get(record.key)) is not None:
             return annotation.lung_mask(height, width)
-        mask = to_grey(read_image_file(self._masks[record.key])) > 0
+        mask = to_gray(read_image_file(self._masks[record.key])) > 0
         if mask.shape != (height, width):
             raise DataError(
                 f"{self._masks[record.key]}: mask of {mask.shape[1]}x{mask.shape[0]} pixels for"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class LocalisationScore:
+class LocalizationScore:
     """Means over images.
 
     inside: share of the attention that lies inside the mask. uniform: the same for a uniform map,
@@ -32,11 +32,11 @@ class LocalisationScore:
 
 
 @dataclass(frozen=True)
-class Localisation:
+class Localization:
     """Scores over all images with a mask, and by class for classes that have any."""
 
-    overall: LocalisationScore
-    per_class: dict[str, LocalisationScore]
+    overall: LocalizationScore
+    per_class: dict[str, LocalizationScore]
 
 
 def attention_inside(saliency: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,14 +62,14 @@ def upsampled(saliency: Tensor, shape: Sequence[int]) -> Tensor:
     return maps[:, 0]
 
 
-def summarise(
+def summarize(
     inside: NDArray[np.floating],
     uniform: NDArray[np.floating],
     targets: NDArray[np.integer],
     classes: Sequence[str],
-) -> Localisation:
+) -> Localization:
     """Means of per-image shares (N,), overall and by class."""
-    return Localisation(
+    return Localization(
         overall=_score(inside, uniform),
         per_class={
             name: _score(inside[targets == k], uniform[targets == k])
@@ -79,10 +79,10 @@ def summarise(
     )
 
 
-def _score(inside: NDArray[np.floating], uniform: NDArray[np.floating]) -> LocalisationScore:
+def _score(inside: NDArray[np.floating], uniform: NDArray[np.floating]) -> LocalizationScore:
     usable = np.isfinite(inside) & (uniform > 0)
     count = int(usable.sum())
-    return LocalisationScore(
+    return LocalizationScore(
         images=count,
         inside=float(inside[usable].mean()) if count else float("nan"),
         uniform=float(uniform[usable].mean()) if count else float("nan"),

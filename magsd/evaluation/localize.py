@@ -26,7 +26,7 @@ from magsd.evaluation.boxes import (
     within,
 )
 from magsd.evaluation.evaluate import inference, jsonable, probabilities_of
-from magsd.evaluation.localisation import upsampled
+from magsd.evaluation.localization import upsampled
 from magsd.evaluation.overlay import save_items
 from magsd.evaluation.predict import cached_item, in_turn
 from magsd.evaluation.tables import new_table, percent
@@ -58,13 +58,13 @@ class MapScores:
             mask's components;
         pointing: whether the map's maximum lies in the mask, or near it (the pointing game of
             Zhang et al., "Top-Down Neural Attention by Excitation Backprop", IJCV 2018).
-    uniform: the same for a map that is the same everywhere, and a random point of it. centre:
-    pointing for the centre of the image.
+    uniform: the same for a map that is the same everywhere, and a random point of it. center:
+    pointing for the center of the image.
     """
 
     values: dict[str, float]
     uniform: dict[str, float]
-    centre: float
+    center: float
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class GroupScores:
 
 
 @dataclass(frozen=True)
-class LocalisedImage:
+class LocalizedImage:
     """One image of a cache.
 
     index: its row. probabilities: (K,) of the raw logits. saliency: (1, h, w). boxes: in pixels of
@@ -94,7 +94,7 @@ class LocalisedImage:
 
 
 @dataclass(frozen=True)
-class LocalisationReport:
+class LocalizationReport:
     """threshold: share of a map's maximum; tolerance: of the pointing game, in input pixels."""
 
     threshold: float
@@ -109,7 +109,7 @@ class LocalisationReport:
         path.write_text(text + "\n", encoding="utf-8")
 
 
-def localise(
+def localize(
     model: Classifier,
     loader: Iterable[Batch],
     cache: ImageCache,
@@ -118,7 +118,7 @@ def localise(
     precision: str = "float32",
     threshold: float = 0.5,
     tolerance: float = 0.0,
-) -> list[LocalisedImage]:
+) -> list[LocalizedImage]:
     """Boxes of every image of a loader over `cache`, and scores of those with a mask.
 
     threshold: 0..1, share of a map's maximum from which on a pixel belongs to a box. tolerance: in
@@ -136,7 +136,7 @@ def localise(
             for k, index in enumerate(batch.indices):
                 mask = mask_of(cache, index)
                 found.append(
-                    LocalisedImage(
+                    LocalizedImage(
                         index=index,
                         probabilities=probabilities[k],
                         saliency=low[k],
@@ -189,25 +189,25 @@ def score_map(
             "best_box_iou": max(box_iou(whole, target) for target in targets),
             "pointing": float(near.mean()),
         },
-        centre=float(near[height // 2, width // 2]),
+        center=float(near[height // 2, width // 2]),
     )
 
 
-def localisation_report(
-    found: Sequence[LocalisedImage],
+def localization_report(
+    found: Sequence[LocalizedImage],
     records: Sequence[Record],
     classes: Sequence[str],
     *,
     threshold: float,
     tolerance: float,
     image_size: int,
-) -> LocalisationReport:
+) -> LocalizationReport:
     """Means over the images with a mask, and by true class for classes that have any."""
     masked = [image for image in found if image.masked]
     by_class = {
         name: [image for image in masked if records[image.index].label == name] for name in classes
     }
-    return LocalisationReport(
+    return LocalizationReport(
         threshold,
         tolerance,
         image_size,
@@ -216,24 +216,24 @@ def localisation_report(
     )
 
 
-def _group(images: Sequence[LocalisedImage]) -> GroupScores:
+def _group(images: Sequence[LocalizedImage]) -> GroupScores:
     scores = [image.scores for image in images if image.scores is not None]
     means = None
     if scores:
         means = MapScores(
             {name: float(np.mean([s.values[name] for s in scores])) for name in MEASURES},
             {name: float(np.mean([s.uniform[name] for s in scores])) for name in MEASURES},
-            float(np.mean([s.centre for s in scores])),
+            float(np.mean([s.center for s in scores])),
         )
     return GroupScores(len(scores), len(images) - len(scores), means)
 
 
-def map_scores_table(report: LocalisationReport) -> Table:
+def map_scores_table(report: LocalizationReport) -> Table:
     """What maps reach by class; in brackets a uniform map, or a point without aim."""
     title = f"Maps against masks (boxes from {report.threshold:g} of the maximum"
     title += f", pointing within {report.tolerance:g} pixels)" if report.tolerance else ")"
     table = new_table(title, ["images", "left out", *MEASURES.values()])
-    table.caption = "in brackets: a uniform map; pointing: a random point, then the image's centre"
+    table.caption = "in brackets: a uniform map; pointing: a random point, then the image's center"
     table.caption_justify = "left"
     for name, group in report.per_class.items():
         table.add_row(escape(name), *_group_cells(group))
@@ -248,14 +248,14 @@ def _group_cells(group: GroupScores) -> list[str]:
     if means is None:
         return [*counts, *["-"] * len(MEASURES)]
     chance = {name: percent(means.uniform[name]) for name in MEASURES}
-    chance["pointing"] += f", {percent(means.centre)}"
+    chance["pointing"] += f", {percent(means.center)}"
     cells = [f"{percent(means.values[name])} ({chance[name]})" for name in MEASURES]
     return [*counts, *cells]
 
 
 def write_boxes(
     path: Path,
-    found: Sequence[LocalisedImage],
+    found: Sequence[LocalizedImage],
     cache: ImageCache,
     classes: Sequence[str],
     size_of: Callable[[Record], tuple[int, ...]],
@@ -281,7 +281,7 @@ def write_boxes(
 
 def draw_boxes(
     folder: Path,
-    found: Sequence[LocalisedImage],
+    found: Sequence[LocalizedImage],
     cache: ImageCache,
     classes: Sequence[str],
     limit: int,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magsd.evaluation import attention_inside
-from magsd.evaluation.localisation import summarise
+from magsd.evaluation.localization import summarize
 
 
 @settings(max_examples=30, deadline=None)
@@ -55,21 +55,21 @@ def test_empty_map_is_undefined():
 
 
 def test_summary_leaves_undefined_images_out():
-    localisation = summarise(
+    localization = summarize(
         np.array([0.5, np.nan, 0.1, 0.3, np.nan]),
         np.array([0.2, 0.4, 0.0, 0.1, 0.5]),
         np.array([0, 0, 1, 1, 2]),
         ("a", "b", "c", "d"),
     )
-    assert set(localisation.per_class) == {"a", "b", "c"}
-    first = localisation.per_class["a"]
+    assert set(localization.per_class) == {"a", "b", "c"}
+    first = localization.per_class["a"]
     assert (first.images, first.left_out, first.inside, first.uniform) == (1, 1, 0.5, 0.2)
     assert first.gain == pytest.approx(2.5)
-    assert math.isnan(localisation.per_class["c"].inside)
-    assert math.isnan(localisation.per_class["c"].gain)
-    assert localisation.overall.images == 2
-    assert localisation.overall.inside == pytest.approx(0.4)
-    assert localisation.overall.left_out == 3
+    assert math.isnan(localization.per_class["c"].inside)
+    assert math.isnan(localization.per_class["c"].gain)
+    assert localization.overall.images == 2
+    assert localization.overall.inside == pytest.approx(0.4)
+    assert localization.overall.left_out == 3
 
 
 def test_refusals():

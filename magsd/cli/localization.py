@@ -41,10 +41,10 @@ def localize(
 ) -> None:
     """Boxes around what a run's model looks at, and how well they meet the masks."""
     from magsd.data import open_source
-    from magsd.evaluation.localise import (
+    from magsd.evaluation.localize import (
         draw_boxes,
-        localisation_report,
-        localise,
+        localization_report,
+        localize,
         map_scores_table,
         write_boxes,
     )
@@ -57,7 +57,7 @@ def localize(
     cache, indices, _ = select_images(console, loaded, data)
     settings = {"threshold": threshold, "tolerance": tolerance}
     with kernels(loaded.config):
-        found = localise(
+        found = localize(
             loaded.model,
             plain_loader(loaded.config, cache, indices, loaded.classes),
             cache,
@@ -65,13 +65,13 @@ def localize(
             precision=loaded.config.train.precision,
             **settings,
         )
-    report = localisation_report(
+    report = localization_report(
         found, cache.records, loaded.classes, image_size=cache.image_size, **settings
     )
     source = open_source(data or loaded.config.data.source, classes=loaded.classes)
     with disk_full_as_error(out, "free some space and run the command again"):
         out.mkdir(parents=True, exist_ok=True)
-        report.to_json(out / "localisation.json")
+        report.to_json(out / "localization.json")
         write_boxes(
             out / "boxes.csv",
             found,

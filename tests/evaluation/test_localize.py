@@ -14,11 +14,11 @@ import torch.nn.functional as F
 
 from magsd.data import load_cache, open_source
 from magsd.evaluation.boxes import Box, box_iou, component_boxes, hot_region, peak, within
-from magsd.evaluation.localise import (
-    LocalisedImage,
+from magsd.evaluation.localize import (
+    LocalizedImage,
     draw_boxes,
-    localisation_report,
-    localise,
+    localization_report,
+    localize,
     score_map,
     write_boxes,
 )
@@ -97,7 +97,7 @@ def test_scores_by_hand():
             "pointing": 18 / 200,
         }
     )
-    assert scores.centre == 1.0  # row 5, column 10 lies in the long part
+    assert scores.center == 1.0  # row 5, column 10 lies in the long part
 
 
 def test_perfect_map():
@@ -105,7 +105,7 @@ def test_perfect_map():
     scores = score_map(mask.astype(np.float32), mask)
     assert scores is not None
     assert set(scores.values.values()) == {1.0}
-    assert scores.centre == 0.0
+    assert scores.center == 0.0
 
 
 def test_boxes_reach_beyond_their_region():
@@ -150,11 +150,11 @@ class Bright(torch.nn.Module):
 
 @pytest.fixture
 def found(cache, make_loader):
-    return localise(Bright(), make_loader(), cache, threshold=0.5)
+    return localize(Bright(), make_loader(), cache, threshold=0.5)
 
 
 def test_bright_discs_are_found(found, cache, classes):
-    report = localisation_report(
+    report = localization_report(
         found, cache.records, classes, threshold=0.5, tolerance=0, image_size=64
     )
     assert set(report.per_class) == {"left", "right"}
@@ -163,10 +163,10 @@ def test_bright_discs_are_found(found, cache, classes):
     assert means is not None
     assert means.values["pointing"] == 1.0
     assert means.values["best_box_iou"] > 0.6 > means.uniform["best_box_iou"]
-    centres = [(i.boxes[0].x0 + i.boxes[0].x1) / 2 for i in found if i.masked]
+    centers = [(i.boxes[0].x0 + i.boxes[0].x1) / 2 for i in found if i.masked]
     labels = [cache.records[i.index].label for i in found if i.masked]
-    for centre, label in zip(centres, labels, strict=True):
-        assert centre == pytest.approx(16 if label == "left" else 48, abs=3)
+    for center, label in zip(centers, labels, strict=True):
+        assert center == pytest.approx(16 if label == "left" else 48, abs=3)
 
 
 def test_files(found, cache, classes, tmp_path: Path):
@@ -182,7 +182,7 @@ def test_files(found, cache, classes, tmp_path: Path):
     sheet = draw_boxes(tmp_path / "overlays", found, cache, classes, limit=2)
     assert sheet.is_file()
     assert len(list(sheet.parent.glob("0*.png"))) == 2
-    report = localisation_report(
+    report = localization_report(
         [image for image in found if not image.masked],
         cache.records,
         classes,
@@ -190,8 +190,8 @@ def test_files(found, cache, classes, tmp_path: Path):
         tolerance=0,
         image_size=64,
     )
-    report.to_json(tmp_path / "localisation.json")
-    text = json.loads((tmp_path / "localisation.json").read_text())
+    report.to_json(tmp_path / "localization.json")
+    text = json.loads((tmp_path / "localization.json").read_text())
     assert (text["overall"]["means"], text["per_class"]) == (None, {})
 
 
@@ -208,7 +208,7 @@ def test_real_lungs(shared_dir: Path, tmp_path: Path):
         scores = score_map(heat, heat > 0)
         assert scores is not None
         assert scores.values["best_box_iou"] == scores.values["region_iou"] == 1.0
-        found.append(LocalisedImage(row, np.ones(3), heat[None], boxes, True, scores))
+        found.append(LocalizedImage(row, np.ones(3), heat[None], boxes, True, scores))
     write_boxes(
         tmp_path / "boxes.csv",
         found,
