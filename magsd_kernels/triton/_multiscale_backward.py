@@ -167,7 +167,7 @@ def _total_kernel(
         earlier += count
 
 
-@tunable(with_warps(16), _KEY)
+@tunable(with_warps(16, registers=128), _KEY)
 @triton.jit
 def _gradient_kernel(
     grad, xs, weights, biases, mean, rstd, totals, grads,

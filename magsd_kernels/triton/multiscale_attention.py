@@ -14,14 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from magsd_kernels._layout import accumulation_dtype
+from magsd_kernels._layout import accumulation_dtype, is_channels_last
 from magsd_kernels.triton._common import (
     accumulation,
     offset_type,
     pixel_steps,
-    tunable,
     with_rows,
-    with_warps,
 )
 from magsd_kernels.triton._multiscale_backward import (
     multiscale_attention_backward,
@@ -45,7 +43,7 @@ __all__ = [
     "resample_attention_backward",
 ]
 
-_APPLY_TILE = 2048  # elements in flight
+_APPLY_TILE = 1024  # elements in flight; few, since the attention of a small batch is small
 
 
 @triton.jit
@@ -102,7 +100,6 @@ def _gathered(
     return total
 
 
-@tunable(with_warps(8), ["maps", "height", "width", "heights", "widths", "steps"])
 @triton.jit
 def _apply_kernel(
     xs, out, weights, biases, running_means, running_vars, means, rstds,
@@ -149,11 +146,14 @@ def _apply(
     out = empty_like_first(first, size)
     tile = tile_of(channels, _APPLY_TILE, first.dtype)
     parameters = [None if values is None else tuple(values) for values in norms]
+    # In rows of maps a thread takes eight elements, 16 bytes in half precision.
+    warps = 4 if is_channels_last(first) else 8
     grid = (triton.cdiv(max(batch, 1) * size[0] * size[1], tile.pixels), tile.chunks)
     _apply_kernel[grid](
         tuple(maps), out, *parameters, *statistics, batch, channels, *size, *pixel_steps(out),
         *sizes_of(maps), parameter_steps(norms, len(maps)), PIXELS=tile.pixels, MAPS=tile.maps,
         INDEX=offset_type(*maps, out), ACC=accumulation(first.dtype),
+        num_warps=warps // 2 if torch.version.hip else warps,
         **resampling(maps, size, mode, align_corners), **settings,
     )  # fmt: skip
     return out
