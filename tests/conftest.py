@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+# The torch of a worker has one thread, and so have the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SMALL = (
     "data.source=phantom:n=24,size=32",
     "image_size=32",
@@ -29,6 +32,16 @@ SMALL = (
     "log_interval=2",
     "overlays=0",
 )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run folders of tests on all cores, where pytest-xdist is there and no option forbids it."""
+    options = config.option
+    if not config.pluginmanager.hasplugin("xdist") or not all(map(os.path.isdir, config.args)):
+        return
+    if options.numprocesses is None and not (options.usepdb or options.collectonly):
+        options.numprocesses, options.dist = "auto", "worksteal"
 
 
 @pytest.fixture(scope="session")
