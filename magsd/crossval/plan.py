@@ -129,10 +129,10 @@ def _of_fold(config: Config, seed: int, fold: int) -> Config:
 def _check_overrides(overrides: Sequence[str]) -> None:
     for pair in overrides:
         key = pair.partition("=")[0].strip()
-        # A bare "model" is what --model takes.
-        full = "model.name" if key == "model" else resolve_key(key)
-        if full in _SET_HERE:
-            raise ConfigError(f"{pair}: cross-validation sets {full} itself; use {_SET_HERE[full]}")
+        for full, option in _SET_HERE.items():
+            # A bare "model" is what --model takes.
+            if key in (full, full.partition(".")[2]) or (key, full) == ("model", "model.name"):
+                raise ConfigError(f"{pair}: cross-validation sets {full} itself; use {option}")
 
 
 def _check_read(

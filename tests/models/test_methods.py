@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -107,13 +108,15 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Method]:
 
 
 @pytest.fixture
-def made(registry: dict[str, Method], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Method:
+def made(
+    registry: dict[str, Method], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Method]:
     (tmp_path / "method_of_a_test.py").write_text(MADE)
     monkeypatch.syspath_prepend(tmp_path)
     import method_of_a_test  # noqa: F401
 
-    monkeypatch.delitem(sys.modules, "method_of_a_test")
-    return registry["made"]
+    yield registry["made"]
+    del sys.modules["method_of_a_test"]
 
 
 def run(*arguments: str | Path) -> str:
