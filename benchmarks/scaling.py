@@ -26,12 +26,13 @@ from benchmarks.harness.steps import BFLOAT16, FLOAT32, network
 from benchmarks.harness.timing import quartiles
 from benchmarks.reporting.scaling import Constants, bandwidth_of, hops, render
 from benchmarks.train_step import draw_batch
-from magsd.config import LossConfig, TrainConfig, ViewsConfig
+from magsd.config import Config, TrainConfig
 from magsd.data import Part
+from magsd.methods import method
 from magsd.models import MAGSD as Network
 from magsd.training.distributed import Team, team_of
 from magsd.training.precision import Precision
-from magsd.training.step import BatchShard, make_step
+from magsd.training.step import BatchShard
 
 _HERE = Path(__file__).parent
 _BUCKET = 25 << 20  # DistributedDataParallel's default
@@ -118,7 +119,7 @@ def _steps(
     precision = Precision(
         torch.device(options.device), options.precision == BFLOAT16, channels_last=True
     )
-    step = make_step("magsd", ViewsConfig(), LossConfig(), None)
+    step = method("magsd").objective(Config(), None)
     images, labels = draw_batch(Device(options.device), options.images, options.side, team.rank)
     generator = torch.Generator(options.device).manual_seed(0)
     part = Part(team.rank * options.images, team.size * options.images)

@@ -46,12 +46,11 @@ from benchmarks.harness.steps import (
 from benchmarks.harness.timing import Samples, interleave, quartiles
 from benchmarks.published_step import HostDraws, PublishedNetwork, published_step
 from benchmarks.reporting.train_step import render
-from magsd.config import LossConfig, ViewsConfig
+from magsd.config import Config
+from magsd.methods import method
 from magsd.models import MAGSD as Network
 from magsd.torch_settings import timed_convolutions
-from magsd.training.step import make_step
-from magsd.training.views import MAGSDViews
-from magsd_kernels import environment
+from magsd_kernels import AttentionViews, environment
 
 _HERE = Path(__file__).parent
 _BATCHES = 2
@@ -202,10 +201,10 @@ def both_losses(
     with torch.no_grad():
         attention = copy.deepcopy(ours)(batch.images).attention
     assert attention is not None
-    drawn = MAGSDViews(ViewsConfig()).views.draw(attention, _generator(device))
+    drawn = AttentionViews().draw(attention, _generator(device))
     replayed = HostDraws(drawn.index, drawn.theta.tolist(), drawn.offsets.tolist())
     published = published_step(theirs, *batch, lambda _: replayed)
-    step = make_step("magsd", ViewsConfig(), LossConfig(), None)
+    step = method("magsd").objective(Config(), None)
     return published, step(ours, *batch, _generator(device)).loss
 
 

@@ -1,30 +1,32 @@
 """Every number of a training run in typed dataclasses; their defaults are the published recipe.
 
 A YAML file and `key=value` pairs override them. Keys are dotted (`optim.lr`); a name that only one
-section has may stand alone (`lr`). Unknown keys are refused with the nearest valid name.
+section has may stand alone (`lr`). The sections `model`, `views` and `loss` are those of the method
+that `model.name` chooses. A key that does not exist, or that nothing would read, is refused.
 """
 
 from __future__ import annotations
 
 import difflib
-import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
 import yaml
 
 from magsd.coerce import coerce, describe
 from magsd.data.augment import AugmentConfig
 from magsd.errors import ConfigError
-from magsd.models import ModelConfig
-from magsd.ranges import RANGES
-from magsd.unread import unread_keys
+from magsd.models.config import ModelConfig
+from magsd.schema import Check, at_least, between, more_than, setting
+
+if TYPE_CHECKING:
+    from magsd.methods import Method
 
 RUN_MARK = "# magsd run"
-_log = logging.getLogger(__name__)
 _PACKAGED = Path(str(resources.files("magsd") / "configs"))
 
 
@@ -38,57 +40,43 @@ class DataConfig:
     """
 
     source: str = "phantom"
-    image_size: int = 224
+    image_size: int = setting(224, between(16, 4096))
     clahe: bool = True
-    clahe_clip: float = 4.0
-    clahe_tiles: int = 4
+    clahe_clip: float = setting(4.0, more_than(0))
+    clahe_tiles: int = setting(4, at_least(1))
     cache_dir: str | None = None
     skip_bad: bool = False
     validation: str | None = None
-    shuffle_buffer: int = 1000
+    shuffle_buffer: int = setting(1000, at_least(1))
     split: Literal["auto", "published", "folds"] = "auto"
-    folds: int = 5
-    fold: int = 0
-    split_seed: int = 0
+    folds: int = setting(5, at_least(2))
+    fold: int = setting(0, at_least(0))
+    split_seed: int = setting(0, at_least(0))
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass
 class ViewsConfig:
-    """Ranges from which each image's thresholds are drawn, and the constants of the views.
+    """Of a method's views: base of such sections, and the one of a method without views."""
 
-    MAG-SD takes mix-up, dim and patch; `weight` is the share of the crop in mix-up, at 1 the crop
-    itself. WS-DAN takes crop and drop.
-    """
 
-    mixup_theta: tuple[float, float] = (0.4, 0.6)
-    dim_theta: tuple[float, float] = (0.2, 0.5)
-    patch_theta: tuple[float, float] = (0.4, 0.6)
-    crop_theta: tuple[float, float] = (0.4, 0.6)
-    drop_theta: tuple[float, float] = (0.2, 0.5)
-    padding: float = 0.1
-    weight: float = 0.4
-    floor: float = 0.001
+_WEIGHTS = Check(
+    lambda v: isinstance(v, str) or all(w >= 0 for w in v),
+    "none, balanced, or numbers of at least 0",
+)
 
 
 @dataclass
 class LossConfig:
-    """What is minimized.
+    """What is minimized: base of such sections.
 
-    name: "soft_distance" (cross entropy of the image, and how far the views' predictions are from
-        its own), "cross_entropy" (mean over the image and the views), or "published": the first
-        for MAG-SD, the second with the center loss for WS-DAN. The plain model has no views.
-    confidence, smoothing: of the soft distance.
-    center_weight, center_rate: of WS-DAN's center loss, and how far a center moves in a step.
     class_weights: of every cross entropy: "none", "balanced", or one number per class, in order.
     """
 
-    name: Literal["published", "soft_distance", "cross_entropy"] = "published"
-    confidence: float = 0.7
-    smoothing: float = 0.01
-    center_weight: float = 1.0
-    center_rate: float = 0.05
-    class_weights: Literal["none", "balanced"] | list[float] = "none"
+    class_weights: Literal["none", "balanced"] | list[float] = setting("none", _WEIGHTS)
+
+
+_BETAS = Check(lambda v: all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
 
 
 @dataclass
@@ -96,27 +84,26 @@ class OptimConfig:
     """Optimizer and learning-rate schedule; epochs may be fractions for `warmup_epochs`."""
 
     name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 1e-3
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
+    lr: float = setting(1e-3, more_than(0))
+    momentum: float = setting(0.9, between(0, 1), when=("name", "sgd"))
+    nesterov: bool = setting(True, when=("name", "sgd"))
+    weight_decay: float = setting(5e-4, at_least(0))
     decay_norms: bool = True
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = setting((0.9, 0.999), _BETAS, when=("name", "adamw"))
     schedule: Literal["step", "cosine", "constant"] = "step"
-    milestones: tuple[int, ...] = (75, 125)
-    gamma: float = 0.1
-    warmup_epochs: float = 0.0
-    final_lr: float = 0.0
-    clip_norm: float | None = None
+    milestones: tuple[int, ...] = setting((75, 125), when=("schedule", "step"))
+    gamma: float = setting(0.1, between(0, 1), when=("schedule", "step"))
+    warmup_epochs: float = setting(0.0, at_least(0))
+    final_lr: float = setting(0.0, at_least(0), when=("schedule", "cosine"))
+    clip_norm: float | None = setting(None, more_than(0))
 
 
 @dataclass
 class TrainConfig:
     """Length, precision, device, and what is written how often (steps; 0: at epochs' ends only).
 
-    views: "separate" passes the three views through the network one by one, each with its own
-        batch statistics, as published; "merged" passes them as one batch of three times the size,
-        with common statistics.
+    views: "separate" passes the views through the network one by one, each with its own batch
+        statistics, as published; "merged" passes all as one batch, with common statistics.
     precision: of the forward passes; "tf32" is float32 whose products may run in TF32 on a GPU.
     recompute: the backbone's activations are computed again in the backward instead of being kept.
     compile: torch.compile for the backbone.
@@ -127,13 +114,13 @@ class TrainConfig:
     images_on_device: keep all images on the GPU; "auto" does where they take less than half of it.
     """
 
-    epochs: int = 150
-    batch_size: int = 16
-    eval_batch_size: int = 32
-    seed: int = 0
+    epochs: int = setting(150, at_least(1))
+    batch_size: int = setting(16, at_least(2))
+    eval_batch_size: int = setting(32, at_least(1))
+    seed: int = setting(0, at_least(0))
     device: str = "auto"
     kernels: str = "auto"
-    views: Literal["separate", "merged"] = "separate"
+    views: Literal["separate", "merged"] = setting("separate", needs="views")
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     channels_last: bool = False
     recompute: bool = False
@@ -143,39 +130,83 @@ class TrainConfig:
     sync_batchnorm: bool = False
     deterministic: bool = False
     monitor: Literal["accuracy", "balanced_accuracy", "loss"] = "accuracy"
-    log_interval: int = 20
-    checkpoint_interval: int = 0
+    log_interval: int = setting(20, at_least(1))
+    checkpoint_interval: int = setting(0, at_least(0))
     tensorboard: bool = True
-    overlays: int = 16
+    overlays: int = setting(16, at_least(0))
+
+
+def _default(section: str) -> Callable[[], Any]:
+    def make() -> Any:
+        from magsd.methods import method  # which needs torch and timm
+
+        return getattr(method(ModelConfig().name), section)()
+
+    return make
 
 
 @dataclass
 class Config:
-    """A whole run."""
+    """A whole run; `model`, `views` and `loss` are the sections of one method."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    views: ViewsConfig = field(default_factory=ViewsConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    model: ModelConfig = field(default_factory=_default("model"))
+    views: ViewsConfig = field(default_factory=_default("views"))
+    loss: LossConfig = field(default_factory=_default("loss"))
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    @classmethod
+    def of(cls, name: str) -> Config:
+        """The defaults of the method `name`. Raises `ConfigError` for one that does not exist."""
+        from magsd.methods import method
+
+        chosen = method(name)
+        return cls(model=chosen.model(), views=chosen.views(), loss=chosen.loss())
+
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain types (tuples as lists), fit for YAML, JSON and `torch.load`."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        """What is read, in nested plain types (tuples as lists), for YAML, JSON, `torch.load`."""
+        nested: dict[str, Any] = {}
+        for full, value in self.flat().items():
+            *sections, leaf = full.split(".")
+            place = nested
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[leaf] = value
+        return nested
 
     def flat(self) -> dict[str, Any]:
-        """Dotted key -> plain value."""
-        return {key: _plain(_get(self, key)) for key in valid_keys()}
+        """Dotted key -> plain value, of all that is read."""
+        unread = self.unread()
+        return {
+            full: _plain(getattr(section, item.name))
+            for full, section, item in _leaves(self)
+            if full not in unread
+        }
+
+    def unread(self) -> dict[str, str]:
+        """Dotted key that nothing reads under the other choices -> why, in words."""
+        found: dict[str, str] = {}
+        for full, section, item in _leaves(self):
+            name, *readers = item.metadata.get("when") or (None,)
+            if name is not None and getattr(section, name) not in readers:
+                now, other = getattr(section, name), f"{full.rpartition('.')[0]}.{name}"
+                found[full] = f"{other} is {now}, and only {other}={' or '.join(readers)} reads it"
+        return found
 
     def validate(self) -> Config:
         """Check ranges. Raises `ConfigError` that names key, value and what was expected."""
-        for keys, holds, expected in RANGES:
-            for key in keys.split():
-                value = _get(self, key)
-                if value is not None and not holds(value):
-                    raise ConfigError(f"{key}={_plain(value)}: expected {expected}")
+        own = Config.of(self.model.name)
+        for name in ("model", "views", "loss"):
+            if type(getattr(self, name)) is not type(getattr(own, name)):
+                raise ConfigError(
+                    f"{name}: expected a {type(getattr(own, name)).__name__} with "
+                    f"model.name={self.model.name}, got a {type(getattr(self, name)).__name__}"
+                )
+        for full, section, item in _leaves(self):
+            value, check = getattr(section, item.name), item.metadata.get("check")
+            if check is not None and value is not None and not check.holds(value):
+                raise ConfigError(f"{full}={_plain(value)}: expected {check.expected}")
         if self.data.fold >= self.data.folds:
             raise ConfigError(
                 f"data.fold={self.data.fold}: expected 0 to data.folds - 1 = {self.data.folds - 1}"
@@ -183,28 +214,59 @@ class Config:
         return self
 
 
-def valid_keys(cls: type = Config, prefix: str = "") -> list[str]:
-    """Every dotted leaf key."""
-    keys: list[str] = []
-    hints = get_type_hints(cls)
-    for item in fields(cls):
-        if is_dataclass(hints[item.name]):
-            keys += valid_keys(hints[item.name], f"{prefix}{item.name}.")
+def _leaves(config: Config) -> Iterator[tuple[str, Any, Field[Any]]]:
+    """Dotted key, the section that holds it, and its field, of every value of a method's."""
+    for full, section, item in _walk(config, ""):
+        needs = item.metadata.get("needs")
+        if needs is None or fields(getattr(config, needs)):
+            yield full, section, item
+
+
+def _walk(section: Any, prefix: str) -> Iterator[tuple[str, Any, Field[Any]]]:
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if is_dataclass(value):
+            yield from _walk(value, f"{prefix}{item.name}.")
         else:
-            keys.append(prefix + item.name)
-    return keys
+            yield prefix + item.name, section, item
 
 
-def resolve_key(key: str) -> str:
-    """Full dotted name of `key`, which may lack leading sections where it stays unique."""
+def valid_keys(name: str | None = None) -> list[str]:
+    """Every dotted key of the method `name`, or of all methods."""
+    from magsd.methods import method, methods
+
+    names = methods() if name is None else [name]
+    return list(dict.fromkeys(full for each in names for full in _keys_of(method(each))))
+
+
+@functools.cache
+def _keys_of(chosen: Method) -> tuple[str, ...]:
+    return tuple(full for full, *_ in _leaves(Config.of(chosen.name)))
+
+
+def _read_by(full: str, name: str) -> str:
+    """Why the method `name` does not read a key: which ones do."""
+    from magsd.methods import methods
+
+    readers = [other for other in methods() if full in valid_keys(other)]
+    only = f"{' and '.join(readers)} read{'s' if len(readers) == 1 else ''} it"
+    return f"model.name is {name}, and only {only}"
+
+
+def resolve_key(key: str, name: str | None = None) -> str:
+    """Full dotted name of `key`, which may lack leading sections where it stays unique.
+
+    A key of the method `name` comes before those that only other methods have.
+    """
     keys = valid_keys()
-    if key in keys:
-        return key
-    matches = [full for full in keys if full.endswith("." + key)]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        raise ConfigError(f"key {key!r} stands in several sections: say {' or '.join(matches)}")
+    for known in (keys if name is None else valid_keys(name), keys):
+        if key in known:
+            return key
+        matches = [full for full in known if full.endswith("." + key)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise ConfigError(f"key {key!r} stands in several sections: say {' or '.join(matches)}")
     raise ConfigError(f"unknown key {key!r}; {_nearest(key, keys)}")
 
 
@@ -223,42 +285,96 @@ def _nearest(key: str, keys: list[str]) -> str:
     return "valid sections: " + ", ".join(sorted({full.split(".")[0] for full in keys}))
 
 
+class _Said(NamedTuple):
+    """A value of a file, a pair, or what they are applied over.
+
+    must: what says so chose the key for this very run: it is an error if nothing reads it.
+    """
+
+    key: str
+    value: Any
+    where: str
+    must: bool = False
+    is_text: bool = False
+
+
 def load_config(
     file: str | Path | None = None,
     overrides: Iterable[str] = (),
     *,
     base: Config | None = None,
+    shared: Iterable[str] = (),
 ) -> Config:
     """`base` (else the published recipe), then a YAML file, then `key=value` pairs.
 
     `file` is a path or the name of a packaged configuration. A pair `model=NAME` applies a packaged
-    model, or the YAML file of that path, before the other pairs. Warns of keys that a user's own
-    file or pairs set and the chosen model, loss or optimizer never reads. Raises `ConfigError`.
+    model, or the YAML file of that path, before the other pairs. Raises `ConfigError`, also for a
+    key of a user's own file or pair that the resulting model, loss or optimizer does not read; such
+    keys of packaged recipes, of a run's config.yaml and of `base` are left out, and so are those of
+    `shared`: pairs for several models, which come before the other pairs.
     """
-    config = base if base is not None else Config()
-    chosen: list[str] = []
+    before = {} if base is None else base.flat()
+    said = [_Said(*pair, "the configuration") for pair in before.items()]
     if file is not None:
-        chosen += _apply_file(config, _find(file, packaged_configs()), where=str(file))
+        packaged = packaged_configs()
+        path = Path(file) if Path(file).is_file() else packaged.get(str(file), Path(file))
+        said += _said_in(_existing(path, "configuration", packaged), str(file))
     pairs = [_pair(text) for text in overrides]
-    for key, text in pairs:
-        if key == "model":
-            path = _find(text, packaged_models(), "model")
-            chosen += _apply_file(config, path, where=f"model={text}")
-    for key, text in pairs:
-        if key != "model":
-            chosen.append(resolve_key(key))
-            _set(config, chosen[-1], text, where="command line", from_text=True)
-    config.validate()
-    for key, why in unread_keys(config).items():
-        if key in chosen:
-            _log.warning("%s=%s has no effect: %s", key, _plain(_get(config, key)), why)
-    return config
+    for name, text in pairs:
+        if name == "model":
+            said += _said_by_model(text)
+    said += [_Said(*_pair(text), _PAIRS, is_text=True) for text in shared]
+    said += [_Said(*pair, _PAIRS, must=True, is_text=True) for pair in pairs if pair[0] != "model"]
+    return _build(said)
 
 
-def _apply_file(config: Config, path: Path, *, where: str) -> list[str]:
-    """Set what a file says; returns its keys where a user wrote it, no run nor this package."""
-    keys = apply_mapping(config, _read_yaml(path), where=where)
-    return [] if path.is_relative_to(_PACKAGED) or is_of_run(path) else keys
+_PAIRS = "command line"
+
+
+def _build(said: list[_Said]) -> Config:
+    """The configuration that values give which come one after the other."""
+    from magsd.methods import methods
+
+    chosen = _Said("model.name", ModelConfig().name, "")
+    for each in said:
+        chosen = each if each.key == chosen.key else chosen
+    if chosen.value not in methods():
+        known = " or ".join(methods())
+        raise ConfigError(f"{chosen.where}: model.name={chosen.value!r}: expected {known}")
+    config = Config.of(chosen.value)
+    own = set(valid_keys(chosen.value))
+    musts: dict[str, _Said] = {}
+    for each in said:
+        try:
+            full = resolve_key(each.key, chosen.value)
+        except ConfigError as error:
+            raise error if each.where == _PAIRS else ConfigError(f"{each.where}: {error}") from None
+        if full in own and full != chosen.key:
+            _set(config, full, each)
+        if each.must:
+            musts[full] = each
+    unread = config.unread()
+    for full, each in musts.items():
+        why = unread.get(full) or (full not in own and _read_by(full, chosen.value))
+        if why:
+            raise ConfigError(f"{each.where}: {full}={each.value} has no effect: {why}")
+    defaults = Config.of(chosen.value)
+    for full in unread:
+        _put(config, full, _get(defaults, full))
+    return config.validate()
+
+
+def _said_in(path: Path, where: str) -> list[_Said]:
+    """What a file says; it must be read where a user wrote it, no run nor this package."""
+    must = not (path.is_relative_to(_PACKAGED) or is_of_run(path))
+    return [_Said(*pair, where, must) for pair in _flatten(_read_yaml(path), where)]
+
+
+def _said_by_model(text: str) -> list[_Said]:
+    where, packaged = f"model={text}", packaged_models()
+    if text in packaged and not Path(text).is_file():
+        return [_Said(*pair, where) for pair in packaged[text].items()]
+    return _said_in(_existing(Path(text), "model", packaged), where)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -280,16 +396,20 @@ def named_source(overrides: Iterable[str]) -> str | None:
 
 def packaged_configs() -> dict[str, Path]:
     """Name -> path of the recipes that come with the package."""
-    return _yaml_files(_PACKAGED)
+    return {path.stem: path for path in sorted(_PACKAGED.glob("*.yaml"))}
 
 
-def packaged_models() -> dict[str, Path]:
-    """Name -> path of the models that come with the package, for `model=NAME`."""
-    return _yaml_files(_PACKAGED / "model")
+def packaged_models() -> dict[str, dict[str, Any]]:
+    """Name -> dotted keys and values of every method's variants, for `model=NAME`."""
+    from magsd.methods import method, methods
 
-
-def _yaml_files(folder: Path) -> dict[str, Path]:
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return dict(
+        sorted(
+            (variant, {"model.name": name, **values})
+            for name in methods()
+            for variant, values in method(name).variants.items()
+        )
+    )
 
 
 def dump_yaml(config: Config) -> str:
@@ -307,19 +427,6 @@ def is_of_run(path: Path) -> bool:
         return False
 
 
-def apply_mapping(config: Config, values: Mapping[str, Any], *, where: str) -> list[str]:
-    """Set nested or dotted keys of `values` on `config` in place; returns their full names."""
-    keys = []
-    for key, value in _flatten(values, where):
-        try:
-            full = resolve_key(key)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
-        _set(config, full, value, where=where)
-        keys.append(full)
-    return keys
-
-
 def _flatten(values: Any, where: str, prefix: str = "") -> list[tuple[str, Any]]:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} must hold keys and values")
@@ -334,13 +441,10 @@ def _flatten(values: Any, where: str, prefix: str = "") -> list[tuple[str, Any]]
     return pairs
 
 
-def _find(file: str | Path, packaged: Mapping[str, Path], what: str = "configuration") -> Path:
-    path = Path(file)
-    if path.is_file():
-        return path
-    if str(file) in packaged:
-        return packaged[str(file)]
-    raise ConfigError(f"no {what} file {path}; packaged ones: {', '.join(packaged)}")
+def _existing(path: Path, what: str, packaged: Iterable[str]) -> Path:
+    if not path.is_file():
+        raise ConfigError(f"no {what} file {path}; packaged ones: {', '.join(packaged)}")
+    return path
 
 
 def _read_yaml(path: Path) -> Any:
@@ -357,20 +461,26 @@ def _get(config: Any, key: str) -> Any:
     return config
 
 
-def _set(config: Any, key: str, value: Any, *, where: str, from_text: bool = False) -> None:
-    *sections, leaf = key.split(".")
-    target = _get(config, ".".join(sections)) if sections else config
-    hint = get_type_hints(type(target))[leaf]
+def _set(config: Config, full: str, said: _Said) -> None:
+    section, _, leaf = full.rpartition(".")
+    hint = get_type_hints(type(_get(config, section)))[leaf]
+    wrong = f"{said.where}: {full}={said.value!r}"
     try:
-        typed = coerce(value, hint, from_text=from_text)
+        value = coerce(said.value, hint, from_text=said.is_text)
     except (TypeError, ValueError, yaml.YAMLError):
-        raise ConfigError(f"{where}: {key}={value!r}: expected {describe(hint)}") from None
+        raise ConfigError(f"{wrong}: expected {describe(hint)}") from None
     try:
-        changed = replace(target, **{leaf: typed})
+        _put(config, full, value)
     except ValueError as error:
-        raise ConfigError(f"{where}: {key}={value!r}: {error}") from None
-    *outer, section = sections
-    setattr(_get(config, ".".join(outer)) if outer else config, section, changed)
+        raise ConfigError(f"{wrong}: {error}") from None
+
+
+def _put(config: Config, full: str, value: Any) -> None:
+    """Give a section a value; a section may be frozen, so it is replaced."""
+    section, _, leaf = full.rpartition(".")
+    outer, _, name = section.rpartition(".")
+    changed = replace(_get(config, section), **{leaf: value})
+    setattr(_get(config, outer) if outer else config, name, changed)
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from magsd.config import (
     valid_keys,
 )
 from magsd.errors import ConfigError
-from magsd.unread import unread_keys
+from magsd.methods import methods
 
 BASELINES = ("plain", "resnet18", "resnet50", "vgg16", "inception_v3", "densenet121")
 
@@ -148,8 +149,8 @@ def test_ambiguous_short_key_lists_both() -> None:
         ("lr=-1", "more than 0"),
         ("precision=fp8", "float32 or tf32 or bfloat16"),
         ("optim.name=adam", "sgd or adamw"),
-        ("model.name=other", "magsd or wsdan or plain"),
-        ("level=0", "-1 for the last map"),
+        ("model.name=other", "magsd or plain or wsdan"),
+        ("refine_weight=1.5", "0 to 1"),
         ("fusion=sum", "down or up or shuffle or cascade"),
         ("mixup_theta=[0.6,0.4]", "low <= high"),
         ("mixup_theta=[0.6]", r"\[float, float\]"),
@@ -190,11 +191,14 @@ def test_a_dumped_configuration_loads_as_it_was(tmp_path: Path) -> None:
     assert load_config(file) == config
 
 
-def test_every_key_resolves_and_flat_covers_them() -> None:
-    keys = valid_keys()
+@pytest.mark.parametrize("name", methods())
+def test_every_key_of_a_method_resolves_and_flat_has_those_that_are_read(name: str) -> None:
+    keys = valid_keys(name)
     assert len(set(keys)) == len(keys) > 40
-    assert all(resolve_key(key) == key for key in keys)
-    assert set(Config().flat()) == set(keys)
+    assert all(resolve_key(key, name) == key for key in keys)
+    config = Config.of(name)
+    assert set(config.flat()) == set(keys) - set(config.unread())
+    assert set(valid_keys()) >= set(keys)
 
 
 def test_loading_does_not_change_the_defaults() -> None:
@@ -227,12 +231,28 @@ def test_a_packaged_model_is_the_same_over_any_base(name: str, tmp_path: Path) -
     kept = ("model.backbone", "model.in_channels", "model.attention_maps", "model.level")
     kept += ("model.pretrained",)
     found = []
-    for base in (None, other, "wsdan"):
-        config = load_config(base, [f"model={name}"])
-        read = config.flat().keys() - unread_keys(config).keys() - set(kept)
-        makers = {key for key in read if key.startswith(("model.", "loss.", "views."))}
-        found.append({key: config.flat()[key] for key in makers})
+    for base in (load_config(), load_config(other), load_config("wsdan")):
+        values = load_config(None, [f"model={name}"], base=base).flat()
+        makers = {key for key in values if key.startswith(("model.", "loss.", "views."))}
+        found.append({key: values[key] for key in makers - set(kept)})
     assert found[0] == found[1] == found[2]
+
+
+PINNED = json.loads((Path(__file__).parent / "models" / "packaged_models.json").read_text())
+
+
+@pytest.mark.parametrize("case", PINNED)
+def test_a_packaged_model_over_a_recipe_has_these_values(case: str) -> None:
+    base, name = case.split("/")
+    found = load_config(base or None, [f"model={name}"]).flat()
+    makers = {k: v for k, v in found.items() if k.startswith(("model.", "loss.", "views."))}
+    wanted = dict(PINNED[case])
+    assert found.get("train.views") == wanted.pop("train.views", None)
+    assert makers == wanted
+
+
+def test_all_packaged_models_are_pinned() -> None:
+    assert {case.split("/")[1] for case in PINNED} == set(packaged_models())
 
 
 def test_single_values_win_over_the_model_whatever_their_order() -> None:
@@ -259,52 +279,80 @@ def test_crop_model_has_no_mixup() -> None:
         (["model=plain", "attention_maps=64"], "model.attention_maps=64", "model.name is plain"),
         (["scales=3", "model=wsdan"], "model.scales=3", "only magsd reads it"),
         (["level=-2"], "model.level=-2", "only wsdan reads it"),
-        (["model=wsdan", "confidence=0.5"], "loss.confidence=0.5", "the loss is cross_entropy"),
+        (["model=wsdan", "confidence=0.5"], "loss.confidence=0.5", "only loss.name=soft_distance"),
         (
-            ["model=plain", "train.views=merged"],
-            "train.views=merged",
-            "only magsd and wsdan read it",
+            ["loss.name=cross_entropy", "smoothing=0.1"],
+            "loss.smoothing=0.1",
+            "only loss.name=published or soft_distance reads it",
         ),
+        (["model=plain", "loss.name=published"], "loss.name=published", "magsd and wsdan read it"),
+        (["model=plain", "train.views=merged"], "train.views=merged", "magsd and wsdan read it"),
         (["dropout=0.2"], "model.dropout=0.2", "model.regularizer is l2"),
         (["optim.name=adamw", "momentum=0.8"], "optim.momentum=0.8", "optim.name is adamw"),
+        (["optim.name=adamw", "nesterov=true"], "optim.nesterov=true", "only optim.name=sgd"),
+        (["optim.name=sgd", "betas=0.8,0.9"], "optim.betas=0.8,0.9", "only optim.name=adamw"),
+        (["schedule=constant", "gamma=0.5"], "optim.gamma=0.5", "optim.schedule is constant"),
+        (["schedule=cosine", "milestones=3"], "optim.milestones=3", "only optim.schedule=step"),
+        (["schedule=step", "final_lr=0"], "optim.final_lr=0", "only optim.schedule=cosine"),
     ],
 )
-def test_a_key_that_nothing_reads_is_told(
-    pairs: list[str], key: str, why: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    load_config("phantom", pairs)
-    [message] = caplog.messages
-    assert message.startswith(f"{key} has no effect: ")
-    assert why in message
+def test_a_key_that_nothing_reads_is_refused(pairs: list[str], key: str, why: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("phantom", pairs)
+    assert f"{key} has no effect: " in str(caught.value)
+    assert why in str(caught.value)
 
 
-def test_a_key_of_a_users_file_that_nothing_reads_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_key_of_a_users_file_that_nothing_reads_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("model:\n  name: plain\n  fusion: up\n")
     for pairs, path in (([], file), ([f"model={file}"], None)):
-        caplog.clear()
-        load_config(path, pairs)
-        assert [text.partition(" ")[0] for text in caplog.messages] == ["model.fusion=up"]
+        with pytest.raises(ConfigError, match=r"mine\.yaml: model\.fusion=up has no effect"):
+            load_config(path, pairs)
+    assert load_config(file, ["model=magsd-up"]).model.name == "magsd"  # the last choice counts
 
 
-def test_keys_that_are_read_or_that_no_user_chose_are_not_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_keys_that_no_user_chose_are_left_out_where_nothing_reads_them(tmp_path: Path) -> None:
     for base in packaged_configs():
         for model in packaged_models():
             load_config(base, [f"model={model}"])
     run = tmp_path / "config.yaml"
-    run.write_text(dump_yaml(load_config("phantom", ["model=plain"])))
-    load_config(run)
+    # A run of an earlier version holds the keys of all models.
+    run.write_text(dump_yaml(load_config("phantom", ["model=plain"])) + "views: {weight: 0.1}\n")
+    config = load_config(run)
+    assert config == load_config("phantom", ["model=plain"])
+    assert "views.weight" not in config.flat()
+    pairs = ["model=plain", "attention_maps=7", "lr=1"]
+    config = load_config("phantom", pairs[:1], shared=pairs[1:])
+    assert "model.attention_maps" not in config.flat()
+    assert config.optim.lr == 1
+    # What the recipe says for another optimizer does not come back.
+    config = load_config("wsdan", ["optim.name=adamw"])
+    assert load_config(None, ["optim.name=sgd"], base=config).optim.nesterov is True
     load_config("wsdan", ["level=-1", "center_rate=0.1"])
     load_config("published", ["dropout=0.1", "model=magsd-dropout", "mixup_theta=[0.1,0.2]"])
-    assert not caplog.messages
 
 
-def test_every_model_key_that_not_all_read_is_told() -> None:
-    told = set().union(*(unread_keys(load_config(None, [f"model={m}"])) for m in packaged_models()))
+def test_a_configuration_as_base_stays_as_it_is() -> None:
+    base = load_config("phantom")
+    assert load_config(None, ["model=wsdan", "lr=1"], base=base).model.name == "wsdan"
+    assert base == load_config("phantom")
+
+
+def test_sections_of_two_methods_do_not_go_together() -> None:
+    config = Config.of("wsdan")
+    config.model = Config.of("plain").model
+    with pytest.raises(ConfigError, match=r"views: expected a ViewsConfig with model\.name=plain"):
+        config.validate()
+
+
+def test_the_keys_of_a_model_are_those_of_its_network() -> None:
     common = {"name", "backbone", "in_channels", "pretrained", "backbone_args"}
-    rest = {key for key in valid_keys() if key.startswith("model.")} - told
-    assert rest == {f"model.{key}" for key in common}
+    own = {
+        "magsd": "attention_maps scales fusion pool regularizer dropout refine_weight",
+        "wsdan": "attention_maps level pool",
+        "plain": "",
+    }
+    for name, keys in own.items():
+        found = {key for key in valid_keys(name) if key.startswith("model.")}
+        assert found == {f"model.{key}" for key in common | set(keys.split())}

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from benchmarks import published_step
 from benchmarks.published_step import PublishedNetwork
-from magsd.config import LossConfig, OptimConfig, ViewsConfig
+from magsd.config import Config, OptimConfig
+from magsd.methods import method
 from magsd.models import MAGSD, ModelConfig, build_model
 from magsd.training.optim import build_optimizer
 from magsd.training.precision import Precision
-from magsd.training.step import make_step
 
 PUBLISHED, OURS, FLOOR = "published", "ours", "floor"
 FLOAT32, TF32, BFLOAT16 = "float32", "TF32", "bfloat16"
@@ -182,7 +182,7 @@ class Contender:
         else:
             self._model = self._precision.model(copy.deepcopy(model))
             self._optimizer = build_optimizer(self._model, OptimConfig())
-            self._step = make_step("magsd", ViewsConfig(), LossConfig(), None)
+            self._step = method("magsd").objective(Config(), None)
             body = self._ours
         self._settle()
         self._body = body

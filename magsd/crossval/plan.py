@@ -8,7 +8,6 @@ same partitions: their runs pair up by seed and fold.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,11 +72,12 @@ def plan_runs(
 
     models: as `model=` takes them: names of packaged models, or YAML files, applied over `base`.
     folds: which of the `data.folds` parts; None for all. overrides: key=value pairs, which come
-    last. Raises `ConfigError` for what cannot be compared or run, and where a folder holds a run
-    of another configuration.
+    last; each goes to the models that read it. Raises `ConfigError` for what cannot be compared or
+    run, for a pair that no model reads, and where a folder holds a run of another configuration.
     """
     _check_overrides(overrides)
     configs = _model_configs(base, models, overrides)
+    _check_read(base, models, overrides, configs)
     _check_shared(configs)
     count = next(iter(configs.values())).data.folds
     chosen = list(range(count)) if folds is None else list(folds)
@@ -100,11 +100,6 @@ def plan_runs(
     return runs
 
 
-def model_config(base: Config, model: str, overrides: Sequence[str]) -> Config:
-    """`base`, then what `model` names, then `key=value` pairs; `base` stays as it is."""
-    return load_config(None, [f"model={model}", *overrides], base=copy.deepcopy(base))
-
-
 def _model_configs(
     base: Config, models: Sequence[str], overrides: Sequence[str]
 ) -> dict[str, Config]:
@@ -115,7 +110,7 @@ def _model_configs(
         name = Path(model).name.removesuffix(".yaml").removesuffix(".yml")
         if name in configs:
             raise ConfigError(f"--model {model}: there is a model {name} already; rename the file")
-        configs[name] = model_config(base, model, overrides)
+        configs[name] = load_config(None, [f"model={model}"], base=base, shared=overrides)
     if not configs:
         raise ConfigError("cross-validation needs at least one model: --model NAME")
     return configs
@@ -128,16 +123,28 @@ def _of_fold(config: Config, seed: int, fold: int) -> Config:
         f"train.seed={seed}",
         f"data.fold={fold}",
     ]
-    return load_config(None, pairs, base=copy.deepcopy(config))
+    return load_config(None, pairs, base=config)
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
     for pair in overrides:
         key = pair.partition("=")[0].strip()
-        # A bare "model" is what --model takes.
-        full = "model.name" if key == "model" else resolve_key(key)
-        if full in _SET_HERE:
-            raise ConfigError(f"{pair}: cross-validation sets {full} itself; use {_SET_HERE[full]}")
+        for full, option in _SET_HERE.items():
+            # A bare "model" is what --model takes.
+            if key in (full, full.partition(".")[2]) or (key, full) == ("model", "model.name"):
+                raise ConfigError(f"{pair}: cross-validation sets {full} itself; use {option}")
+
+
+def _check_read(
+    base: Config, models: Sequence[str], overrides: Sequence[str], configs: dict[str, Config]
+) -> None:
+    """Raises `ConfigError` for a pair that no model reads."""
+    for pair in overrides:
+        key = pair.partition("=")[0].strip()
+        if not any(
+            resolve_key(key, config.model.name) in config.flat() for config in configs.values()
+        ):
+            load_config(None, [f"model={models[0]}", pair], base=base, shared=overrides)
 
 
 def _check_shared(configs: dict[str, Config]) -> None:

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 from magsd.models.config import ModelConfig, Preprocessing
 
 if TYPE_CHECKING:
+    from magsd.methods.magsd import MAGSD
+    from magsd.methods.plain import PlainClassifier
+    from magsd.methods.wsdan import WSDAN
     from magsd.models.build import build_model, load_model
     from magsd.models.classifier import Classifier, ClassifierOutput
-    from magsd.models.magsd import MAGSD
-    from magsd.models.plain import PlainClassifier
-    from magsd.models.wsdan import WSDAN
 
 _LAZY = {
     "Classifier": "magsd.models.classifier",
     "ClassifierOutput": "magsd.models.classifier",
-    "MAGSD": "magsd.models.magsd",
-    "PlainClassifier": "magsd.models.plain",
-    "WSDAN": "magsd.models.wsdan",
+    "MAGSD": "magsd.methods.magsd",
+    "PlainClassifier": "magsd.methods.plain",
+    "WSDAN": "magsd.methods.wsdan",
     "build_model": "magsd.models.build",
     "load_model": "magsd.models.build",
 }

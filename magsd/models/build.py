@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from safetensors import SafetensorError
 
-from magsd.errors import ConfigError, MagsdError
+from magsd.errors import MagsdError
+from magsd.methods import method
 from magsd.models.classifier import Classifier
-from magsd.models.config import MODEL_KEYS, ModelConfig, Preprocessing
-from magsd.models.magsd import MAGSD
-from magsd.models.plain import PlainClassifier
-from magsd.models.wsdan import WSDAN
-
-MODELS: dict[str, type[Classifier]] = {"magsd": MAGSD, "wsdan": WSDAN, "plain": PlainClassifier}
+from magsd.models.config import ModelConfig, Preprocessing
 
 
 def build_model(
@@ -32,18 +28,12 @@ def build_model(
     classes and preprocessing travel with the model when it is saved. Raises ConfigError for an
     unknown name, backbone or number of scales, MagsdError where pretrained weights cannot be had.
     """
-    arguments: dict[str, Any] = {
-        "backbone": config.backbone,
-        "num_classes": num_classes,
-        "in_channels": config.in_channels,
-        "pretrained": config.pretrained,
-        "backbone_args": dict(config.backbone_args),
-        "classes": classes,
-        "preprocessing": preprocessing,
-    }
-    model_class = _model_class(config.name)
-    arguments |= {key: getattr(config, key) for key in MODEL_KEYS[config.name]}
-    return model_class(**arguments)
+    arguments = {item.name: getattr(config, item.name) for item in fields(config)}
+    network = method(arguments.pop("name")).network
+    arguments["backbone_args"] = dict(config.backbone_args)
+    return network(
+        num_classes=num_classes, classes=classes, preprocessing=preprocessing, **arguments
+    )
 
 
 def load_model(folder: str | Path) -> Classifier:
@@ -58,14 +48,8 @@ def load_model(folder: str | Path) -> Classifier:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise MagsdError(f"{folder / CONFIG_NAME} describes no magsd model: {error}") from error
     try:
-        return _model_class(name).from_pretrained(folder)
+        return method(name).network.from_pretrained(folder)
     except (SafetensorError, RuntimeError) as error:
         raise MagsdError(
             f"the weights in {folder} are damaged or do not fit its {CONFIG_NAME}: {error}"
         ) from error
-
-
-def _model_class(name: str) -> type[Classifier]:
-    if name not in MODELS:
-        raise ConfigError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
-    return MODELS[name]

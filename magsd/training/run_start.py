@@ -78,4 +78,5 @@ def _check_resumable(before: Config, now: Config) -> None:
 def changed_values(before: Config, now: Config) -> dict[str, str]:
     """Dotted key of each value that differs -> what it was and what it is now, in words."""
     old, new = before.flat(), now.flat()
-    return {key: f"{key} was {old[key]}, now {new[key]}" for key in new if old[key] != new[key]}
+    keys = [key for key in old | new if key not in old or key not in new or old[key] != new[key]]
+    return {key: f"{key} was {old.get(key)}, now {new.get(key)}" for key in keys}

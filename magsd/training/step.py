@@ -9,20 +9,14 @@ replayed and captured. Sources: Li et al., IEEE JBHI 2021 (arXiv 2012.02278); Hu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from magsd.config import LossConfig, ViewsConfig
 from magsd.data import Loader, Part
 from magsd.errors import ConfigError
 from magsd.models import ClassifierOutput
-from magsd.models.wsdan import center_loss, move_centers
-from magsd.training.views import GuidedViews, MAGSDViews, WSDANViews, draw_uniforms
-from magsd.unread import loss_of
 from magsd_kernels import SoftDistance, SoftDistanceLoss, soft_distance_loss
 
 
@@ -58,7 +52,7 @@ class BatchShard(NamedTuple):
 
 
 class StepFunction(Protocol):
-    """A training step of a model; the share where several processes have parts of the batch."""
+    """A training step of a model; the shard where several processes have parts of the batch."""
 
     def __call__(
         self,
@@ -66,10 +60,26 @@ class StepFunction(Protocol):
         images: Tensor,
         labels: Tensor,
         generator: torch.Generator | None,
-        share: BatchShard | None = None,
+        shard: BatchShard | None = None,
         /,
     ) -> StepResult:
         """Forward passes and loss."""
+        ...
+
+
+class GuidedViews(Protocol):
+    """Views of images, guided by their attention.
+
+    uniforms_per_image: how many random numbers an image's views need.
+    """
+
+    uniforms_per_image: int
+
+    def __call__(self, images: Tensor, attention: Tensor, uniforms: Tensor) -> Sequence[Tensor]:
+        """Views, each of the shape of images (B, C, H, W).
+
+        attention (B, M, h, w), uniforms (B, uniforms_per_image) float32 in [0, 1).
+        """
         ...
 
 
@@ -80,6 +90,21 @@ class ViewLoss(Protocol):
         self, logits: Tensor, view_logits: Sequence[Tensor], targets: Tensor, /
     ) -> SoftDistance:
         """The whole loss, its cross entropy, and what it adds to that."""
+        ...
+
+
+class OutputLoss(Protocol):
+    """What a method adds to the loss, of what the network says of the images themselves."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        output: ClassifierOutput,
+        labels: Tensor,
+        total: Callable[[Tensor], Tensor],
+        /,
+    ) -> Tensor:
+        """A scalar with gradient. `total` adds a tensor up over the processes of the batch."""
         ...
 
 
@@ -168,24 +193,16 @@ class CountableSoftDistance(SoftDistanceLoss):
         return SoftDistance(entropy + distance, entropy, distance)
 
 
-@dataclass(frozen=True)
-class CenterLoss:
-    """WS-DAN's second loss: weight of the distance to the centers, and how fast these move."""
-
-    weight: float
-    rate: float
-
-
 def attention_step(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
     generator: torch.Generator | None,
-    share: BatchShard | None = None,
+    shard: BatchShard | None = None,
     *,
     views: GuidedViews,
     loss: ViewLoss,
-    center: CenterLoss | None = None,
+    added: OutputLoss | None = None,
     merged: bool = False,
 ) -> StepResult:
     """Forward passes and loss of an attention model.
@@ -193,15 +210,16 @@ def attention_step(
     images (B, C, H, W), labels (B,) int64; the generator, on their device, draws the views.
     With `merged` the V views pass as one batch of V B images: one pass instead of V, batch
     statistics over all views, and running statistics that move twice a step instead of V + 1 times.
-    With `center` the model has centers, which move.
+    `added` counts as a part of the distance.
     """
     raw: ClassifierOutput = model(images)
     assert raw.attention is not None, "a model without attention has no views"
-    if share is None:
-        uniforms = draw_uniforms(images, views, generator)
+    if shard is None:
+        shape = (len(images), views.uniforms_per_image)
+        uniforms = torch.rand(shape, generator=generator, device=images.device)
     else:
         assert generator is not None, "processes that share a batch must draw alike"
-        uniforms = share.part.uniform(len(images), views.uniforms_per_image, generator=generator)
+        uniforms = shard.part.uniform(len(images), views.uniforms_per_image, generator=generator)
     guided = views(images, raw.attention, uniforms)
     if merged:
         batch = guided.flatten(0, 1) if isinstance(guided, Tensor) else torch.cat(list(guided))
@@ -211,21 +229,12 @@ def attention_step(
     result = loss(raw.logits, view_logits, labels)
     correct = (raw.logits.detach().argmax(1) == labels).sum()
     entropy, distance = result.cross_entropy, result.distance
-    if center is not None:
-        centers = model.centers
-        assert raw.pooled is not None
-        assert isinstance(centers, Tensor)
-        distance = distance + center.weight * center_loss(raw.pooled, labels, centers)
-        move_centers(
-            centers,
-            raw.pooled,
-            labels,
-            rate=center.rate,
-            total=_as_it_is if share is None else share.total,
-        )
-    if share is not None:
-        entropy = entropy * share.cross_entropy
-        distance = distance * share.distance
+    if added is not None:
+        total = _as_it_is if shard is None else shard.total
+        distance = distance + added(model, raw, labels, total)
+    if shard is not None:
+        entropy = entropy * shard.cross_entropy
+        distance = distance * shard.distance
     return StepResult(entropy + distance, entropy.detach(), distance.detach(), correct)
 
 
@@ -234,39 +243,14 @@ def plain_step(
     images: Tensor,
     labels: Tensor,
     generator: torch.Generator | None = None,
-    share: BatchShard | None = None,
+    shard: BatchShard | None = None,
     *,
     class_weights: Tensor | None = None,
 ) -> StepResult:
     """One forward pass and cross entropy: the baseline on the same path. Nothing is drawn."""
     logits = model(images).logits
     loss = cross_entropy(logits, labels, class_weights)
-    if share is not None:
-        loss = loss * share.cross_entropy
+    if shard is not None:
+        loss = loss * shard.cross_entropy
     correct = (logits.detach().argmax(1) == labels).sum()
     return StepResult(loss, loss.detach(), torch.zeros_like(loss.detach()), correct)
-
-
-def make_step(
-    model_name: str,
-    views: ViewsConfig,
-    loss: LossConfig,
-    class_weights: Tensor | None,
-    *,
-    merged: bool = False,
-) -> StepFunction:
-    """The step that fits the model."""
-    if model_name == "plain":
-        return partial(plain_step, class_weights=class_weights)
-    wsdan = model_name == "wsdan"
-    return partial(
-        attention_step,
-        views=WSDANViews(views) if wsdan else MAGSDViews(views),
-        loss=MeanCrossEntropy(class_weights)
-        if loss_of(model_name, loss) == "cross_entropy"
-        else CountableSoftDistance(
-            confidence=loss.confidence, smoothing=loss.smoothing, class_weights=class_weights
-        ),
-        center=CenterLoss(loss.center_weight, loss.center_rate) if wsdan else None,
-        merged=merged,
-    )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from magsd.config import Config
 from magsd.data import Loader, step_seed
 from magsd.errors import TrainingDiverged
+from magsd.methods import method
 from magsd.models import Classifier
 from magsd.training.captured import RECORDED_ON, CapturedStep
 from magsd.training.checkpoint import (
@@ -41,7 +42,7 @@ from magsd.training.precision import Precision
 from magsd.training.progress import TrainingProgress
 from magsd.training.run_folder import RunFolder
 from magsd.training.signals import StopRequest
-from magsd.training.step import BatchShard, StepResult, class_weights, make_step
+from magsd.training.step import BatchShard, StepResult, class_weights
 from magsd.training.validation import validate
 
 _NAMED_IMAGES = 16
@@ -97,13 +98,8 @@ class Trainer:
             self.model, config.optim, capturable=self._captured is not None
         )
         weights = class_weights(config.loss.class_weights, train)
-        self.step_function = make_step(
-            config.model.name,
-            config.views,
-            config.loss,
-            None if weights is None else weights.to(precision.device),
-            merged=config.train.views == "merged",
-        )
+        placed = None if weights is None else weights.to(precision.device)
+        self.step_function = method(config.model.name).objective(config, placed)
         self._class_weights = None if weights is None else weights.double()
         self._joined: nn.Module | None = None
         self._join()

@@ -24,8 +24,10 @@ from magsd.training.trainer import Trainer
 def crossval(small_pairs: list[str], tmp_path: Path) -> Callable[..., tuple[int, str]]:
     """Exit code and output of the command over two folds, in `tmp_path / "out"`."""
 
+    pairs = [pair for pair in small_pairs if pair != "attention_maps=4"]  # no model may read it
+
     def call(*arguments: str) -> tuple[int, str]:
-        options = ["crossval", "--out", str(tmp_path / "out"), *small_pairs, "epochs=1", *arguments]
+        options = ["crossval", "--out", str(tmp_path / "out"), *pairs, "epochs=1", *arguments]
         result = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, [*options])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception

@@ -28,7 +28,7 @@ def test_seed_chooses_partition_and_training_for_all_models(base: Config, tmp_pa
         assert run.folder.root == tmp_path / run.model / f"seed{run.seed}" / f"fold{run.fold}"
         assert run.config.optim.lr == 0.25  # pairs come after the model's file
     assert [runs[0].config.model.name, runs[1].config.model.name] == ["plain", "magsd"]
-    assert [runs[0].config.model.scales, runs[1].config.model.scales] == [1, 3]
+    assert runs[1].config.model.scales == 3
     assert base == load_config("phantom")
 
 
@@ -53,6 +53,11 @@ def test_all_folds_by_default(base: Config, tmp_path: Path) -> None:
         ({"overrides": ["model.name=plain"]}, "--model"),
         ({"overrides": ["model=plain"]}, "--model"),
         ({"overrides": ["epoch=1"]}, "unknown key 'epoch'"),
+        (
+            {"models": ["plain", "wsdan"], "overrides": ["level=-2", "scales=3"]},
+            r"model\.scales=3 has no effect: .* only magsd reads it",
+        ),
+        ({"overrides": ["momentum=0.5"]}, r"optim\.momentum=0\.5 has no effect: .*adamw"),
     ],
 )
 def test_refusals(changes: dict, message: str, base: Config, tmp_path: Path) -> None:
@@ -81,3 +86,20 @@ def test_folder_of_another_configuration(base: Config, tmp_path: Path) -> None:
     assert plan_runs(tmp_path, base, ["plain"], overrides=["train.device=cpu"])
     with pytest.raises(ConfigError, match=r"fold0 holds .*optim\.lr was 0\.003, now 1\.0"):
         plan_runs(tmp_path, base, ["plain"], overrides=["lr=1"])
+
+
+def test_a_pair_goes_to_the_models_that_read_it(base: Config, tmp_path: Path) -> None:
+    pairs = ["attention_maps=4", "level=-2", "optim.name=sgd", "momentum=0.5", "padding=0.3"]
+    models = ["plain", "magsd", "wsdan"]
+    runs = plan_runs(tmp_path, base, models, folds=(0,), overrides=pairs)
+    plain, magsd, wsdan = (run.config.flat() for run in runs)
+    assert not {"model.attention_maps", "model.level", "views.padding"} & set(plain)
+    assert (magsd["model.attention_maps"], magsd["views.padding"]) == (4, 0.3)
+    assert (wsdan["model.attention_maps"], wsdan["model.level"]) == (4, -2)
+    assert {each["optim.momentum"] for each in (plain, magsd, wsdan)} == {0.5}
+
+
+def test_a_models_own_file_must_be_read(base: Config, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {name: plain, fusion: up}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: model\.fusion=up has no effect"):
+        plan_runs(tmp_path / "out", base, ["magsd", str(tmp_path / "mine.yaml")])

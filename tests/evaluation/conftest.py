@@ -49,9 +49,7 @@ def cache() -> ImageCache:
 @pytest.fixture(params=["magsd", "plain"])
 def model(request):
     torch.manual_seed(0)
-    config = ModelConfig(
-        name=request.param, backbone="resnet18", attention_maps=4, pretrained=False
-    )
+    config = ModelConfig(name=request.param, backbone="resnet18", pretrained=False)
     return build_model(config, 3, classes=CLASSES, preprocessing=Preprocessing(SIZE, None)).eval()
 
 

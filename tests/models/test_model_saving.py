@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from magsd.config import load_config
 from magsd.errors import ConfigError, MagsdError
+from magsd.methods.magsd import MAGSDConfig
 from magsd.models import (
     MAGSD,
     WSDAN,
@@ -25,9 +27,8 @@ CLASSES = ("a", "b", "c")
 
 @pytest.fixture(params=["magsd", "wsdan", "plain"])
 def model(request):
-    config = ModelConfig(
-        name=request.param, backbone="resnet18", attention_maps=4, scales=3, pretrained=False
-    )
+    pairs = [f"model.name={request.param}", "backbone=resnet18", "pretrained=false"]
+    config = load_config(None, pairs, shared=["attention_maps=4", "scales=3"]).model
     torch.manual_seed(0)
     return build_model(config, 3, classes=CLASSES, preprocessing=Preprocessing(64, (2.0, 8))).eval()
 
@@ -42,7 +43,7 @@ def test_build_model_follows_the_config(model):
 
 
 def test_defaults_are_the_published_ones():
-    config = ModelConfig()
+    config = MAGSDConfig()
     assert (config.name, config.backbone, config.attention_maps, config.scales) == (
         "magsd",
         "resnet50",
@@ -135,7 +136,7 @@ def test_damaged_folders(model, tmp_path):
 
 
 def test_unknown_model_name():
-    with pytest.raises(ConfigError, match="'magsdd'; known: magsd, wsdan, plain"):
+    with pytest.raises(ConfigError, match="'magsdd'; known: magsd, plain, wsdan"):
         build_model(ModelConfig(name="magsdd", pretrained=False), 3)
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from magsd.errors import ConfigError
+from magsd.methods.wsdan import center_loss, move_centers
 from magsd.models import WSDAN
-from magsd.models.wsdan import center_loss, move_centers
 from magsd_kernels import attention_crop
 
 # Backbone, level, channels and side of the pooled map for an input of 224 pixels.

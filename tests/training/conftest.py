@@ -18,7 +18,7 @@ from magsd.config import Config, load_config
 @pytest.fixture
 def small_config(small_pairs: list[str]) -> Callable[..., Config]:
     """Configuration of the small run with further overrides."""
-    return lambda *overrides: load_config(None, [*small_pairs, *overrides])
+    return lambda *overrides: load_config(None, overrides, shared=small_pairs)
 
 
 @pytest.fixture

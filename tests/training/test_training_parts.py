@@ -11,9 +11,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from magsd.cli import train
-from magsd.config import Config, LossConfig, ViewsConfig, load_config
+from magsd.config import Config, load_config
 from magsd.data import Part, share_bounds
 from magsd.errors import ConfigError, DataError
+from magsd.methods import method
+from magsd.methods.magsd import MAGSDViews, MAGSDViewsConfig
+from magsd.methods.wsdan import WSDANViews, WSDANViewsConfig
 from magsd.models import ModelConfig, build_model
 from magsd.training.distributed import (
     Team,
@@ -23,8 +26,7 @@ from magsd.training.distributed import (
     team_of,
 )
 from magsd.training.run_data import open_images, training_loader
-from magsd.training.step import BatchShard, make_step
-from magsd.training.views import MAGSDViews, WSDANViews
+from magsd.training.step import BatchShard
 from magsd_kernels import AttentionViews
 
 
@@ -79,7 +81,7 @@ def test_bounds_share_everything_once() -> None:
 
 
 def small_model(name: str, backbone: str = "test_resnet") -> nn.Module:
-    config = ModelConfig(name=name, backbone=backbone, pretrained=False, attention_maps=4)
+    config = ModelConfig(name=name, backbone=backbone, pretrained=False)
     return build_model(config, 4)
 
 
@@ -87,7 +89,7 @@ def small_model(name: str, backbone: str = "test_resnet") -> nn.Module:
 def test_a_part_without_weight_takes_part_without_a_nan(name: str) -> None:
     """All its images are of a class of weight 0: 0 / 0 for it, nothing for the whole batch."""
     model = small_model(name)
-    step = make_step(name, ViewsConfig(), LossConfig(), torch.tensor([0.0, 1, 1, 1]))
+    step = method(name).objective(Config.of(name), torch.tensor([0.0, 1, 1, 1]))
     labels = torch.zeros(2, dtype=torch.int64)
     share = BatchShard(Part(2, 6), 0.0, 2 / 3)
     images = torch.randn(2, 1, 48, 48)
@@ -111,7 +113,7 @@ def test_views_of_given_uniforms() -> None:
         views.draw(attention, uniforms=uniforms[:4])
 
 
-@pytest.mark.parametrize("views", [MAGSDViews(ViewsConfig()), WSDANViews(ViewsConfig())])
+@pytest.mark.parametrize("views", [MAGSDViews(MAGSDViewsConfig()), WSDANViews(WSDANViewsConfig())])
 def test_views_of_a_step_are_one_operator(views) -> None:
     """Drawing their maps is part of it: two launches on a GPU."""
     images, attention = torch.rand(5, 1, 24, 24), torch.rand(5, 4, 6, 6)

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import magsd_kernels
-from magsd.config import LossConfig, OptimConfig, ViewsConfig
+from magsd.config import OptimConfig, load_config
+from magsd.methods import method
 from magsd.models import ModelConfig, build_model
 from magsd.models.backbone import Backbone
 from magsd.training.metrics_log import StepSums
 from magsd.training.optim import build_optimizer
-from magsd.training.step import make_step
+from magsd.training.step import StepFunction
 
 CLASSES = 4
 
@@ -23,10 +24,13 @@ def make_model(name: str = "magsd") -> nn.Module:
         name=name,
         backbone="test_resnet",
         pretrained=False,
-        attention_maps=4,
         backbone_args={"output_stride": 16},
     )
     return build_model(config, CLASSES)
+
+
+def make_step(name: str, weights: Tensor | None, *pairs: str) -> StepFunction:
+    return method(name).objective(load_config(None, [f"model.name={name}", *pairs]), weights)
 
 
 def make_batch(size: int = 6) -> tuple[Tensor, Tensor, torch.Generator]:
@@ -38,7 +42,7 @@ def make_batch(size: int = 6) -> tuple[Tensor, Tensor, torch.Generator]:
 
 
 def run_attention_step(model: nn.Module, weights: Tensor | None = None):
-    return make_step("magsd", ViewsConfig(), LossConfig(), weights)(model, *make_batch())
+    return make_step("magsd", weights)(model, *make_batch())
 
 
 def test_step_equals_the_method_written_out() -> None:
@@ -101,8 +105,9 @@ def test_configured_ranges_and_constants_reach_the_views(monkeypatch) -> None:
         return images.expand(3, *images.shape), torch.zeros(len(images), 3, dtype=torch.int64)
 
     monkeypatch.setattr("magsd_kernels.guided_views.sampled_views", record)
-    views = ViewsConfig((0.1, 0.2), (0.3, 0.5), (0.7, 0.7), padding=0.2, weight=0.3, floor=0.01)
-    make_step("magsd", views, LossConfig(), None)(make_model(), *make_batch())
+    pairs = ["mixup_theta=0.1,0.2", "dim_theta=0.3,0.5", "patch_theta=0.7,0.7"]
+    pairs += ["padding=0.2", "views.weight=0.3", "floor=0.01"]
+    make_step("magsd", None, *pairs)(make_model(), *make_batch())
     assert (seen["padding"], seen["weight"], seen["floor"]) == (0.2, 0.3, 0.01)
     for theta, (low, high) in zip(
         seen["theta"].T, [(0.1, 0.2), (0.3, 0.5), (0.7, 0.7)], strict=True
@@ -114,7 +119,7 @@ def test_step_repeats_with_its_generator() -> None:
     def loss(seed: int) -> float:
         torch.manual_seed(0)
         images, labels, _ = make_batch()
-        step = make_step("magsd", ViewsConfig(), LossConfig(), None)
+        step = make_step("magsd", None)
         return float(
             step(make_model(), images, labels, torch.Generator().manual_seed(seed)).loss.detach()
         )
@@ -126,7 +131,7 @@ def test_step_repeats_with_its_generator() -> None:
 def test_plain_step_is_cross_entropy_of_one_pass() -> None:
     model = make_model("plain")
     images, labels, generator = make_batch()
-    step = make_step("plain", ViewsConfig(), LossConfig(), None)
+    step = make_step("plain", None)
     result = step(model, images, labels, generator)
     with torch.no_grad():
         expected = nn.functional.cross_entropy(model(images).logits, labels)
@@ -143,7 +148,7 @@ def test_whole_step_reads_nothing_back(name: str, autocast: bool) -> None:
         model = make_model(name)
         optimizer = build_optimizer(model, OptimConfig())
         images, labels = torch.randn(6, 1, 48, 48), torch.zeros(6, dtype=torch.int64)
-        step = make_step(name, ViewsConfig(), LossConfig(), torch.ones(CLASSES))
+        step = make_step(name, torch.ones(CLASSES))
         sums = StepSums(torch.device("cpu"))
         for _ in range(2):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -182,7 +187,7 @@ def test_merged_views_are_one_batch_of_three_times_the_size() -> None:
     twin.load_state_dict(model.state_dict())
     images, labels, generator = make_batch()
     seed = generator.initial_seed()
-    step = make_step("magsd", ViewsConfig(), LossConfig(), None, merged=True)
+    step = make_step("magsd", None, "train.views=merged")
     result = step(model, images, labels, torch.Generator().manual_seed(seed))
 
     raw = twin(images)
@@ -256,13 +261,13 @@ def test_what_is_recomputed_draws_as_it_drew(name: str, arguments: dict[str, obj
 @pytest.mark.parametrize("name", ["magsd", "plain", "cross_entropy", "wsdan"])
 def test_a_batch_of_no_weight_has_no_cross_entropy(name: str) -> None:
     """Where torch's mean is 0 / 0: what is left is what the views or the centers add."""
-    loss = LossConfig("cross_entropy") if name == "cross_entropy" else LossConfig(center_weight=0)
+    pairs = {"cross_entropy": ["loss.name=cross_entropy"], "wsdan": ["center_weight=0"]}
     kind = "magsd" if name == "cross_entropy" else name
     images, labels, generator = make_batch()
     weights = torch.ones(CLASSES)
     weights[labels] = 0
     model = make_model(kind)
-    result = make_step(kind, ViewsConfig(), loss, weights)(model, images, labels, generator)
+    result = make_step(kind, weights, *pairs.get(name, []))(model, images, labels, generator)
     assert float(result.cross_entropy) == 0
     assert torch.equal(result.loss, result.distance)
     result.loss.backward()

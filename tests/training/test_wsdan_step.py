@@ -8,19 +8,23 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import magsd_kernels
-from magsd.config import LossConfig, ViewsConfig
+from magsd.config import load_config
 from magsd.data import Part
+from magsd.methods import method
+from magsd.methods.wsdan import WSDANConfig, center_loss
 from magsd.models import ModelConfig, build_model
-from magsd.models.wsdan import center_loss
-from magsd.training.step import BatchShard, make_step
+from magsd.training.step import BatchShard, StepFunction
 
 CLASSES = 4
 
 
+def make_step(name: str, weights: Tensor | None, *pairs: str) -> StepFunction:
+    return method(name).objective(load_config(None, [f"model.name={name}", *pairs]), weights)
+
+
 def make_model() -> nn.Module:
     torch.manual_seed(0)
-    config = ModelConfig(
-        name="wsdan",
+    config = WSDANConfig(
         backbone="test_resnet",
         pretrained=False,
         attention_maps=4,
@@ -41,8 +45,7 @@ def test_step_equals_the_method_written_out() -> None:
     model, twin = make_model(), make_model()
     images, labels = make_batch()
     weights = torch.tensor([1.0, 2.0, 0.5, 1.5])
-    loss = LossConfig(center_weight=0.7, center_rate=0.2)
-    step = make_step("wsdan", ViewsConfig(), loss, weights)
+    step = make_step("wsdan", weights, "center_weight=0.7", "center_rate=0.2")
     result = step(model, images, labels, torch.Generator().manual_seed(3))
 
     uniforms = torch.rand(6, 4, generator=torch.Generator().manual_seed(3))
@@ -76,7 +79,7 @@ def test_step_equals_the_method_written_out() -> None:
 def test_shares_of_two_processes_make_the_whole_batch() -> None:
     """Without batch statistics, which are each process's own: losses, gradients and centers."""
     images, labels = make_batch()
-    step = make_step("wsdan", ViewsConfig(), LossConfig(), None)
+    step = make_step("wsdan", None)
     whole = make_model().eval()
     result = step(whole, images, labels, torch.Generator().manual_seed(1))
     result.loss.backward()
@@ -87,11 +90,11 @@ def test_shares_of_two_processes_make_the_whole_batch() -> None:
     losses = []
     for model, (first, count) in zip(parts, ((0, 4), (4, 2)), strict=True):
         answers = iter(totals)
-        share = BatchShard(
+        shard = BatchShard(
             Part(first, 6), 2 * count / 6, 2 * count / 6, lambda _, answers=answers: next(answers)
         )
         own = slice(first, first + count)
-        mine = step(model, images[own], labels[own], torch.Generator().manual_seed(1), share)
+        mine = step(model, images[own], labels[own], torch.Generator().manual_seed(1), shard)
         mine.loss.backward()
         losses.append(mine.loss.detach())
         torch.testing.assert_close(model.centers, whole.centers, rtol=1e-4, atol=1e-6)
@@ -108,19 +111,19 @@ def test_reads_nothing_back() -> None:
     with magsd_kernels.use_backend("reference"), FakeTensorMode():
         model = make_model()
         labels = torch.zeros(6, dtype=torch.int64)
-        step = make_step("wsdan", ViewsConfig(), LossConfig(), torch.ones(CLASSES), merged=True)
+        step = make_step("wsdan", torch.ones(CLASSES), "train.views=merged")
         step(model, torch.randn(6, 1, 48, 48), labels, None).loss.backward()
 
 
 @pytest.mark.parametrize("name", ["magsd", "wsdan"])
 def test_either_loss_with_either_model(name: str) -> None:
     """`loss.name` replaces the published loss; the mean cross entropy is that of all passes."""
-    config = ModelConfig(name=name, backbone="test_resnet", pretrained=False, attention_maps=4)
+    config = ModelConfig(name=name, backbone="test_resnet", pretrained=False)
     images, labels = make_batch()
     losses = {}
     for loss in ("published", "soft_distance", "cross_entropy"):
         torch.manual_seed(0)
-        step = make_step(name, ViewsConfig(), LossConfig(name=loss), None)
+        step = make_step(name, None, f"loss.name={loss}")
         result = step(
             build_model(config, CLASSES), images, labels, torch.Generator().manual_seed(1)
         )

@@ -1,18 +1,42 @@
-"""The baseline: a backbone, global average pooling and a linear layer."""
+"""The baseline: a backbone, global average pooling and a linear layer, on the same path."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from magsd.config import Config
+from magsd.methods import register_method
 from magsd.models.backbone import Backbone
 from magsd.models.classifier import Classifier, ClassifierOutput
-from magsd.models.config import Preprocessing
+from magsd.models.config import ModelConfig, Preprocessing
+from magsd.training.step import StepFunction, plain_step
+
+_BACKBONES = ("resnet18", "resnet50", "vgg16", "inception_v3", "densenet121")
+# The configured backbone, and baselines on backbones of their own.
+VARIANTS: dict[str, dict[str, Any]] = {"plain": {}} | {
+    name: {"model.backbone": name, "model.backbone_args": {}} for name in _BACKBONES
+}
 
 
+@dataclass
+class PlainConfig(ModelConfig):
+    """The network: a backbone and a linear layer."""
+
+    name: str = "plain"
+
+
+def objective(config: Config, class_weights: Tensor | None) -> StepFunction:
+    """Cross entropy of the image."""
+    return partial(plain_step, class_weights=class_weights)
+
+
+@register_method(objective=objective, model=PlainConfig, variants=VARIANTS)
 class PlainClassifier(Classifier):
     """Backbone with a linear head, without attention; arguments and errors as for MAGSD."""
 
