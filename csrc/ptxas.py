@@ -39,9 +39,10 @@ def write_resources(folder: Path, sources: Iterable[Path], compiler: str, path: 
 
 @functools.cache
 def _demangled(name: str) -> str:
-    """The kernel's name and template arguments, without the namespaces that all share."""
+    """The kernel's name and template arguments, without the namespaces, which its file tells."""
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     if tool is None:
         return name
     result = subprocess.run([tool, "-p", name], capture_output=True, text=True, check=False)
-    return re.sub(r"magsd::(cuda::)?|\(anonymous namespace\)::|c10::", "", result.stdout.strip())
+    namespaces = r"magsd::(cuda::)?([a-z_]+::)?|\(anonymous namespace\)::|c10::"
+    return re.sub(namespaces, "", result.stdout.strip())

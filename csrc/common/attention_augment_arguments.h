@@ -9,8 +9,9 @@
 #include "common/image_layout.h"
 #include "common/macros.h"
 #include "common/tensor.h"
+#include "common/uniforms.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::attention_augment {
 
 constexpr int64_t kViews = 3;
 constexpr int64_t kLargest = int64_t{1} << 30;  // entries along one dimension, elements of a row
@@ -45,19 +46,6 @@ inline Choice choose(const Tensor& theta, const std::optional<Tensor>& index, in
   Choice choice{column<float>(theta, view), {nullptr, 0}, index.has_value()};
   if (index) choice.index = column<int64_t>(*index, view);
   return choice;
-}
-
-// Uniforms (B, 2) that place the patches.
-struct Offsets {
-  const float* first;
-  int64_t step_b, step_axis;
-  MAGSD_HD float operator()(int64_t b, int axis) const {
-    return first[b * step_b + axis * step_axis];
-  }
-};
-
-inline Offsets offsets_of(const Tensor& offsets) {
-  return {data<float>(offsets), offsets.stride(0), offsets.stride(1)};
 }
 
 // `views` columns of theta and index, or none for views = 0.
@@ -143,4 +131,4 @@ inline Images readable(const Tensor& images) {
   return {std::move(tensor), layout};
 }
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::attention_augment

@@ -1,19 +1,22 @@
-// Arguments of the bilinear pooling operators, checked for the CPU and the CUDA kernels alike, and
-// the tensors that they return.
+// The bilinear pooling operators, as far as the CPU and the CUDA kernels agree: checks, results.
 #pragma once
 
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "common/device_scope.h"
 #include "common/feature_map.h"
 #include "common/tensor.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::bilinear_pool {
 
-// A smaller norm counts as this one.
 constexpr double kSmallestNorm = 1e-12;
+
+// A smaller norm counts as the smallest; NaN stays NaN.
+MAGSD_HD double clamped_norm(double norm) { return norm < kSmallestNorm ? kSmallestNorm : norm; }
 
 struct PoolSettings {
   bool maximum, signed_sqrt, normalize;
@@ -85,13 +88,67 @@ struct PoolResults {
 // Gradients; an empty tensor for one that is not needed.
 struct PoolGradients {
   Tensor features, attention;
+  bool needs_features, needs_attention;
 
   PoolGradients(const Tensor& of_features, const Tensor& of_attention,
                 const std::vector<bool>& needs)
       : features(needs[0] ? empty_map_like(of_features)
                           : uninitialized({0}, of_features.scalar_type())),
         attention(needs[1] ? empty_map_like(of_attention)
-                           : uninitialized({0}, of_attention.scalar_type())) {}
+                           : uninitialized({0}, of_attention.scalar_type())),
+        needs_features(needs[0]),
+        needs_attention(needs[1]) {}
 };
 
-}  // namespace magsd::MAGSD_ISA
+// The forward; Backend::forward<T>(scope, features, attention, shape, settings, allow_tf32,
+// results) fills the results of a batch that is not empty.
+template <typename Backend>
+std::tuple<Tensor, Tensor, Tensor> pool_forward(const Tensor& features, const Tensor& attention,
+                                                const std::string& pool, bool signed_sqrt,
+                                                bool normalize, double scale, double eps,
+                                                bool allow_tf32) {
+  const DeviceScope scope(features);
+  const PoolShape shape = check_pool_inputs(features, attention);
+  const PoolSettings settings = pool_settings(pool, signed_sqrt, normalize, scale, eps);
+  const PoolResults results(shape, settings, features.scalar_type());
+  if (shape.batch > 0) {
+    visit_floating(features.scalar_type(), [&](auto type) {
+      Backend::template forward<decltype(type)>(scope, features, attention, shape, settings,
+                                                allow_tf32, results);
+    });
+  }
+  return {results.output, results.norm, results.argmax};
+}
+
+// What a backward reads besides the inputs; all dense but the output.
+struct PoolSaved {
+  Tensor grad, output, norm, argmax;
+};
+
+// The backward; Backend::backward<T>(scope, features, attention, saved, shape, settings,
+// allow_tf32, results) fills what is needed of the gradients of a batch that is not empty.
+template <typename Backend>
+std::tuple<Tensor, Tensor> pool_backward(const Tensor& grad, const Tensor& features,
+                                         const Tensor& attention, const Tensor& output,
+                                         const Tensor& norm, const Tensor& argmax,
+                                         const std::string& pool, bool signed_sqrt, bool normalize,
+                                         double scale, double eps, bool allow_tf32,
+                                         const std::vector<bool>& needs) {
+  const DeviceScope scope(grad);
+  const PoolShape shape = check_pool_inputs(features, attention);
+  const PoolSettings settings = pool_settings(pool, signed_sqrt, normalize, scale, eps);
+  const ScalarType dtype = features.scalar_type();
+  check_pool_results(grad, output, norm, argmax, shape, settings, dtype, needs);
+  const PoolGradients results(features, attention, needs);
+  if (shape.batch > 0 && (needs[0] || needs[1])) {
+    const PoolSaved saved{dense(grad), output, normalize ? dense(norm) : norm,
+                          settings.maximum ? dense(argmax) : argmax};
+    visit_floating(dtype, [&](auto type) {
+      Backend::template backward<decltype(type)>(scope, features, attention, saved, shape, settings,
+                                                 allow_tf32, results);
+    });
+  }
+  return {results.features, results.attention};
+}
+
+}  // namespace magsd::MAGSD_ISA::bilinear_pool

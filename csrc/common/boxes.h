@@ -6,7 +6,7 @@
 
 #include "common/macros.h"
 
-namespace magsd {
+namespace magsd::MAGSD_ISA::attention_augment {
 
 // Half-open interval of rows or columns.
 struct Interval {
@@ -75,4 +75,4 @@ MAGSD_HD int64_t nearest_map(int64_t index, int64_t maps) {
   return index < maps ? index : maps - 1;
 }
 
-}  // namespace magsd
+}  // namespace magsd::MAGSD_ISA::attention_augment

@@ -34,23 +34,23 @@ struct Accumulate<double> {
 template <typename T>
 using accumulate_t = typename Accumulate<T>::type;
 
-MAGSD_HD float widen(BFloat16 value) {
+MAGSD_HD float upcast(BFloat16 value) {
   const uint32_t bits = static_cast<uint32_t>(value.x) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof(wide));
-  return wide;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
 }
-MAGSD_HD float widen(Half value) { return static_cast<float>(value); }
-MAGSD_HD float widen(float value) { return value; }
-MAGSD_HD double widen(double value) { return value; }
+MAGSD_HD float upcast(Half value) { return static_cast<float>(value); }
+MAGSD_HD float upcast(float value) { return value; }
+MAGSD_HD double upcast(double value) { return value; }
 
 // Rounds to nearest, ties to even.
 template <typename T>
-MAGSD_HD T narrow(accumulate_t<T> value) {
+MAGSD_HD T downcast(accumulate_t<T> value) {
   return static_cast<T>(value);
 }
 template <>
-MAGSD_HD BFloat16 narrow<BFloat16>(float value) {
+MAGSD_HD BFloat16 downcast<BFloat16>(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   // No branch, so that a loop over it becomes vector code.
@@ -62,54 +62,50 @@ MAGSD_HD BFloat16 narrow<BFloat16>(float value) {
 }  // namespace magsd
 
 #if !defined(__CUDACC__)
-#ifndef MAGSD_ISA
-#define MAGSD_ISA baseline
-#endif
-
 namespace magsd::MAGSD_ISA {
 
-// wide[0..count) = row[0..count)
+// acc[0..count) = row[0..count)
 template <typename T>
 inline void load_row(const T* MAGSD_RESTRICT row, int64_t count,
-                     accumulate_t<T>* MAGSD_RESTRICT wide) {
+                     accumulate_t<T>* MAGSD_RESTRICT acc) {
   int64_t i = 0;
 #if defined(MAGSD_F16C)
   if constexpr (std::is_same_v<T, Half>) {
     for (; i + 8 <= count; i += 8) {
       const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i));
-      _mm256_storeu_ps(wide + i, _mm256_cvtph_ps(half));
+      _mm256_storeu_ps(acc + i, _mm256_cvtph_ps(half));
     }
   }
 #endif
-  for (; i < count; ++i) wide[i] = widen(row[i]);
+  for (; i < count; ++i) acc[i] = upcast(row[i]);
 }
 
-// The row itself where it is wide already, else a copy in `wide`.
+// The row itself where it has the accumulation type already, else a copy in `acc`.
 template <typename T>
-inline const accumulate_t<T>* widened(const T* row, [[maybe_unused]] int64_t count,
-                                      [[maybe_unused]] accumulate_t<T>* wide) {
+inline const accumulate_t<T>* upcast_row(const T* row, [[maybe_unused]] int64_t count,
+                                         [[maybe_unused]] accumulate_t<T>* acc) {
   if constexpr (std::is_same_v<T, accumulate_t<T>>) {
     return row;
   } else {
-    load_row(row, count, wide);
-    return wide;
+    load_row(row, count, acc);
+    return acc;
   }
 }
 
-// row[0..count) = wide[0..count), rounded once
+// row[0..count) = acc[0..count), rounded once
 template <typename T>
-inline void store_row(const accumulate_t<T>* MAGSD_RESTRICT wide, int64_t count,
+inline void store_row(const accumulate_t<T>* MAGSD_RESTRICT acc, int64_t count,
                       T* MAGSD_RESTRICT row) {
   int64_t i = 0;
 #if defined(MAGSD_F16C)
   if constexpr (std::is_same_v<T, Half>) {
     for (; i + 8 <= count; i += 8) {
-      const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(wide + i), _MM_FROUND_TO_NEAREST_INT);
+      const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(acc + i), _MM_FROUND_TO_NEAREST_INT);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(row + i), half);
     }
   }
 #endif
-  for (; i < count; ++i) row[i] = narrow<T>(wide[i]);
+  for (; i < count; ++i) row[i] = downcast<T>(acc[i]);
 }
 
 }  // namespace magsd::MAGSD_ISA

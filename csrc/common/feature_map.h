@@ -12,18 +12,20 @@
 
 namespace magsd::MAGSD_ISA {
 
-// Dense uninitialised (B, C, H, W) tensor.
-inline Tensor empty_map(int64_t batch, int64_t channels, int64_t height, int64_t width,
-                        ScalarType dtype, bool channels_last) {
-  return torch::stable::empty({batch, channels, height, width}, dtype, std::nullopt,
-                              torch::stable::Device(kDevice),
-                              std::nullopt,
+struct MapSize {
+  int64_t batch, channels, height, width;
+};
+
+// Dense uninitialized (B, C, H, W) tensor.
+inline Tensor empty_map(const MapSize& size, ScalarType dtype, bool channels_last) {
+  return torch::stable::empty({size.batch, size.channels, size.height, size.width}, dtype,
+                              std::nullopt, torch::stable::Device(kDevice), std::nullopt,
                               channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
                                             : torch::headeronly::MemoryFormat::Contiguous);
 }
 
 inline Tensor empty_map_like(const Tensor& images) {
-  return empty_map(images.size(0), images.size(1), images.size(2), images.size(3),
+  return empty_map({images.size(0), images.size(1), images.size(2), images.size(3)},
                    images.scalar_type(), is_channels_last(images));
 }
 

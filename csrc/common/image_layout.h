@@ -1,7 +1,7 @@
 // Images as planes of rows, whatever their memory format.
 //
 // NCHW: C planes whose rows hold W elements. NHWC: one plane whose rows hold W C elements, in which
-// the neighbour to the right lies C elements on. A kernel written for `planes`, `row` and `inner`
+// the neighbor to the right lies C elements on. A kernel written for `planes`, `row` and `inner`
 // serves both without copying.
 #pragma once
 
@@ -57,17 +57,15 @@ inline int32_t dtype_code(ScalarType dtype) {
   }
 }
 
-// Uninitialised (B, C, H, W), or (views, B, C, H, W) for views > 0, dense, in the format asked for.
+// Uninitialized (B, C, H, W), or (views, B, C, H, W) for views > 0, dense, in the format asked for.
 inline Tensor empty_images(int64_t views, const ImageLayout& layout, ScalarType dtype) {
   const int64_t channels = layout.planes * layout.inner;
   const int64_t pixels = layout.height * layout.width;
   const bool last = layout.inner > 1;
-  const std::array<int64_t, 5> sizes = {views, layout.batch, channels, layout.height,
-                                        layout.width};
-  const std::array<int64_t, 5> strides = {layout.batch * channels * pixels, channels * pixels,
-                                          last ? 1 : pixels,
-                                          last ? layout.width * channels : layout.width,
-                                          last ? channels : 1};
+  const std::array<int64_t, 5> sizes = {views, layout.batch, channels, layout.height, layout.width};
+  const std::array<int64_t, 5> strides = {
+      layout.batch * channels * pixels, channels * pixels, last ? 1 : pixels,
+      last ? layout.width * channels : layout.width, last ? channels : 1};
   const int64_t skip = views > 0 ? 0 : 1;
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(

@@ -1,5 +1,11 @@
-// Marks of functions that the CPU kernels and the CUDA kernels share.
+// Marks of functions that the CPU kernels and the CUDA kernels share, and the namespace of code
+// that is compiled several times (see cpu/instruction_set.h). Each operation has one of its own in
+// it.
 #pragma once
+
+#ifndef MAGSD_ISA
+#define MAGSD_ISA baseline
+#endif
 
 #if defined(__CUDACC__)
 #define MAGSD_HD __host__ __device__ __forceinline__

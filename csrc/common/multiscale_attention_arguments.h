@@ -10,7 +10,7 @@
 #include "common/resampling.h"
 #include "common/tensor.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::multiscale_attention {
 
 constexpr int64_t kMostMaps = 8;
 
@@ -111,18 +111,41 @@ inline std::vector<FeatureMap> feature_maps(const Tensors& maps, bool channels_l
   return result;
 }
 
-// Uninitialised results of resample_attention_backward.
+// Uninitialized result of a forward, in the memory format of the first map.
+inline Tensor empty_attention(const Tensors& maps, const std::vector<int64_t>& size) {
+  const Tensor& main = maps[0];
+  return empty_map({main.size(0), main.size(1), size[0], size[1]}, main.scalar_type(),
+                   is_channels_last(main));
+}
+
+// Uninitialized results of multiscale_attention.
+struct ForwardResults {
+  Tensor attention, mean, rstd;
+
+  ForwardResults(const Tensors& projections, const std::vector<int64_t>& size)
+      : attention(empty_attention(projections, size)),
+        mean(empty_statistics(projections)),
+        rstd(empty_statistics(projections)) {}
+
+ private:
+  static Tensor empty_statistics(const Tensors& projections) {
+    return uninitialized({static_cast<int64_t>(projections.size()), projections[0].size(1)},
+                         accumulation_dtype(projections[0].scalar_type()));
+  }
+};
+
+// Uninitialized results of resample_attention_backward.
 inline Tensors empty_maps(const Tensor& grad, const std::vector<int64_t>& heights,
                           const std::vector<int64_t>& widths) {
   Tensors results;
   for (size_t i = 0; i < heights.size(); ++i) {
-    results.push_back(empty_map(grad.size(0), grad.size(1), heights[i], widths[i],
+    results.push_back(empty_map({grad.size(0), grad.size(1), heights[i], widths[i]},
                                 grad.scalar_type(), is_channels_last(grad)));
   }
   return results;
 }
 
-// Uninitialised results of multiscale_attention_backward.
+// Uninitialized results of multiscale_attention_backward.
 inline Gradients empty_gradients(const Tensors& projections, const Tensors& weights,
                                  const Tensors& biases) {
   Gradients grads;
@@ -134,4 +157,4 @@ inline Gradients empty_gradients(const Tensors& projections, const Tensors& weig
   return grads;
 }
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::multiscale_attention

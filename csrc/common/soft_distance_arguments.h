@@ -7,7 +7,7 @@
 
 #include "common/tensor.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::soft_distance {
 
 // `views` holds one (V, B, K) tensor or V tensors (B, K).
 inline bool is_stacked(const std::vector<Tensor>& views) {
@@ -44,6 +44,26 @@ inline void check_loss_arguments(const Tensor& logits, const std::vector<Tensor>
   }
 }
 
+// Uninitialized results of the forward.
+struct LossResults {
+  Tensor loss, cross_entropy, distance;
+
+  explicit LossResults(ScalarType logits)
+      : loss(uninitialized({}, accumulation_dtype(logits))),
+        cross_entropy(uninitialized({}, accumulation_dtype(logits))),
+        distance(uninitialized({}, accumulation_dtype(logits))) {}
+};
+
+// Dense uninitialized tensors of the same shapes.
+inline std::vector<Tensor> empty_like(const std::vector<Tensor>& views) {
+  std::vector<Tensor> results;
+  for (const Tensor& view : views) {
+    const auto sizes = view.sizes();
+    results.push_back(uninitialized({sizes.begin(), sizes.end()}, view.scalar_type()));
+  }
+  return results;
+}
+
 // The gradient of one of the three scalars as they come out; nullptr where it is missing.
 template <typename A>
 const A* scalar_gradient(const std::optional<Tensor>& grad) {
@@ -54,4 +74,4 @@ const A* scalar_gradient(const std::optional<Tensor>& grad) {
   return data<A>(*grad);
 }
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::soft_distance

@@ -5,7 +5,7 @@
 
 #include "common/macros.h"
 
-namespace magsd {
+namespace magsd::MAGSD_ISA::soft_distance {
 
 // Whether the raw prediction is taken as it is: right, and confident. NaN is not confident.
 template <typename A>
@@ -19,4 +19,4 @@ MAGSD_HD A smoothed_target(int64_t k, int64_t target, int64_t classes, double sm
   return static_cast<A>(k == target ? 1 - static_cast<double>(classes) * smoothing : smoothing);
 }
 
-}  // namespace magsd
+}  // namespace magsd::MAGSD_ISA::soft_distance

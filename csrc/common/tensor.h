@@ -1,4 +1,5 @@
-// What every compiled operator does to its arguments first: checks of all that it indexes by, strides.
+// What every compiled operator does to its arguments first: checks of all that it indexes by,
+// strides.
 //
 // The checks of the contract stand in Python; these hold when an operator is called directly, and
 // end in an exception, never in a read out of bounds. The CUDA operators are compiled with
@@ -98,7 +99,7 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Uninitialised dense tensor on the current device.
+// Uninitialized dense tensor on the current device.
 inline Tensor uninitialized(const std::vector<int64_t>& sizes, ScalarType dtype) {
   return torch::stable::empty(sizes, dtype, std::nullopt, torch::stable::Device(kDevice));
 }

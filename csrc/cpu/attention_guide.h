@@ -1,7 +1,7 @@
 // The guide of a view: a low-resolution attention map, upsampled to the image, and its threshold.
 //
 // U is never stored: a guide keeps the h rows of the map interpolated along x (h W floats), and a
-// row of U is an interpolation of two of them. Bands of rows whose two neighbours stay clearly
+// row of U is an interpolation of two of them. Bands of rows whose two neighbors stay clearly
 // below the threshold are skipped: interpolation exceeds the map by no more than rounding. A box
 // takes the rows up to the first and down to the last that passes, and for its columns the two ends
 // of every stretch between two rows of the map.
@@ -15,10 +15,10 @@
 
 #include "common/attention_augment_arguments.h"
 #include "common/boxes.h"
-#include "common/resize.h"
+#include "common/resampling.h"
 #include "common/tensor.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::attention_augment {
 
 // Attention maps as an operator receives them: any dtype and strides, read in place.
 class AttentionMaps {
@@ -36,14 +36,14 @@ class AttentionMaps {
         right_(width),
         share_(width) {
     for (int d = 0; d < 4; ++d) step_[d] = attention.stride(d);
-    const float step_y = sampling_step<float>(low_height_, height, align_corners);
+    const float step_y = resize_step<float>(low_height_, height, align_corners);
     rows_.reserve(height);
     for (int64_t y = 0; y < height; ++y) {
-      rows_.push_back(sample_at(y, low_height_, step_y, align_corners));
+      rows_.push_back(linear_taps(y, low_height_, step_y, align_corners));
     }
-    const float step_x = sampling_step<float>(low_width_, width, align_corners);
+    const float step_x = resize_step<float>(low_width_, width, align_corners);
     for (int64_t x = 0; x < width; ++x) {
-      const Sample<float> at = sample_at(x, low_width_, step_x, align_corners);
+      const LinearTaps<float> at = linear_taps(x, low_width_, step_x, align_corners);
       left_[x] = static_cast<int32_t>(at.lower);
       right_[x] = static_cast<int32_t>(at.upper);
       share_[x] = at.weight;
@@ -55,7 +55,7 @@ class AttentionMaps {
   int64_t low_width() const { return low_width_; }
   int64_t height() const { return height_; }
   int64_t width() const { return width_; }
-  const Sample<float>& row(int64_t y) const { return rows_[y]; }
+  const LinearTaps<float>& row(int64_t y) const { return rows_[y]; }
 
   // Map m of image b in float32, low_height x low_width.
   void read(int64_t b, int64_t m, float* map) const {
@@ -64,19 +64,19 @@ class AttentionMaps {
       const T* first = static_cast<const T*>(data_) + b * step_[0] + m * step_[1];
       for (int64_t y = 0; y < low_height_; ++y) {
         for (int64_t x = 0; x < low_width_; ++x) {
-          map[y * low_width_ + x] = static_cast<float>(widen(first[y * step_[2] + x * step_[3]]));
+          map[y * low_width_ + x] = static_cast<float>(upcast(first[y * step_[2] + x * step_[3]]));
         }
       }
     });
   }
 
-  // wide[x] for every column of the image, from a row of a low-resolution map.
-  void widen_row(const float* MAGSD_RESTRICT low, float* MAGSD_RESTRICT wide) const {
+  // upsampled[x] for every column of the image, from a row of a low-resolution map.
+  void upsample_row(const float* MAGSD_RESTRICT low, float* MAGSD_RESTRICT upsampled) const {
     const int32_t* MAGSD_RESTRICT left = left_.data();
     const int32_t* MAGSD_RESTRICT right = right_.data();
     const float* MAGSD_RESTRICT share = share_.data();
     for (int64_t x = 0; x < width_; ++x)
-      wide[x] = interpolate(low[left[x]], low[right[x]], share[x]);
+      upsampled[x] = interpolate(low[left[x]], low[right[x]], share[x]);
   }
 
  private:
@@ -85,7 +85,7 @@ class AttentionMaps {
   int64_t maps_, low_height_, low_width_, height_, width_;
   int64_t step_[4];
   const void* data_;
-  std::vector<Sample<float>> rows_;
+  std::vector<LinearTaps<float>> rows_;
   std::vector<int32_t> left_, right_;
   std::vector<float> share_;
 };
@@ -96,7 +96,7 @@ class Guide {
   explicit Guide(const AttentionMaps& maps)
       : maps_(maps),
         low_(maps.low_height() * maps.low_width()),
-        wide_(maps.low_height() * maps.width()),
+        upsampled_(maps.low_height() * maps.width()),
         peaks_(maps.low_height()),
         highest_(maps.width()) {}
 
@@ -115,7 +115,7 @@ class Guide {
     const int64_t low_width = maps_.low_width();
     for (int64_t i = 0; i < maps_.low_height(); ++i) {
       const float* row = low_.data() + i * low_width;
-      maps_.widen_row(row, wide_.data() + i * maps_.width());
+      maps_.upsample_row(row, upsampled_.data() + i * maps_.width());
       peaks_[i] = *std::max_element(row, row + low_width);
     }
   }
@@ -123,15 +123,15 @@ class Guide {
   // False only where U < t holds at every pixel of row y.
   bool can_pass(int64_t y) const {
     if (!finite_) return true;
-    const Sample<float>& at = maps_.row(y);
+    const LinearTaps<float>& at = maps_.row(y);
     return !clearly_below(std::max(peaks_[at.lower], peaks_[at.upper]), threshold_);
   }
 
   // Whether any pixel of row y passes.
   bool passes(int64_t y) const {
-    const Sample<float>& at = maps_.row(y);
-    const float* MAGSD_RESTRICT lower = wide_.data() + at.lower * maps_.width();
-    const float* MAGSD_RESTRICT upper = wide_.data() + at.upper * maps_.width();
+    const LinearTaps<float>& at = maps_.row(y);
+    const float* MAGSD_RESTRICT lower = upsampled_.data() + at.lower * maps_.width();
+    const float* MAGSD_RESTRICT upper = upsampled_.data() + at.upper * maps_.width();
     const float weight = at.weight, threshold = threshold_;
     int32_t any = 0;
     for (int64_t x = 0; x < maps_.width(); ++x) {
@@ -149,9 +149,9 @@ class Guide {
       std::fill_n(factor, width * inner, kept);
       return;
     }
-    const Sample<float>& at = maps_.row(y);
-    const float* MAGSD_RESTRICT lower = wide_.data() + at.lower * width;
-    const float* MAGSD_RESTRICT upper = wide_.data() + at.upper * width;
+    const LinearTaps<float>& at = maps_.row(y);
+    const float* MAGSD_RESTRICT lower = upsampled_.data() + at.lower * width;
+    const float* MAGSD_RESTRICT upper = upsampled_.data() + at.upper * width;
     const float weight = at.weight, threshold = threshold_;
     for (int64_t x = 0; x < width; ++x) {
       factor[x] = interpolate(lower[x], upper[x], weight) < threshold ? kept : floor;
@@ -191,15 +191,15 @@ class Guide {
   void mark_columns(int64_t first, int64_t last, bool ends_only) {
     std::fill(highest_.begin(), highest_.end(), -std::numeric_limits<float>::infinity());
     for (int64_t y = first; y <= last; ++y) {
-      const Sample<float>& at = maps_.row(y);
+      const LinearTaps<float>& at = maps_.row(y);
       const auto between_the_same = [&](int64_t other) {
         return other >= first && other <= last && maps_.row(other).lower == at.lower &&
                maps_.row(other).upper == at.upper;
       };
       if (ends_only && between_the_same(y - 1) && between_the_same(y + 1)) continue;
       if (!can_pass(y)) continue;
-      const float* MAGSD_RESTRICT lower = wide_.data() + at.lower * maps_.width();
-      const float* MAGSD_RESTRICT upper = wide_.data() + at.upper * maps_.width();
+      const float* MAGSD_RESTRICT lower = upsampled_.data() + at.lower * maps_.width();
+      const float* MAGSD_RESTRICT upper = upsampled_.data() + at.upper * maps_.width();
       float* MAGSD_RESTRICT highest = highest_.data();
       const float weight = at.weight;
       for (int64_t x = 0; x < maps_.width(); ++x) {
@@ -220,10 +220,10 @@ class Guide {
   }
 
   const AttentionMaps& maps_;
-  std::vector<float> low_, wide_, peaks_, highest_;
+  std::vector<float> low_, upsampled_, peaks_, highest_;
   float threshold_ = 0;
   float slack_ = 0;
   bool finite_ = true;
 };
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::attention_augment

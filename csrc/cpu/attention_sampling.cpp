@@ -1,19 +1,21 @@
 // Draws attention maps with probability proportional to the root of their sum.
 //
-// Reads every map once (B M h w elements), writes B K indices. The cut is by image: one task sums
-// the M maps of an image and draws from them. Sums run in double, in the four interleaved chains
-// that hide the latency of an addition, so that the order of adding does not decide a draw; each
-// chain's order is fixed, so results do not depend on the number of threads. Any strides are read
-// in place.
+// Reads every map once (B M h w elements), writes B K indices. Work is split by image: one task
+// sums the M maps of an image and draws from them. Sums run in double, in the four interleaved
+// chains that hide the latency of an addition, so that the order of adding does not decide a draw;
+// each chain's order is fixed, so results do not depend on the number of threads. Any strides are
+// read in place.
+#include "cpu/attention_sampling.h"
+
 #include <cstdint>
 #include <vector>
 
-#include "common/sampling.h"
+#include "common/attention_sampling_arguments.h"
+#include "common/map_sampling.h"
 #include "common/tensor.h"
-#include "cpu/attention_sampling.h"
 #include "cpu/parallel.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::attention_sampling {
 namespace {
 
 // Sum of a map of any strides.
@@ -48,7 +50,7 @@ void draw(const Tensor& attention, const Tensor& uniforms, double eps, const Ten
       double total = 0;
       for (int64_t m = 0; m < maps; ++m) {
         const T* pixels = map + b * step_b + m * step_m;
-        total += sampling_weight(map_sum(pixels, height, width, step_y, step_x), eps);
+        total += map_weight(map_sum(pixels, height, width, step_y, step_x), eps);
         cumulative[m] = total;
       }
       for (double& entry : cumulative) entry /= total;
@@ -62,21 +64,15 @@ void draw(const Tensor& attention, const Tensor& uniforms, double eps, const Ten
 }  // namespace
 
 Tensor sample_attention(const Tensor& attention, const Tensor& uniforms, double eps) {
-  check_tensor(attention, "attention", 4);
-  check_floating(attention, "attention");
-  check_tensor(uniforms, "uniforms", 2);
-  check_dtype(uniforms, "uniforms", ScalarType::Float);
-  check_sizes(uniforms, "uniforms", {attention.size(0), -1});
-  STD_TORCH_CHECK(attention.size(1) > 0, "attention must have at least one map");
+  const Tensor index = empty_draws(attention, uniforms);
   const Tensor rows = dense(uniforms);
-  const Tensor index = uninitialized({uniforms.size(0), uniforms.size(1)}, ScalarType::Long);
   visit_floating(attention.scalar_type(),
                  [&](auto type) { draw<decltype(type)>(attention, rows, eps, index); });
   return index;
 }
 
-}  // namespace magsd::MAGSD_ISA
-
 MAGSD_OPERATORS(attention_sampling, library) {
   library.impl("sample_attention", TORCH_BOX(&sample_attention));
 }
+
+}  // namespace magsd::MAGSD_ISA::attention_sampling

@@ -3,7 +3,7 @@
 // Values are shifted, so that a large common mean does not cost the variance its digits, and added
 // up in double. Contiguous: a channel at a time, shifted by an estimate of its mean from a pass
 // before, so that stretches of it may be added up in float. Channels last: in one pass, shifted by
-// the channel's first value, by blocks of kBlockPixels pixels that are added in order. No cut
+// the channel's first value, by blocks of kBlockPixels pixels that are added in order. No split
 // depends on threads.
 #pragma once
 
@@ -18,7 +18,7 @@
 #include "cpu/panel.h"
 #include "cpu/parallel.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::multiscale_attention {
 
 struct ChannelStatistics {
   double mean, variance;  // The biased variance.
@@ -128,10 +128,10 @@ template <typename T>
 ChannelStatistics channel_statistics(const T* values, const MapSteps& steps, int64_t m) {
   using A = accumulate_t<T>;
   const int64_t pixels = steps.pixels(), count = steps.batch * pixels;
-  Scratch<A> wide(std::is_same_v<T, A> ? 0 : pixels);
+  Scratch<A> acc(std::is_same_v<T, A> ? 0 : pixels);
   const auto for_planes = [&](const auto& body) {
     for (int64_t b = 0; b < steps.batch; ++b) {
-      body(widened(values + b * steps.step_b + m * steps.step_c, pixels, wide.get()));
+      body(upcast_row(values + b * steps.step_b + m * steps.step_c, pixels, acc.get()));
     }
   };
   ShiftedSums<A, false> estimate(A{0});
@@ -195,4 +195,4 @@ std::vector<ChannelStatistics> channels_last_statistics(const T* values, const M
   return result;
 }
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::multiscale_attention

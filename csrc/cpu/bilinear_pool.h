@@ -1,12 +1,12 @@
-// What both directions of bilinear pooling share on the CPU: the cut of the work, the attention and
-// the features as matrices, the pooled matrix of a block of channels.
+// What both directions of bilinear pooling share on the CPU: the partition of the work, the
+// attention and the features as matrices, the pooled matrix of a block of channels.
 //
 // Channels last, the features of kPanel channels are laid out as a panel (pixels x channels). Where
 // the pixels of a channel lie side by side that would be a transpose of the largest operand, which
 // costs as much as the product: there the maps are the panels (pixels x maps), the features are
 // read where they lie, one element at a time, and only the smaller result is transposed. Pooling by
 // maximum, and maps that would fill less than three quarters of their panels, take the first way in
-// both memory formats. The work of an image is cut into blocks of
+// both memory formats. The work of an image is split into blocks of
 // kBlock channels, whose sums are added in order: results do not depend on the number of threads.
 // With images enough for every thread a task is an image, so that its output is still in the cache
 // when its norm is known; else a block. The attention of an image (M HW) stays in the first-level
@@ -23,7 +23,7 @@
 #include "cpu/panel.h"
 #include "cpu/parallel.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::bilinear_pool {
 
 constexpr int64_t kBlock = 256;
 
@@ -37,9 +37,6 @@ inline int64_t blocks_of(const PoolShape& shape) { return (shape.channels + kBlo
 inline int64_t block_end(const PoolShape& shape, int64_t block) {
   return std::min(shape.channels, (block + 1) * kBlock);
 }
-
-// NaN stays NaN.
-inline double length_of(double norm) { return norm < kSmallestNorm ? kSmallestNorm : norm; }
 
 // Runs `start` for every image, `block` for every (image, block) pair, `finish` for every image.
 template <typename Start, typename Block, typename Finish>
@@ -218,7 +215,7 @@ double pool_in_place(const T* features, const MapSteps& steps, const accumulate_
   constexpr int64_t kColumns = kPanel<A>;
   constexpr int64_t kChannels = 2 * kColumns;
   const int64_t pixels = shape.pixels;
-  Scratch<A> wide(std::is_same_v<T, A> ? 0 : pixels * kChannels);
+  Scratch<A> acc(std::is_same_v<T, A> ? 0 : pixels * kChannels);
   alignas(64) A tiles[kChannels * kColumns], turned[kColumns * kChannels];
   const A factor = A{1} / static_cast<A>(pixels);
   double total = 0;
@@ -231,8 +228,8 @@ double pool_in_place(const T* features, const MapSteps& steps, const accumulate_
       ahead = Ahead::of(rows + count * pixels,
                         std::min(kChannels, shape.channels - c - count) * pixels);
     } else {
-      convert(features + c * steps.step_c, count * pixels, wide.get());
-      rows = wide.get();
+      convert(features + c * steps.step_c, count * pixels, acc.get());
+      rows = acc.get();
     }
     for (int64_t m = 0; m < shape.maps; m += kColumns) {
       const int64_t taken = std::min(kColumns, shape.maps - m);
@@ -340,4 +337,4 @@ class Pooling {
   Scratch<A> panels_;
 };
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::bilinear_pool

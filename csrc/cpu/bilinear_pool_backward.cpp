@@ -8,7 +8,7 @@
 //
 // W, the gradient of P, is never stored whole. The root under the square is read back from the
 // output; only where that is rounded to half precision, or cannot hold the root, is P computed
-// again. See bilinear_pool.h for the cut.
+// again. See bilinear_pool.h for the partition.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -21,7 +21,7 @@
 #include "cpu/large_result.h"
 #include "cpu/stream.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::bilinear_pool {
 namespace {
 
 // The inverse of `pack`.
@@ -53,7 +53,7 @@ struct PooledGradient {
   using A = accumulate_t<T>;
   const T* grad;
   const U* units;
-  A to_unit, scale, along, length, inverse_length, factor;
+  A to_unit, scale, projection, norm, inverse_norm, factor;
   bool signed_sqrt;
 
   // Panels of W (M x kPanel) of channels c to `end`, columns past the last one 0. Row by row: those
@@ -81,14 +81,14 @@ struct PooledGradient {
       const A half = factor / 2;
       for (int64_t j = 0; j < count; ++j) {
         const A unit = static_cast<A>(u[j]) * to_unit;
-        const A wide = (scale * static_cast<A>(g[j]) - unit * along) * inverse_length;
-        const A slope = half / (std::abs(unit) * length);
-        to[j] = unit == 0 ? A{0} : wide * slope;
+        const A grad_root = (scale * static_cast<A>(g[j]) - unit * projection) * inverse_norm;
+        const A slope = half / (std::abs(unit) * norm);
+        to[j] = unit == 0 ? A{0} : grad_root * slope;
       }
     } else {
       for (int64_t j = 0; j < count; ++j) {
         const A unit = static_cast<A>(u[j]) * to_unit;
-        to[j] = (scale * static_cast<A>(g[j]) - unit * along) * inverse_length * factor;
+        to[j] = (scale * static_cast<A>(g[j]) - unit * projection) * inverse_norm * factor;
       }
     }
   }
@@ -288,18 +288,18 @@ void backward_from(const FeatureMap& features, const PoolShape& shape, const Poo
   const int64_t share = shape.pixels * padded;
   std::vector<PooledGradient<T, U>> pooled(shape.batch);
   const auto start = [&](int64_t b) {
-    const double length = settings.normalize ? length_of(norms[b]) : 1.0;
-    const double to_unit = are_roots ? 1 / length : 1 / settings.scale;
-    double along = 0;
+    const double norm = settings.normalize ? clamped_norm(norms[b]) : 1.0;
+    const double to_unit = are_roots ? 1 / norm : 1 / settings.scale;
+    double projection = 0;
     // Under the smallest norm the divisor is constant, and no gradient flows through it.
     if (settings.normalize && norms[b] >= kSmallestNorm) {
-      along = settings.scale * to_unit * dot(grad + b * entries, units + b * entries, entries);
+      projection = settings.scale * to_unit * dot(grad + b * entries, units + b * entries, entries);
     }
     pooled[b] = {
         grad + b * entries,         units + b * entries,
         static_cast<A>(to_unit),    static_cast<A>(settings.scale),
-        static_cast<A>(along),      static_cast<A>(length),
-        static_cast<A>(1 / length), settings.maximum ? A{1} : A{1} / static_cast<A>(shape.pixels),
+        static_cast<A>(projection), static_cast<A>(norm),
+        static_cast<A>(1 / norm),   settings.maximum ? A{1} : A{1} / static_cast<A>(shape.pixels),
         settings.signed_sqrt};
   };
   const bool wants_attention = gradients.attention != nullptr;
@@ -328,17 +328,18 @@ void backward_from(const FeatureMap& features, const PoolShape& shape, const Poo
 }
 
 template <typename T>
-void backward(const FeatureMap& features, const FeatureMap& maps, const PoolShape& shape,
-              const PoolSettings& settings, const Tensor& grad, const Tensor& output,
-              const Tensor& norm, const Tensor& argmax, const Gradients<T>& gradients) {
+void write_gradients(const FeatureMap& features, const FeatureMap& maps, const PoolSaved& saved,
+                     const PoolShape& shape, const PoolSettings& settings,
+                     const Gradients<T>& gradients) {
   using A = accumulate_t<T>;
   const PoolAttention<T> attention(maps, features.steps.height, features.steps.width);
   const int64_t entries = shape.entries();
-  const A* norms = settings.normalize ? data<A>(norm) : nullptr;
-  const int32_t* first = settings.maximum ? data<int32_t>(argmax) : nullptr;
+  const A* norms = settings.normalize ? data<A>(saved.norm) : nullptr;
+  const int32_t* first = settings.maximum ? data<int32_t>(saved.argmax) : nullptr;
   if (holds_roots<T>(settings)) {
-    backward_from<T, T>(features, shape, settings, data<T>(grad), data<T>(output), false, attention,
-                        norms, first, gradients);
+    const Tensor output = dense(saved.output);
+    backward_from<T, T>(features, shape, settings, data<T>(saved.grad), data<T>(output), false,
+                        attention, norms, first, gradients);
     return;
   }
   Scratch<A> roots(shape.batch * entries);
@@ -349,40 +350,29 @@ void backward(const FeatureMap& features, const FeatureMap& maps, const PoolShap
         pooling.block(b, i, roots.get() + b * entries, static_cast<int32_t*>(nullptr));
       },
       [](int64_t) {});
-  backward_from<T, A>(features, shape, settings, data<T>(grad), roots.get(), true, attention, norms,
-                      first, gradients);
+  backward_from<T, A>(features, shape, settings, data<T>(saved.grad), roots.get(), true, attention,
+                      norms, first, gradients);
 }
 
-std::tuple<Tensor, Tensor> bilinear_attention_pool_backward(
-    const Tensor& grad, const Tensor& features, const Tensor& attention, const Tensor& output,
-    const Tensor& norm, const Tensor& argmax, const std::string& pool, bool signed_sqrt,
-    bool normalize, double scale, double eps, bool /*allow_tf32*/, const std::vector<bool>& needs) {
-  const PoolShape shape = check_pool_inputs(features, attention);
-  const PoolSettings settings = pool_settings(pool, signed_sqrt, normalize, scale, eps);
-  const ScalarType dtype = features.scalar_type();
-  check_pool_results(grad, output, norm, argmax, shape, settings, dtype, needs);
-  const PoolGradients results(features, attention, needs);
-  if (shape.batch > 0 && (needs[0] || needs[1])) {
-    const FeatureMap map(features), maps(attention);
-    const Tensor dense_grad = dense(grad), dense_output = dense(output);
-    const Tensor dense_norm = normalize ? dense(norm) : norm;
-    const Tensor dense_argmax = settings.maximum ? dense(argmax) : argmax;
-    visit_floating(dtype, [&](auto type) {
-      using T = decltype(type);
-      const Gradients<T> gradients{needs[0] ? mutable_data<T>(results.features) : nullptr,
-                                   dense_steps(features, is_channels_last(features)),
-                                   needs[1] ? mutable_data<T>(results.attention) : nullptr,
-                                   dense_steps(attention, is_channels_last(attention))};
-      backward<T>(map, maps, shape, settings, dense_grad, dense_output, dense_norm, dense_argmax,
-                  gradients);
-    });
+struct Backend {
+  template <typename T>
+  static void backward(const DeviceScope&, const Tensor& features, const Tensor& attention,
+                       const PoolSaved& saved, const PoolShape& shape, const PoolSettings& settings,
+                       bool /*allow_tf32*/, const PoolGradients& results) {
+    const Gradients<T> gradients{
+        results.needs_features ? mutable_data<T>(results.features) : nullptr,
+        dense_steps(features, is_channels_last(features)),
+        results.needs_attention ? mutable_data<T>(results.attention) : nullptr,
+        dense_steps(attention, is_channels_last(attention))};
+    write_gradients<T>(FeatureMap(features), FeatureMap(attention), saved, shape, settings,
+                       gradients);
   }
-  return {results.features, results.attention};
-}
+};
 
 }  // namespace
-}  // namespace magsd::MAGSD_ISA
 
 MAGSD_OPERATORS(bilinear_pool_backward, library) {
-  library.impl("bilinear_attention_pool_backward", TORCH_BOX(&bilinear_attention_pool_backward));
+  library.impl("bilinear_attention_pool_backward", TORCH_BOX(&pool_backward<Backend>));
 }
+
+}  // namespace magsd::MAGSD_ISA::bilinear_pool

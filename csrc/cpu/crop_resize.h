@@ -15,9 +15,9 @@
 #endif
 
 #include "common/image_layout.h"
-#include "common/resize.h"
+#include "common/resampling.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::attention_augment {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -27,7 +27,7 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 1;
 #endif
 
-// Where each element of an output row (width x inner) samples a row of the box. The upper neighbour
+// Where each element of an output row (width x inner) reads a row of the box. The upper neighbor
 // lies `inner` elements behind the lower one: rows carry their last pixel twice.
 template <typename Real>
 class ColumnTable {
@@ -38,9 +38,9 @@ class ColumnTable {
   }
 
   void set(int64_t length, bool align_corners) {
-    const Real step = sampling_step<Real>(length, width_, align_corners);
+    const Real step = resize_step<Real>(length, width_, align_corners);
     for (int64_t x = 0; x < width_; ++x) {
-      const Sample<Real> at = sample_at(x, length, step, align_corners);
+      const LinearTaps<Real> at = linear_taps(x, length, step, align_corners);
       for (int64_t c = 0; c < inner_; ++c) {
         lower_[x * inner_ + c] = static_cast<int32_t>(at.lower * inner_ + c);
         weight_[x * inner_ + c] = at.weight;
@@ -136,43 +136,42 @@ class ColumnTable {
   std::vector<Real> weight_;
 };
 
-// Two neighbouring rows of a box in the accumulation type, read once while outputs lie between them.
+// Two neighboring rows of a box in the accumulation type, read once while outputs lie between them.
 template <typename T>
 class RowPair {
  public:
   using Real = accumulate_t<T>;
 
-  explicit RowPair(int64_t row) : wide_{std::vector<Real>(row), std::vector<Real>(row)} {}
+  explicit RowPair(int64_t row) : upcast_{std::vector<Real>(row), std::vector<Real>(row)} {}
 
   void forget() { held_[0] = held_[1] = nullptr; }
 
   // mixed[0..count) = row `lower` + weight (row `upper` - row `lower`)
-  void mix(const T* lower, const T* upper, Real weight, int64_t count,
-           Real* MAGSD_RESTRICT mixed) {
-    const Real* MAGSD_RESTRICT first = wide(lower, count, 0);
-    const Real* MAGSD_RESTRICT second = upper == lower ? first : wide(upper, count, 1);
+  void mix(const T* lower, const T* upper, Real weight, int64_t count, Real* MAGSD_RESTRICT mixed) {
+    const Real* MAGSD_RESTRICT first = upcast(lower, count, 0);
+    const Real* MAGSD_RESTRICT second = upper == lower ? first : upcast(upper, count, 1);
     for (int64_t i = 0; i < count; ++i) mixed[i] = first[i] + weight * (second[i] - first[i]);
   }
 
  private:
-  const Real* wide(const T* row, int64_t count, int slot) {
+  const Real* upcast(const T* row, int64_t count, int slot) {
     if constexpr (std::is_same_v<T, Real>) {
       return row;
     } else {
       if (slot == 0 && held_[1] == row) {
-        std::swap(wide_[0], wide_[1]);
+        std::swap(upcast_[0], upcast_[1]);
         std::swap(held_[0], held_[1]);
       }
       if (held_[slot] != row) {
-        load_row(row, count, wide_[slot].data());
+        load_row(row, count, upcast_[slot].data());
         held_[slot] = row;
       }
-      return wide_[slot].data();
+      return upcast_[slot].data();
     }
   }
 
-  std::vector<Real> wide_[2];
+  std::vector<Real> upcast_[2];
   const T* held_[2] = {nullptr, nullptr};
 };
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::attention_augment

@@ -1,4 +1,4 @@
-// Loops on torch's threads over images, cut into bands of rows where the batch is small.
+// Loops on torch's threads over images, split into bands of rows where the batch is small.
 #pragma once
 
 #include <algorithm>

@@ -10,16 +10,12 @@
 
 #include <torch/csrc/stable/library.h>
 
-#ifndef MAGSD_ISA
-#define MAGSD_ISA baseline
-#endif
+#include "common/macros.h"
 
-// Opens the function that registers the operators of one <op>.cpp:
+// Opens, in the operation's namespace, the function that registers the operators of one <op>.cpp:
 //   MAGSD_OPERATORS(attention_sampling, library) {
 //     library.impl("sample_attention", TORCH_BOX(&sample_attention));
 //   }
-#define MAGSD_OPERATORS(operation, library)                                         \
-  namespace magsd::MAGSD_ISA {                                                      \
-  void register_##operation(torch::stable::detail::StableLibrary& library);         \
-  }                                                                                 \
-  void magsd::MAGSD_ISA::register_##operation(torch::stable::detail::StableLibrary& library)
+#define MAGSD_OPERATORS(file, library)                                 \
+  void register_##file(torch::stable::detail::StableLibrary& library); \
+  void register_##file(torch::stable::detail::StableLibrary& library)

@@ -2,12 +2,13 @@
 // resample_attention is the same without the norm and the ReLU.
 //
 // Reads every projection once from memory, and in training once or twice more from the cache
-// (statistics, then everything else), and writes the sum once; no normalised map is stored.
+// (statistics, then everything else), and writes the sum once; no normalized map is stored.
 // Resizing is separable and runs from tables of taps (cpu/axis.h), average pooling by whole ratios
 // without any (cpu/cell_sums.h).
 //
-// Contiguous maps are cut by map, or by (image, map) where nothing but the map itself is asked for,
-// and loops run along rows. Channels last is cut by rows of pixels, and loops run along the maps.
+// Contiguous maps are split by map, or by (image, map) where nothing but the map itself is asked
+// for, and loops run along rows. Channels last is split by rows of pixels, and loops run along the
+// maps.
 #include "cpu/multiscale_attention.h"
 
 #include <algorithm>
@@ -24,7 +25,7 @@
 #include "cpu/panel.h"
 #include "cpu/parallel.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::multiscale_attention {
 namespace {
 
 // What is pooled of a pixel: relu(norm(x)) of one map. Takes a vector or a single value.
@@ -91,11 +92,11 @@ void put_line(const A* row, int64_t count, A weight, const Each& each, bool add,
 template <typename T>
 struct PlaneBuffers {
   using A = accumulate_t<T>;
-  Scratch<A> sum, wide, first, second;
+  Scratch<A> sum, acc, first, second;
 
   PlaneBuffers(int64_t result, int64_t largest)
       : sum(std::is_same_v<T, A> ? 0 : result),
-        wide(std::is_same_v<T, A> ? 0 : largest),
+        acc(std::is_same_v<T, A> ? 0 : largest),
         first(largest),
         second(largest) {}
 };
@@ -105,7 +106,7 @@ template <typename T, typename A, typename Each>
 void put_plane(const Scale<T>& scale, const T* values, const Each& each,
                const PlaneBuffers<T>& buffers, bool add, A* out) {
   const int64_t width = scale.steps.width;
-  const A* plane = widened(values, scale.steps.pixels(), buffers.wide.get());
+  const A* plane = upcast_row(values, scale.steps.pixels(), buffers.acc.get());
   if (scale.identity) return put_line(plane, scale.steps.pixels(), A{1}, each, add, out);
   if (scale.cells.whole()) {
     const Cells& cells = scale.cells;
@@ -288,7 +289,7 @@ Tensor resample_attention(const std::vector<Tensor>& maps, const std::vector<int
   const Resampling mode = mode_of(resampling);
   const bool last = is_channels_last(maps[0]);
   const ScalarType dtype = maps[0].scalar_type();
-  const Tensor result = empty_map(maps[0].size(0), maps[0].size(1), size[0], size[1], dtype, last);
+  const Tensor result = empty_attention(maps, size);
   if (result.numel() == 0) return result;
   const std::vector<FeatureMap> taken = feature_maps(maps, last);
   visit_floating(dtype, [&](auto type) {
@@ -311,9 +312,7 @@ std::tuple<Tensor, Tensor, Tensor> multiscale_attention(
   const bool last = is_channels_last(projections[0]);
   const ScalarType dtype = projections[0].scalar_type();
   const int64_t count = static_cast<int64_t>(projections.size());
-  const Tensor result = empty_map(batch, maps, size[0], size[1], dtype, last);
-  const Tensor mean = uninitialized({count, maps}, accumulation_dtype(dtype));
-  const Tensor rstd = uninitialized({count, maps}, accumulation_dtype(dtype));
+  const ForwardResults results(projections, size);
   const std::vector<FeatureMap> taken = feature_maps(projections, last);
   visit_floating(dtype, [&](auto type) {
     using T = decltype(type);
@@ -325,8 +324,8 @@ std::tuple<Tensor, Tensor, Tensor> multiscale_attention(
       norm.mean[m] = static_cast<A>(statistics.mean);
       norm.rstd[m] = static_cast<A>(1 / std::sqrt(statistics.variance + eps));
       norm.factor[m] *= norm.rstd[m];
-      mutable_data<A>(mean)[i * maps + m] = norm.mean[m];
-      mutable_data<A>(rstd)[i * maps + m] = norm.rstd[m];
+      mutable_data<A>(results.mean)[i * maps + m] = norm.mean[m];
+      mutable_data<A>(results.rstd)[i * maps + m] = norm.rstd[m];
     };
     // Of the batch: also updates the running statistics.
     const auto set_of_batch = [&](int64_t i, int64_t m, const ChannelStatistics& statistics) {
@@ -350,7 +349,7 @@ std::tuple<Tensor, Tensor, Tensor> multiscale_attention(
       }
     }
     if (batch == 0) return;
-    T* to = mutable_data<T>(result);
+    T* to = mutable_data<T>(results.attention);
     if (last) return channels_last_forward<T>(scales, size[0], size[1], to);
     const auto prepare = [&](int64_t m) {
       for (int64_t i = 0; i < count; ++i) {
@@ -359,13 +358,14 @@ std::tuple<Tensor, Tensor, Tensor> multiscale_attention(
     };
     contiguous_forward<T>(scales, size[0] * size[1], of_batch, prepare, to);
   });
-  return {result, mean, rstd};
+  return {results.attention, results.mean, results.rstd};
 }
 
 }  // namespace
-}  // namespace magsd::MAGSD_ISA
 
 MAGSD_OPERATORS(multiscale_attention, library) {
   library.impl("resample_attention", TORCH_BOX(&resample_attention));
   library.impl("multiscale_attention", TORCH_BOX(&multiscale_attention));
 }
+
+}  // namespace magsd::MAGSD_ISA::multiscale_attention

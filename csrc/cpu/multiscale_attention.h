@@ -9,7 +9,7 @@
 #include "cpu/axis.h"
 #include "cpu/cell_sums.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::multiscale_attention {
 
 // The published number of maps. Loops over the maps of a pixel are compiled for it, without the
 // entry and the tail that a loop of unknown length has; kMaps 0 stands for any other number.
@@ -54,4 +54,4 @@ void read_parameters(const Tensor& values, std::vector<A>& to) {
   });
 }
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::multiscale_attention

@@ -4,10 +4,10 @@
 // writes its gradient once; a resampled gradient is computed where it is needed. Resizing is
 // separable and runs from tables of taps (cpu/axis.h).
 //
-// Contiguous maps are cut by (map, scale), so that a map's sums and its gradient meet in one task,
-// while it is in the cache; loops run along rows. Channels last is cut by rows of pixels, and loops
-// run along the maps. Sums of rows or blocks are added in order: results do not depend on the
-// number of threads.
+// Contiguous maps are split by (map, scale), so that a map's sums and its gradient meet in one
+// task, while it is in the cache; loops run along rows. Channels last is split by rows of pixels,
+// and loops run along the maps. Sums of rows or blocks are added in order: results do not depend on
+// the number of threads.
 #include <cstdint>
 #include <string>
 #include <type_traits>
@@ -18,7 +18,7 @@
 #include "cpu/panel.h"
 #include "cpu/parallel.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::multiscale_attention {
 namespace {
 
 constexpr int64_t kBlockRows = 8;
@@ -78,7 +78,7 @@ void resize_back(const T* grad, int64_t height, int64_t width, const Scale<T>& s
 template <typename A>
 struct GradientSums {
   static constexpr int kChains = 16;
-  A plain[kChains] = {}, centred[kChains] = {};
+  A plain[kChains] = {}, centered[kChains] = {};
 
   // Adds one map of one image, and keeps in `gradient` what passes the ReLU.
   template <typename T>
@@ -90,7 +90,7 @@ struct GradientSums {
       const A passed = offset * factor + bias > 0 ? gradient[i] : A{0};
       gradient[i] = passed;
       plain[k] += passed;
-      centred[k] += passed * (offset * rstd);
+      centered[k] += passed * (offset * rstd);
     };
     int64_t i = 0;
     for (; i + kChains <= count; i += kChains) {
@@ -134,7 +134,7 @@ void backward_map(BackwardScale<T>& task, const T* grad, const MapSteps& steps, 
              m);
     for (int k = 0; k < sums.kChains; ++k) {
       of_bias += static_cast<double>(sums.plain[k]);
-      of_weight += static_cast<double>(sums.centred[k]);
+      of_weight += static_cast<double>(sums.centered[k]);
     }
   }
   if (norm == nullptr) return;
@@ -204,7 +204,7 @@ void channels_last_sums(BackwardScale<T>& task, const T* grad, const MapSteps& s
   for_pixels(scale.steps, [&](int64_t b, int64_t from, int64_t to, int64_t block) {
     Scratch<A> gathered(maps);
     A* MAGSD_RESTRICT plain = sums.data() + block * 2 * maps;
-    A* MAGSD_RESTRICT centred = plain + maps;
+    A* MAGSD_RESTRICT centered = plain + maps;
     const A* MAGSD_RESTRICT mean = scale.norm->mean.data();
     const A* MAGSD_RESTRICT rstd = scale.norm->rstd.data();
     const A* MAGSD_RESTRICT factor = scale.norm->factor.data();
@@ -219,7 +219,7 @@ void channels_last_sums(BackwardScale<T>& task, const T* grad, const MapSteps& s
         const A offset = static_cast<A>(pixel[m]) - mean[m];
         const A passed = offset * factor[m] + bias[m] > 0 ? gradient[m] : A{0};
         plain[m] += passed;
-        centred[m] += passed * (offset * rstd[m]);
+        centered[m] += passed * (offset * rstd[m]);
       }
     }
   });
@@ -384,9 +384,10 @@ Gradients multiscale_attention_backward(const Tensor& grad, const Tensors& proje
 }
 
 }  // namespace
-}  // namespace magsd::MAGSD_ISA
 
 MAGSD_OPERATORS(multiscale_attention_backward, library) {
   library.impl("resample_attention_backward", TORCH_BOX(&resample_attention_backward));
   library.impl("multiscale_attention_backward", TORCH_BOX(&multiscale_attention_backward));
 }
+
+}  // namespace magsd::MAGSD_ISA::multiscale_attention

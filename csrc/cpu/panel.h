@@ -39,7 +39,7 @@ struct VectorOf {
   static void store(A* to, const type& value) { std::memcpy(to, &value, sizeof(value)); }
 };
 
-// Uninitialised memory on a cache line's boundary, freed at the end of the scope.
+// Uninitialized memory on a cache line's boundary, freed at the end of the scope.
 template <typename A>
 class Scratch {
  public:

@@ -8,27 +8,29 @@
 #include <cstdlib>
 #include <cstring>
 
-// Every csrc/cpu/<op>.cpp.
-#define MAGSD_EVERY_OPERATION(X) \
-  X(attention_augment) \
-  X(attention_augment_backward) \
-  X(attention_sampling) \
-  X(bilinear_pool) \
-  X(bilinear_pool_backward) \
-  X(multiscale_attention) \
-  X(multiscale_attention_backward) \
-  X(soft_distance)
+// Every csrc/cpu/<op>.cpp: its namespace, its name.
+#define MAGSD_EVERY_FILE(X)                              \
+  X(attention_augment, attention_augment)                \
+  X(attention_augment, attention_augment_backward)       \
+  X(attention_sampling, attention_sampling)              \
+  X(bilinear_pool, bilinear_pool)                        \
+  X(bilinear_pool, bilinear_pool_backward)               \
+  X(multiscale_attention, multiscale_attention)          \
+  X(multiscale_attention, multiscale_attention_backward) \
+  X(soft_distance, soft_distance)
 
-#define MAGSD_DECLARE(operation) \
-  void register_##operation(torch::stable::detail::StableLibrary& library);
+#define MAGSD_DECLARE(operation, file)                                 \
+  namespace operation {                                                \
+  void register_##file(torch::stable::detail::StableLibrary& library); \
+  }
 namespace magsd::baseline {
-MAGSD_EVERY_OPERATION(MAGSD_DECLARE)
+MAGSD_EVERY_FILE(MAGSD_DECLARE)
 }
 namespace magsd::avx2 {
-MAGSD_EVERY_OPERATION(MAGSD_DECLARE)
+MAGSD_EVERY_FILE(MAGSD_DECLARE)
 }
 namespace magsd::avx512 {
-MAGSD_EVERY_OPERATION(MAGSD_DECLARE)
+MAGSD_EVERY_FILE(MAGSD_DECLARE)
 }
 
 namespace {
@@ -56,11 +58,11 @@ InstructionSet choose() {
   const auto allowed = [wanted](const char* refusing) {
     return wanted == nullptr || std::strcmp(wanted, refusing) != 0;
   };
-  const bool wide = allowed("baseline");
-  if (wide && allowed("avx2") && processor_has(InstructionSet::kAvx512)) {
+  const bool beyond_baseline = allowed("baseline");
+  if (beyond_baseline && allowed("avx2") && processor_has(InstructionSet::kAvx512)) {
     return InstructionSet::kAvx512;
   }
-  if (wide && processor_has(InstructionSet::kAvx2)) return InstructionSet::kAvx2;
+  if (beyond_baseline && processor_has(InstructionSet::kAvx2)) return InstructionSet::kAvx2;
   return InstructionSet::kBaseline;
 }
 
@@ -86,22 +88,22 @@ extern "C" __attribute__((visibility("default"))) const char* magsd_cpu_instruct
 STABLE_TORCH_LIBRARY_IMPL(magsd_cpu, CPU, library) {
   switch (chosen()) {
 #if defined(MAGSD_HAVE_AVX512)
-#define MAGSD_REGISTER(operation) magsd::avx512::register_##operation(library);
+#define MAGSD_REGISTER(operation, file) magsd::avx512::operation::register_##file(library);
     case InstructionSet::kAvx512:
-      MAGSD_EVERY_OPERATION(MAGSD_REGISTER)
+      MAGSD_EVERY_FILE(MAGSD_REGISTER)
       break;
 #undef MAGSD_REGISTER
 #endif
 #if defined(MAGSD_HAVE_AVX2)
-#define MAGSD_REGISTER(operation) magsd::avx2::register_##operation(library);
+#define MAGSD_REGISTER(operation, file) magsd::avx2::operation::register_##file(library);
     case InstructionSet::kAvx2:
-      MAGSD_EVERY_OPERATION(MAGSD_REGISTER)
+      MAGSD_EVERY_FILE(MAGSD_REGISTER)
       break;
 #undef MAGSD_REGISTER
 #endif
     default:
-#define MAGSD_REGISTER(operation) magsd::baseline::register_##operation(library);
-      MAGSD_EVERY_OPERATION(MAGSD_REGISTER)
+#define MAGSD_REGISTER(operation, file) magsd::baseline::operation::register_##file(library);
+      MAGSD_EVERY_FILE(MAGSD_REGISTER)
 #undef MAGSD_REGISTER
   }
 }

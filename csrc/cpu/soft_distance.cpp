@@ -18,7 +18,7 @@
 #include "common/tensor.h"
 #include "cpu/parallel.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::soft_distance {
 namespace {
 
 constexpr int64_t kRows = 64;
@@ -106,10 +106,10 @@ Sums forward_block(const Inputs<T>& inputs, int64_t begin, int64_t end) {
     const auto [log_sum, maximum] = softmax(inputs.logits, b, classes, soft);
     const int64_t target = inputs.safe_target(b);
     const T* row = inputs.logits.entries + b * inputs.logits.step_b;
-    const A centred = static_cast<A>(row[target * inputs.logits.step_k]) - maximum;
+    const A centered = static_cast<A>(row[target * inputs.logits.step_k]) - maximum;
     const A weight = inputs.weight(b);
     const A entropy =
-        inputs.valid(b) ? (log_sum - centred) * weight : std::numeric_limits<A>::quiet_NaN();
+        inputs.valid(b) ? (log_sum - centered) * weight : std::numeric_limits<A>::quiet_NaN();
     sums.entropy += static_cast<double>(entropy);
     sums.weight += static_cast<double>(weight);
     soften(inputs, b, soft);
@@ -124,8 +124,7 @@ Sums forward_block(const Inputs<T>& inputs, int64_t begin, int64_t end) {
 }
 
 template <typename T>
-void forward(const Inputs<T>& inputs, const Tensor& loss, const Tensor& cross_entropy,
-             const Tensor& distance) {
+void forward(const Inputs<T>& inputs, const LossResults& results) {
   using A = accumulate_t<T>;
   std::vector<Sums> sums(inputs.blocks());
   parallel_for(inputs.blocks(), inputs.grain(), [&](int64_t begin, int64_t end) {
@@ -142,9 +141,9 @@ void forward(const Inputs<T>& inputs, const Tensor& loss, const Tensor& cross_en
   // Over an empty batch both are 0 / 0, NaN, as torch's means are.
   const double entropy = total.entropy / total.weight;
   const double mean = total.distance / static_cast<double>(inputs.batch * inputs.classes);
-  *mutable_data<A>(loss) = static_cast<A>(entropy + mean);
-  *mutable_data<A>(cross_entropy) = static_cast<A>(entropy);
-  *mutable_data<A>(distance) = static_cast<A>(mean);
+  *mutable_data<A>(results.loss) = static_cast<A>(entropy + mean);
+  *mutable_data<A>(results.cross_entropy) = static_cast<A>(entropy);
+  *mutable_data<A>(results.distance) = static_cast<A>(mean);
 }
 
 // Gradients of rows begin..end of the logits and of every view.
@@ -237,15 +236,14 @@ std::tuple<Tensor, Tensor, Tensor> soft_distance_loss(const Tensor& logits,
                                                       const std::optional<Tensor>& class_weights,
                                                       double confidence, double smoothing) {
   check_loss_arguments(logits, view_logits, targets, class_weights);
-  const ScalarType dtype = accumulation_dtype(logits.scalar_type());
-  const Tensor loss = uninitialized({}, dtype), cross_entropy = uninitialized({}, dtype);
-  const Tensor distance = uninitialized({}, dtype), dense_targets = dense(targets);
+  const LossResults results(logits.scalar_type());
+  const Tensor dense_targets = dense(targets);
   visit_floating(logits.scalar_type(), [&](auto type) {
     forward(inputs_of<decltype(type)>(logits, view_logits, dense_targets, class_weights, confidence,
                                       smoothing),
-            loss, cross_entropy, distance);
+            results);
   });
-  return {loss, cross_entropy, distance};
+  return {results.loss, results.cross_entropy, results.distance};
 }
 
 // A missing gradient counts as 0.
@@ -265,11 +263,7 @@ std::tuple<Tensor, std::vector<Tensor>> soft_distance_loss_backward(
   const int64_t entries = logits.numel();
   const Tensor grad = uninitialized({logits.size(0), logits.size(1)}, dtype);
   const Tensor dense_targets = dense(targets);
-  std::vector<Tensor> grad_views;
-  for (const Tensor& view : view_logits) {
-    const auto sizes = view.sizes();
-    grad_views.push_back(uninitialized({sizes.begin(), sizes.end()}, dtype));
-  }
+  const std::vector<Tensor> grad_views = empty_like(view_logits);
   visit_floating(dtype, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
@@ -289,9 +283,10 @@ std::tuple<Tensor, std::vector<Tensor>> soft_distance_loss_backward(
 }
 
 }  // namespace
-}  // namespace magsd::MAGSD_ISA
 
 MAGSD_OPERATORS(soft_distance, library) {
   library.impl("soft_distance_loss", TORCH_BOX(&soft_distance_loss));
   library.impl("soft_distance_loss_backward", TORCH_BOX(&soft_distance_loss_backward));
 }
+
+}  // namespace magsd::MAGSD_ISA::soft_distance

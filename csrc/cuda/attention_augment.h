@@ -1,5 +1,5 @@
-// What the kernels of the guided views share: an image's guide, the cut of images among blocks,
-// elements read and written several at a time.
+// What the kernels of the guided views share: an image's guide, the partition of images among
+// blocks, elements read and written several at a time.
 #pragma once
 
 #include <algorithm>
@@ -9,14 +9,16 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "common/attention_augment_arguments.h"
+#include "common/attention_augment_operators.h"
 #include "common/boxes.h"
 #include "common/image_layout.h"
-#include "common/resize.h"
+#include "common/resampling.h"
 #include "cuda/attention_sampling.h"
 #include "cuda/kernel.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::attention_augment {
+
+using attention_sampling::MapSizes;
 
 // Kernels also state how many blocks are to share a multiprocessor: left to itself, the compiler
 // spills registers to make room for one more.
@@ -24,15 +26,15 @@ constexpr int kAugmentThreads = 256;
 constexpr int kAugmentWarps = kAugmentThreads / kWarp;
 constexpr int kMostRows = 32;  // in a block's part
 
-// One axis of a bilinear resize: `size` outputs sample `length` inputs.
+// One axis of a bilinear resize: `size` outputs read `length` inputs.
 template <typename Real>
 struct Resize {
   int length, size;
   bool align_corners;
   Real step;
 
-  MAGSD_HD Sample<Real, int> at(int o) const {
-    return sample_at<Real, int>(o, length, step, align_corners);
+  MAGSD_HD LinearTaps<Real, int> at(int o) const {
+    return linear_taps<Real, int>(o, length, step, align_corners);
   }
   MAGSD_HD int first_output(int i) const {
     return magsd::first_output<Real, int>(i, length, size, step, align_corners);
@@ -41,16 +43,30 @@ struct Resize {
 
 template <typename Real>
 MAGSD_HD Resize<Real> resize_of(int length, int size, bool align_corners) {
-  return {length, size, align_corners, sampling_step<Real>(length, size, align_corners)};
+  return {length, size, align_corners, resize_step<Real>(length, size, align_corners)};
 }
 
 // Attention maps as an operator receives them, of any dtype and strides, and how an image's pixels
-// sample them.
+// read them.
 struct AttentionMaps {
-  const void* data;
-  ScalarType dtype;
-  int64_t count, step_b, step_m, step_y, step_x;
-  Resize<float> rows, columns;
+  const void* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+  int64_t count = 0, step_b = 0, step_m = 0, step_y = 0, step_x = 0;
+  Resize<float> rows{}, columns{};
+
+  AttentionMaps() = default;
+  AttentionMaps(const Tensor& attention, int64_t height, int64_t width, bool align_corners)
+      : data(attention.const_data_ptr()),
+        dtype(attention.scalar_type()),
+        count(attention.size(1)),
+        step_b(attention.stride(0)),
+        step_m(attention.stride(1)),
+        step_y(attention.stride(2)),
+        step_x(attention.stride(3)),
+        rows(resize_of<float>(static_cast<int>(attention.size(2)), static_cast<int>(height),
+                              align_corners)),
+        columns(resize_of<float>(static_cast<int>(attention.size(3)), static_cast<int>(width),
+                                 align_corners)) {}
 
   // Calls visitor(entries) with a pointer of the maps' type: they are no reason for more kernels.
   template <typename Visitor>
@@ -68,23 +84,12 @@ struct AttentionMaps {
   }
 };
 
-inline AttentionMaps maps_of(const Tensor& attention, int64_t height, int64_t width,
-                             bool align_corners) {
-  const auto axis = [&](int dim, int64_t size) {
-    return resize_of<float>(static_cast<int>(attention.size(dim)), static_cast<int>(size),
-                            align_corners);
-  };
-  return {attention.const_data_ptr(), attention.scalar_type(), attention.size(1),
-          attention.stride(0),        attention.stride(1),     attention.stride(2),
-          attention.stride(3),        axis(2, height),         axis(3, width)};
-}
-
 // A thread's way through the entries of rows, every kAugmentThreads-th, without a division a step.
-struct Walk {
+struct StridedIter {
   int row, column;
   int width, down, right;
 
-  __device__ explicit Walk(int row_width)
+  __device__ explicit StridedIter(int row_width)
       : row(static_cast<int>(threadIdx.x) / row_width),
         column(static_cast<int>(threadIdx.x) % row_width),
         width(row_width),
@@ -125,8 +130,8 @@ struct Guide {
     float peak = -INFINITY;
     maps.visit([&](const auto* entries) {
 #pragma unroll 2
-      for (Walk at(width); at.row < maps.rows.length; at.step()) {
-        const float value = static_cast<float>(widen(entries[entry(at.row, at.column)]));
+      for (StridedIter at(width); at.row < maps.rows.length; at.step()) {
+        const float value = static_cast<float>(upcast(entries[entry(at.row, at.column)]));
         if (copy != nullptr) copy[at.row * width + at.column] = value;
         peak = larger(peak, value);
       }
@@ -162,6 +167,43 @@ struct BoxesPlan {
 };
 void find_boxes(const DeviceScope& scope, BoxesPlan plan);
 
+// The views of a launch, as kernels take them.
+template <typename View>
+struct Plan {
+  using T = std::remove_const_t<View>;
+  using Real = accumulate_t<T>;
+  ImageLayout layout;
+  const T* images;
+  T* grad;
+  View *mixed, *dimmed, *patched;
+  const int32_t *mix_boxes, *patch_boxes;
+  const float* thresholds;
+  AttentionMaps maps;
+  Choice dim;
+  Uniforms offsets;
+  Real own, share;  // of the image and of the crop in mix-up
+  Real floor;
+  bool align_corners;
+
+  explicit Plan(const Views<View, AttentionMaps>& views)
+      : layout(views.layout),
+        images(views.images),
+        grad(views.grad),
+        mixed(views.mixed),
+        dimmed(views.dimmed),
+        patched(views.patched),
+        mix_boxes(views.mix_boxes),
+        patch_boxes(views.patch_boxes),
+        thresholds(views.thresholds),
+        maps(views.maps != nullptr ? *views.maps : AttentionMaps()),
+        dim(views.dim),
+        offsets(views.offsets),
+        own(static_cast<Real>(1 - views.weight)),
+        share(static_cast<Real>(views.weight)),
+        floor(static_cast<Real>(views.floor)),
+        align_corners(views.align_corners) {}
+};
+
 // N elements side by side, at most 16 bytes.
 template <typename T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
@@ -189,8 +231,8 @@ __device__ __forceinline__ void store_past_caches(T* to, const Pack<T, N>& pack)
   __stcs(reinterpret_cast<Bits<sizeof(pack)>*>(to), bits);
 }
 
-// How planes are cut among blocks: `rows` rows of a tile of `width` vectors to a block.
-struct Cut {
+// How planes are partitioned among blocks: `rows` rows of a tile of `width` vectors to a block.
+struct Partition {
   int vectors;  // of a whole row
   int width, tiles;
   int rows, chunks;
@@ -202,7 +244,7 @@ struct Cut {
 // entry would meet in a few of its 32 banks; with a gap behind every 32 they do not.
 MAGSD_HD int spread(int e) { return e + e / kWarp; }
 
-// Most entries of a crop's row that a tile samples, spread; 0 where positions are rounded to more
+// Most entries of a crop's row that a tile reads, spread; 0 where positions are rounded to more
 // than a pixel.
 inline int64_t blended_entries(const ImageLayout& layout, int64_t tile) {
   constexpr int64_t kExact = 1 << 16;
@@ -210,64 +252,77 @@ inline int64_t blended_entries(const ImageLayout& layout, int64_t tile) {
   return std::min(layout.row, tile + 4 * layout.inner) * (kWarp + 1) / kWarp + 1;
 }
 
-// Tiles of at most 1024 elements and `most` vectors, blocks of about `items` vectors. With maps,
-// blocks are so low that the map's rows have room in shared memory; with `blended_size`, the bytes
-// of an entry, so that the rows of a crop have.
-inline Cut cut_of(const ImageLayout& layout, int elements, int most, int items,
-                  const AttentionMaps* maps, int blended_size = 0) {
+// What a block of a partition shall hold.
+struct BlockContents {
+  int elements;               // of a vector
+  int vectors;                // about so many
+  const AttentionMaps* maps;  // of which it keeps rows; null: it keeps none
+  int blended_size;           // bytes of an entry of a crop's rows that it keeps; 0: it keeps none
+};
+
+// Tiles of at most 1024 elements and kAugmentThreads vectors. Blocks are so low that what they keep
+// has room in shared memory.
+inline Partition partition_of(const ImageLayout& layout, const BlockContents& block) {
+  const int elements = block.elements, blended_size = block.blended_size;
+  const AttentionMaps* maps = block.maps;
   constexpr int kMostElements = 1024, kMostMapEntries = 5120, kMostBlendedBytes = 18 * 1024;
-  Cut cut{};
-  cut.vectors = static_cast<int>(layout.row) / elements;
-  cut.tiles = ceil_div(cut.vectors, std::min(most, kMostElements / elements));
-  cut.width = ceil_div(cut.vectors, cut.tiles);
+  Partition partition{};
+  partition.vectors = static_cast<int>(layout.row) / elements;
+  partition.tiles =
+      ceil_div(partition.vectors, std::min(kAugmentThreads, kMostElements / elements));
+  partition.width = ceil_div(partition.vectors, partition.tiles);
   const int64_t blended =
-      blended_size > 0 ? blended_entries(layout, int64_t{cut.width} * elements) : 0;
-  if (blended * blended_size <= kMostBlendedBytes) cut.blended = static_cast<int>(blended);
+      blended_size > 0 ? blended_entries(layout, int64_t{partition.width} * elements) : 0;
+  if (blended * blended_size <= kMostBlendedBytes) partition.blended = static_cast<int>(blended);
   const int height = static_cast<int>(layout.height);
-  for (cut.rows = std::clamp(items / cut.width, 1, std::min(height, kMostRows));; cut.rows /= 2) {
-    cut.chunks = ceil_div(height, cut.rows);
-    cut.rows = ceil_div(height, cut.chunks);
-    bool fits = cut.rows * cut.blended * blended_size <= kMostBlendedBytes;
+  for (partition.rows = std::clamp(block.vectors / partition.width, 1, std::min(height, kMostRows));
+       ; partition.rows /= 2) {
+    partition.chunks = ceil_div(height, partition.rows);
+    partition.rows = ceil_div(height, partition.chunks);
+    bool fits = partition.rows * partition.blended * blended_size <= kMostBlendedBytes;
     if (maps != nullptr) {
       // Beyond this, positions are rounded to more than a row.
       constexpr int kExact = 1 << 16;
-      const double reach = std::ceil((cut.rows - 1) * static_cast<double>(maps->rows.step)) + 3;
-      cut.map_rows = maps->rows.length > kExact
-                         ? 2 * cut.rows
-                         : static_cast<int>(std::min<double>(reach, 2 * cut.rows));
-      fits &= cut.map_rows * cut.width * elements <= kMostMapEntries;
+      const double reach =
+          std::ceil((partition.rows - 1) * static_cast<double>(maps->rows.step)) + 3;
+      partition.map_rows = maps->rows.length > kExact
+                               ? 2 * partition.rows
+                               : static_cast<int>(std::min<double>(reach, 2 * partition.rows));
+      fits &= partition.map_rows * partition.width * elements <= kMostMapEntries;
     }
-    if (cut.rows == 1 || fits) break;
+    if (partition.rows == 1 || fits) break;
   }
-  return cut;
+  return partition;
 }
 
-inline dim3 grid_of(const Cut& cut, const ImageLayout& layout) {
-  return grid_of(layout.batch * layout.planes * cut.chunks * cut.tiles);
+inline dim3 grid_for(const Partition& partition, const ImageLayout& layout) {
+  return grid_of(layout.batch * layout.planes * partition.chunks * partition.tiles);
 }
 
 // A block's part.
-struct Place {
+struct BlockPosition {
   int64_t b, plane;
   int first_row, past_row;
   int first_vector, past_vector;
 
-  __device__ Place(const Cut& cut, const ImageLayout& layout) {
+  __device__ BlockPosition(const Partition& partition, const ImageLayout& layout) {
     unsigned rest = blockIdx.x;
-    first_vector = static_cast<int>(rest % cut.tiles) * cut.width;
-    rest /= cut.tiles;
-    first_row = static_cast<int>(rest % cut.chunks) * cut.rows;
-    rest /= cut.chunks;
+    first_vector = static_cast<int>(rest % partition.tiles) * partition.width;
+    rest /= partition.tiles;
+    first_row = static_cast<int>(rest % partition.chunks) * partition.rows;
+    rest /= partition.chunks;
     plane = rest % static_cast<unsigned>(layout.planes);
     b = rest / static_cast<unsigned>(layout.planes);
     const int height = static_cast<int>(layout.height);
-    past_row = first_row + cut.rows < height ? first_row + cut.rows : height;
-    past_vector = first_vector + cut.width < cut.vectors ? first_vector + cut.width : cut.vectors;
+    past_row = first_row + partition.rows < height ? first_row + partition.rows : height;
+    past_vector = first_vector + partition.width < partition.vectors
+                      ? first_vector + partition.width
+                      : partition.vectors;
   }
 };
 
 // Rows of a map, interpolated along x for a tile of elements, in shared memory: U interpolates
-// between two of them. Those that a block's rows sample follow one another or, where the map is
+// between two of them. Those that a block's rows read follow one another or, where the map is
 // higher than the image, are kept two by two.
 template <int N>
 struct MapRows {
@@ -276,23 +331,23 @@ struct MapRows {
   int first;
   bool consecutive;
 
-  __device__ MapRows(Pack<float, N>* room, const AttentionMaps& maps, const Place& place,
-                     const Cut& cut)
-      : rows(room), width(cut.width), first(maps.rows.at(place.first_row).lower) {
-    consecutive = maps.rows.at(place.past_row - 1).upper - first < cut.map_rows;
+  __device__ MapRows(Pack<float, N>* room, const AttentionMaps& maps, const BlockPosition& position,
+                     const Partition& partition)
+      : rows(room), width(partition.width), first(maps.rows.at(position.first_row).lower) {
+    consecutive = maps.rows.at(position.past_row - 1).upper - first < partition.map_rows;
   }
 
   // All threads make the rows, to be used behind a barrier.
-  __device__ void fill(const Guide& guide, const Place& place, int inner) {
+  __device__ void fill(const Guide& guide, const BlockPosition& position, int inner) {
     const AttentionMaps& maps = guide.maps;
-    const int elements = (place.past_vector - place.first_vector) * N;
-    const int past = maps.rows.at(place.past_row - 1).upper + 1;
+    const int elements = (position.past_vector - position.first_vector) * N;
+    const int past = maps.rows.at(position.past_row - 1).upper + 1;
     maps.visit([&](const auto* entries) {
       for (int e = threadIdx.x; e < elements; e += kAugmentThreads) {
-        const Sample<float, int> x = maps.columns.at((place.first_vector * N + e) / inner);
+        const LinearTaps<float, int> x = maps.columns.at((position.first_vector * N + e) / inner);
         const auto make = [&](int slot, int i) {
-          const float left = static_cast<float>(widen(entries[guide.entry(i, x.lower)]));
-          const float right = static_cast<float>(widen(entries[guide.entry(i, x.upper)]));
+          const float left = static_cast<float>(upcast(entries[guide.entry(i, x.lower)]));
+          const float right = static_cast<float>(upcast(entries[guide.entry(i, x.upper)]));
           rows[slot * width + e / N].at[e % N] = interpolate(left, right, x.weight);
         };
         if (consecutive) {
@@ -300,19 +355,19 @@ struct MapRows {
           for (int i = first; i < past; ++i) make(i - first, i);
         } else {
 #pragma unroll 1
-          for (int y = place.first_row; y < place.past_row; ++y) {
-            const Sample<float, int> at = maps.rows.at(y);
-            make(2 * (y - place.first_row), at.lower);
-            make(2 * (y - place.first_row) + 1, at.upper);
+          for (int y = position.first_row; y < position.past_row; ++y) {
+            const LinearTaps<float, int> at = maps.rows.at(y);
+            make(2 * (y - position.first_row), at.lower);
+            make(2 * (y - position.first_row) + 1, at.upper);
           }
         }
       }
     });
   }
 
-  // Where row r of the block samples `rows`.
-  __device__ Sample<float, int> sample(const AttentionMaps& maps, int y, int r) const {
-    Sample<float, int> at = maps.rows.at(y);
+  // Where row r of the block reads `rows`.
+  __device__ LinearTaps<float, int> taps(const AttentionMaps& maps, int y, int r) const {
+    LinearTaps<float, int> at = maps.rows.at(y);
     at.lower = consecutive ? at.lower - first : 2 * r;
     at.upper = consecutive ? at.upper - first : 2 * r + 1;
     return at;
@@ -320,7 +375,7 @@ struct MapRows {
 
   // factor[k] = [U < t] + floor for vector v of the tile.
   template <typename Real>
-  __device__ __forceinline__ Pack<Real, N> factors(const Sample<float, int>& at, int v,
+  __device__ __forceinline__ Pack<Real, N> factors(const LinearTaps<float, int>& at, int v,
                                                    float threshold, Real floor) const {
     const Pack<float, N> lower = rows[at.lower * width + v], upper = rows[at.upper * width + v];
     Pack<Real, N> factor;
@@ -345,4 +400,4 @@ bool has_vectors(const ImageLayout& layout, std::initializer_list<const T*> tens
   return aligned;
 }
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::attention_augment

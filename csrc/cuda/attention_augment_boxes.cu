@@ -12,8 +12,12 @@
 // on a device that has more multiprocessors than images.
 #include "cuda/attention_augment.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::attention_augment {
 namespace {
+
+using attention_sampling::kSamplingThreads;
+using attention_sampling::warp_sampled_map;
+using attention_sampling::weigh_maps;
 
 static_assert(kSamplingThreads == kAugmentThreads, "weigh_maps is for blocks of this size");
 constexpr int64_t kMostEntries = 10240;  // of a map and its bands in shared memory
@@ -26,15 +30,15 @@ struct Map {
   const float* values;
   const int* bands;
 
-  __device__ float along(int i, const Sample<float, int>& x) const {
+  __device__ float value(int i, const LinearTaps<float, int>& x) const {
     if constexpr (kNear) {
       const float* row = values + i * guide.maps.columns.length;
       return interpolate(row[x.lower], row[x.upper], x.weight);
     } else {
       float value = 0;
       guide.maps.visit([&](const auto* entries) {
-        value = interpolate(static_cast<float>(widen(entries[guide.entry(i, x.lower)])),
-                            static_cast<float>(widen(entries[guide.entry(i, x.upper)])), x.weight);
+        value = interpolate(static_cast<float>(upcast(entries[guide.entry(i, x.lower)])),
+                            static_cast<float>(upcast(entries[guide.entry(i, x.upper)])), x.weight);
       });
       return value;
     }
@@ -42,16 +46,16 @@ struct Map {
   __device__ int band(int i) const { return kNear ? bands[i] : guide.maps.rows.first_output(i); }
 };
 
-// First row, or last row, of the image at which U reaches the threshold in the column that samples
+// First row, or last row, of the image at which U reaches the threshold in the column that reads
 // at `x`; -1 where none does.
 template <bool kNear>
-__device__ int passing_row(const Map<kNear>& map, const Sample<float, int>& x, bool last) {
+__device__ int passing_row(const Map<kNear>& map, const LinearTaps<float, int>& x, bool last) {
   const Resize<float>& rows = map.guide.maps.rows;
   const float threshold = map.guide.threshold;
-  float carried = map.along(last ? rows.length - 1 : 0, x);
+  float carried = map.value(last ? rows.length - 1 : 0, x);
   for (int k = 0; k < rows.length; ++k) {
     const int i = last ? rows.length - 1 - k : k;
-    const float fresh = map.along(last || i + 1 == rows.length ? i : i + 1, x);
+    const float fresh = map.value(last || i + 1 == rows.length ? i : i + 1, x);
     const float lower = last ? fresh : carried, upper = last ? carried : fresh;
     carried = fresh;
     if (clearly_below(lower > upper ? lower : upper, threshold)) continue;
@@ -59,7 +63,7 @@ __device__ int passing_row(const Map<kNear>& map, const Sample<float, int>& x, b
     for (int r = 0; r < past - begin; ++r) {
       const int y = last ? past - 1 - r : begin + r;
       const float weight =
-          sampling_position(y, rows.step, rows.align_corners) - static_cast<float>(i);
+          resize_position(y, rows.step, rows.align_corners) - static_cast<float>(i);
       if (interpolate(lower, upper, weight) >= threshold) return y;
     }
   }
@@ -71,7 +75,7 @@ template <bool kNear>
 __device__ void search(const Map<kNear>& map, int* least) {
   const Resize<float>& columns = map.guide.maps.columns;
   for (int x = threadIdx.x; x < columns.size; x += kAugmentThreads) {
-    const Sample<float, int> at = columns.at(x);
+    const LinearTaps<float, int> at = columns.at(x);
     const int top = passing_row(map, at, false);
     if (top < 0) continue;
     const int bottom = passing_row(map, at, true);
@@ -105,8 +109,7 @@ __global__ void __launch_bounds__(kAugmentThreads, 5)
   const int64_t b = blockIdx.x / views;
   const int thread = threadIdx.x;
   Guide guide(plan.maps);
-  const Choice& choice =
-      view == plan.boxes ? plan.third : (view == 0 ? plan.first : plan.second);
+  const Choice& choice = view == plan.boxes ? plan.third : (view == 0 ? plan.first : plan.second);
   if (plan.draws.index == nullptr) {
     guide.choose(choice, b);
   } else {
@@ -150,23 +153,6 @@ __global__ void __launch_bounds__(kAugmentThreads, 5)
             plan.found + (view * plan.batch + b) * 4);
 }
 
-Tensor attention_boxes(const Tensor& attention, const std::optional<Tensor>& index,
-                       const Tensor& theta, const std::vector<int64_t>& size, double padding,
-                       bool align_corners) {
-  const DeviceScope scope(attention);
-  check_tensor(attention, "attention", 4);
-  check_guide(attention, index, theta, attention.size(0), 0);
-  check_shares(padding, 1);
-  check_size(size);
-  const Tensor boxes = uninitialized({attention.size(0), 4}, ScalarType::Int);
-  BoxesPlan plan{maps_of(attention, size[0], size[1], align_corners), attention.size(0), padding};
-  plan.first = choose(theta, index, 0);
-  plan.boxes = 1;
-  plan.found = mutable_data<int32_t>(boxes);
-  find_boxes(scope, plan);
-  return boxes;
-}
-
 }  // namespace
 
 void find_boxes(const DeviceScope& scope, BoxesPlan plan) {
@@ -187,11 +173,7 @@ void find_boxes(const DeviceScope& scope, BoxesPlan plan) {
       plan.draws.overflow = mutable_data<double>(overflow);
     }
   }
-  launch(scope, grid_of(blocks), kAugmentThreads, shared, boxes_kernel, plan, fits);
+  launch(scope, {grid_of(blocks), kAugmentThreads, shared}, boxes_kernel, plan, fits);
 }
 
-}  // namespace magsd::MAGSD_ISA
-
-MAGSD_OPERATORS(library) {
-  library.impl("attention_boxes", TORCH_BOX(&magsd::MAGSD_ISA::attention_boxes));
-}
+}  // namespace magsd::MAGSD_ISA::attention_augment

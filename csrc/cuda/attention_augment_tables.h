@@ -1,4 +1,4 @@
-// Which views a launch makes, and the tables by which a block makes its part of them.
+// The tables by which a block makes its part of them.
 #pragma once
 
 #include <cstddef>
@@ -6,29 +6,9 @@
 
 #include "cuda/attention_augment.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::attention_augment {
 
-// Which views to make, and with what; what is null is not made.
-template <typename T>
-struct Plan {
-  using Real = accumulate_t<T>;
-  ImageLayout layout;
-  const T* images;
-  T* mixed = nullptr;
-  T* dimmed = nullptr;
-  T* patched = nullptr;
-  const int32_t* mix_boxes = nullptr;
-  const int32_t* patch_boxes = nullptr;
-  const float* thresholds = nullptr;  // of dim, where they are known
-  AttentionMaps maps{};
-  Choice dim{};
-  Offsets offsets{};
-  Real own = 0, share = 1;  // of the image and of the crop in mix-up
-  Real floor = 0;
-  bool align_corners = false;
-};
-
-// A row of the block: where its part of the tile lies, and where it samples the box and the map.
+// A row of the block: where its part of the tile lies, and where it reads the box and the map.
 template <typename T>
 struct alignas(16) Row {
   const T* own;
@@ -37,7 +17,7 @@ struct alignas(16) Row {
   const T* crop_upper;
   const T* pasted;  // what is pasted into the row; null: nothing
   accumulate_t<T> crop_weight;
-  Sample<float, int> map;  // among the rows that the block keeps of it
+  LinearTaps<float, int> map;  // among the rows that the block keeps of it
 };
 
 // A block's tables in shared memory.
@@ -45,28 +25,28 @@ template <typename T, int N>
 struct Tables {
   using Real = accumulate_t<T>;
   Row<T>* rows;
-  Pack<Real, N>* weights;    // of the upper neighbours in the crop's rows
+  Pack<Real, N>* weights;    // of the upper neighbors in the crop's rows
   Pack<unsigned, N>* lower;  // twice where the lower one lies; one more if the upper is another
   Pack<float, N>* map_rows;
   Real* blended;  // rows of the crop before its columns are, `stride` entries from one to the next
   int stride;
 
-  static size_t bytes(const Cut& cut) {
-    return blended_offset(cut) + sizeof(Real) * cut.rows * cut.blended;
+  static size_t bytes(const Partition& partition) {
+    return blended_offset(partition) + sizeof(Real) * partition.rows * partition.blended;
   }
-  __device__ Tables(unsigned char* memory, const Cut& cut)
+  __device__ Tables(unsigned char* memory, const Partition& partition)
       : rows(reinterpret_cast<Row<T>*>(memory)),
-        weights(reinterpret_cast<Pack<Real, N>*>(rows + cut.rows)),
-        lower(reinterpret_cast<Pack<unsigned, N>*>(weights + cut.width)),
-        map_rows(reinterpret_cast<Pack<float, N>*>(lower + cut.width)),
-        blended(reinterpret_cast<Real*>(memory + blended_offset(cut))),
-        stride(cut.blended) {}
+        weights(reinterpret_cast<Pack<Real, N>*>(rows + partition.rows)),
+        lower(reinterpret_cast<Pack<unsigned, N>*>(weights + partition.width)),
+        map_rows(reinterpret_cast<Pack<float, N>*>(lower + partition.width)),
+        blended(reinterpret_cast<Real*>(memory + blended_offset(partition))),
+        stride(partition.blended) {}
 
  private:
-  MAGSD_HD static size_t blended_offset(const Cut& cut) {
-    const size_t row = static_cast<size_t>(cut.width) * N;
-    const size_t end = cut.rows * sizeof(Row<T>) +
-                       row * (sizeof(Real) + sizeof(unsigned) + cut.map_rows * sizeof(float));
+  MAGSD_HD static size_t blended_offset(const Partition& partition) {
+    const size_t row = static_cast<size_t>(partition.width) * N;
+    const size_t end = partition.rows * sizeof(Row<T>) +
+                       row * (sizeof(Real) + sizeof(unsigned) + partition.map_rows * sizeof(float));
     return (end + 7) / 8 * 8;
   }
 };
@@ -80,18 +60,18 @@ struct ImagePart {
   int blended = 0;  // the first entry of the rows that `blend_rows` makes
 };
 
-// All threads note where the tile's elements sample the box's columns.
+// All threads note where the tile's elements read the box's columns.
 template <typename T, int N>
-__device__ void tabulate_columns(const Plan<T>& plan, const Place& place, const Interval& box,
-                                 const Tables<T, N>& tables) {
+__device__ void tabulate_columns(const Plan<T>& plan, const BlockPosition& position,
+                                 const Interval& box, const Tables<T, N>& tables) {
   using Real = accumulate_t<T>;
   const int inner = static_cast<int>(plan.layout.inner);
   const Resize<Real> columns =
       resize_of<Real>(box.extent(), static_cast<int>(plan.layout.width), plan.align_corners);
-  const int first = place.first_vector * N, count = place.past_vector * N - first;
+  const int first = position.first_vector * N, count = position.past_vector * N - first;
   for (int e = threadIdx.x; e < count; e += kAugmentThreads) {
     const int x = (first + e) / inner;
-    const Sample<Real, int> at = columns.at(x);
+    const LinearTaps<Real, int> at = columns.at(x);
     const int lower = (box.start + at.lower - x) * inner + first + e;
     tables.lower[e / N].at[e % N] = 2u * static_cast<unsigned>(lower) + (at.upper > at.lower);
     tables.weights[e / N].at[e % N] = at.weight;
@@ -100,26 +80,28 @@ __device__ void tabulate_columns(const Plan<T>& plan, const Place& place, const 
 
 // One thread per row of the block.
 template <typename T, int N>
-__device__ void tabulate_rows(const Plan<T>& plan, const Place& place, const ImagePart<T>& part,
-                              const MapRows<N>& map_rows, const Tables<T, N>& tables) {
+__device__ void tabulate_rows(const Plan<T>& plan, const BlockPosition& position,
+                              const ImagePart<T>& part, const MapRows<N>& map_rows,
+                              const Tables<T, N>& tables) {
   using Real = accumulate_t<T>;
   const ImageLayout& layout = plan.layout;
-  const int r = static_cast<int>(threadIdx.x), y = place.first_row + r;
-  if (y >= place.past_row) return;
-  const int64_t first = place.first_vector * N;
+  const int r = static_cast<int>(threadIdx.x), y = position.first_row + r;
+  if (y >= position.past_row) return;
+  const int64_t first = position.first_vector * N;
   Row<T> row{};
   row.own = part.plane + y * layout.step_y + first;
-  row.out = ((place.b * layout.planes + place.plane) * layout.height + y) * layout.row + first;
+  row.out =
+      ((position.b * layout.planes + position.plane) * layout.height + y) * layout.row + first;
   if (plan.mixed != nullptr) {
     const Resize<Real> rows = resize_of<Real>(part.mix.rows.extent(),
                                               static_cast<int>(layout.height), plan.align_corners);
-    const Sample<Real, int> at = rows.at(y);
+    const LinearTaps<Real, int> at = rows.at(y);
     const T* box = part.plane + part.mix.rows.start * layout.step_y;
     row.crop_lower = box + at.lower * layout.step_y;
     row.crop_upper = box + at.upper * layout.step_y;
     row.crop_weight = at.weight;
   }
-  if (plan.dimmed != nullptr) row.map = map_rows.sample(plan.maps, y, r);
+  if (plan.dimmed != nullptr) row.map = map_rows.taps(plan.maps, y, r);
   const int64_t inside = y - part.corner.row;
   if (plan.patched != nullptr && inside >= 0 && inside < part.patch.rows.extent()) {
     row.pasted = part.plane + (part.patch.rows.start + inside) * layout.step_y +
@@ -128,29 +110,30 @@ __device__ void tabulate_rows(const Plan<T>& plan, const Place& place, const Ima
   tables.rows[r] = row;
 }
 
-// An entry of a crop between the two rows that it samples.
+// An entry of a crop between the two rows that it reads.
 template <typename T>
 __device__ __forceinline__ accumulate_t<T> blend(const Row<T>& row, unsigned at) {
-  const accumulate_t<T> first = widen(load<1>(row.crop_lower + at).at[0]);
-  const accumulate_t<T> second = widen(load<1>(row.crop_upper + at).at[0]);
+  const accumulate_t<T> first = upcast(load<1>(row.crop_lower + at).at[0]);
+  const accumulate_t<T> second = upcast(load<1>(row.crop_upper + at).at[0]);
   return first + row.crop_weight * (second - first);
 }
 
-// The warps blend what the tile samples of every row: two loads an entry of the box, where each
+// The warps blend what the tile reads of every row: two loads an entry of the box, where each
 // output would take four. The tables are made; the rows are to be used behind a barrier.
 template <typename T, int N>
-__device__ void blend_rows(const Plan<T>& plan, const Place& place, ImagePart<T>& part,
+__device__ void blend_rows(const Plan<T>& plan, const BlockPosition& position, ImagePart<T>& part,
                            const Tables<T, N>& tables) {
   using Real = accumulate_t<T>;
   const int inner = static_cast<int>(plan.layout.inner);
   const Interval& box = part.mix.columns;
   const Resize<Real> columns =
       resize_of<Real>(box.extent(), static_cast<int>(plan.layout.width), plan.align_corners);
-  const int first = columns.at(place.first_vector * N / inner).lower;
-  const int last = columns.at((place.past_vector * N - 1) / inner).upper;
+  const int first = columns.at(position.first_vector * N / inner).lower;
+  const int last = columns.at((position.past_vector * N - 1) / inner).upper;
   const int count = (last + 1 - first) * inner;
   part.blended = (box.start + first) * inner;
-  for (int r = threadIdx.x / kWarp; r < place.past_row - place.first_row; r += kAugmentWarps) {
+  for (int r = threadIdx.x / kWarp; r < position.past_row - position.first_row;
+       r += kAugmentWarps) {
     const Row<T>& row = tables.rows[r];
     Real* to = tables.blended + r * tables.stride;
 #pragma unroll 2
@@ -160,4 +143,4 @@ __device__ void blend_rows(const Plan<T>& plan, const Place& place, ImagePart<T>
   }
 }
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::attention_augment

@@ -5,9 +5,10 @@
 // then a warp makes a draw (attention_sampling.h). Any strides are read in place: the maps are
 // small and come from L2 right after they were written. Views that draw their own maps do so in the
 // launch that finds their boxes (attention_augment_boxes.cu).
+#include "common/attention_sampling_arguments.h"
 #include "cuda/attention_sampling.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::attention_sampling {
 namespace {
 
 constexpr int64_t kSharedMaps = 512;  // cumulative weights of more maps lie in global memory
@@ -28,20 +29,14 @@ __global__ void __launch_bounds__(kSamplingThreads)
 
 Tensor sample_attention(const Tensor& attention, const Tensor& uniforms, double eps) {
   const DeviceScope scope(attention);
-  check_tensor(attention, "attention", 4);
-  check_floating(attention, "attention");
-  check_tensor(uniforms, "uniforms", 2);
-  check_dtype(uniforms, "uniforms", ScalarType::Float);
-  check_sizes(uniforms, "uniforms", {attention.size(0), -1});
+  const Tensor index = empty_draws(attention, uniforms);
   const int64_t batch = attention.size(0), maps = attention.size(1);
-  STD_TORCH_CHECK(maps > 0, "attention must have at least one map");
-  const Tensor index = uninitialized({batch, uniforms.size(1)}, ScalarType::Long);
   if (index.numel() == 0) return index;
   const bool overflows = maps > kSharedMaps;
   const Tensor overflow = uninitialized({overflows ? batch * maps : 0}, ScalarType::Double);
   visit_floating(attention.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    launch(scope, grid_of(batch), kSamplingThreads, 0, sample_kernel<T>, data<T>(attention),
+    launch(scope, {grid_of(batch), kSamplingThreads}, sample_kernel<T>, data<T>(attention),
            map_sizes(attention), uniforms_of(uniforms), uniforms.size(1), eps,
            overflows ? mutable_data<double>(overflow) : nullptr, mutable_data<int64_t>(index));
   });
@@ -49,8 +44,7 @@ Tensor sample_attention(const Tensor& attention, const Tensor& uniforms, double 
 }
 
 }  // namespace
-}  // namespace magsd::MAGSD_ISA
 
-MAGSD_OPERATORS(library) {
-  library.impl("sample_attention", TORCH_BOX(&magsd::MAGSD_ISA::sample_attention));
-}
+MAGSD_OPERATORS(library) { library.impl("sample_attention", TORCH_BOX(&sample_attention)); }
+
+}  // namespace magsd::MAGSD_ISA::attention_sampling

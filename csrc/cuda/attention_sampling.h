@@ -4,10 +4,11 @@
 
 #include <cstdint>
 
-#include "common/sampling.h"
+#include "common/map_sampling.h"
+#include "common/uniforms.h"
 #include "cuda/kernel.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::attention_sampling {
 
 constexpr int kSamplingThreads = 256;
 
@@ -28,19 +29,6 @@ inline MapSizes map_sizes(const Tensor& attention) {
   return sizes;
 }
 
-// Uniforms (B, draws), read in place.
-struct Uniforms {
-  const float* first;
-  int64_t step_b, step_draw;
-  __device__ float operator()(int64_t b, int64_t draw) const {
-    return first[b * step_b + draw * step_draw];
-  }
-};
-
-inline Uniforms uniforms_of(const Tensor& uniforms) {
-  return {data<float>(uniforms), uniforms.stride(0), uniforms.stride(1)};
-}
-
 // All threads of a block make the inclusive cumulative weights of an image's maps, divided by their
 // last. Each warp sums every eighth map in double, so that the order of adding does not decide a
 // draw; thread 0 adds up the weights in order, as the CPU does.
@@ -53,11 +41,11 @@ __device__ void weigh_maps(const T* image, const MapSizes& sizes, double eps, do
     for (int64_t y = 0; y < sizes.height; ++y) {
       const T* row = map + y * sizes.step_y;
       for (int64_t x = lane; x < sizes.width; x += kWarp) {
-        sum += static_cast<double>(widen(row[x * sizes.step_x]));
+        sum += static_cast<double>(upcast(row[x * sizes.step_x]));
       }
     }
     sum = warp_sum(sum);
-    if (lane == 0) weights[m] = sampling_weight(sum, eps);
+    if (lane == 0) weights[m] = map_weight(sum, eps);
   }
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -81,4 +69,4 @@ __device__ inline int64_t warp_sampled_map(const double* cumulative, int64_t cou
   return below < count ? below : count - 1;
 }
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::attention_sampling

@@ -2,12 +2,12 @@
 //
 // Must move the features once in and P (B M C) once out. A warp makes P of 64 channels and 32 maps
 // in registers; the norm couples all entries of an image, so that P is made twice: once for the sum
-// of squares, once to be scaled and written. No wide matrix is stored.
+// of squares, once to be scaled and written. No matrix of the accumulation type is stored.
 //   - With images enough to fill the GPU, a block keeps an image: one launch. The second time it
-//     walks back, over what it read last and the second-level cache still holds.
+//     goes back, over what it read last and the second-level cache still holds.
 //   - With fewer, a block takes the channels of its warps, and the two passes are two launches; the
 //     second begins with the images that the first read last.
-// Without normalisation one pass does.
+// Without normalization one pass does.
 // Half precision on GPUs with clusters makes P once: bilinear_pool_cluster.cu.
 #include <algorithm>
 #include <cmath>
@@ -20,7 +20,7 @@
 #include "cuda/bilinear_pool_cluster.h"
 #include "cuda/bilinear_pool_tile.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::bilinear_pool {
 namespace {
 
 constexpr int kMostWarps = 8;      // of a block that keeps an image
@@ -48,15 +48,15 @@ __device__ accumulate_t<T> normalize(const PoolCall<T>& call, double squares, in
   using A = accumulate_t<T>;
   const A norm = static_cast<A>(std::sqrt(squares));
   if (writes_norm) norms[b] = norm;
-  return static_cast<A>(static_cast<double>(call.scale) / length_of(norm));
+  return static_cast<A>(static_cast<double>(call.scale) / clamped_norm(norm));
 }
 
 // The 8 channels of a lane from `c` on, of which `count` exist, and its maps.
 template <typename T, Product kProduct>
 struct Lane {
-  using C = Cut<T, kProduct>;
+  using C = Partition<T, kProduct>;
   int count, maps;
-  int64_t first;  // place in (B, M, C) of the first channel of slot 0
+  int64_t first;  // position in (B, M, C) of the first channel of slot 0
 
   __device__ Lane(const PoolCall<T>& call, int64_t b, int group, int c) {
     const int m = group * C::kMaps + 2 * (threadIdx.x % 4);
@@ -66,7 +66,7 @@ struct Lane {
     first = (b * call.maps + m) * call.channels + c;
   }
 
-  // Calls function(slot, place in (B, M, C)) for the maps that exist, if channels do.
+  // Calls function(slot, position in (B, M, C)) for the maps that exist, if channels do.
   template <typename Function>
   __device__ void for_slots(const PoolCall<T>& call, const Function& function) const {
     if (count <= 0) return;
@@ -92,7 +92,7 @@ __device__ accumulate_t<T> add_up(Pooled<T, kProduct>& pooled, const PoolCall<T>
       A roots[8];
       call.take_roots(pooled.sum[slot], roots);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) sum += roots[j] * widen(grad[j]);
+      for (int j = 0; j < 8; ++j) sum += roots[j] * upcast(grad[j]);
     });
     return sum * call.scale;
   }
@@ -135,9 +135,9 @@ __device__ void write(const Pooled<T, kProduct>& pooled, const PoolCall<T>& call
 }
 
 template <typename T, Product kProduct>
-__global__ void __launch_bounds__(kMostWarps* kWarp, Cut<T, kProduct>::kBlocks)
+__global__ void __launch_bounds__(kMostWarps* kWarp, Partition<T, kProduct>::kBlocks)
     pool_kernel(const PoolCall<T> call, const Job<T> job) {
-  using C = Cut<T, kProduct>;
+  using C = Partition<T, kProduct>;
   using A = accumulate_t<T>;
   MAGSD_DYNAMIC_SHARED(unsigned char, memory);
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, Cut<T, kProduct>::kBlocks)
   MAGSD_SHARED(double, sums, [kMostWarps]);
   if (threadIdx.x % kWarp == 0) sums[warp] = 0;
   Pooled<T, kProduct> pooled;
-  walk(
+  for_steps(
       {job.adds + job.writes, tasks, stages},
       [&](const Step& step, int buffer) {
         window_of(task_of(step)).load(buffers + buffer * kStageBytes, step.inner * C::kStage);
@@ -204,15 +204,15 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, Cut<T, kProduct>::kBlocks)
 template <typename T, Product kProduct>
 void launch_job(const DeviceScope& scope, const PoolCall<T>& call, const Job<T>& job, int warps) {
   const size_t shared = AttentionTile<T, kProduct>::bytes(call.pixels) + warps * 2 * kStageBytes;
-  launch(scope, grid_of(int64_t{call.batch} * job.shares), warps * kWarp, shared,
+  launch(scope, {grid_of(int64_t{call.batch} * job.shares), warps * kWarp, shared},
          pool_kernel<T, kProduct>, call, job);
 }
 
 // Warps of a block, at most `most`, and blocks of an image that share its tasks.
 template <typename T, Product kProduct>
-std::pair<int, int> cut_of(const PoolCall<T>& call, int most) {
+std::pair<int, int> partition_of(const PoolCall<T>& call, int most) {
   const int warps = smaller(most, ceil_div(call.channels, kChannels));
-  const int groups = ceil_div(call.maps, Cut<T, kProduct>::kMaps);
+  const int groups = ceil_div(call.maps, Partition<T, kProduct>::kMaps);
   return {warps, ceil_div(call.channels, warps * kChannels) * groups};
 }
 
@@ -223,8 +223,8 @@ bool fills_device(int64_t images) {
 }
 
 template <typename T>
-void forward(const DeviceScope& scope, const PoolCall<T>& call, const PoolSettings& settings,
-             bool allow_tf32, const PoolResults& results) {
+void pool(const DeviceScope& scope, const PoolCall<T>& call, const PoolSettings& settings,
+          bool allow_tf32, const PoolResults& results) {
   using A = accumulate_t<T>;
   T* output = mutable_data<T>(results.output);
   Job<T> job{};
@@ -241,9 +241,10 @@ void forward(const DeviceScope& scope, const PoolCall<T>& call, const PoolSettin
     if (settings.normalize && fills_device(call.batch)) {
       job.adds = true;
       job.shares = 1;
-      return launch_job<T, kProduct>(scope, call, job, cut_of<T, kProduct>(call, kMostWarps).first);
+      return launch_job<T, kProduct>(scope, call, job,
+                                     partition_of<T, kProduct>(call, kMostWarps).first);
     }
-    const auto [warps, shares] = cut_of<T, kProduct>(call, kWarpsOfAShare);
+    const auto [warps, shares] = partition_of<T, kProduct>(call, kWarpsOfAShare);
     job.shares = shares;
     const Tensor sums =
         uninitialized({settings.normalize ? call.batch : 0, shares}, ScalarType::Double);
@@ -258,32 +259,25 @@ void forward(const DeviceScope& scope, const PoolCall<T>& call, const PoolSettin
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> bilinear_attention_pool(
-    const Tensor& features, const Tensor& attention, const std::string& pool, bool signed_sqrt,
-    bool normalize, double scale, double eps, bool allow_tf32) {
-  const DeviceScope scope(features);
-  const PoolShape shape = check_pool_inputs(features, attention);
-  const PoolSettings settings = pool_settings(pool, signed_sqrt, normalize, scale, eps);
-  const PoolResults results(shape, settings, features.scalar_type());
-  if (shape.batch > 0) {
+struct Backend {
+  template <typename T>
+  static void forward(const DeviceScope& scope, const Tensor& features, const Tensor& attention,
+                      const PoolShape& shape, const PoolSettings& settings, bool allow_tf32,
+                      const PoolResults& results) {
     const FeatureMap map(features);
-    visit_floating(features.scalar_type(), [&](auto type) {
-      using T = decltype(type);
-      forward(scope, PoolCall<T>(map, attention, shape, settings), settings, allow_tf32, results);
-    });
+    pool(scope, PoolCall<T>(map, attention, shape, settings), settings, allow_tf32, results);
   }
-  return {results.output, results.norm, results.argmax};
-}
+};
 
 }  // namespace
 
 template <typename T>
-Tensor sums_along(const DeviceScope& scope, const PoolCall<T>& call, bool maximum, bool allow_tf32,
-                  const T* grad) {
+Tensor projection_sums(const DeviceScope& scope, const PoolCall<T>& call, bool maximum,
+                       bool allow_tf32, const T* grad) {
   Tensor sums;
   visit_product<T>(maximum, allow_tf32, [&](auto product) {
     constexpr Product kProduct = decltype(product)::value;
-    const auto [warps, shares] = cut_of<T, kProduct>(call, kWarpsOfAShare);
+    const auto [warps, shares] = partition_of<T, kProduct>(call, kWarpsOfAShare);
     sums = uninitialized({call.batch, shares}, ScalarType::Double);
     Job<T> job{};
     job.adds = true;
@@ -296,15 +290,15 @@ Tensor sums_along(const DeviceScope& scope, const PoolCall<T>& call, bool maximu
   return sums;
 }
 
-#define MAGSD_SUMS_ALONG(T) \
-  template Tensor sums_along(const DeviceScope&, const PoolCall<T>&, bool, bool, const T*);
-MAGSD_SUMS_ALONG(Half)
-MAGSD_SUMS_ALONG(BFloat16)
-MAGSD_SUMS_ALONG(float)
-MAGSD_SUMS_ALONG(double)
-
-}  // namespace magsd::MAGSD_ISA
+#define MAGSD_PROJECTION_SUMS(T) \
+  template Tensor projection_sums(const DeviceScope&, const PoolCall<T>&, bool, bool, const T*);
+MAGSD_PROJECTION_SUMS(Half)
+MAGSD_PROJECTION_SUMS(BFloat16)
+MAGSD_PROJECTION_SUMS(float)
+MAGSD_PROJECTION_SUMS(double)
 
 MAGSD_OPERATORS(library) {
-  library.impl("bilinear_attention_pool", TORCH_BOX(&magsd::MAGSD_ISA::bilinear_attention_pool));
+  library.impl("bilinear_attention_pool", TORCH_BOX(&pool_forward<Backend>));
 }
+
+}  // namespace magsd::MAGSD_ISA::bilinear_pool

@@ -1,7 +1,7 @@
 // What both directions of bilinear pooling share on a GPU: the call, the features and the attention
 // in shared memory, the pooled matrix of a warp.
 //
-// A warp takes kChannels channels and kMaps maps of an image and walks over the pixels in stages.
+// A warp takes kChannels channels and kMaps maps of an image and goes over the pixels in stages.
 // Lane 4 g + t owns, of D (channels x maps) in fragments of m16n8k8 (see mma.h), the 8 channels
 // that follow one another from 8 chunk_of(g) on, and maps 8 n + 2 t + e: whoever computes D, on
 // tensor cores or not, reads and writes matrices of (maps x channels) in whole sectors of 16 bytes
@@ -16,12 +16,12 @@
 
 #include "common/bilinear_pool_arguments.h"
 #include "common/feature_map.h"
-#include "common/resize.h"
+#include "common/resampling.h"
 #include "cuda/async_copy.h"
 #include "cuda/kernel.h"
 #include "cuda/mma.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::bilinear_pool {
 
 // How products are made: on tensor cores (exact for half precision, TF32 for float), by fused
 // multiplications and additions, or not added up at all but compared.
@@ -32,7 +32,7 @@ constexpr int kStageBytes = 64 * 80;  // of shared memory, for kStage pixels of 
 constexpr int kRowBytes = 80;         // of a channel's row in it: 64 and a misaligned beginning
 
 template <typename T, Product kProduct>
-struct Cut {
+struct Partition {
   using A = accumulate_t<T>;
   static constexpr bool kRounds = kProduct == Product::kTensor && std::is_same_v<T, float>;
   static constexpr int kMaps = kProduct == Product::kMaximum || sizeof(A) == 8 ? 16 : 32;
@@ -45,7 +45,7 @@ struct Cut {
 
   // Where a row holds map m of a group. Tensor cores take operands one by one; otherwise maps
   // 8 n + i lie side by side for all n, and a lane reads what it needs of them at once.
-  MAGSD_HD static int place_of(int m) {
+  MAGSD_HD static int position_of(int m) {
     return kProduct == Product::kTensor ? m : m % 8 * kEighths + m / 8;
   }
 };
@@ -60,14 +60,14 @@ MAGSD_HD Value larger(Value a, Value b) {
   return a < b ? b : a;
 }
 
-// First of the 8 channels that lane group g owns is 8 chunk_of(g). Neighbouring groups lie 4 chunks
+// First of the 8 channels that lane group g owns is 8 chunk_of(g). Neighboring groups lie 4 chunks
 // apart, so that the two chunks of a lane of a product with channels as columns fill sectors.
 __device__ __forceinline__ int chunk_of(int g) { return g / 2 + g % 2 * 4; }
 __device__ __forceinline__ int group_of(int chunk) { return chunk % 4 * 2 + chunk / 4; }
 
 // ------------------------------------------------------------------------------- 16 bytes at once
 
-// Neighbours in memory, aligned to their size of 8 or 16 bytes.
+// Neighbors in memory, aligned to their size of 8 or 16 bytes.
 template <typename Value, int kCount>
 __device__ __forceinline__ void load_aligned(const Value* from, Value (&values)[kCount]) {
   static_assert(sizeof(values) == 8 || sizeof(values) == 16);
@@ -91,7 +91,7 @@ __device__ __forceinline__ void stream_16(void* to, uint4 word) {
 #endif
 }
 
-// Eight numbers of shared memory, widened; 0 unless they exist.
+// Eight numbers of shared memory, upcast; 0 unless they exist.
 template <typename T>
 __device__ __forceinline__ void load_eight(const T* from, bool exist,
                                            accumulate_t<T> (&values)[8]) {
@@ -109,8 +109,8 @@ __device__ __forceinline__ void load_eight(const T* from, bool exist,
         } else {
           T two[2];
           std::memcpy(two, &word, sizeof(two));
-          values[2 * k] = widen(two[0]);
-          values[2 * k + 1] = widen(two[1]);
+          values[2 * k] = upcast(two[0]);
+          values[2 * k + 1] = upcast(two[1]);
         }
       }
     } else {
@@ -125,10 +125,10 @@ __device__ __forceinline__ void load_eight(const T* from, bool exist,
 
 // Two numbers, each rounded to nearest even, in one register.
 template <typename T>
-__device__ __forceinline__ unsigned narrow_two(float low, float high) {
+__device__ __forceinline__ unsigned downcast_two(float low, float high) {
   unsigned both = 0;
 #if defined(MAGSD_SIMT)
-  const T values[2] = {narrow<T>(low), narrow<T>(high)};
+  const T values[2] = {downcast<T>(low), downcast<T>(high)};
   std::memcpy(&both, values, sizeof(both));
 #else
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -164,8 +164,8 @@ __device__ __forceinline__ void store_row(const accumulate_t<T> (&values)[8], T*
   for (int i = 0; i < 8; i += kEach) {
     uint4 word;
     if constexpr (sizeof(T) == 2) {
-      word = {narrow_two<T>(values[0], values[1]), narrow_two<T>(values[2], values[3]),
-              narrow_two<T>(values[4], values[5]), narrow_two<T>(values[6], values[7])};
+      word = {downcast_two<T>(values[0], values[1]), downcast_two<T>(values[2], values[3]),
+              downcast_two<T>(values[4], values[5]), downcast_two<T>(values[6], values[7])};
     } else {
       std::memcpy(&word, values + i, sizeof(word));
     }
@@ -248,12 +248,12 @@ struct AttentionMaps {
         height(static_cast<int>(maps.size(2))),
         width(static_cast<int>(maps.size(3))),
         to_width(static_cast<int>(to_columns)),
-        rows_apart(sampling_step<accumulate_t<T>>(height, to_height, true)),
-        columns_apart(sampling_step<accumulate_t<T>>(width, to_columns, true)),
+        rows_apart(resize_step<accumulate_t<T>>(height, to_height, true)),
+        columns_apart(resize_step<accumulate_t<T>>(width, to_columns, true)),
         resized(height != to_height || width != to_columns) {}
 
   __device__ accumulate_t<T> at(const T* map, int64_t y, int64_t x) const {
-    return widen(map[y * step_y + x * step_x]);
+    return upcast(map[y * step_y + x * step_x]);
   }
 
   // Map m of image b at pixel p of the features.
@@ -262,8 +262,8 @@ struct AttentionMaps {
     const T* map = data + b * step_b + m * step_m;
     const int y = p / to_width, x = p % to_width;
     if (!resized) return at(map, y, x);
-    const Sample<A> row = sample_at(y, height, rows_apart, true);
-    const Sample<A> column = sample_at(x, width, columns_apart, true);
+    const LinearTaps<A> row = linear_taps(y, height, rows_apart, true);
+    const LinearTaps<A> column = linear_taps(x, width, columns_apart, true);
     const A upper = (A{1} - column.weight) * at(map, row.lower, column.lower) +
                     column.weight * at(map, row.lower, column.upper);
     const A lower = (A{1} - column.weight) * at(map, row.upper, column.lower) +
@@ -317,9 +317,6 @@ struct PoolCall {
   }
 };
 
-// A smaller norm counts as the smallest; NaN stays NaN.
-MAGSD_HD double length_of(double norm) { return norm < kSmallestNorm ? kSmallestNorm : norm; }
-
 // Calls function(std::integral_constant<Product, ...>) with how a call makes its products.
 template <typename T, typename Function>
 void visit_product(bool maximum, bool allow_tf32, const Function& function) {
@@ -338,7 +335,7 @@ void visit_product(bool maximum, bool allow_tf32, const Function& function) {
 // Pools and adds up scale * root * grad over the maps and channels of every image: (B, shares)
 // float64, the shares of an image to be added in order. Runs the products as the forward does.
 template <typename T>
-Tensor sums_along(const DeviceScope& scope, const PoolCall<T>& call, bool maximum, bool allow_tf32,
-                  const T* grad);
+Tensor projection_sums(const DeviceScope& scope, const PoolCall<T>& call, bool maximum,
+                       bool allow_tf32, const T* grad);
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::bilinear_pool

@@ -6,13 +6,13 @@
 // Must move the features and the gradient of the output in, and the gradient of the features out.
 // The output is not read: it is rounded in half precision, and where it is not, one way for all
 // dtypes is worth more than the product that it would save. Three launches at most:
-//   - normalised: the sum of root * gradient over an image (the forward's kernel);
+//   - normalized: the sum of root * gradient over an image (the forward's kernel);
 //   - W: a warp makes the pooled matrix of 64 channels again, turns it into W in shared memory, and
-//     walks over the pixels a second time for dF and its block's share of dA;
+//     goes over the pixels a second time for dF and its block's share of dA;
 //   - the shares are added in order, resized back and rounded.
-// Maps past the 32 of a group take another round each; what they add to dF is kept wide between.
-// With the maximum, sums take only the pixel that argmax names.
-// Half precision on GPUs with clusters: bilinear_pool_cluster_backward.cu.
+// Maps past the 32 of a group take another round each; what they add to dF is kept in the
+// accumulation type between. With the maximum, sums take only the pixel that argmax names. Half
+// precision on GPUs with clusters: bilinear_pool_cluster_backward.cu.
 #include <algorithm>
 #include <cstdint>
 #include <string>
@@ -25,19 +25,18 @@
 #include "cuda/bilinear_pool_gradients.h"
 #include "cuda/bilinear_pool_tile.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::bilinear_pool {
 namespace {
 
 constexpr int kMostWarps = 4;
 template <typename T>
-constexpr ScalarType kWideDtype =
-    std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+constexpr ScalarType kAccDtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 constexpr int kThreads = 128;  // of a block that adds shares
 
 // Warps of a block: what fits in the shared memory of the smallest GPU.
 template <typename T, Product kProduct>
 constexpr int warps_of_block() {
-  using C = Cut<T, kProduct>;
+  using C = Partition<T, kProduct>;
   constexpr int kLeft =
       99 * 1024 - C::kKept * C::kPitch * static_cast<int>(sizeof(accumulate_t<T>));
   return smaller(kMostWarps, kLeft / WarpGradients<T, kProduct>::kBytes);
@@ -47,7 +46,7 @@ constexpr int warps_of_block() {
 template <typename T, Product kProduct>
 __device__ void add_warps(const PoolCall<T>& call, const unsigned char* memory, int warps,
                           int group, int count, accumulate_t<T>* to) {
-  using C = Cut<T, kProduct>;
+  using C = Partition<T, kProduct>;
   using A = accumulate_t<T>;
   for (int i = threadIdx.x; i < count * C::kMaps; i += blockDim.x) {
     const int p = i / C::kMaps, m = i % C::kMaps;
@@ -64,7 +63,7 @@ __device__ void add_warps(const PoolCall<T>& call, const unsigned char* memory, 
 template <typename T, Product kProduct>
 __global__ void __launch_bounds__(kMostWarps* kWarp, 2)
     backward_kernel(const PoolCall<T> call, const GradientJob<T> job) {
-  using C = Cut<T, kProduct>;
+  using C = Partition<T, kProduct>;
   using A = accumulate_t<T>;
   MAGSD_DYNAMIC_SHARED(unsigned char, memory);
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
@@ -76,16 +75,16 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 2)
   const int busy = smaller(warps, ceil_div(call.channels - block * warps * kChannels, kChannels));
   const int stages = ceil_div(call.pixels, C::kStage);
   // Without root and norm W is the gradient of the output itself.
-  const int walks = call.signed_sqrt || call.normalize ? 2 : 1;
+  const int rounds = call.signed_sqrt || call.normalize ? 2 : 1;
 
   AttentionTile<T, kProduct> attention(reinterpret_cast<A*>(memory), call, b);
   unsigned char* const shares = memory + attention.bytes(call.pixels);
   WarpGradients<T, kProduct> gradients(call, job, b, c, shares + warp * gradients.kBytes);
   const Chain<T> chain(call, job, b);
-  walk(
-      {groups, walks, stages},
+  for_steps(
+      {groups, rounds, stages},
       [&](const Step& step, int buffer) {
-        const bool read = step.middle < walks - 1 || job.attention != nullptr;
+        const bool read = step.middle < rounds - 1 || job.attention != nullptr;
         if (read) gradients.window().load(gradients.stage(buffer), step.inner * C::kStage);
       },
       [&](const Step& step, int buffer) {
@@ -97,12 +96,12 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 2)
           if constexpr (kProduct == Product::kMaximum) {
             if (step.inner == 0) gradients.load_first(group);
           }
-          if (walks == 2) gradients.add(stage, rows, p, count);
-          if (walks == 1 ? step.inner == 0 : step.inner == stages - 1) {
+          if (rounds == 2) gradients.add(stage, rows, p, count);
+          if (rounds == 1 ? step.inner == 0 : step.inner == stages - 1) {
             gradients.weigh(chain, group);
           }
         }
-        if (step.middle < walks - 1) return;
+        if (step.middle < rounds - 1) return;
         if (job.attention != nullptr) {
           if (warp < busy) gradients.attention_gradient(stage, p);
           __syncthreads();
@@ -138,9 +137,8 @@ struct Resize {
 
   // What output o takes of input i.
   __device__ static A weight(int o, int i, int length, A step) {
-    const Sample<A> sample = sample_at(o, length, step, true);
-    return (sample.lower == i ? A{1} - sample.weight : A{0}) +
-           (sample.upper == i ? sample.weight : A{0});
+    const LinearTaps<A> taps = linear_taps(o, length, step, true);
+    return (taps.lower == i ? A{1} - taps.weight : A{0}) + (taps.upper == i ? taps.weight : A{0});
   }
 
   __device__ A sum(int64_t b, int64_t p, int m) const {
@@ -177,17 +175,17 @@ __global__ void __launch_bounds__(kThreads, 8)
   const int64_t b = blockIdx.x / blocks, pixels = int64_t{resize.maps.height} * resize.maps.width;
   const int64_t i = int64_t{blockIdx.x % blocks} * kThreads + threadIdx.x;
   if (i >= pixels * resize.count) return;
-  // Neighbouring threads read neighbours: the shares have a column per map.
+  // Neighboring threads read neighbors: the shares have a column per map.
   const int64_t p = i / resize.count, m = i % resize.count;
   const int64_t at = resize.channels_last ? (b * pixels + p) * resize.count + m
                                           : (b * resize.count + m) * pixels + p;
-  resize.grad[at] = narrow<T>(resize.value(b, static_cast<int>(p), static_cast<int>(m)));
+  resize.grad[at] = downcast<T>(resize.value(b, static_cast<int>(p), static_cast<int>(m)));
 }
 
 template <typename T>
-void backward(const DeviceScope& scope, const PoolCall<T>& call, const PoolSettings& settings,
-              bool allow_tf32, GradientJob<T> job, const PoolGradients& results,
-              const Tensor& attention) {
+void write_gradients(const DeviceScope& scope, const PoolCall<T>& call,
+                     const PoolSettings& settings, bool allow_tf32, GradientJob<T> job,
+                     const PoolGradients& results, const Tensor& attention) {
   using A = accumulate_t<T>;
   if constexpr (sizeof(T) == 2) {
     const bool last = is_channels_last(attention);
@@ -200,9 +198,9 @@ void backward(const DeviceScope& scope, const PoolCall<T>& call, const PoolSetti
         last ? call.maps : 1};
     if (!settings.maximum && gradients_by_clusters(scope, call, gradients)) return;
   }
-  Tensor sums, wide, shares;
+  Tensor sums, grad_acc, shares;
   if (settings.normalize) {
-    sums = sums_along(scope, call, settings.maximum, allow_tf32, job.grad);
+    sums = projection_sums(scope, call, settings.maximum, allow_tf32, job.grad);
     job.sums = data<double>(sums);
     job.shares = static_cast<int>(sums.size(1));
   }
@@ -211,20 +209,21 @@ void backward(const DeviceScope& scope, const PoolCall<T>& call, const PoolSetti
     using S = WarpGradients<T, kProduct>;
     const int warps = smaller(warps_of_block<T, kProduct>(), ceil_div(call.channels, kChannels));
     const int blocks = ceil_div(call.channels, warps * kChannels);
-    if (job.features != nullptr && call.maps > Cut<T, kProduct>::kMaps) {
+    if (job.features != nullptr && call.maps > Partition<T, kProduct>::kMaps) {
       if constexpr (std::is_same_v<T, A>) {
-        job.wide = job.features;
+        job.grad_acc = job.features;
       } else {
-        wide = uninitialized({results.features.numel()}, kWideDtype<T>);
-        job.wide = mutable_data<A>(wide);
+        grad_acc = uninitialized({results.features.numel()}, kAccDtype<T>);
+        job.grad_acc = mutable_data<A>(grad_acc);
       }
     }
     if (results.attention.numel() > 0) {
-      shares = uninitialized({call.batch, blocks, call.pixels, call.maps}, kWideDtype<T>);
+      shares = uninitialized({call.batch, blocks, call.pixels, call.maps}, kAccDtype<T>);
       job.attention = mutable_data<A>(shares);
     }
-    launch(scope, grid_of(int64_t{call.batch} * blocks), warps * kWarp,
-           AttentionTile<T, kProduct>::bytes(call.pixels) + warps * S::kBytes,
+    launch(scope,
+           {grid_of(int64_t{call.batch} * blocks), warps * kWarp,
+            AttentionTile<T, kProduct>::bytes(call.pixels) + warps * S::kBytes},
            backward_kernel<T, kProduct>, call, job);
     if (job.attention == nullptr) return;
     const Resize<T> resize{call.attention,
@@ -236,48 +235,35 @@ void backward(const DeviceScope& scope, const PoolCall<T>& call, const PoolSetti
                            mutable_data<T>(results.attention)};
     const int64_t entries = attention.numel() / call.batch;
     const int64_t pieces = ceil_div(entries, int64_t{kThreads});
-    launch(scope, grid_of(call.batch * pieces), kThreads, 0, attention_kernel<T>, resize,
+    launch(scope, {grid_of(call.batch * pieces), kThreads}, attention_kernel<T>, resize,
            static_cast<int>(pieces));
   });
 }
 
-std::tuple<Tensor, Tensor> bilinear_attention_pool_backward(
-    const Tensor& grad, const Tensor& features, const Tensor& attention, const Tensor& output,
-    const Tensor& norm, const Tensor& argmax, const std::string& pool, bool signed_sqrt,
-    bool normalize, double scale, double eps, bool allow_tf32, const std::vector<bool>& needs) {
-  const DeviceScope scope(grad);
-  const PoolShape shape = check_pool_inputs(features, attention);
-  const PoolSettings settings = pool_settings(pool, signed_sqrt, normalize, scale, eps);
-  const ScalarType dtype = features.scalar_type();
-  check_pool_results(grad, output, norm, argmax, shape, settings, dtype, needs);
-  const PoolGradients results(features, attention, needs);
-  if (shape.batch > 0 && (needs[0] || needs[1])) {
+struct Backend {
+  template <typename T>
+  static void backward(const DeviceScope& scope, const Tensor& features, const Tensor& attention,
+                       const PoolSaved& saved, const PoolShape& shape, const PoolSettings& settings,
+                       bool allow_tf32, const PoolGradients& results) {
+    using A = accumulate_t<T>;
     const FeatureMap map(features);
-    const Tensor dense_grad = dense(grad);
-    const Tensor dense_norm = normalize ? dense(norm) : norm;
-    const Tensor dense_argmax = settings.maximum ? dense(argmax) : argmax;
-    visit_floating(dtype, [&](auto type) {
-      using T = decltype(type);
-      using A = accumulate_t<T>;
-      const PoolCall<T> call(map, attention, shape, settings);
-      GradientJob<T> job{};
-      job.grad = data<T>(dense_grad);
-      job.norm = normalize ? data<A>(dense_norm) : nullptr;
-      job.argmax = settings.maximum ? data<int32_t>(dense_argmax) : nullptr;
-      job.features = needs[0] ? mutable_data<T>(results.features) : nullptr;
-      job.channels_last = is_channels_last(features);
-      job.aligned_grad = call.has_aligned_rows(job.grad);
-      job.aligned_features = call.has_aligned_rows(job.features);
-      backward(scope, call, settings, allow_tf32, job, results, attention);
-    });
+    const PoolCall<T> call(map, attention, shape, settings);
+    GradientJob<T> job{};
+    job.grad = data<T>(saved.grad);
+    job.norm = settings.normalize ? data<A>(saved.norm) : nullptr;
+    job.argmax = settings.maximum ? data<int32_t>(saved.argmax) : nullptr;
+    job.features = results.needs_features ? mutable_data<T>(results.features) : nullptr;
+    job.channels_last = is_channels_last(features);
+    job.aligned_grad = call.has_aligned_rows(job.grad);
+    job.aligned_features = call.has_aligned_rows(job.features);
+    write_gradients(scope, call, settings, allow_tf32, job, results, attention);
   }
-  return {results.features, results.attention};
-}
+};
 
 }  // namespace
-}  // namespace magsd::MAGSD_ISA
 
 MAGSD_OPERATORS(library) {
-  library.impl("bilinear_attention_pool_backward",
-               TORCH_BOX(&magsd::MAGSD_ISA::bilinear_attention_pool_backward));
+  library.impl("bilinear_attention_pool_backward", TORCH_BOX(&pool_backward<Backend>));
 }
+
+}  // namespace magsd::MAGSD_ISA::bilinear_pool

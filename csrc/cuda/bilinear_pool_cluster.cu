@@ -10,7 +10,7 @@
 
 #include "cuda/bilinear_pool_cluster.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::bilinear_pool {
 namespace {
 
 template <typename T>
@@ -22,8 +22,7 @@ struct ClusterJob {
 #if defined(MAGSD_HAS_CLUSTERS)
 // A thread's share of the sum of squares of the roots; what belongs to no map becomes 0.
 template <typename T, bool kChannelsLast>
-__device__ float sum_of_squares(const PoolCall<T>& call,
-                                const ClusterTile<T, kChannelsLast>& tile,
+__device__ float sum_of_squares(const PoolCall<T>& call, const ClusterTile<T, kChannelsLast>& tile,
                                 float (&sums)[kTiles][8]) {
   float sum = 0;
   int roots = 0;
@@ -51,8 +50,8 @@ __device__ void stage_result(const PoolCall<T>& call, const ClusterTile<T, kChan
     call.take_roots(sums[n], roots);
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
-      unsigned char* row = memory + tile.map_of(i) * tile.cut().result_pitch();
-      const unsigned two = narrow_two<T>(roots[i] * factor, roots[i + 1] * factor);
+      unsigned char* row = memory + tile.map_of(i) * tile.partition().result_pitch();
+      const unsigned two = downcast_two<T>(roots[i] * factor, roots[i + 1] * factor);
       if constexpr (kChannelsLast) {
         if (tile.has_channel(n, i)) {
           *reinterpret_cast<unsigned*>(row + sizeof(T) * tile.channel_of(n, i)) = two;
@@ -77,7 +76,7 @@ __device__ void write_result(const PoolCall<T>& call, const ClusterTile<T, kChan
   constexpr int kEach = sizeof(Word) / sizeof(T);
   const int words = 8 * tile.octets() / kEach;
   for (int m = threadIdx.x / kWarp; m < call.maps; m += kClusterWarps) {
-    const Word* from = reinterpret_cast<const Word*>(memory + m * tile.cut().result_pitch());
+    const Word* from = reinterpret_cast<const Word*>(memory + m * tile.partition().result_pitch());
     Word* to = reinterpret_cast<Word*>(output + int64_t{m} * call.channels + tile.first_channel());
     for (int i = threadIdx.x % kWarp; i < words; i += kWarp) __stcs(to + i, from[i]);
   }
@@ -110,7 +109,7 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
     const float norm = static_cast<float>(
         std::sqrt(cluster_sum(static_cast<double>(sum_of_squares(call, tile, sums)))));
     if (rank == 0 && threadIdx.x == 0) job.norm[b] = norm;
-    factor = static_cast<float>(static_cast<double>(call.scale) / length_of(norm));
+    factor = static_cast<float>(static_cast<double>(call.scale) / clamped_norm(norm));
   } else {
     __syncthreads();
   }
@@ -125,12 +124,12 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
 
 template <typename T>
 bool pool_by_clusters(const DeviceScope& scope, const PoolCall<T>& call, T* output, float* norm) {
-  const ClusterCut cut(call.channels, call.pixels, call.features.channels_last);
-  const auto kernel = call.features.channels_last ? &cluster_pool_kernel<T, true>
-                                                  : &cluster_pool_kernel<T, false>;
-  if (!fits_clusters(call, cut.bytes(), reinterpret_cast<const void*>(kernel))) return false;
-  launch_clusters(scope, grid_of(int64_t{call.batch} * kClusterBlocks), kClusterBlocks,
-                  kClusterThreads, static_cast<size_t>(cut.bytes()), kernel, call,
+  const ClusterPartition partition(call.channels, call.pixels, call.features.channels_last);
+  const auto kernel =
+      call.features.channels_last ? &cluster_pool_kernel<T, true> : &cluster_pool_kernel<T, false>;
+  const ClusterShape shape{kClusterBlocks, kClusterThreads, static_cast<size_t>(partition.bytes())};
+  if (!fits_clusters(call, shape, reinterpret_cast<const void*>(kernel))) return false;
+  launch_clusters(scope, grid_of(int64_t{call.batch} * kClusterBlocks), shape, kernel, call,
                   ClusterJob<T>{output, norm});
   return true;
 }
@@ -140,4 +139,4 @@ bool pool_by_clusters(const DeviceScope& scope, const PoolCall<T>& call, T* outp
 MAGSD_POOL_BY_CLUSTERS(Half)
 MAGSD_POOL_BY_CLUSTERS(BFloat16)
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::bilinear_pool

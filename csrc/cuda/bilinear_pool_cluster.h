@@ -18,7 +18,7 @@
 #include "cuda/cluster.h"
 #include "cuda/mma_half.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::bilinear_pool {
 
 constexpr int kClusterBlocks = 4;  // of an image
 constexpr int kClusterWarps = 8;   // of a block
@@ -28,8 +28,8 @@ constexpr int kOctets = 64;  // of a block at most: 64 registers of sums a threa
 constexpr int kTiles = kOctets / kClusterWarps;
 constexpr int kMostPixels = 4096;  // so that no offset overflows; shared memory ends long before
 
-// How the shared memory of a block is cut. Offsets in bytes; all are multiples of 16.
-struct ClusterCut {
+// How the shared memory of a block is partitioned. Offsets in bytes; all are multiples of 16.
+struct ClusterPartition {
   static constexpr int kAttentionPitch = 2 * kClusterMaps + 16;
 
   int octets;  // of a block; the last ones may have fewer
@@ -37,7 +37,7 @@ struct ClusterCut {
   bool channels_last;
 
   // Larger sizes, which no cluster takes, count as the largest, so that nothing overflows.
-  MAGSD_HD ClusterCut(int channels, int pixels_of, bool last)
+  MAGSD_HD ClusterPartition(int channels, int pixels_of, bool last)
       : octets(smaller(kOctets, ceil_div(channels / 8, kClusterBlocks))),
         pixels(smaller(kMostPixels, pixels_of)),
         channels_last(last) {}
@@ -55,11 +55,11 @@ struct ClusterCut {
   MAGSD_HD int bytes() const { return attention() + pixels * kAttentionPitch; }
 };
 
-// Whether clusters take a call, given the dynamic shared memory of a block. By sizes, alignment and
-// the device alone, so that it is the same every time.
+// Whether clusters take a call: by sizes, alignment and the device alone, so that it is the same
+// every time.
 template <typename T>
-bool fits_clusters(const PoolCall<T>& call, int shared, const void* kernel) {
-  constexpr int kStaticBytes = 256;  // at least what a kernel declares
+bool fits_clusters(const PoolCall<T>& call, const ClusterShape& shape, const void* kernel) {
+  constexpr size_t kStaticBytes = 256;  // at least what a kernel declares
   const Features<T>& features = call.features;
   const bool whole_octets = call.channels % 8 == 0 && features.misaligned == 0 &&
                             (!features.channels_last || features.aligned_pixels);
@@ -67,7 +67,7 @@ bool fits_clusters(const PoolCall<T>& call, int shared, const void* kernel) {
       call.channels > 8 * kOctets * kClusterBlocks || call.pixels > kMostPixels) {
     return false;
   }
-  return device_runs(kernel, kClusterBlocks, kClusterThreads, shared, kStaticBytes);
+  return device_runs(kernel, shape, kStaticBytes);
 }
 
 #if defined(MAGSD_HAS_CLUSTERS)
@@ -77,15 +77,15 @@ class ClusterTile {
   __device__ ClusterTile(const PoolCall<T>& call, int b, int rank, unsigned char* memory)
       : call_(call),
         b_(b),
-        cut_(call.channels, call.pixels, kChannelsLast),
-        first_(rank * cut_.octets),
-        octets_(larger(0, smaller(cut_.octets, call.channels / 8 - first_))),
-        pitch_(16 * cut_.pitch()),
+        partition_(call.channels, call.pixels, kChannelsLast),
+        first_(rank * partition_.octets),
+        octets_(larger(0, smaller(partition_.octets, call.channels / 8 - first_))),
+        pitch_(16 * partition_.pitch()),
         memory_(memory),
         begin_(kChannelsLast ? 0 : warp_ * call.pixels % 8),
         chunk_(kChannelsLast ? 0 : warp_ * call.pixels / 8) {}
 
-  __device__ const ClusterCut& cut() const { return cut_; }
+  __device__ const ClusterPartition& partition() const { return partition_; }
   // Octets of this block, and channels before them.
   __device__ int octets() const { return octets_; }
   __device__ int first_channel() const { return 8 * first_; }
@@ -187,7 +187,7 @@ class ClusterTile {
 
   // Puts numbers of pixel p and of the lane's two columns of tile n where the features were.
   __device__ void replace(int p, int n, float low, float high) const {
-    const unsigned two = narrow_two<T>(low, high);
+    const unsigned two = downcast_two<T>(low, high);
     if constexpr (kChannelsLast) {
       if (!has_channel(n, 0)) return;
       *reinterpret_cast<unsigned*>(memory_ + p * pitch_ + 16 * octet_of(n, 0) + 4 * t_) = two;
@@ -268,16 +268,16 @@ class ClusterTile {
            (p + 1 >= 0 && p + 1 < call_.pixels ? 0xffff0000u : 0);
   }
 
-  __device__ unsigned char* zero_row() const { return memory_ + cut_.zero_row(); }
+  __device__ unsigned char* zero_row() const { return memory_ + partition_.zero_row(); }
   __device__ unsigned char* attention_at(int p) const {
-    return memory_ + cut_.attention() + p * ClusterCut::kAttentionPitch;
+    return memory_ + partition_.attention() + p * ClusterPartition::kAttentionPitch;
   }
 
   const PoolCall<T>& call_;
   const int b_;
   const int warp_ = threadIdx.x / kWarp, lane_ = threadIdx.x % kWarp;
   const int g_ = lane_ / 4, t_ = lane_ % 4;
-  const ClusterCut cut_;
+  const ClusterPartition partition_;
   const int first_, octets_, pitch_;
   unsigned char* const memory_;
   const int begin_, chunk_;  // of the warp's rows: pixels before the first in chunk_
@@ -324,4 +324,4 @@ template <typename T>
 bool gradients_by_clusters(const DeviceScope& scope, const PoolCall<T>& call,
                            const ClusterGradients<T>& job);
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::bilinear_pool

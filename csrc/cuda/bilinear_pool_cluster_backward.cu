@@ -18,24 +18,24 @@
 #include "cuda/bilinear_pool_cluster.h"
 #include "cuda/bilinear_pool_gradients.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::bilinear_pool {
 namespace {
 
 constexpr int kSumPitch = kClusterMaps + 4;  // of a pixel's sums of dA
 
 // Behind the forward's shared memory: the gradient of the output, then the sums of dA.
-int shared_bytes(const ClusterCut& cut) {
-  const int sums = cut.pixels * kSumPitch * static_cast<int>(sizeof(float));
-  return cut.bytes() + larger(cut.result_bytes(), sums);
+int shared_bytes(const ClusterPartition& partition) {
+  const int sums = partition.pixels * kSumPitch * static_cast<int>(sizeof(float));
+  return partition.bytes() + larger(partition.result_bytes(), sums);
 }
 
 #if defined(MAGSD_HAS_CLUSTERS)
 template <typename T>
-__device__ void widen_two(unsigned two, float& low, float& high) {
+__device__ void upcast_two(unsigned two, float& low, float& high) {
   T values[2];
   std::memcpy(values, &two, sizeof(values));
-  low = widen(values[0]);
-  high = widen(values[1]);
+  low = upcast(values[0]);
+  high = upcast(values[1]);
 }
 
 // Rows of this block's channels of grad to shared memory, as the forward lays out the result.
@@ -45,7 +45,7 @@ __device__ void load_grad(const PoolCall<T>& call, const ClusterTile<T, kChannel
   const int channels = 8 * tile.octets();
   for (int m = threadIdx.x / kWarp; m < call.maps; m += kClusterWarps) {
     const T* from = grad + int64_t{m} * call.channels + tile.first_channel();
-    unsigned* to = reinterpret_cast<unsigned*>(memory + m * tile.cut().result_pitch());
+    unsigned* to = reinterpret_cast<unsigned*>(memory + m * tile.partition().result_pitch());
     for (int i = threadIdx.x % kWarp; i < channels / 2; i += kWarp) {
       if (aligned) {
         to[i] = reinterpret_cast<const unsigned*>(from)[i];
@@ -62,7 +62,8 @@ __device__ void read_grad(const PoolCall<T>& call, const ClusterTile<T, kChannel
                           const unsigned char* memory, int n, T (&grad)[8]) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const T* row = reinterpret_cast<const T*>(memory + tile.map_of(i) * tile.cut().result_pitch());
+    const T* row =
+        reinterpret_cast<const T*>(memory + tile.map_of(i) * tile.partition().result_pitch());
     const bool exists = tile.map_of(i) < call.maps && tile.has_channel(n, i);
     grad[i] = exists ? row[tile.channel_of(n, i)] : T{};
   }
@@ -71,11 +72,10 @@ __device__ void read_grad(const PoolCall<T>& call, const ClusterTile<T, kChannel
 // From sums of products to W; 0 past the last map.
 template <typename T, bool kChannelsLast>
 __device__ void weigh(const PoolCall<T>& call, const ClusterTile<T, kChannelsLast>& tile,
-                      const unsigned char* grads, const float* norm,
-                      float (&sums)[kTiles][8]) {
+                      const unsigned char* grads, const float* norm, float (&sums)[kTiles][8]) {
   Chain<T> chain(call);
   if (call.normalize) {
-    float along = 0;
+    float projection = 0;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       T grad[8];
@@ -84,10 +84,10 @@ __device__ void weigh(const PoolCall<T>& call, const ClusterTile<T, kChannelsLas
       call.take_roots(sums[n], roots);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        if (tile.map_of(i) < call.maps) along += roots[i] * widen(grad[i]);
+        if (tile.map_of(i) < call.maps) projection += roots[i] * upcast(grad[i]);
       }
     }
-    chain.normalize(*norm, cluster_sum(static_cast<double>(along * call.scale)));
+    chain.normalize(*norm, cluster_sum(static_cast<double>(projection * call.scale)));
   }
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
@@ -126,9 +126,9 @@ __device__ float split(const float (&weights)[kTiles][8], unsigned (&high)[kTile
     for (int j = 0; j < 4; ++j) {
       const float first = weights[n][2 * j] * scale, second = weights[n][2 * j + 1] * scale;
       float rounded_first, rounded_second;
-      high[n][j] = narrow_two<T>(first, second);
-      widen_two<T>(high[n][j], rounded_first, rounded_second);
-      rest[n][j] = narrow_two<T>(first - rounded_first, second - rounded_second);
+      high[n][j] = downcast_two<T>(first, second);
+      upcast_two<T>(high[n][j], rounded_first, rounded_second);
+      rest[n][j] = downcast_two<T>(first - rounded_first, second - rounded_second);
     }
   }
   return inverse;
@@ -138,8 +138,8 @@ __device__ float split(const float (&weights)[kTiles][8], unsigned (&high)[kTile
 // multiple of eight less begin() on; warps keep sixteen apart, so that none meets another's.
 template <typename T, bool kChannelsLast>
 __device__ void add_attention(const PoolCall<T>& call, const ClusterTile<T, kChannelsLast>& tile,
-                              const unsigned (&high)[kTiles][4],
-                              const unsigned (&rest)[kTiles][4], float inverse, float* sums) {
+                              const unsigned (&high)[kTiles][4], const unsigned (&rest)[kTiles][4],
+                              float inverse, float* sums) {
   for (int i = threadIdx.x; i < call.pixels * kSumPitch; i += blockDim.x) sums[i] = 0;
   __syncthreads();
   const int warp = threadIdx.x / kWarp, t = threadIdx.x % 4;
@@ -177,14 +177,13 @@ __device__ void store_attention(const PoolCall<T>& call, const ClusterGradients<
     float sum = 0;
 #pragma unroll
     for (int part = 0; part < kClusterBlocks; ++part) sum += parts[part][p * kSumPitch + m];
-    to[m * job.step_m + p * job.step_p] = narrow<T>(sum);
+    to[m * job.step_m + p * job.step_p] = downcast<T>(sum);
   }
 }
 
 // dF, where the features were.
 template <typename T, bool kChannelsLast>
-__device__ void replace_features(const PoolCall<T>& call,
-                                 const ClusterTile<T, kChannelsLast>& tile,
+__device__ void replace_features(const PoolCall<T>& call, const ClusterTile<T, kChannelsLast>& tile,
                                  unsigned (&high)[kTiles][4], unsigned (&rest)[kTiles][4],
                                  float inverse) {
 #pragma unroll
@@ -230,7 +229,7 @@ __global__ void __launch_bounds__(kClusterThreads, (kBlocks<T, kChannelsLast>))
   MAGSD_DYNAMIC_SHARED(unsigned char, memory);
   const int b = blockIdx.x / kClusterBlocks, rank = blockIdx.x % kClusterBlocks;
   const ClusterTile<T, kChannelsLast> tile(call, b, rank, memory);
-  unsigned char* const grads = memory + tile.cut().bytes();
+  unsigned char* const grads = memory + tile.partition().bytes();
   float* const attention_sums = reinterpret_cast<float*>(grads);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -278,20 +277,20 @@ __global__ void __launch_bounds__(kClusterThreads, (kBlocks<T, kChannelsLast>))
 template <typename T>
 bool gradients_by_clusters(const DeviceScope& scope, const PoolCall<T>& call,
                            const ClusterGradients<T>& job) {
-  const ClusterCut cut(call.channels, call.pixels, call.features.channels_last);
-  const int shared = shared_bytes(cut);
+  const ClusterPartition partition(call.channels, call.pixels, call.features.channels_last);
+  const ClusterShape shape{kClusterBlocks, kClusterThreads,
+                           static_cast<size_t>(shared_bytes(partition))};
   const auto kernel = call.features.channels_last ? &cluster_gradients_kernel<T, true>
                                                   : &cluster_gradients_kernel<T, false>;
-  if (!fits_clusters(call, shared, reinterpret_cast<const void*>(kernel))) return false;
-  launch_clusters(scope, grid_of(int64_t{call.batch} * kClusterBlocks), kClusterBlocks,
-                  kClusterThreads, static_cast<size_t>(shared), kernel, call, job);
+  if (!fits_clusters(call, shape, reinterpret_cast<const void*>(kernel))) return false;
+  launch_clusters(scope, grid_of(int64_t{call.batch} * kClusterBlocks), shape, kernel, call, job);
   return true;
 }
 
-#define MAGSD_GRADIENTS_BY_CLUSTERS(T)                                     \
+#define MAGSD_GRADIENTS_BY_CLUSTERS(T)                                        \
   template bool gradients_by_clusters(const DeviceScope&, const PoolCall<T>&, \
                                       const ClusterGradients<T>&);
 MAGSD_GRADIENTS_BY_CLUSTERS(Half)
 MAGSD_GRADIENTS_BY_CLUSTERS(BFloat16)
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::bilinear_pool

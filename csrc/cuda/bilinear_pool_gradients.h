@@ -7,17 +7,17 @@
 #include "cuda/bilinear_pool.h"
 #include "cuda/bilinear_pool_tile.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::bilinear_pool {
 
 template <typename T>
 struct GradientJob {
   using A = accumulate_t<T>;
   const T* grad;          // (B, M, C)
-  const A* norm;          // (B,) where normalised
-  const double* sums;     // (B, shares) of scale * root * grad, where normalised
+  const A* norm;          // (B,) where normalized
+  const double* sums;     // (B, shares) of scale * root * grad, where normalized
   const int32_t* argmax;  // (B, M, C) where pooled by maximum
   T* features;            // gradient, dense, or null
-  A* wide;                // the same, wide, where several groups of maps add to it
+  A* grad_acc;            // the same in the accumulation type, where several groups of maps add
   A* attention;           // (B, blocks, HW, M), shares of the gradient, or null
   int shares;
   bool channels_last, aligned_grad, aligned_features;
@@ -27,7 +27,7 @@ struct GradientJob {
 template <typename T>
 struct Chain {
   using A = accumulate_t<T>;
-  A scale, inverse_length = 1, along = 0;
+  A scale, inverse_norm = 1, projection = 0;
 
   __device__ explicit Chain(const PoolCall<T>& call) : scale(call.scale) {}
 
@@ -40,11 +40,13 @@ struct Chain {
 
   // `sum` is that of scale * root * grad.
   __device__ void normalize(A norm, double sum) {
-    const double length = length_of(norm);
-    inverse_length = static_cast<A>(1 / length);
-    scale *= inverse_length;
+    const double clamped = clamped_norm(norm);
+    inverse_norm = static_cast<A>(1 / clamped);
+    scale *= inverse_norm;
     // Under the smallest norm the divisor is constant, and no gradient flows through it.
-    if (norm >= static_cast<A>(kSmallestNorm)) along = static_cast<A>(sum / (length * length));
+    if (norm >= static_cast<A>(kSmallestNorm)) {
+      projection = static_cast<A>(sum / (clamped * clamped));
+    }
   }
 
   // Sums of products to their gradients.
@@ -54,7 +56,7 @@ struct Chain {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const A pooled = sums[j] * call.factor;
-      sums[j] = (scale * widen(grad[j]) - roots[j] * inverse_length * along) * call.factor;
+      sums[j] = (scale * upcast(grad[j]) - roots[j] * inverse_norm * projection) * call.factor;
       if (!call.signed_sqrt) continue;
       sums[j] *= quick_inverse_root(std::abs(pooled) + call.eps) / 2;
       if (pooled == 0) sums[j] = 0;
@@ -67,7 +69,7 @@ struct Chain {
 // stages.
 template <typename T, Product kProduct>
 class WarpGradients {
-  using C = Cut<T, kProduct>;
+  using C = Partition<T, kProduct>;
   using A = accumulate_t<T>;
   static constexpr bool kMaximum = kProduct == Product::kMaximum;
   static constexpr bool kTensor = kProduct == Product::kTensor;
@@ -114,7 +116,7 @@ class WarpGradients {
       for (int j = 0; j < 8; ++j) {
         const bool exists = m < call_.maps && c + j < call_.channels;
         const int p = exists ? job_.argmax[(b_ * call_.maps + m) * call_.channels + c + j] : 0;
-        first_[place_of(8 * j + g_, slot)] = larger(0, smaller(p, call_.pixels - 1));
+        first_[position_of(8 * j + g_, slot)] = larger(0, smaller(p, call_.pixels - 1));
       }
     }
     __syncwarp();
@@ -146,7 +148,7 @@ class WarpGradients {
       for (int j = 0; j < 8; ++j) {
         A weight = m < call_.maps && j < count ? pooled_.sum[slot][j] : A{0};
         if constexpr (C::kRounds) weight = to_tf32(weight);
-        weights_[place_of(8 * j + g_, slot)] = weight;
+        weights_[position_of(8 * j + g_, slot)] = weight;
       }
     }
     __syncwarp();
@@ -186,12 +188,12 @@ class WarpGradients {
         if (pixel >= count) continue;
         A(&values)[8] = sum[i / 2][e];
         const int c = 8 * chunk_of(2 * t_ + e);
-        if (groups > 1) add_wide(values, c, p + pixel, group, groups);
+        if (groups > 1) add_grad_acc(values, c, p + pixel, group, groups);
         if (!job_.channels_last) {
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
             T* row = reinterpret_cast<T*>(stage + (8 * j + 2 * t_ + e) * kRowBytes);
-            row[beginning_of(j) + pixel] = narrow<T>(values[j]);
+            row[beginning_of(j) + pixel] = downcast<T>(values[j]);
           }
         } else if (c < window_.channels() && group == groups - 1) {
           store_row(values, job_.features + entry_of(c, p + pixel), window_.channels() - c,
@@ -205,8 +207,8 @@ class WarpGradients {
 
  private:
   // Where the map of a slot lies in a row of W.
-  __device__ int place_of(int row, int slot) const {
-    return row * kPitch + C::place_of(map_of(slot));
+  __device__ int position_of(int row, int slot) const {
+    return row * kPitch + C::position_of(map_of(slot));
   }
 
   __device__ int map_of(int slot) const { return slot / 2 * 8 + 2 * t_ + slot % 2; }
@@ -218,10 +220,10 @@ class WarpGradients {
       for (int slot = 0; slot < C::kSlots; ++slot) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          const int row = 8 * j + g_, i = first_[place_of(row, slot)] - p;
+          const int row = 8 * j + g_, i = first_[position_of(row, slot)] - p;
           if (i < 0 || i >= count) continue;
-          pooled_.sum[slot][j] = attention[i * C::kPitch + C::place_of(map_of(slot))] *
-                                 widen(reader.at(stage, row, i));
+          pooled_.sum[slot][j] = attention[i * C::kPitch + C::position_of(map_of(slot))] *
+                                 upcast(reader.at(stage, row, i));
         }
       }
     });
@@ -232,7 +234,7 @@ class WarpGradients {
     return true;
   }
 
-  // 16 rows of two k-columns each, times W; cut in two where half precision meets it.
+  // 16 rows of two k-columns each, times W; split in two where half precision meets it.
   __device__ static void add_rows(A& d0, A& d1, A& d2, A& d3, const A (&upper)[2],
                                   const A (&lower)[2], A b0, A b1) {
     if constexpr (C::kRounds) {
@@ -259,7 +261,7 @@ class WarpGradients {
       for (int i = 0; i < kPixels; ++i) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const A value = widen(reader.at(stage, row + 4 * e, 8 * i + g_));
+          const A value = upcast(reader.at(stage, row + 4 * e, 8 * i + g_));
           features[i][e] = C::kRounds ? to_tf32(value) : value;
         }
       }
@@ -282,12 +284,12 @@ class WarpGradients {
     for (int row = 0; row < kChannels; ++row) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int at = place_of(row, e);
+        const int at = position_of(row, e);
         A weights[C::kEighths];
         load_aligned(weights_ + at, weights);
 #pragma unroll
         for (int i = 0; i < kPixels; ++i) {
-          const A value = widen(reader.at(stage, row, 8 * i + g_));
+          const A value = upcast(reader.at(stage, row, 8 * i + g_));
 #pragma unroll
           for (int n = 0; n < C::kEighths; ++n) {
             if (takes(at + n, p + 8 * i + g_)) sum[i][2 * n + e] += value * weights[n];
@@ -304,10 +306,10 @@ class WarpGradients {
 #pragma unroll
       for (int n = 0; n < C::kEighths; ++n) {
         const A* factors = attention + 8 * n + 2 * t_;
-        const A wide[4] = {factors[0], factors[1], factors[8 * C::kPitch],
-                           factors[8 * C::kPitch + 1]};
-        const A upper[2] = {tf32_part(wide[0]), tf32_part(wide[1])};
-        const A lower[2] = {tf32_part(wide[2]), tf32_part(wide[3])};
+        const A entries[4] = {factors[0], factors[1], factors[8 * C::kPitch],
+                              factors[8 * C::kPitch + 1]};
+        const A upper[2] = {tf32_part(entries[0]), tf32_part(entries[1])};
+        const A lower[2] = {tf32_part(entries[2]), tf32_part(entries[3])};
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           A weights[2];
@@ -315,8 +317,8 @@ class WarpGradients {
           add_rows(sum[0][0][j], sum[0][1][j], sum[1][0][j], sum[1][1][j], upper, lower, weights[0],
                    weights[1]);
           if (!C::kRounds && call_.attention.resized) {
-            mma_tf32(sum[0][0][j], sum[0][1][j], sum[1][0][j], sum[1][1][j], tf32_rest(wide[0]),
-                     tf32_rest(wide[2]), tf32_rest(wide[1]), tf32_rest(wide[3]),
+            mma_tf32(sum[0][0][j], sum[0][1][j], sum[1][0][j], sum[1][1][j], tf32_rest(entries[0]),
+                     tf32_rest(entries[2]), tf32_rest(entries[1]), tf32_rest(entries[3]),
                      tf32_part(weights[0]), tf32_part(weights[1]));
           }
         }
@@ -347,11 +349,11 @@ class WarpGradients {
   }
 
   // Adds what earlier groups of maps left, and leaves the sum to later ones.
-  __device__ void add_wide(A (&values)[8], int c, int p, int group, int groups) const {
+  __device__ void add_grad_acc(A (&values)[8], int c, int p, int group, int groups) const {
     for (int j = 0; j < 8 && c + j < window_.channels(); ++j) {
-      A& wide = job_.wide[entry_of(c + j, p)];
-      if (group > 0) values[j] += wide;
-      if (group < groups - 1) wide = values[j];
+      A& acc = job_.grad_acc[entry_of(c + j, p)];
+      if (group > 0) values[j] += acc;
+      if (group < groups - 1) acc = values[j];
     }
   }
 
@@ -399,4 +401,4 @@ class WarpGradients {
   Pooled<T, kProduct> pooled_;
 };
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::bilinear_pool

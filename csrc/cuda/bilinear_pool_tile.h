@@ -10,7 +10,7 @@
 
 #include "cuda/bilinear_pool.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::bilinear_pool {
 
 struct Step {
   int outer, middle, inner;
@@ -19,7 +19,7 @@ struct Step {
 // body(step, buffer) for every step of nested loops of these counts; load(step, buffer) of the next
 // step runs under it. Buffers are a warp's own.
 template <typename Load, typename Body>
-__device__ __forceinline__ void walk(const Step& counts, const Load& load, const Body& body) {
+__device__ __forceinline__ void for_steps(const Step& counts, const Load& load, const Body& body) {
   Step now{0, 0, -1}, next{0, 0, 0};
   for (int buffer = 0; now.outer < counts.outer; buffer = 1 - buffer) {
     wait_copies();
@@ -67,7 +67,7 @@ struct Reader {
     } else {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        values[j] = exists ? widen(at(stage, 8 * j + g, p)) : accumulate_t<T>{0};
+        values[j] = exists ? upcast(at(stage, 8 * j + g, p)) : accumulate_t<T>{0};
       }
     }
   }
@@ -181,7 +181,7 @@ class Window {
 // last.
 template <typename T, Product kProduct>
 class AttentionTile {
-  using C = Cut<T, kProduct>;
+  using C = Partition<T, kProduct>;
   using A = accumulate_t<T>;
 
  public:
@@ -211,7 +211,7 @@ class AttentionTile {
 
  private:
   __device__ void fill(int first_map, int first_pixel, int count) {
-    const bool maps_inner = call_.attention.step_m == 1;  // neighbouring threads read neighbours
+    const bool maps_inner = call_.attention.step_m == 1;  // neighboring threads read neighbors
     for (int i = threadIdx.x; i < count * C::kMaps; i += blockDim.x) {
       const int m = maps_inner ? i % C::kMaps : i / count;
       const int p = maps_inner ? i / C::kMaps : i % count;
@@ -220,7 +220,7 @@ class AttentionTile {
         value = call_.attention.value(b_, first_map + m, first_pixel + p);
       }
       if constexpr (C::kRounds) value = to_tf32(value);
-      tile_[p * C::kPitch + C::place_of(m)] = value;
+      tile_[p * C::kPitch + C::position_of(m)] = value;
     }
   }
 
@@ -233,7 +233,7 @@ class AttentionTile {
 // A lane's entries of the pooled matrix: sums, or maxima with their first pixels.
 template <typename T, Product kProduct>
 struct Pooled {
-  using C = Cut<T, kProduct>;
+  using C = Partition<T, kProduct>;
   using A = accumulate_t<T>;
   static constexpr bool kMaximum = kProduct == Product::kMaximum;
 
@@ -260,10 +260,10 @@ struct Pooled {
 
   // Takes in `count` pixels of a stage, p the first; `attention` is the row of p.
   __device__ void add(const Window<T>& window, const unsigned char* stage, const A* attention,
-                      int p, int count, bool cut_attention) {
+                      int p, int count, bool split_attention) {
     window.read([&](const auto& reader) {
       if constexpr (kProduct == Product::kTensor) {
-        add_on_tensor_cores(reader, stage, attention, count, cut_attention);
+        add_on_tensor_cores(reader, stage, attention, count, split_attention);
       } else {
         add_one_by_one(reader, stage, attention, p, count);
       }
@@ -282,7 +282,7 @@ struct Pooled {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         A factors[C::kEighths];
-        load_aligned(attention + i * C::kPitch + C::place_of(2 * t + e), factors);
+        load_aligned(attention + i * C::kPitch + C::position_of(2 * t + e), factors);
 #pragma unroll
         for (int n = 0; n < C::kEighths; ++n) {
 #pragma unroll
@@ -305,10 +305,10 @@ struct Pooled {
   }
 
   // Rows of D are channels, columns maps. Where half precision meets attention that is float,
-  // because it was resized, that is cut in two.
+  // because it was resized, that is split in two.
   template <typename Reader>
   __device__ void add_on_tensor_cores(const Reader& reader, const unsigned char* stage,
-                                      const A* attention, int count, bool cut_attention) {
+                                      const A* attention, int count, bool split_attention) {
     const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
 #pragma unroll 1
     for (int k = 0; k < count; k += 8) {
@@ -327,7 +327,7 @@ struct Pooled {
           add_column(column, n, b0, b1);
         } else {
           add_column(column, n, tf32_part(b0), tf32_part(b1));
-          if (cut_attention) add_column(column, n, tf32_rest(b0), tf32_rest(b1));
+          if (split_attention) add_column(column, n, tf32_rest(b0), tf32_rest(b1));
         }
       }
     }
@@ -342,4 +342,4 @@ struct Pooled {
   }
 };
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::bilinear_pool

@@ -8,6 +8,7 @@
 #if !defined(MAGSD_SIMT)
 #include "cuda/cluster_support.h"
 #endif
+#include "cuda/cluster_shape.h"
 #include "cuda/kernel.h"
 
 // Around the body of a kernel that works in clusters: for older GPUs it is compiled empty, and the
@@ -18,12 +19,12 @@
 
 namespace magsd::MAGSD_ISA {
 
-// Whether the current device runs `kernel` in clusters whose blocks have `shared` bytes of dynamic
-// shared memory and declare `declared`.
-inline bool device_runs(const void* kernel, int cluster, int threads, int shared, int declared) {
+// Whether the current device runs `kernel` in such clusters, whose blocks also declare `declared`
+// bytes of shared memory.
+inline bool device_runs([[maybe_unused]] const void* kernel, const ClusterShape& shape,
+                        size_t declared) {
 #if defined(MAGSD_SIMT)
-  (void)kernel, (void)cluster, (void)threads;
-  return simt::capability() >= 90 && shared + declared <= 227 * 1024;
+  return simt::capability() >= 90 && shape.shared + declared <= 227 * 1024;
 #else
   const auto attribute = [device = current_device()](cudaDeviceAttr which) {
     int value = 0;
@@ -34,31 +35,31 @@ inline bool device_runs(const void* kernel, int cluster, int threads, int shared
                          attribute(cudaDevAttrComputeCapabilityMinor);
   bool runs = false;
   if (capability >= kFirstWithClusters &&
-      shared + declared <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) {
-    check_cuda(runs_clusters(kernel, cluster, threads, static_cast<size_t>(shared), &runs),
-               "room for clusters");
+      shape.shared + declared <=
+          static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin))) {
+    check_cuda(runs_clusters(kernel, shape, &runs), "room for clusters");
   }
   return runs;
 #endif
 }
 
-// Launches `grid` blocks in clusters of `cluster`.
+// Launches `grid` blocks in clusters.
 template <typename... Parameters, typename... Arguments>
-void launch_clusters(const DeviceScope& scope, dim3 grid, int cluster, int threads, size_t shared,
+void launch_clusters(const DeviceScope& scope, dim3 grid, const ClusterShape& shape,
                      void (*kernel)(Parameters...), Arguments&&... arguments) {
   static_assert((sizeof(Parameters) + ... + 0) <= kParameterBytes, "too many parameters");
 #if defined(MAGSD_SIMT)
   (void)scope;
-  simt::launch(
-      grid, threads, shared, [&] { kernel(static_cast<Parameters>(arguments)...); }, cluster);
+  simt::launch({grid, shape.threads, shape.shared, shape.blocks},
+               [&] { kernel(static_cast<Parameters>(arguments)...); });
 #else
-  check_cuda(allow_shared(reinterpret_cast<const void*>(kernel), shared),
+  check_cuda(allow_shared(reinterpret_cast<const void*>(kernel), shape.shared),
              "shared memory of a kernel");
-  cudaLaunchAttribute attribute = cluster_attribute(cluster);
+  cudaLaunchAttribute attribute = cluster_attribute(shape.blocks);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared;
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = shape.shared;
   config.stream = scope.stream();
   config.attrs = &attribute;
   config.numAttrs = 1;

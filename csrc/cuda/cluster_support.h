@@ -11,6 +11,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "cuda/cluster_shape.h"
 #include "cuda/shared_memory.h"
 
 namespace magsd::MAGSD_ISA {
@@ -27,17 +28,16 @@ inline cudaLaunchAttribute cluster_attribute(int cluster) {
   return attribute;
 }
 
-// Sets `runs` for clusters of `cluster` blocks with `shared` bytes of dynamic shared memory. Asked
-// once for each device, kernel and size; no question concerns a stream.
-inline cudaError_t runs_clusters(const void* kernel, int cluster, int threads, size_t shared,
-                                 bool* runs) {
+// Sets `runs`. Asked once for each device, kernel and size of shared memory; no question concerns a
+// stream.
+inline cudaError_t runs_clusters(const void* kernel, const ClusterShape& shape, bool* runs) {
   static std::mutex mutex;
   static std::map<std::tuple<int, const void*, size_t>, bool> known;
   int device = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto at = known.find({device, kernel, shared});
+  const auto at = known.find({device, kernel, shape.shared});
   if (at != known.end()) {
     *runs = at->second;
     return cudaSuccess;
@@ -48,13 +48,13 @@ inline cudaError_t runs_clusters(const void* kernel, int cluster, int threads, s
   int clusters = 0;
   // ptxVersion is the __CUDA_ARCH__ by which the body was chosen, less its last digit.
   if (attributes.ptxVersion >= kFirstWithClusters) {
-    status = allow_shared(kernel, shared);
+    status = allow_shared(kernel, shape.shared);
     if (status != cudaSuccess) return status;
-    cudaLaunchAttribute attribute = cluster_attribute(cluster);
+    cudaLaunchAttribute attribute = cluster_attribute(shape.blocks);
     cudaLaunchConfig_t config{};
-    config.gridDim.x = static_cast<unsigned>(cluster);
-    config.blockDim.x = static_cast<unsigned>(threads);
-    config.dynamicSmemBytes = shared;
+    config.gridDim.x = static_cast<unsigned>(shape.blocks);
+    config.blockDim.x = static_cast<unsigned>(shape.threads);
+    config.dynamicSmemBytes = shape.shared;
     config.attrs = &attribute;
     config.numAttrs = 1;
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
@@ -62,7 +62,7 @@ inline cudaError_t runs_clusters(const void* kernel, int cluster, int threads, s
       clusters = 0;
     }
   }
-  *runs = known[{device, kernel, shared}] = clusters > 0;
+  *runs = known[{device, kernel, shape.shared}] = clusters > 0;
   return cudaSuccess;
 }
 

@@ -3,7 +3,8 @@
 //
 // The same file is compiled by nvcc for a GPU and, with MAGSD_SIMT, by a C++ compiler for the host,
 // where csrc/simt runs a block's threads as fibers. So a kernel keeps to what both offer:
-//   - shared memory is declared by MAGSD_SHARED or MAGSD_DYNAMIC_SHARED, launches go through launch();
+//   - shared memory is declared by MAGSD_SHARED or MAGSD_DYNAMIC_SHARED, launches go through
+//   launch();
 //   - blocks hold a multiple of 32 threads, warp-wide functions take kAllLanes and are reached by
 //     every lane of a warp;
 //   - results do not depend on the order of blocks or of threads between barriers.
@@ -23,10 +24,11 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "common/device_scope.h"
 #include "common/dtype.h"
 #include "common/tensor.h"
 
-// Opens the function that registers the operators of one <op>.cu:
+// Opens, in the operation's namespace, the function that registers the operators of one <op>.cu:
 //   MAGSD_OPERATORS(library) { library.impl("sample_attention", TORCH_BOX(&sample_attention)); }
 #if defined(MAGSD_SIMT)
 #define MAGSD_OPERATORS(library) STABLE_TORCH_LIBRARY_IMPL(magsd_cuda, CPU, library)
@@ -56,42 +58,13 @@ MAGSD_HD Integer ceil_div(Integer count, Integer size) {
   return (count + size - 1) / size;
 }
 
-#if defined(MAGSD_SIMT)
-using Stream = void*;
-#else
-using Stream = cudaStream_t;
-
+#if !defined(MAGSD_SIMT)
 inline void check_cuda(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) static_cast<void>(cudaGetLastError());  // or the next launch reports it
+  if (status != cudaSuccess)
+    static_cast<void>(cudaGetLastError());  // or the next launch reports it
   STD_TORCH_CHECK(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
 }
 #endif
-
-// The current device is that of `main` while a scope lives; `stream` is torch's current one on it.
-class DeviceScope {
- public:
-#if defined(MAGSD_SIMT)
-  explicit DeviceScope(const Tensor& main) {
-    STD_TORCH_CHECK(main.defined() && main.is_cpu(), "emulated CUDA operators take CPU tensors");
-  }
-  Stream stream() const { return nullptr; }
-#else
-  explicit DeviceScope(const Tensor& main) : guard_(index_of(main)) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_of(main), &stream));
-    stream_ = static_cast<Stream>(stream);
-  }
-  Stream stream() const { return stream_; }
-
- private:
-  static int32_t index_of(const Tensor& main) {
-    STD_TORCH_CHECK(main.defined() && main.is_cuda(), "CUDA operators take CUDA tensors");
-    return main.get_device_index();
-  }
-  torch::stable::accelerator::DeviceGuard guard_;
-  Stream stream_ = nullptr;
-#endif
-};
 
 // Streaming multiprocessors of the current device, to size grids by.
 inline int multiprocessors() {
@@ -108,32 +81,38 @@ inline int multiprocessors() {
 
 // A grid of at least one block; larger than the hardware takes is an error, never a wrong result.
 inline dim3 grid_of(int64_t x, int64_t y = 1, int64_t z = 1) {
-  STD_TORCH_CHECK(x >= 1 && x <= kMostBlocksX && y >= 1 && y <= kMostBlocksYZ && z >= 1 &&
-                      z <= kMostBlocksYZ,
-                  "a grid of ", x, " x ", y, " x ", z, " blocks cannot be launched");
+  STD_TORCH_CHECK(
+      x >= 1 && x <= kMostBlocksX && y >= 1 && y <= kMostBlocksYZ && z >= 1 && z <= kMostBlocksYZ,
+      "a grid of ", x, " x ", y, " x ", z, " blocks cannot be launched");
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
 }
 
-// Launches a kernel on the stream of `scope`, with `shared` bytes of dynamic shared memory.
+struct LaunchShape {
+  dim3 grid;
+  int threads;        // of a block
+  size_t shared = 0;  // dynamic, bytes of a block
+};
+
+// Launches a kernel on the stream of `scope`.
 template <typename... Parameters, typename... Arguments>
-void launch(const DeviceScope& scope, dim3 grid, int threads, size_t shared,
-            void (*kernel)(Parameters...), Arguments&&... arguments) {
+void launch(const DeviceScope& scope, const LaunchShape& shape, void (*kernel)(Parameters...),
+            Arguments&&... arguments) {
   static_assert((sizeof(Parameters) + ... + 0) <= kParameterBytes, "too many parameters");
 #if defined(MAGSD_SIMT)
   (void)scope;
-  simt::launch(grid, threads, shared,
+  simt::launch({shape.grid, shape.threads, shape.shared},
                [&] { kernel(static_cast<Parameters>(arguments)...); });
 #else
-  check_cuda(allow_shared(reinterpret_cast<const void*>(kernel), shared),
+  check_cuda(allow_shared(reinterpret_cast<const void*>(kernel), shape.shared),
              "shared memory of a kernel");
-  kernel<<<grid, threads, shared, scope.stream()>>>(
+  kernel<<<shape.grid, shape.threads, shape.shared, scope.stream()>>>(
       static_cast<Parameters>(std::forward<Arguments>(arguments))...);
   check_cuda(cudaGetLastError(), "kernel launch");
 #endif
 }
 
 #if defined(__CUDACC__) || defined(MAGSD_SIMT)
-// Sum, maximum or minimum over a warp, or over `lanes` neighbours of it, a power of two; in every
+// Sum, maximum or minimum over a warp, or over `lanes` neighbors of it, a power of two; in every
 // lane, in a fixed order.
 template <typename Value, typename Combine>
 __device__ __forceinline__ Value warp_reduce(Value value, const Combine& combine,

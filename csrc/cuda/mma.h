@@ -1,7 +1,7 @@
 // A warp's product on tensor cores: D (16 x 8) += A (16 x 8) B (8 x 8) in TF32 with float sums.
 //
 // TF32 holds every float16 and bfloat16 number, so that half precision loses nothing here; float is
-// rounded to 11 significant bits (to_tf32), or cut into two such numbers (tf32_part, tf32_rest).
+// rounded to 11 significant bits (to_tf32), or split into two such numbers (tf32_part, tf32_rest).
 // What the hardware makes of the lower 13 bits of an operand is not specified, so they must be 0:
 // the emulation refuses an operand in which they are not.
 //
@@ -51,7 +51,8 @@ __device__ __forceinline__ void mma_tf32(float& d0, float& d1, float& d2, float&
       simt::fail("an operand of mma_tf32 has more than the 11 significant bits of TF32");
     }
   }
-  const unsigned char* lanes = simt::exchange(mine, sizeof(mine), kAllLanes, {"mma_tf32", __LINE__});
+  const unsigned char* lanes =
+      simt::exchange(mine, sizeof(mine), kAllLanes, {"mma_tf32", __LINE__});
   const auto operand = [lanes](int lane, int i) {
     float value;
     std::memcpy(&value, lanes + lane * simt::kExchangeBytes + i * sizeof(float), sizeof(value));

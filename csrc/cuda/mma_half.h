@@ -72,7 +72,7 @@ __device__ __forceinline__ void mma_half(float& d0, float& d1, float& d2, float&
   const auto operand = [lanes](int lane, int r, int e) {
     T value;
     std::memcpy(&value, lanes + lane * simt::kExchangeBytes + 4 * r + 2 * e, sizeof(value));
-    return widen(value);
+    return upcast(value);
   };
   const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
   float* const sums[4] = {&d0, &d1, &d2, &d3};
@@ -81,7 +81,7 @@ __device__ __forceinline__ void mma_half(float& d0, float& d1, float& d2, float&
     for (int k = 0; k < 16; ++k) {
       const int lane = k % 8 / 2, high = k / 8;
       *sums[i] += operand(4 * g + lane, i / 2 + 2 * high, k % 2) *
-              operand(4 * column + lane, 4 + high, k % 2);
+                  operand(4 * column + lane, 4 + high, k % 2);
     }
   }
 #else

@@ -3,8 +3,8 @@
 //
 // Training reads every projection twice and writes the sum once, in two launches over all scales:
 //   statistics  of every channel, and the running ones (multiscale_attention_statistics.h)
-//   apply       every output gathers, normalises and adds what it weighs
-// Evaluation and resample_attention are the second launch alone. No normalised map is stored. What
+//   apply       every output gathers, normalizes and adds what it weighs
+// Evaluation and resample_attention are the second launch alone. No normalized map is stored. What
 // an output weighs is found once a block for every row and column of outputs; where these are more
 // than two a thread, once for every pixel of a thread. Images and channels share it.
 #include <cmath>
@@ -15,7 +15,7 @@
 #include "cuda/multiscale_attention.h"
 #include "cuda/multiscale_attention_statistics.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::multiscale_attention {
 namespace {
 
 template <typename T>
@@ -32,7 +32,7 @@ struct Forward {
   using A = accumulate_t<T>;
   ForwardScale<T> scales[kMostMaps];
   MapView<T> result;
-  Cut cut;
+  Partition partition;
   int64_t channels, groups, height, width;
   A *mean, *rstd;  // (scales, channels), in training as the statistics left them
   A eps;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   MAGSD_DYNAMIC_SHARED(InputTaps<A>, taps);  // (scales, call.taps): rows, then columns
   const int64_t split = quotient(blockIdx.x, call.groups);
   const int64_t group = blockIdx.x - split * call.groups;
-  const Place<T, kLast> place(group, call.channels);
+  const ThreadPosition<T, kLast> position(group, call.channels);
   const int thread = static_cast<int>(threadIdx.x);
   for (int i = thread; i < call.count * G::kChannels; i += kThreads) {
     const int scale = i / G::kChannels, own = i % G::kChannels;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
   }
   __syncthreads();
-  if (place.channels == 0) return;
+  if (position.channels == 0) return;
   const A least = call.norm ? A{0} : -std::numeric_limits<A>::infinity();
   const auto write = [&](int64_t pixel, const Images& images) {
     const int64_t y = quotient(pixel, call.width), x = pixel - y * call.width;
@@ -112,32 +112,33 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       }
     }
     for (int64_t b = images.first; b < images.stop; b += images.step) {
-      const int count = items_at(place, call.cut, b, images.stop);
+      const int count = items_at(position, call.partition, b, images.stop);
       A sum[G::kItems] = {};
       for (int i = 0; i < call.count; ++i) {
         const ForwardScale<T>& scale = call.scales[i];
         Norm<A> own[G::kOwn];
 #pragma unroll
-        for (int k = 0; k < G::kOwn; ++k) own[k] = norms[i][place.own + k];
-        const T* image = scale.map.values + b * scale.map.step_b + place.channel * scale.map.step_c;
+        for (int k = 0; k < G::kOwn; ++k) own[k] = norms[i][position.own + k];
+        const T* image =
+            scale.map.values + b * scale.map.step_b + position.channel * scale.map.step_c;
         const auto normal = [&](A value, int k) {
           const Norm<A>& norm = own[kLast ? k : 0];
           const A result = (value - norm.mean) * norm.factor + norm.bias;
           return result < least ? least : result;  // NaN stays NaN.
         };
         const InputTaps<A> rows = taps[i * call.taps + row], columns = taps[i * call.taps + column];
-        if (kLast && scale.map.wide) {
+        if (kLast && scale.map.vectorized) {
           gather<true, 2>(scale.map, image, rows, columns, count, sum, normal);
         } else {
           gather<false, 2>(scale.map, image, rows, columns, count, sum, normal);
         }
       }
       T* to = call.result.values + b * call.result.step_b + pixel * call.result.step_p +
-              place.channel * call.result.step_c;
-      store_items(to, call.result.step_item, count, call.result.wide, sum);
+              position.channel * call.result.step_c;
+      store_items(to, call.result.step_item, count, call.result.vectorized, sum);
     }
   };
-  for_pixels(call.cut, static_cast<int>(split), place.lane, write);
+  for_pixels(call.partition, static_cast<int>(split), position.lane, write);
 }
 
 // A call less what concerns the norms.
@@ -155,7 +156,8 @@ Forward<T> forward_of(const std::vector<FeatureMap>& maps, const Tensor& result,
   call.taps = call.of_all() ? static_cast<int>(height + width) : kMostTaps;
   call.result = view_of<kLast>(mutable_data<T>(result), dense_steps(result, kLast));
   const int items = kLast ? 1 : images_at_once(G::kItems, result.numel());
-  call.cut = cuts_of({{height * width, items, 1}}, batch, G::kPixelLanes, call.groups)[0];
+  call.partition =
+      partitions_of({{height * width, items, 1}}, batch, G::kPixelLanes, call.groups)[0];
   for (size_t i = 0; i < maps.size(); ++i) {
     const MapSteps& steps = maps[i].steps;
     call.scales[i].map = view_of<kLast>(data<T>(maps[i].tensor), steps);
@@ -168,8 +170,8 @@ Forward<T> forward_of(const std::vector<FeatureMap>& maps, const Tensor& result,
 template <typename T, bool kLast>
 void apply(const DeviceScope& scope, const Forward<T>& call) {
   const size_t shared = sizeof(InputTaps<accumulate_t<T>>) * call.count * call.taps;
-  launch(scope, grid_of(call.cut.splits * call.groups), kThreads, shared, apply_kernel<T, kLast>,
-         call);
+  launch(scope, {grid_of(call.partition.splits * call.groups), kThreads, shared},
+         apply_kernel<T, kLast>, call);
 }
 
 Tensor resample_attention(const Tensors& maps, const std::vector<int64_t>& size,
@@ -180,7 +182,7 @@ Tensor resample_attention(const Tensors& maps, const std::vector<int64_t>& size,
   const Resampling mode = mode_of(resampling);
   const bool last = is_channels_last(maps[0]);
   const ScalarType dtype = maps[0].scalar_type();
-  const Tensor result = empty_map(maps[0].size(0), maps[0].size(1), size[0], size[1], dtype, last);
+  const Tensor result = empty_attention(maps, size);
   if (result.numel() == 0) return result;
   const std::vector<FeatureMap> taken = feature_maps(maps, last);
   visit_layout(dtype, last, [&](auto type, auto layout) {
@@ -198,26 +200,24 @@ std::tuple<Tensor, Tensor, Tensor> multiscale_attention(
   const DeviceScope scope(first_of(projections, "projections"));
   check_multiscale(projections, weights, biases, running_means, running_vars, size);
   const Resampling mode = mode_of(resampling);
-  const int64_t batch = projections[0].size(0), maps = projections[0].size(1);
+  const int64_t batch = projections[0].size(0);
   const bool last = is_channels_last(projections[0]);
-  const ScalarType dtype = projections[0].scalar_type(), wide = accumulation_dtype(dtype);
+  const ScalarType dtype = projections[0].scalar_type();
   const int64_t scales = static_cast<int64_t>(projections.size());
-  const Tensor result = empty_map(batch, maps, size[0], size[1], dtype, last);
-  const Tensor mean = uninitialized({scales, maps}, wide);
-  const Tensor rstd = uninitialized({scales, maps}, wide);
+  const ForwardResults results(projections, size);
   const std::vector<FeatureMap> taken = feature_maps(projections, last);
   const bool of_batch = training && batch > 0;
   visit_layout(dtype, last, [&](auto type, auto layout) {
     using T = decltype(type);
     using A = accumulate_t<T>;
     constexpr bool kLast = decltype(layout)::value;
-    Forward<T> call = forward_of<T, kLast>(taken, result, mode, align_corners);
+    Forward<T> call = forward_of<T, kLast>(taken, results.attention, mode, align_corners);
     Statistics<T> statistics{};
     call.norm = true;
     call.training = of_batch;
     call.eps = statistics.eps = static_cast<A>(eps);
-    call.mean = statistics.mean = mutable_data<A>(mean);
-    call.rstd = statistics.rstd = mutable_data<A>(rstd);
+    call.mean = statistics.mean = mutable_data<A>(results.mean);
+    call.rstd = statistics.rstd = mutable_data<A>(results.rstd);
     statistics.momentum = momentum;
     for (int64_t i = 0; i < scales; ++i) {
       ForwardScale<T>& scale = call.scales[i];
@@ -231,13 +231,14 @@ std::tuple<Tensor, Tensor, Tensor> multiscale_attention(
     if (of_batch) take_statistics<T, kLast>(scope, taken, statistics);
     apply<T, kLast>(scope, call);
   });
-  return {result, mean, rstd};
+  return {results.attention, results.mean, results.rstd};
 }
 
 }  // namespace
-}  // namespace magsd::MAGSD_ISA
 
 MAGSD_OPERATORS(library) {
-  library.impl("resample_attention", TORCH_BOX(&magsd::MAGSD_ISA::resample_attention));
-  library.impl("multiscale_attention", TORCH_BOX(&magsd::MAGSD_ISA::multiscale_attention));
+  library.impl("resample_attention", TORCH_BOX(&resample_attention));
+  library.impl("multiscale_attention", TORCH_BOX(&multiscale_attention));
 }
+
+}  // namespace magsd::MAGSD_ISA::multiscale_attention

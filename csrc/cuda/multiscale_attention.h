@@ -1,12 +1,11 @@
-// What the kernels of multiscale attention share: how maps are cut among blocks and threads,
-// 16-byte accesses, gathers along a resize, sums over a block, parameters of any dtype.
+// What the kernels of multiscale attention share: how maps are partitioned among blocks and
+// threads, 16-byte accesses, gathers along a resize, sums over a block, parameters of any dtype.
 //
 // A launch has no more blocks than the device runs at once, so that what a block does but once (its
-// reduction, its tables) is paid once, and cuts every map so that its threads have as many loads as
-// those of the others.
-// A thread stays at one pixel and walks over images, so that what depends on the pixel alone (the
-// division of its index, the entries that a resize weighs) is found once; no loop over images
-// divides. It takes kItems = 16 / sizeof(T) values at once:
+// reduction, its tables) is paid once, and partitions every map so that its threads have as many
+// loads as those of the others. A thread stays at one pixel and goes over images, so that what
+// depends on the pixel alone (the division of its index, the entries that a resize weighs) is found
+// once; no loop over images divides. It takes kItems = 16 / sizeof(T) values at once:
 //   channels last   the channels of a pixel, one 16-byte access where they are aligned; a block
 //                   serves 16 channels, whole 32-byte sectors, and kPixelLanes pixels
 //   contiguous      up to kItems images of one channel, whose pixels lie along the lanes; a block
@@ -23,7 +22,7 @@
 #include "cuda/kernel.h"
 #include "cuda/tickets.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::multiscale_attention {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
@@ -43,7 +42,7 @@ struct Grain {
 
 // The pixels and the images of a map, shared out to the blocks of a group of channels. A block
 // takes every tile_splits-th tile of pixels, and of those `images` images in a row.
-struct Cut {
+struct Partition {
   int64_t pixels, tiles, batch, images;
   int32_t tile, image_lanes;  // a block takes so many pixels and images at once
   int32_t items;              // images of a thread at once
@@ -61,58 +60,62 @@ struct Cut {
   }
 };
 
-// A map to be cut: its pixels, the images that a thread takes at once, and the loads these cost it.
+// A map to be partitioned: its pixels, the images that a thread takes at once, and the loads these
+// cost it.
 struct Task {
   int64_t pixels;
   int items, loads;
 };
 
 // Parts in which a thread has at most `most` loads, or one pixel and its images at once.
-inline Cut cut_of(const Task& task, int64_t batch, int pixel_lanes, int64_t most) {
-  Cut cut{};
-  cut.pixels = task.pixels;
-  cut.batch = batch;
-  cut.tiles = ceil_div<int64_t>(task.pixels, pixel_lanes);
-  cut.tile = static_cast<int32_t>(ceil_div(task.pixels, cut.tiles));
-  cut.image_lanes = pixel_lanes / cut.tile;
-  cut.items = task.items;
-  cut.width = 1;
-  const int64_t step = int64_t{cut.image_lanes} * task.items;
+inline Partition partition_of(const Task& task, int64_t batch, int pixel_lanes, int64_t most) {
+  Partition partition{};
+  partition.pixels = task.pixels;
+  partition.batch = batch;
+  partition.tiles = ceil_div<int64_t>(task.pixels, pixel_lanes);
+  partition.tile = static_cast<int32_t>(ceil_div(task.pixels, partition.tiles));
+  partition.image_lanes = pixel_lanes / partition.tile;
+  partition.items = task.items;
+  partition.width = 1;
+  const int64_t step = int64_t{partition.image_lanes} * task.items;
   const int64_t steps = std::max<int64_t>(ceil_div(batch, step), 1);
   const int64_t taken = std::max<int64_t>(most / task.loads, 1);  // steps of a thread
-  cut.tile_splits = static_cast<int32_t>(ceil_div(cut.tiles, std::max<int64_t>(taken / steps, 1)));
-  cut.images = ceil_div(steps, ceil_div(steps, std::min(taken, steps))) * step;
-  cut.splits =
-      static_cast<int32_t>(cut.tile_splits * std::max<int64_t>(ceil_div(batch, cut.images), 1));
-  return cut;
+  partition.tile_splits =
+      static_cast<int32_t>(ceil_div(partition.tiles, std::max<int64_t>(taken / steps, 1)));
+  partition.images = ceil_div(steps, ceil_div(steps, std::min(taken, steps))) * step;
+  partition.splits = static_cast<int32_t>(partition.tile_splits *
+                                          std::max<int64_t>(ceil_div(batch, partition.images), 1));
+  return partition;
 }
 
-// Cuts the maps of a launch alike: into as many blocks of `groups` groups of channels as the device
-// runs at once, with the fewest loads for a thread. If even one block a map and group is too many,
-// by loads alone.
-inline std::vector<Cut> cuts_of(const std::vector<Task>& tasks, int64_t batch, int pixel_lanes,
-                                int64_t groups) {
+// Partitions the maps of a launch alike: into as many blocks of `groups` groups of channels as the
+// device runs at once, with the fewest loads for a thread. If even one block a map and group is too
+// many, by loads alone.
+inline std::vector<Partition> partitions_of(const std::vector<Task>& tasks, int64_t batch,
+                                            int pixel_lanes, int64_t groups) {
   const int64_t room = int64_t{kBlocks} * multiprocessors();
-  const auto cuts_with = [&](int64_t most) {
-    std::vector<Cut> cuts;
-    for (const Task& task : tasks) cuts.push_back(cut_of(task, batch, pixel_lanes, most));
-    return cuts;
+  const auto partitions_with = [&](int64_t most) {
+    std::vector<Partition> partitions;
+    for (const Task& task : tasks)
+      partitions.push_back(partition_of(task, batch, pixel_lanes, most));
+    return partitions;
   };
   const auto fits = [&](int64_t most) {
     int64_t blocks = 0;
-    for (const Cut& cut : cuts_with(most)) blocks += cut.splits * groups;
+    for (const Partition& partition : partitions_with(most)) blocks += partition.splits * groups;
     return blocks <= room;
   };
   int64_t whole = 0, longest = 1;
   for (const Task& task : tasks) {
-    const Cut cut = cut_of(task, batch, pixel_lanes, 1);
-    const int64_t step = int64_t{cut.image_lanes} * cut.items;
-    const int64_t loads = cut.tiles * std::max<int64_t>(ceil_div(batch, step), 1) * task.loads;
+    const Partition partition = partition_of(task, batch, pixel_lanes, 1);
+    const int64_t step = int64_t{partition.image_lanes} * partition.items;
+    const int64_t loads =
+        partition.tiles * std::max<int64_t>(ceil_div(batch, step), 1) * task.loads;
     whole += loads;
     longest = std::max(longest, loads);
   }
   const int64_t equal = std::max<int64_t>(ceil_div(whole * groups, room), 1);
-  if (!fits(longest)) return cuts_with(equal);
+  if (!fits(longest)) return partitions_with(equal);
   int64_t most = std::min(equal, longest), enough = longest;
   while (most < enough) {
     const int64_t middle = most + (enough - most) / 2;
@@ -122,14 +125,14 @@ inline std::vector<Cut> cuts_of(const std::vector<Task>& tasks, int64_t batch, i
       most = middle + 1;
     }
   }
-  return cuts_with(enough);
+  return partitions_with(enough);
 }
 
 // Tickets of every map and group, where a channel has several parts.
-inline int64_t counters_of(const std::vector<Cut>& cuts, int64_t groups) {
-  const auto parted = [](const Cut& cut) { return cut.splits > 1; };
-  const bool any = std::any_of(cuts.begin(), cuts.end(), parted);
-  return any ? static_cast<int64_t>(cuts.size()) * groups : 0;
+inline int64_t counters_of(const std::vector<Partition>& partitions, int64_t groups) {
+  const auto parted = [](const Partition& partition) { return partition.splits > 1; };
+  const bool any = std::any_of(partitions.begin(), partitions.end(), parted);
+  return any ? static_cast<int64_t>(partitions.size()) * groups : 0;
 }
 
 // Images that a thread of a contiguous map takes at once: many, while the device stays full.
@@ -144,19 +147,20 @@ template <typename T>
 struct MapView {
   T* values;
   int64_t step_b, step_c, step_y, step_p, step_item;
-  bool wide;  // by one 16-byte access
+  bool vectorized;  // by one 16-byte access
 };
 
 template <bool kLast, typename T>
 MapView<T> view_of(T* values, const MapSteps& steps) {
   constexpr int64_t kItems = Grain<T, kLast>::kItems;
   const auto even = [](int64_t step) { return step % kItems == 0; };
-  const bool wide = kLast && steps.step_c == 1 && even(steps.channels) && even(steps.step_p) &&
-                    even(steps.step_b) && reinterpret_cast<uintptr_t>(values) % 16 == 0;
+  const bool vectorized = kLast && steps.step_c == 1 && even(steps.channels) &&
+                          even(steps.step_p) && even(steps.step_b) &&
+                          reinterpret_cast<uintptr_t>(values) % 16 == 0;
   return {values,       steps.step_b,
           steps.step_c, steps.width * steps.step_p,
           steps.step_p, kLast ? steps.step_c : steps.step_b,
-          wide};
+          vectorized};
 }
 
 // (M,) values of any floating dtype and stride.
@@ -194,16 +198,16 @@ __device__ __forceinline__ Share share_of(const int64_t* starts, int64_t groups)
   return {scale, static_cast<int>(split), rank - split * groups};
 }
 
-// A thread's place in its block: among the pixels, and its channels.
+// A thread's position in its block: among the pixels, and its channels.
 template <typename T, bool kLast>
-struct Place {
+struct ThreadPosition {
   using G = Grain<T, kLast>;
   int lane;         // among kPixelLanes
   int own;          // its first channel, within the group
   int64_t channel;  // the same, of all
   int channels;     // 0 to kOwn
 
-  __device__ Place(int64_t group, int64_t maps)
+  __device__ ThreadPosition(int64_t group, int64_t maps)
       : lane(static_cast<int>(threadIdx.x) / G::kLanes),
         own(static_cast<int>(threadIdx.x) % G::kLanes * G::kOwn),
         channel(group * G::kChannels + own),
@@ -218,41 +222,45 @@ struct Images {
 
 // Calls body(pixel, images) for every pixel of a thread.
 template <typename Body>
-__device__ __forceinline__ void for_pixels(const Cut& cut, int split, int lane, const Body& body) {
-  const int image_lane = lane / cut.tile, at = lane % cut.tile;
-  if (image_lane >= cut.image_lanes) return;
-  const int64_t from = split / cut.tile_splits * cut.images, stop = from + cut.images;
-  const Images images{from + image_lane * cut.items, stop < cut.batch ? stop : cut.batch,
-                      cut.image_lanes * cut.items};
-  for (int64_t tile = split % cut.tile_splits; tile < cut.tiles; tile += cut.tile_splits) {
-    const int64_t pixel = tile * cut.tile + at;
-    if (pixel < cut.pixels) body(pixel, images);
+__device__ __forceinline__ void for_pixels(const Partition& partition, int split, int lane,
+                                           const Body& body) {
+  const int image_lane = lane / partition.tile, at = lane % partition.tile;
+  if (image_lane >= partition.image_lanes) return;
+  const int64_t from = split / partition.tile_splits * partition.images,
+                stop = from + partition.images;
+  const Images images{from + image_lane * partition.items,
+                      stop < partition.batch ? stop : partition.batch,
+                      partition.image_lanes * partition.items};
+  for (int64_t tile = split % partition.tile_splits; tile < partition.tiles;
+       tile += partition.tile_splits) {
+    const int64_t pixel = tile * partition.tile + at;
+    if (pixel < partition.pixels) body(pixel, images);
   }
 }
 
 // Of the kItems values that a thread takes at image b, those that exist.
 template <typename T, bool kLast>
-__device__ __forceinline__ int items_at(const Place<T, kLast>& place, const Cut& cut, int64_t b,
-                                        int64_t stop) {
-  if (kLast) return place.channels;
-  if (cut.width > 1) return cut.width;
-  return stop - b < cut.items ? static_cast<int>(stop - b) : cut.items;
+__device__ __forceinline__ int items_at(const ThreadPosition<T, kLast>& position,
+                                        const Partition& partition, int64_t b, int64_t stop) {
+  if (kLast) return position.channels;
+  if (partition.width > 1) return partition.width;
+  return stop - b < partition.items ? static_cast<int>(stop - b) : partition.items;
 }
 
 // values[k] of an item past `count` is 0.
-template <bool kWide, typename T, int kItems>
+template <bool kVectorized, typename T, int kItems>
 __device__ __forceinline__ void load_items(const T* at, int64_t step, int count,
                                            accumulate_t<T> (&values)[kItems]) {
-  if constexpr (kWide) {
+  if constexpr (kVectorized) {
     const uint4 raw = __ldg(reinterpret_cast<const uint4*>(at));
     T items[kItems];
     std::memcpy(items, &raw, sizeof(raw));
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) values[k] = widen(items[k]);
+    for (int k = 0; k < kItems; ++k) values[k] = upcast(items[k]);
   } else {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
-      values[k] = k < count ? widen(at[k * step]) : accumulate_t<T>{0};
+      values[k] = k < count ? upcast(at[k * step]) : accumulate_t<T>{0};
     }
   }
 }
@@ -260,17 +268,17 @@ __device__ __forceinline__ void load_items(const T* at, int64_t step, int count,
 template <typename T, int kItems>
 __device__ __forceinline__ void load_items(const MapView<const T>& map, const T* at, int count,
                                            accumulate_t<T> (&values)[kItems]) {
-  if (map.wide) return load_items<true>(at, map.step_item, count, values);
+  if (map.vectorized) return load_items<true>(at, map.step_item, count, values);
   load_items<false>(at, map.step_item, count, values);
 }
 
 template <typename T, int kItems>
-__device__ __forceinline__ void store_items(T* at, int64_t step, int count, bool wide,
+__device__ __forceinline__ void store_items(T* at, int64_t step, int count, bool vectorized,
                                             const accumulate_t<T> (&values)[kItems]) {
-  if (wide) {
+  if (vectorized) {
     T items[kItems];
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) items[k] = narrow<T>(values[k]);
+    for (int k = 0; k < kItems; ++k) items[k] = downcast<T>(values[k]);
     uint4 raw;
     std::memcpy(&raw, items, sizeof(raw));
     *reinterpret_cast<uint4*>(at) = raw;
@@ -278,7 +286,7 @@ __device__ __forceinline__ void store_items(T* at, int64_t step, int count, bool
   }
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
-    if (k < count) at[k * step] = narrow<T>(values[k]);
+    if (k < count) at[k * step] = downcast<T>(values[k]);
   }
 }
 
@@ -327,7 +335,7 @@ struct OutputTaps {
 
 // sum[k] += weighted sum of transform(value, k) over the entries of rows and columns. An adjoint
 // seldom has more than one, and does not gain by kUnroll.
-template <bool kWide, int kUnroll, typename T, typename Taps, int kItems, typename Transform>
+template <bool kVectorized, int kUnroll, typename T, typename Taps, int kItems, typename Transform>
 __device__ __forceinline__ void gather(const MapView<const T>& map, const T* image,
                                        const Taps& rows, const Taps& columns, int count,
                                        accumulate_t<T> (&sum)[kItems], const Transform& transform) {
@@ -340,7 +348,7 @@ __device__ __forceinline__ void gather(const MapView<const T>& map, const T* ima
     for (int x = 0; x < columns.count; ++x, at += map.step_p) {
       const A weight = of_row * columns.weight(x);
       A values[kItems];
-      load_items<kWide>(at, map.step_item, count, values);
+      load_items<kVectorized>(at, map.step_item, count, values);
 #pragma unroll
       for (int k = 0; k < kItems; ++k) sum[k] += weight * transform(values[k], k);
     }
@@ -383,9 +391,9 @@ __device__ __forceinline__ A read_parameter(const Parameter& from, int64_t m) {
     case ScalarType::Double:
       return static_cast<A>(static_cast<const double*>(from.values)[at]);
     case ScalarType::Half:
-      return static_cast<A>(widen(static_cast<const Half*>(from.values)[at]));
+      return static_cast<A>(upcast(static_cast<const Half*>(from.values)[at]));
     default:
-      return static_cast<A>(widen(static_cast<const BFloat16*>(from.values)[at]));
+      return static_cast<A>(upcast(static_cast<const BFloat16*>(from.values)[at]));
   }
 }
 
@@ -399,11 +407,11 @@ __device__ __forceinline__ void write_parameter(const Parameter& to, int64_t m, 
       static_cast<double*>(to.values)[at] = value;
       return;
     case ScalarType::Half:
-      static_cast<Half*>(to.values)[at] = narrow<Half>(static_cast<float>(value));
+      static_cast<Half*>(to.values)[at] = downcast<Half>(static_cast<float>(value));
       return;
     default:
-      static_cast<BFloat16*>(to.values)[at] = narrow<BFloat16>(static_cast<float>(value));
+      static_cast<BFloat16*>(to.values)[at] = downcast<BFloat16>(static_cast<float>(value));
   }
 }
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::multiscale_attention

@@ -14,23 +14,23 @@
 
 #include "cuda/multiscale_attention.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::multiscale_attention {
 namespace {
 
 // Sums of dN and of dN hat x over a channel or a part of it.
 template <typename A>
 struct Sums {
-  A plain, centred;
+  A plain, centered;
 };
 
-constexpr int64_t kMostTaps = 1 << 16;  // that a cut reckons with
+constexpr int64_t kMostTaps = 1 << 16;  // that a partition reckons with
 
 template <typename T>
 struct BackwardScale {
   MapView<const T> map;
   MapView<T> result;
   ResizeRule rows, columns;
-  Cut cut;  // of both launches
+  Partition partition;  // of both launches
   Parameter weight, bias, grad_weight, grad_bias;
   Sums<accumulate_t<T>>* parts;  // (channels, splits)
 };
@@ -68,18 +68,18 @@ __device__ __forceinline__ Slope<accumulate_t<T>> slope_of(const Backward<T>& ca
 template <typename T, bool kLast, typename Body>
 __device__ __forceinline__ void for_gradients(const Backward<T>& call,
                                               const BackwardScale<T>& scale, int split,
-                                              const Place<T, kLast>& place,
+                                              const ThreadPosition<T, kLast>& position,
                                               const Body& body) {
   using A = accumulate_t<T>;
-  const T* values = scale.map.values + place.channel * scale.map.step_c;
-  const T* grad = call.grad.values + place.channel * call.grad.step_c;
-  const Cut& cut = scale.cut;
-  for_pixels(cut, split, place.lane, [&](int64_t pixel, const Images& images) {
+  const T* values = scale.map.values + position.channel * scale.map.step_c;
+  const T* grad = call.grad.values + position.channel * call.grad.step_c;
+  const Partition& partition = scale.partition;
+  for_pixels(partition, split, position.lane, [&](int64_t pixel, const Images& images) {
     const int64_t y = quotient(pixel, scale.columns.size_in);
     const OutputTaps<A> rows(scale.rows, y);
     const OutputTaps<A> columns(scale.columns, pixel - y * scale.columns.size_in);
     for (int64_t b = images.first; b < images.stop; b += images.step) {
-      const int count = items_at(place, cut, b, images.stop);
+      const int count = items_at(position, partition, b, images.stop);
       A items[Grain<T, kLast>::kItems] = {}, gradient[Grain<T, kLast>::kItems] = {};
       if (call.norm) {
         const T* at = values + b * scale.map.step_b + pixel * scale.map.step_p;
@@ -87,7 +87,7 @@ __device__ __forceinline__ void for_gradients(const Backward<T>& call,
       }
       const T* image = grad + b * call.grad.step_b;
       const auto same = [](A value, int) { return value; };
-      if (kLast && call.grad.wide) {
+      if (kLast && call.grad.vectorized) {
         gather<true, 1>(call.grad, image, rows, columns, count, gradient, same);
       } else {
         gather<false, 1>(call.grad, image, rows, columns, count, gradient, same);
@@ -102,18 +102,18 @@ template <typename T>
 __device__ void leave_sums(const Backward<T>& call, int i, int64_t m) {
   using A = accumulate_t<T>;
   const BackwardScale<T>& scale = call.scales[i];
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, splits = scale.cut.splits;
-  A plain = 0, centred = 0;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, splits = scale.partition.splits;
+  A plain = 0, centered = 0;
   for (int split = lane; split < splits; split += kWarp) {
     const Sums<A> part = scale.parts[m * splits + split];
     plain += part.plain;
-    centred += part.centred;
+    centered += part.centered;
   }
   plain = warp_sum(plain);
-  centred = warp_sum(centred);
+  centered = warp_sum(centered);
   if (lane != 0) return;
-  call.sums[i * call.channels + m] = {plain, centred};
-  write_parameter(scale.grad_weight, m, static_cast<double>(centred));
+  call.sums[i * call.channels + m] = {plain, centered};
+  write_parameter(scale.grad_weight, m, static_cast<double>(centered));
   write_parameter(scale.grad_bias, m, static_cast<double>(plain));
 }
 
@@ -124,37 +124,37 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   using G = Grain<T, kLast>;
   const Share share = share_of(call.starts, call.groups);
   const BackwardScale<T>& scale = call.scales[share.scale];
-  const Place<T, kLast> place(share.group, call.channels);
+  const ThreadPosition<T, kLast> position(share.group, call.channels);
   MAGSD_SHARED(Slope<A>, slopes, [G::kChannels]);
   const int64_t m = share.group * G::kChannels + threadIdx.x;
   if (threadIdx.x < G::kChannels && m < call.channels) {
     slopes[threadIdx.x] = slope_of(call, share.scale, m);
   }
   __syncthreads();
-  A plain[G::kOwn] = {}, centred[G::kOwn] = {};
+  A plain[G::kOwn] = {}, centered[G::kOwn] = {};
   const auto add = [&](int64_t, int64_t, int, const A(&items)[G::kItems],
                        const A(&gradient)[G::kItems]) {
 #pragma unroll
     for (int k = 0; k < G::kItems; ++k) {
       const int own = kLast ? k : 0;
-      const Slope<A>& slope = slopes[place.own + own];
+      const Slope<A>& slope = slopes[position.own + own];
       const A apart = items[k] - slope.mean;
       const A passed = apart * slope.factor + slope.bias > 0 ? gradient[k] : A{0};
       plain[own] += passed;
-      centred[own] += passed * apart;
+      centered[own] += passed * apart;
     }
   };
-  if (place.channels > 0) for_gradients(call, scale, share.split, place, add);
+  if (position.channels > 0) for_gradients(call, scale, share.split, position, add);
   block_sums<G::kLanes>(plain);
-  block_sums<G::kLanes>(centred);
-  const int splits = scale.cut.splits;
+  block_sums<G::kLanes>(centered);
+  const int splits = scale.partition.splits;
   if (threadIdx.x < G::kLanes) {
 #pragma unroll
     for (int k = 0; k < G::kOwn; ++k) {
-      if (k >= place.channels) break;
-      const int64_t channel = place.channel + k;
+      if (k >= position.channels) break;
+      const int64_t channel = position.channel + k;
       const A rstd = call.rstd[share.scale * call.channels + channel];
-      scale.parts[channel * splits + share.split] = {plain[k], centred[k] * rstd};
+      scale.parts[channel * splits + share.split] = {plain[k], centered[k] * rstd};
     }
   }
   if (!is_last_block(call.tickets, share.scale * call.groups + share.group, splits)) return;
@@ -173,9 +173,9 @@ __device__ Slope<accumulate_t<T>> slope_with_sums(const Backward<T>& call, int i
   Slope<A> slope = slope_of(call, i, m);
   if (call.training) {
     // Ioffe and Szegedy 2015: the batch's mean and variance depend on every element.
-    const A count = static_cast<A>(scale.cut.batch * scale.cut.pixels);
+    const A count = static_cast<A>(scale.partition.batch * scale.partition.pixels);
     slope.offset = call.sums[at].plain / count * slope.factor;
-    slope.slope = call.sums[at].centred / count * call.rstd[at] * slope.factor;
+    slope.slope = call.sums[at].centered / count * call.rstd[at] * slope.factor;
   }
   return slope;
 }
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   MAGSD_SHARED(Slope<A>, slopes, [G::kChannels]);
   const Share share = share_of(call.starts, call.groups);
   const BackwardScale<T>& scale = call.scales[share.scale];
-  const Place<T, kLast> place(share.group, call.channels);
+  const ThreadPosition<T, kLast> position(share.group, call.channels);
   if (call.norm) {
     const int64_t m = share.group * G::kChannels + threadIdx.x;
     if (threadIdx.x < G::kChannels && m < call.channels) {
@@ -196,23 +196,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
     __syncthreads();
   }
-  if (place.channels == 0) return;
-  T* results = scale.result.values + place.channel * scale.result.step_c;
+  if (position.channels == 0) return;
+  T* results = scale.result.values + position.channel * scale.result.step_c;
   const auto write = [&](int64_t pixel, int64_t b, int count, const A(&items)[G::kItems],
                          A(&gradient)[G::kItems]) {
     if (call.norm) {
 #pragma unroll
       for (int k = 0; k < G::kItems; ++k) {
-        const Slope<A>& own = slopes[place.own + (kLast ? k : 0)];
+        const Slope<A>& own = slopes[position.own + (kLast ? k : 0)];
         const A apart = items[k] - own.mean;
         const A passed = apart * own.factor + own.bias > 0 ? gradient[k] : A{0};
         gradient[k] = passed * own.factor - (own.offset + apart * own.slope);
       }
     }
     store_items(results + b * scale.result.step_b + pixel * scale.result.step_p,
-                scale.result.step_item, count, scale.result.wide, gradient);
+                scale.result.step_item, count, scale.result.vectorized, gradient);
   };
-  for_gradients(call, scale, share.split, place, write);
+  for_gradients(call, scale, share.split, position, write);
 }
 
 // A call that writes `results`, less what concerns the norms.
@@ -236,22 +236,24 @@ Backward<T> backward_of(const FeatureMap& grad, const Tensors& results, Resampli
     scale.rows = {steps.height, grad.steps.height, mode, align_corners};
     scale.columns = {steps.width, grad.steps.width, mode, align_corners};
     // A value of the map, and as many of the gradient as weigh it.
-    const int64_t taps = ceil_div(grad.steps.height, steps.height) *
-                         ceil_div(grad.steps.width, steps.width);
+    const int64_t taps =
+        ceil_div(grad.steps.height, steps.height) * ceil_div(grad.steps.width, steps.width);
     const int loads = static_cast<int>(std::min(taps, kMostTaps)) + 1;
-    tasks.push_back({steps.pixels(), items, loads * (kLast && !call.grad.wide ? G::kOwn : items)});
+    tasks.push_back(
+        {steps.pixels(), items, loads * (kLast && !call.grad.vectorized ? G::kOwn : items)});
   }
-  const std::vector<Cut> cuts = cuts_of(tasks, batch, G::kPixelLanes, call.groups);
+  const std::vector<Partition> partitions =
+      partitions_of(tasks, batch, G::kPixelLanes, call.groups);
   for (size_t i = 0; i < results.size(); ++i) {
-    call.scales[i].cut = cuts[i];
-    call.starts[i + 1] = call.starts[i] + cuts[i].splits * call.groups;
+    call.scales[i].partition = partitions[i];
+    call.starts[i + 1] = call.starts[i] + partitions[i].splits * call.groups;
   }
   return call;
 }
 
 template <typename T, bool kLast>
 void write_gradients(const DeviceScope& scope, const Backward<T>& call, size_t scales) {
-  launch(scope, grid_of(call.starts[scales]), kThreads, 0, gradient_kernel<T, kLast>, call);
+  launch(scope, {grid_of(call.starts[scales]), kThreads}, gradient_kernel<T, kLast>, call);
 }
 
 // Both launches; the second has nothing to write where there is no image.
@@ -260,23 +262,23 @@ void write_all_gradients(const DeviceScope& scope, Backward<T> call, size_t scal
                          ScalarType dtype) {
   using A = accumulate_t<T>;
   static_assert(sizeof(Sums<A>) == 2 * sizeof(A));
-  std::vector<Cut> cuts;
+  std::vector<Partition> partitions;
   int64_t count = static_cast<int64_t>(scales) * call.channels;
   for (size_t i = 0; i < scales; ++i) {
-    cuts.push_back(call.scales[i].cut);
-    count += cuts[i].splits * call.channels;
+    partitions.push_back(call.scales[i].partition);
+    count += partitions[i].splits * call.channels;
   }
   const Tensor memory = uninitialized({2 * count}, dtype);
   call.sums = static_cast<Sums<A>*>(memory.mutable_data_ptr());
   Sums<A>* parts = call.sums + static_cast<int64_t>(scales) * call.channels;
   for (size_t i = 0; i < scales; ++i) {
     call.scales[i].parts = parts;
-    parts += cuts[i].splits * call.channels;
+    parts += partitions[i].splits * call.channels;
   }
-  const TicketBook book = tickets_for(scope, counters_of(cuts, call.groups));
+  const TicketBook book = tickets_for(scope, counters_of(partitions, call.groups));
   call.tickets = book.tickets;
-  launch(scope, grid_of(call.starts[scales]), kThreads, 0, sums_kernel<T, kLast>, call);
-  if (call.scales[0].cut.batch > 0) write_gradients<T, kLast>(scope, call, scales);
+  launch(scope, {grid_of(call.starts[scales]), kThreads}, sums_kernel<T, kLast>, call);
+  if (call.scales[0].partition.batch > 0) write_gradients<T, kLast>(scope, call, scales);
 }
 
 Tensors resample_attention_backward(const Tensor& grad, const std::vector<int64_t>& heights,
@@ -334,11 +336,10 @@ Gradients multiscale_attention_backward(const Tensor& grad, const Tensors& proje
 }
 
 }  // namespace
-}  // namespace magsd::MAGSD_ISA
 
 MAGSD_OPERATORS(library) {
-  library.impl("resample_attention_backward",
-               TORCH_BOX(&magsd::MAGSD_ISA::resample_attention_backward));
-  library.impl("multiscale_attention_backward",
-               TORCH_BOX(&magsd::MAGSD_ISA::multiscale_attention_backward));
+  library.impl("resample_attention_backward", TORCH_BOX(&resample_attention_backward));
+  library.impl("multiscale_attention_backward", TORCH_BOX(&multiscale_attention_backward));
 }
+
+}  // namespace magsd::MAGSD_ISA::multiscale_attention

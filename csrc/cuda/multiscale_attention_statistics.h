@@ -12,7 +12,7 @@
 
 #include "cuda/multiscale_attention.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::multiscale_attention {
 
 // Statistics of a part of a channel: its mean is pivot + rest, and deviation the sum of the squared
 // differences from it.
@@ -25,7 +25,7 @@ struct alignas(4 * sizeof(A)) Part {
 template <typename T>
 struct StatisticsScale {
   MapView<const T> map;
-  Cut cut;
+  Partition partition;
   Parameter running_mean, running_var;
   int64_t count;                 // values of a channel
   Part<accumulate_t<T>>* parts;  // (channels, splits)
@@ -63,17 +63,17 @@ struct ThreadSums {
     seen += kLast ? 1 : count;
   }
 
-  template <bool kWide>
-  __device__ __forceinline__ void add_part(const MapView<const T>& map, const Cut& cut, int split,
-                                           const Place<T, kLast>& place) {
-    const T* values = map.values + place.channel * map.step_c;
-    for_pixels(cut, split, place.lane, [&](int64_t pixel, const Images& images) {
+  template <bool kVectorized>
+  __device__ __forceinline__ void add_part(const MapView<const T>& map, const Partition& partition,
+                                           int split, const ThreadPosition<T, kLast>& position) {
+    const T* values = map.values + position.channel * map.step_c;
+    for_pixels(partition, split, position.lane, [&](int64_t pixel, const Images& images) {
       const T* at = values + pixel * map.step_p;
 #pragma unroll 4
       for (int64_t b = images.first; b < images.stop; b += images.step) {
-        const int count = items_at(place, cut, b, images.stop);
+        const int count = items_at(position, partition, b, images.stop);
         A items[G::kItems];
-        load_items<kWide>(at + b * map.step_b, map.step_item, count, items);
+        load_items<kVectorized>(at + b * map.step_b, map.step_item, count, items);
         add(items, count);
       }
     });
@@ -115,7 +115,7 @@ template <typename T>
 __device__ void leave_statistics(const Statistics<T>& call, int i, int64_t m) {
   using A = accumulate_t<T>;
   const StatisticsScale<T>& scale = call.scales[i];
-  const int splits = scale.cut.splits;
+  const int splits = scale.partition.splits;
   const Moments<A> moments =
       combined(scale.parts + m * splits, splits, static_cast<A>(scale.count));
   if (threadIdx.x % kWarp != 0) return;
@@ -134,18 +134,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   using G = Grain<T, kLast>;
   const Share share = share_of(call.starts, call.groups);
   const StatisticsScale<T>& scale = call.scales[share.scale];
-  const Cut& cut = scale.cut;
-  const Place<T, kLast> place(share.group, call.channels);
+  const Partition& partition = scale.partition;
+  const ThreadPosition<T, kLast> position(share.group, call.channels);
   ThreadSums<T, kLast> own;
-  if (place.channels > 0) {
-    if (scale.map.wide) {
-      own.template add_part<true>(scale.map, cut, share.split, place);
+  if (position.channels > 0) {
+    if (scale.map.vectorized) {
+      own.template add_part<true>(scale.map, partition, share.split, position);
     } else {
-      own.template add_part<false>(scale.map, cut, share.split, place);
+      own.template add_part<false>(scale.map, partition, share.split, position);
     }
   }
   const A seen = static_cast<A>(own.seen > 0 ? own.seen : 1);
-  const A count = static_cast<A>(cut.count(share.split));
+  const A count = static_cast<A>(partition.count(share.split));
   A pivot[G::kOwn], rest[G::kOwn], deviation[G::kOwn];
 #pragma unroll
   for (int k = 0; k < G::kOwn; ++k) {
@@ -164,14 +164,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (threadIdx.x < G::kLanes) {
 #pragma unroll
     for (int k = 0; k < G::kOwn; ++k) {
-      if (k >= place.channels) break;
+      if (k >= position.channels) break;
       rest[k] /= count;
-      scale.parts[(place.channel + k) * cut.splits + share.split] = {
+      scale.parts[(position.channel + k) * partition.splits + share.split] = {
           count, pivot[k], rest[k], deviation[k] - rest[k] * rest[k] * count};
     }
   }
   const int64_t ticket = share.scale * call.groups + share.group;
-  if (!is_last_block(call.tickets, ticket, cut.splits)) return;
+  if (!is_last_block(call.tickets, ticket, partition.splits)) return;
   for (int own = static_cast<int>(threadIdx.x) / kWarp; own < G::kChannels; own += kWarps) {
     const int64_t m = share.group * G::kChannels + own;
     if (m < call.channels) leave_statistics(call, share.scale, m);
@@ -198,24 +198,25 @@ void take_statistics(const DeviceScope& scope, const std::vector<FeatureMap>& ma
     call.scales[i].count = batch * steps.pixels();
     // Contiguous planes that keep to 16 bytes are read along their pixels.
     const auto even = [](int64_t step) { return step % G::kItems == 0; };
-    const bool along = !kLast && even(steps.pixels()) && even(steps.step_b) &&
-                       reinterpret_cast<uintptr_t>(view.values) % 16 == 0;
-    if (along) {
+    const bool by_pixels = !kLast && even(steps.pixels()) && even(steps.step_b) &&
+                           reinterpret_cast<uintptr_t>(view.values) % 16 == 0;
+    if (by_pixels) {
       view.step_p = G::kItems;
       view.step_item = 1;
-      view.wide = true;
+      view.vectorized = true;
       tasks.push_back({steps.pixels() / G::kItems, 1, 1});
     } else {
-      tasks.push_back({steps.pixels(), images, view.wide ? 1 : (kLast ? G::kOwn : images)});
+      tasks.push_back({steps.pixels(), images, view.vectorized ? 1 : (kLast ? G::kOwn : images)});
     }
   }
-  const std::vector<Cut> cuts = cuts_of(tasks, batch, G::kPixelLanes, call.groups);
+  const std::vector<Partition> partitions =
+      partitions_of(tasks, batch, G::kPixelLanes, call.groups);
   int64_t splits = 0;
   for (size_t i = 0; i < maps.size(); ++i) {
-    call.scales[i].cut = cuts[i];
-    if (!kLast && call.scales[i].map.wide) call.scales[i].cut.width = G::kItems;
-    call.starts[i + 1] = call.starts[i] + cuts[i].splits * call.groups;
-    splits += cuts[i].splits;
+    call.scales[i].partition = partitions[i];
+    if (!kLast && call.scales[i].map.vectorized) call.scales[i].partition.width = G::kItems;
+    call.starts[i + 1] = call.starts[i] + partitions[i].splits * call.groups;
+    splits += partitions[i].splits;
   }
   constexpr int64_t kPartValues = 4;
   static_assert(sizeof(Part<A>) == kPartValues * sizeof(A));
@@ -224,11 +225,11 @@ void take_statistics(const DeviceScope& scope, const std::vector<FeatureMap>& ma
   auto* parts = static_cast<Part<A>*>(memory.mutable_data_ptr());
   for (size_t i = 0; i < maps.size(); ++i) {
     call.scales[i].parts = parts;
-    parts += cuts[i].splits * call.channels;
+    parts += partitions[i].splits * call.channels;
   }
-  const TicketBook book = tickets_for(scope, counters_of(cuts, call.groups));
+  const TicketBook book = tickets_for(scope, counters_of(partitions, call.groups));
   call.tickets = book.tickets;
-  launch(scope, grid_of(call.starts[maps.size()]), kThreads, 0, statistics_kernel<T, kLast>, call);
+  launch(scope, {grid_of(call.starts[maps.size()]), kThreads}, statistics_kernel<T, kLast>, call);
 }
 
-}  // namespace magsd::MAGSD_ISA
+}  // namespace magsd::MAGSD_ISA::multiscale_attention

@@ -4,10 +4,10 @@
 // Reads (1 + V) B K logits and writes, backward, as many gradients: a few kilobytes at the sizes of
 // a classifier, so that latency is what costs. Hence one launch each way, and no row waits for
 // another: the unit of work is a row of one matrix, of the raw logits or of a view, and a view's
-// row computes the soft target for itself. A row belongs to as many neighbouring lanes as it has
-// classes, at most a warp; neighbouring rows lie in neighbouring lanes.
+// row computes the soft target for itself. A row belongs to as many neighboring lanes as it has
+// classes, at most a warp; neighboring rows lie in neighboring lanes.
 //
-// The forward is one block where that walks over the rows in a few turns. More rows are spread over
+// The forward is one block where that goes over the rows in a few turns. More rows are spread over
 // the device, and the last block to end adds up the sums of all: that costs it two trips to memory.
 // Backward spreads the rows too, and each block adds up the target weights for itself. Sums run in
 // double, in an order that the sizes and the number of multiprocessors decide. Softmaxes are
@@ -25,13 +25,13 @@
 #include "cuda/kernel.h"
 #include "cuda/tickets.h"
 
-namespace magsd::MAGSD_ISA {
+namespace magsd::MAGSD_ISA::soft_distance {
 namespace {
 
 constexpr int kForwardThreads = 512;  // of the one block
 constexpr int kThreads = 256;         // of one of several
 constexpr int kBlocksPerProcessor = 4;
-constexpr int64_t kMostTurns = 2;  // of the one block
+constexpr int64_t kMostTurns = 2;   // of the one block
 constexpr int64_t kMostViews = 32;  // whose pointers a kernel takes; more are stacked first
 
 template <typename T>
@@ -39,7 +39,7 @@ struct Row {
   const T* entries;
   int64_t step;
 
-  __device__ accumulate_t<T> operator[](int64_t k) const { return widen(entries[k * step]); }
+  __device__ accumulate_t<T> operator[](int64_t k) const { return upcast(entries[k * step]); }
 };
 
 // A (B, K) matrix of any strides.
@@ -84,7 +84,7 @@ struct Inputs {
     if (class_weights == nullptr) return 1;
     const int64_t at = safe_target(b) * step_weight;
     return float32_weights ? static_cast<A>(static_cast<const float*>(class_weights)[at])
-                           : widen(static_cast<const T*>(class_weights)[at]);
+                           : upcast(static_cast<const T*>(class_weights)[at]);
   }
 };
 
@@ -146,7 +146,7 @@ struct SoftTarget {
   }
 };
 
-// Calls visit(part, b, lane, inside) for the rows of this thread; `lane` is the thread's place in
+// Calls visit(part, b, lane, inside) for the rows of this thread; `lane` is its position in
 // the row. The lanes of a warp make the same number of calls, those past the last row on the first.
 template <typename T, typename Visitor>
 __device__ void for_each_row(const Inputs<T>& inputs, const Visitor& visit) {
@@ -199,8 +199,8 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
     if (!inside) return;
     if (part == 0) {
       if (lane != 0) return;
-      const A centred = raw.row[soft.target] - raw.maximum;
-      const A nll = (std::log(raw.sum) - centred) * inputs.weight(b);
+      const A centered = raw.row[soft.target] - raw.maximum;
+      const A nll = (std::log(raw.sum) - centered) * inputs.weight(b);
       entropy += static_cast<double>(inputs.valid(b) ? nll : std::numeric_limits<A>::quiet_NaN());
       weight += static_cast<double>(inputs.weight(b));
     } else {
@@ -282,8 +282,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     T* row = grads.matrices[given] + ((part - given) * batch + b) * classes;
     for (int64_t k = lane; k < classes; k += inputs.lanes) {
       const A probability = own[k];
-      row[k] = narrow<T>(part == 0 ? (probability - (k == soft.target ? A{1} : A{0})) * factor
-                                   : probability * (signed_step(probability, k) - mean));
+      row[k] = downcast<T>(part == 0 ? (probability - (k == soft.target ? A{1} : A{0})) * factor
+                                     : probability * (signed_step(probability, k) - mean));
     }
   });
 }
@@ -350,32 +350,33 @@ std::tuple<Tensor, Tensor, Tensor> soft_distance_loss(const Tensor& logits,
                                                       double confidence, double smoothing) {
   const DeviceScope scope(logits);
   check_loss_arguments(logits, view_logits, targets, class_weights);
-  const ScalarType dtype = accumulation_dtype(logits.scalar_type());
-  const Tensor loss = uninitialized({}, dtype), cross_entropy = uninitialized({}, dtype);
-  const Tensor distance = uninitialized({}, dtype);
+  const LossResults results(logits.scalar_type());
   const std::vector<Tensor> views = gathered(view_logits);
   visit_floating(logits.scalar_type(), [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
     const Inputs<T> inputs =
         inputs_of<T>(logits, views, targets, class_weights, confidence, smoothing);
-    Results<A> results{mutable_data<A>(loss), mutable_data<A>(cross_entropy),
-                       mutable_data<A>(distance), nullptr, {}};
+    Results<A> to{mutable_data<A>(results.loss),
+                  mutable_data<A>(results.cross_entropy),
+                  mutable_data<A>(results.distance),
+                  nullptr,
+                  {}};
     const int64_t threads = threads_of(inputs);
     if (threads <= kMostTurns * kForwardThreads) {
       const auto own = static_cast<int>(std::clamp<int64_t>(threads, kWarp, kForwardThreads));
-      launch(scope, grid_of(1), own, 0, soft_distance_kernel<T>, inputs, results);
+      launch(scope, {grid_of(1), own}, soft_distance_kernel<T>, inputs, to);
       return;
     }
     const int64_t blocks = blocks_for(threads);
     const Tensor parts = uninitialized({3 * blocks}, ScalarType::Double);
     static_assert(sizeof(Sums) == 3 * sizeof(double));
-    results.parts = static_cast<Sums*>(parts.mutable_data_ptr());
+    to.parts = static_cast<Sums*>(parts.mutable_data_ptr());
     const TicketBook book = tickets_for(scope, 1);
-    results.tickets = book.tickets;
-    launch(scope, grid_of(blocks), kThreads, 0, soft_distance_kernel<T>, inputs, results);
+    to.tickets = book.tickets;
+    launch(scope, {grid_of(blocks), kThreads}, soft_distance_kernel<T>, inputs, to);
   });
-  return {loss, cross_entropy, distance};
+  return {results.loss, results.cross_entropy, results.distance};
 }
 
 std::tuple<Tensor, std::vector<Tensor>> soft_distance_loss_backward(
@@ -388,11 +389,7 @@ std::tuple<Tensor, std::vector<Tensor>> soft_distance_loss_backward(
   const ScalarType dtype = logits.scalar_type();
   const std::vector<Tensor> views = gathered(view_logits);
   const Tensor grad = uninitialized({logits.size(0), logits.size(1)}, dtype);
-  std::vector<Tensor> grad_views;
-  for (const Tensor& view : views) {
-    const auto sizes = view.sizes();
-    grad_views.push_back(uninitialized({sizes.begin(), sizes.end()}, dtype));
-  }
+  const std::vector<Tensor> grad_views = empty_like(views);
   visit_floating(dtype, [&](auto type) {
     using T = decltype(type);
     using A = accumulate_t<T>;
@@ -408,7 +405,7 @@ std::tuple<Tensor, std::vector<Tensor>> soft_distance_loss_backward(
     if (inputs.batch == 0) return;
     const int64_t threads = threads_of(inputs);
     const auto own = static_cast<int>(std::min<int64_t>(threads, kThreads));
-    launch(scope, grid_of(blocks_for(threads)), own, 0, soft_distance_backward_kernel<T>, inputs,
+    launch(scope, {grid_of(blocks_for(threads)), own}, soft_distance_backward_kernel<T>, inputs,
            of_loss, of_entropy, of_distance, grads);
   });
   if (views.size() == view_logits.size()) return {grad, grad_views};
@@ -420,10 +417,10 @@ std::tuple<Tensor, std::vector<Tensor>> soft_distance_loss_backward(
 }
 
 }  // namespace
-}  // namespace magsd::MAGSD_ISA
 
 MAGSD_OPERATORS(library) {
-  library.impl("soft_distance_loss", TORCH_BOX(&magsd::MAGSD_ISA::soft_distance_loss));
-  library.impl("soft_distance_loss_backward",
-               TORCH_BOX(&magsd::MAGSD_ISA::soft_distance_loss_backward));
+  library.impl("soft_distance_loss", TORCH_BOX(&soft_distance_loss));
+  library.impl("soft_distance_loss_backward", TORCH_BOX(&soft_distance_loss_backward));
 }
+
+}  // namespace magsd::MAGSD_ISA::soft_distance

@@ -27,30 +27,8 @@
 
 #if !defined(MAGSD_SIMT_SWAPCONTEXT)
 // Leaves the registers on the stack that runs and its pointer in *from, goes on from those at `to`.
+// See context.cpp.
 extern "C" __attribute__((visibility("hidden"))) void magsd_simt_change(void** from, void* to);
-asm(R"(
-  .text
-  .globl magsd_simt_change
-  .hidden magsd_simt_change
-  .type magsd_simt_change, @function
-magsd_simt_change:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-  .size magsd_simt_change, .-magsd_simt_change
-)");
 #endif
 
 namespace simt {

@@ -1,4 +1,4 @@
-// The scheduler of the fibers; see simt.h.
+// The threads of a block, and launches; see simt.h and, for clusters, cluster.cpp.
 #include "simt/simt.h"
 
 #include <atomic>
@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "simt/context.h"
+#include "simt/scheduler.h"
 
 namespace simt {
 namespace {
@@ -20,109 +20,21 @@ constexpr std::size_t kMostShared = 227 * 1024;
 constexpr std::size_t kMostStaticShared = 48 * 1024;
 constexpr unsigned kMostBlocksX = 2147483647, kMostBlocksYZ = 65535;
 
-enum class State { kReady, kAtBarrier, kAtExchange, kAtClusterBarrier, kDone };
-
-// At the cluster's barrier: released once all threads have arrived, none after the wait.
-enum class Arrival { kNone, kArrived, kReleased };
-
-struct Fiber {
-  Context context;
-  State state = State::kReady;
-  Arrival arrival = Arrival::kNone;
-};
-
-// What the lanes of a warp give each other; two sets of slots, so that a lane may go on to the next
-// exchange while others still read this one.
-struct Warp {
-  alignas(16) unsigned char slots[2][kLanes * kExchangeBytes];
-  unsigned generation = 0;
-  int arrived = 0;
-  Site site{};
-  std::size_t bytes = 0;
-};
-
-struct Array {
-  unsigned char* memory = nullptr;
-  std::size_t bytes = 0;
-
-  void allocate(std::size_t count);
-  void poison() { std::memset(memory, 0xff, bytes); }
-  bool holds(const void* address) const {
-    const auto at = reinterpret_cast<std::uintptr_t>(address);
-    const auto first = reinterpret_cast<std::uintptr_t>(memory);
-    return at >= first && at < first + bytes;
-  }
-};
-
-class Cluster;
-
-// Stacks serve one block after another.
-class Block {
- public:
-  explicit Block(Cluster& of) : cluster(of) {}
-
-  void start(const Position& where, std::size_t shared_bytes);
-  bool take_turn(std::uint64_t& seed);
-  void wait(State state);
-  void finish();
-  bool has_arrivals() const;
-  [[noreturn]] void fail(const std::string& why);
-  void require_same(const char* who, const Site& first, const Site& here);
-  void* array_of(const void* site, std::size_t bytes);
-  std::size_t count(State state) const;
-  void free_shared();
-
-  Cluster& cluster;
-  Position at;
-  std::size_t running = 0;
-  std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
-  std::map<const void*, Array> arrays;
-  Array dynamic;
-  std::size_t static_bytes = 0;
-  std::size_t at_barrier = 0;
-  Site barrier_site{};
-  bool any = false, any_before = false;
-  Context scheduler;
-
- private:
-  void resume(std::size_t i);
-  void release_barrier();
-
-  std::vector<std::size_t> order_;
-  bool ended_ = false;
-};
-
-// Blocks that run side by side.
-class Cluster {
- public:
-  void run(const Position& first, int size, std::size_t shared_bytes, std::uint64_t& seed);
-  void release_barrier();
-
-  const std::function<void()>* body = nullptr;
-  std::vector<std::unique_ptr<Block>> blocks;
-  std::size_t size = 0, arrived = 0;
-  Site barrier_site{};
-  std::string error;
-
- private:
-  std::size_t threads() const { return size * blocks[0]->at.block_size.x; }
-  std::string deadlock() const;
-};
-
-thread_local Block* block = nullptr;
+thread_local Block* block = nullptr;  // that runs
 std::atomic<std::uint64_t> launches{0}, launched_blocks{0};
 std::atomic<int> emulated_multiprocessors{2}, emulated_capability{90};
-
-Block& current() {
-  if (block == nullptr) throw std::runtime_error("a kernel was called outside simt::launch");
-  return *block;
-}
 
 void enter() {
   Context::arrived(block->scheduler);
   (*block->cluster.body)();
   block->finish();
+}
+
+}  // namespace
+
+Block& current() {
+  if (block == nullptr) throw std::runtime_error("a kernel was called outside simt::launch");
+  return *block;
 }
 
 void Array::allocate(std::size_t count) {
@@ -131,15 +43,6 @@ void Array::allocate(std::size_t count) {
   memory = static_cast<unsigned char*>(address);
   bytes = count;
   poison();
-}
-
-std::uint64_t next(std::uint64_t& seed) {
-  seed = seed * 6364136223846793005ull + 1442695040888963407ull;
-  return seed >> 33;
-}
-
-void shuffle_order(std::vector<std::size_t>& order, std::uint64_t& seed) {
-  for (std::size_t i = order.size(); i-- > 1;) std::swap(order[i], order[next(seed) % (i + 1)]);
 }
 
 void Block::wait(State state) {
@@ -165,7 +68,7 @@ void Block::require_same(const char* who, const Site& first, const Site& here) {
   const auto name = [](const Site& site) {
     return std::string(site.function) + " in line " + std::to_string(site.line);
   };
-  fail(std::string(who) + " stand at different places: " + name(first) + " and " + name(here));
+  fail(std::string(who) + " stand at different positions: " + name(first) + " and " + name(here));
 }
 
 void Block::resume(std::size_t i) {
@@ -248,65 +151,6 @@ bool Block::take_turn(std::uint64_t& seed) {
   return moved;
 }
 
-void Cluster::release_barrier() {
-  arrived = 0;
-  for (std::size_t b = 0; b < size; ++b) {
-    for (Fiber& fiber : blocks[b]->fibers) {
-      if (fiber.arrival == Arrival::kArrived) fiber.arrival = Arrival::kReleased;
-      if (fiber.state == State::kAtClusterBarrier) fiber.state = State::kReady;
-    }
-  }
-}
-
-std::string Cluster::deadlock() const {
-  std::size_t at_barrier = 0, at_exchange = 0, at_cluster = 0, done = 0;
-  for (std::size_t b = 0; b < size; ++b) {
-    at_barrier += blocks[b]->count(State::kAtBarrier);
-    at_exchange += blocks[b]->count(State::kAtExchange);
-    at_cluster += blocks[b]->count(State::kAtClusterBarrier);
-    done += blocks[b]->count(State::kDone);
-  }
-  return "of " + std::to_string(threads()) + " threads of a " + (size > 1 ? "cluster " : "block ") +
-         std::to_string(at_barrier) + " wait at __syncthreads, " + std::to_string(at_exchange) +
-         " at a warp function, " +
-         (size > 1 ? std::to_string(at_cluster) + " at the cluster's barrier, " : "") +
-         std::to_string(done) + " have ended: they would wait for ever";
-}
-
-void Cluster::run(const Position& first, int count, std::size_t shared_bytes,
-                  std::uint64_t& seed) {
-  size = static_cast<std::size_t>(count);
-  arrived = 0;
-  while (blocks.size() < size) blocks.push_back(std::make_unique<Block>(*this));
-  std::vector<std::size_t> order(size);
-  std::iota(order.begin(), order.end(), std::size_t{0});
-  for (const std::size_t rank : order) {
-    Position where = first;
-    where.block.x += static_cast<unsigned>(rank);
-    where.cluster_rank = static_cast<unsigned>(rank);
-    where.cluster_size = static_cast<unsigned>(size);
-    blocks[rank]->start(where, shared_bytes);
-  }
-  bool moved = true;
-  while (moved && error.empty()) {
-    moved = false;
-    shuffle_order(order, seed);
-    // As far as each can go alone: what it should have waited for has then not happened.
-    for (const std::size_t rank : order) {
-      while (error.empty() && blocks[rank]->take_turn(seed)) moved = true;
-    }
-  }
-  std::size_t done = 0;
-  for (std::size_t b = 0; b < size; ++b) done += blocks[b]->count(State::kDone);
-  if (error.empty() && done < threads()) error = deadlock();
-  for (std::size_t b = 0; b < size && error.empty(); ++b) {
-    if (blocks[b]->has_arrivals()) error = "a thread arrives at its cluster's barrier and ends";
-  }
-  for (std::size_t b = 0; b < size; ++b) blocks[b]->free_shared();
-}
-
-}  // namespace
-
 const Position& position() { return current().at; }
 
 void barrier(const Site& site) {
@@ -321,48 +165,6 @@ bool barrier_or(bool value, const Site& site) {
   current().any |= value;
   barrier(site);
   return current().any_before;
-}
-
-void cluster_arrive(const Site& site) {
-  Block& here = current();
-  Cluster& cluster = here.cluster;
-  Fiber& fiber = here.fibers[here.running];
-  if (cluster.arrived == 0) cluster.barrier_site = site;
-  here.require_same("the threads of a cluster", cluster.barrier_site, site);
-  if (fiber.arrival != Arrival::kNone) {
-    here.fail("a thread arrives twice at the barrier of its cluster");
-  }
-  fiber.arrival = Arrival::kArrived;
-  if (++cluster.arrived == cluster.size * here.at.block_size.x) cluster.release_barrier();
-}
-
-void cluster_wait() {
-  Block& here = current();
-  Fiber& fiber = here.fibers[here.running];
-  if (fiber.arrival == Arrival::kNone) {
-    here.fail("a thread waits at the barrier of its cluster where it did not arrive");
-  }
-  if (fiber.arrival == Arrival::kArrived) here.wait(State::kAtClusterBarrier);
-  fiber.arrival = Arrival::kNone;
-}
-
-void* peer_shared(void* mine, int rank) {
-  Block& here = current();
-  Cluster& cluster = here.cluster;
-  if (rank < 0 || static_cast<std::size_t>(rank) >= cluster.size) {
-    here.fail("block " + std::to_string(rank) + " of a cluster of " +
-              std::to_string(cluster.size));
-  }
-  Block& peer = *cluster.blocks[static_cast<std::size_t>(rank)];
-  const auto offset_in = [mine](const Array& array) {
-    return static_cast<unsigned char*>(mine) - array.memory;
-  };
-  if (here.dynamic.holds(mine)) return peer.dynamic.memory + offset_in(here.dynamic);
-  for (const auto& [site, array] : here.arrays) {
-    if (!array.holds(mine)) continue;
-    return static_cast<unsigned char*>(peer.array_of(site, array.bytes)) + offset_in(array);
-  }
-  here.fail("what is asked of a peer does not lie in shared memory");
 }
 
 const unsigned char* exchange(const void* value, std::size_t bytes, unsigned mask,
@@ -413,8 +215,9 @@ void* dynamic_shared() { return current().dynamic.memory; }
 
 int capability() { return emulated_capability; }
 
-void launch(dim3 grid, int threads, std::size_t shared_bytes, const std::function<void()>& body,
-            int cluster) {
+void launch(const LaunchShape& shape, const std::function<void()>& body) {
+  const dim3 grid = shape.grid;
+  const int threads = shape.threads, cluster = shape.cluster;
   const auto require = [](bool holds, const std::string& why) {
     if (!holds) throw std::runtime_error("emulated kernel: " + why);
   };
@@ -424,12 +227,12 @@ void launch(dim3 grid, int threads, std::size_t shared_bytes, const std::functio
   require(within(grid.x, kMostBlocksX) && within(grid.y, kMostBlocksYZ) &&
               within(grid.z, kMostBlocksYZ),
           "a grid of no block, or of more than can be launched");
-  require(shared_bytes <= kMostShared, "too much dynamic shared memory");
+  require(shape.shared <= kMostShared, "too much dynamic shared memory");
   require(cluster == 1 || capability() >= 90, "this GPU has no clusters");
-  require(cluster >= 1 && cluster <= kMostClusterBlocks &&
-              grid.x % static_cast<unsigned>(cluster) == 0,
-          "a cluster must hold 1 to 8 blocks and divide the grid; got " + std::to_string(cluster) +
-              " of " + std::to_string(grid.x));
+  require(
+      cluster >= 1 && cluster <= kMostClusterBlocks && grid.x % static_cast<unsigned>(cluster) == 0,
+      "a cluster must hold 1 to 8 blocks and divide the grid; got " + std::to_string(cluster) +
+          " of " + std::to_string(grid.x));
   require(block == nullptr, "a kernel launches a kernel");
   static thread_local Cluster stacks;
   static thread_local std::uint64_t seed = 1;
@@ -450,7 +253,7 @@ void launch(dim3 grid, int threads, std::size_t shared_bytes, const std::functio
                    static_cast<unsigned>(rank / columns / grid.y)};
     where.grid_size = grid;
     where.block_size = dim3(static_cast<unsigned>(threads));
-    stacks.run(where, cluster, shared_bytes, seed);
+    stacks.run(where, cluster, shape.shared, seed);
   }
   block = nullptr;
   const std::string error = stacks.error;

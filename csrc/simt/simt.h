@@ -13,9 +13,9 @@
 // is poison at once, while others may still read it.
 //
 // launch() throws std::runtime_error where a GPU would hang or leave its result undefined: a
-// barrier or a warp function that some threads do not reach or reach at another place, a block that
-// is no multiple of a warp, a grid, a cluster or shared memory larger than the hardware's, a peer
-// that the cluster does not have.
+// barrier or a warp function that some threads do not reach or reach at another position, a block
+// that is no multiple of a warp, a grid, a cluster or shared memory larger than the hardware's, a
+// peer that the cluster does not have.
 #pragma once
 
 #include <algorithm>
@@ -67,10 +67,15 @@ struct Position {
 };
 const Position& position();
 
-// Runs `body` as every thread of every block, clusters of so many blocks, neighbours in x. Throws
-// what is said at the top of this file.
-void launch(dim3 grid, int threads, std::size_t shared, const std::function<void()>& body,
-            int cluster = 1);
+struct LaunchShape {
+  dim3 grid;
+  int threads;             // of a block
+  std::size_t shared = 0;  // dynamic, bytes of a block
+  int cluster = 1;         // blocks of a cluster, neighbors in x
+};
+
+// Runs `body` as every thread of every block. Throws what is said at the top of this file.
+void launch(const LaunchShape& shape, const std::function<void()>& body);
 
 // Compute capability of the emulated GPU, major and minor digit: 90 unless a test sets another.
 int capability();
@@ -79,7 +84,7 @@ int capability();
 void* shared(const void* site, std::size_t bytes);
 void* dynamic_shared();
 
-// Where a thread waits: every thread of a block, or lane of a warp, must wait at the same place.
+// Where a thread waits: every thread of a block, or lane of a warp, must wait at the same position.
 struct Site {
   const char* function;
   int line;

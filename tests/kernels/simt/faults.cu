@@ -32,14 +32,14 @@ bool one_block(Kernel kernel, const std::function<float(int)>& wanted, int threa
                std::size_t shared = 64) {
   const std::vector<float> in = ramp(kThreads);
   std::vector<float> out(kThreads, -1.0f);
-  simt::launch(1, threads, shared, [&] { kernel(in.data(), out.data()); });
+  simt::launch({1, threads, shared}, [&] { kernel(in.data(), out.data()); });
   for (int i = 0; i < kThreads; ++i) {
     if (out[i] != wanted(i)) return false;
   }
   return true;
 }
 float same(int i) { return static_cast<float>(i); }
-float neighbour(int i) { return static_cast<float>((i + 1) % kThreads); }
+float neighbor(int i) { return static_cast<float>((i + 1) % kThreads); }
 
 template <bool kFault>
 __global__ void read_after_write(const float* in, float* out) {
@@ -237,8 +237,7 @@ constexpr int kBlocks = 3;
 bool one_cluster(Kernel kernel, const std::function<float(int)>& wanted) {
   const std::vector<float> in = ramp(kThreads);
   std::vector<float> out(kThreads, -1.0f);
-  simt::launch(
-      kBlocks, kThreads / kBlocks, 64, [&] { kernel(in.data(), out.data()); }, kBlocks);
+  simt::launch({kBlocks, kThreads / kBlocks, 64, kBlocks}, [&] { kernel(in.data(), out.data()); });
   for (int i = 0; i < kThreads; ++i) {
     if (out[i] != wanted(i)) return false;
   }
@@ -422,7 +421,7 @@ bool order_of_blocks(int count) {
   bool right = true;
   for (int launch = 0; launch < 8; ++launch) {
     std::vector<float> out(count, -1.0f);
-    simt::launch(static_cast<unsigned>(count), 32, 0,
+    simt::launch({static_cast<unsigned>(count), 32},
                  [&] { blocks_in_order<kFault>(in.data(), out.data()); });
     for (int b = 0; b < count; ++b) right &= out[b] == static_cast<float>(b * (b + 1) / 2);
   }
@@ -436,7 +435,7 @@ bool launch_after_a_refused_one() {
     if (kFault) one_block(barrier_that_some_skip<true>, same);
   } catch (const std::runtime_error&) {
   }
-  return one_block(write_after_read<false>, [](int i) { return neighbour((i + 2) % kThreads); });
+  return one_block(write_after_read<false>, [](int i) { return neighbor((i + 2) % kThreads); });
 }
 
 // What the shim offers. A thread counts in `wrong` what is not as CUDA has it.
@@ -485,7 +484,7 @@ bool everything_offered() {
   for (int i = 0; i < 16; ++i) entries[i] = static_cast<float>(i);
   std::vector<int> counters = {0, -1, kThreads};
   int wrong = 0;
-  simt::launch(dim3(3, 2), kThreads, kThreads * sizeof(double),
+  simt::launch({dim3(3, 2), kThreads, kThreads * sizeof(double)},
                [&] { offers(entries, counters.data(), &wrong); });
   return wrong == 0 && counters == std::vector<int>{6 * kThreads, kThreads - 1, 0};
 }
@@ -516,17 +515,17 @@ __global__ void offers_of_newer_gpus(int* wrong) {
 
 bool everything_of_newer_gpus() {
   int wrong = 0;
-  simt::launch(dim3(6, 2), 32, 0, [&] { offers_of_newer_gpus(&wrong); }, 2);
+  simt::launch({dim3(6, 2), 32, 0, 2}, [&] { offers_of_newer_gpus(&wrong); });
   return wrong == 0 && simt::capability() == 90;
 }
 
 bool launch_of(dim3 grid, int threads, std::size_t shared, int cluster = 1) {
   int ran = 0;
-  simt::launch(grid, threads, shared, [&] { ++ran; }, cluster);
+  simt::launch({grid, threads, shared, cluster}, [&] { ++ran; });
   return ran == static_cast<int>(grid.x * grid.y * grid.z) * threads;
 }
 
-float third_neighbour(int i) { return static_cast<float>((i + 3) % kThreads); }
+float third_neighbor(int i) { return static_cast<float>((i + 3) % kThreads); }
 
 #define BOTH(name, wanted) \
   {#name, [](bool fault) { return one_block(fault ? name<true> : name<false>, wanted); }}
@@ -535,14 +534,14 @@ float third_neighbour(int i) { return static_cast<float>((i + 3) % kThreads); }
   {#name, [](bool fault) { return one_cluster(fault ? name<true> : name<false>, wanted); }}
 
 const std::map<std::string, std::function<bool(bool)>> kCases = {
-    BOTH(read_after_write, neighbour),
-    BOTH(write_after_read, third_neighbour),
+    BOTH(read_after_write, neighbor),
+    BOTH(write_after_read, third_neighbor),
     BOTH(read_before_anyone_wrote, same),
     BOTH(lanes_without_syncwarp, [](int i) { return static_cast<float>(i ^ 1); }),
-    BOTH(shared_read_past_the_end, neighbour),
+    BOTH(shared_read_past_the_end, neighbor),
     BOTH(shared_write_before_the_start, same),
     BOTH(dynamic_shared_past_the_end, same),
-    BOTH(global_read_past_the_end, neighbour),
+    BOTH(global_read_past_the_end, neighbor),
     BOTH(global_write_past_the_end, same),
     BOTH(misaligned_float4, same),
     BOTH(barrier_that_some_skip, same),
@@ -556,9 +555,9 @@ const std::map<std::string, std::function<bool(bool)>> kCases = {
     BOTH(too_much_shared, same),
     {"too_much_shared_of_both_kinds",
      [](bool fault) {
-       return one_block(fault ? too_much_shared_of_both_kinds<true>
-                              : too_much_shared_of_both_kinds<false>,
-                        same, kThreads, 226 * 1024);
+       return one_block(
+           fault ? too_much_shared_of_both_kinds<true> : too_much_shared_of_both_kinds<false>, same,
+           kThreads, 226 * 1024);
      }},
     BOTH(misaligned_row_of_ldmatrix, same),
     BOTH(ldmatrix_past_the_end, same),
@@ -605,7 +604,7 @@ const std::map<std::string, std::function<bool(bool)>> kCases = {
        } catch (const std::runtime_error&) {
        }
        return one_cluster(peer_write_after_read<false>, next_block) &&
-              one_block(write_after_read<false>, third_neighbour);
+              one_block(write_after_read<false>, third_neighbor);
      }},
     {"everything_offered", [](bool) { return everything_offered(); }},
     {"everything_of_newer_gpus", [](bool) { return everything_of_newer_gpus(); }},

@@ -17,16 +17,17 @@
 namespace {
 
 using namespace magsd::MAGSD_ISA;
+using namespace magsd::MAGSD_ISA::multiscale_attention;
 
 bool is_tf32(float value) { return (__float_as_uint(value) & ~kTf32Bits) == 0; }
 
 float number(int i) { return std::sin(static_cast<float>(3 * i + 1)); }
 
-// D = A B of 16 x 8 and 8 x 8 entries, cut to TF32 or as they are.
-bool product(bool cut) {
-  const auto operand = [cut](int i) { return cut ? tf32_part(number(i)) : number(i); };
+// D = A B of 16 x 8 and 8 x 8 entries, rounded down to TF32 or as they are.
+bool product(bool partition) {
+  const auto operand = [partition](int i) { return partition ? tf32_part(number(i)) : number(i); };
   std::vector<float> d(16 * 8);
-  simt::launch(1, kWarp, 0, [&] {
+  simt::launch({1, kWarp}, [&] {
     const int g = static_cast<int>(threadIdx.x) / 4, t = static_cast<int>(threadIdx.x) % 4;
     const auto a = [&](int row, int k) { return operand(8 * row + k); };
     const auto b = [&](int k, int column) { return operand(200 + 8 * k + column); };
@@ -74,7 +75,7 @@ bool the_last_block_adds_up() {
   for (const Tickets tickets : {Tickets{nullptr, 7}, Tickets{own.data(), 0}}) {
     for (int blocks = 1; blocks < 12; ++blocks) {
       std::vector<float> parts(2 * blocks, NAN), sums(2, 0.0f);
-      simt::launch(static_cast<unsigned>(2 * blocks), 64, 0,
+      simt::launch({static_cast<unsigned>(2 * blocks), 64},
                    [&] { add_blocks(tickets, blocks, parts.data(), sums.data()); });
       const float wanted = static_cast<float>(blocks * (blocks - 1) / 2);
       right &= sums[0] == wanted && sums[1] == wanted && own[0] == 0 && own[1] == 0;
@@ -105,22 +106,23 @@ bool calls_that_may_meet_share_no_counter() {
 extern "C" int magsd_emulate_multiprocessors(int count);
 
 // Loads of a thread of a block's part, the most of all blocks.
-int64_t loads_of(const Task& task, const Cut& cut) {
-  const int64_t step = int64_t{cut.image_lanes} * cut.items;
-  const int64_t images = std::min(cut.images, cut.batch);
-  return ceil_div(cut.tiles, int64_t{cut.tile_splits}) * ceil_div(images, step) * task.loads;
+int64_t loads_of(const Task& task, const Partition& partition) {
+  const int64_t step = int64_t{partition.image_lanes} * partition.items;
+  const int64_t images = std::min(partition.images, partition.batch);
+  return ceil_div(partition.tiles, int64_t{partition.tile_splits}) * ceil_div(images, step) *
+         task.loads;
 }
 
 // The parts of a map hold each of its values once, and none is empty.
-bool covers(const Cut& cut) {
+bool covers(const Partition& partition) {
   int64_t values = 0;
   bool right = true;
-  for (int split = 0; split < cut.splits; ++split) {
-    const int64_t count = cut.count(split);
+  for (int split = 0; split < partition.splits; ++split) {
+    const int64_t count = partition.count(split);
     right &= count > 0;
     values += count;
   }
-  return right && values == cut.pixels * cut.batch;
+  return right && values == partition.pixels * partition.batch;
 }
 
 // Bfloat16 maps of 28 x 28, 14 x 14 and 7 x 7 in channels last, 32 channels in two groups, on an
@@ -130,20 +132,21 @@ bool parts_have_equal_loads() {
   const std::vector<Task> tasks = {{784, 1, 1}, {196, 1, 1}, {49, 1, 1}};
   bool right = true;
   for (const int64_t batch : {16, 64, 256, 1024}) {
-    const std::vector<Cut> cuts = cuts_of(tasks, batch, 128, 2);
+    const std::vector<Partition> partitions = partitions_of(tasks, batch, 128, 2);
     int64_t blocks = 0, least = INT64_MAX, most = 0;
-    for (size_t i = 0; i < cuts.size(); ++i) {
-      right &= covers(cuts[i]);
-      blocks += 2 * cuts[i].splits;
-      least = std::min(least, loads_of(tasks[i], cuts[i]));
-      most = std::max(most, loads_of(tasks[i], cuts[i]));
+    for (size_t i = 0; i < partitions.size(); ++i) {
+      right &= covers(partitions[i]);
+      blocks += 2 * partitions[i].splits;
+      least = std::min(least, loads_of(tasks[i], partitions[i]));
+      most = std::max(most, loads_of(tasks[i], partitions[i]));
     }
     right &= 4 * most <= 5 * least && blocks <= 264 && (batch < 64 || blocks > 220);
   }
   return right;
 }
 
-// Any maps: every value has one block, and the cut is worth a device or no larger than need be.
+// Any maps: every value has one block, and the partition is worth a device or no larger than need
+// be.
 bool parts_cover_every_map() {
   bool right = true;
   uint64_t seed = 1;
@@ -156,18 +159,19 @@ bool parts_cover_every_map() {
     std::vector<Task> tasks;
     for (int64_t n = 1 + below(8); n > 0; --n) {
       const int items = 1 << below(4);
-      tasks.push_back({1 + below(1 << (1 + below(14))), items,
-                       items * static_cast<int>(1 + below(5))});
+      tasks.push_back(
+          {1 + below(1 << (1 + below(14))), items, items * static_cast<int>(1 + below(5))});
     }
     const int64_t batch = 1 + below(300), groups = 1 + below(40);
-    const std::vector<Cut> cuts = cuts_of(tasks, batch, 1 << (5 + below(4)), groups);
+    const std::vector<Partition> partitions =
+        partitions_of(tasks, batch, 1 << (5 + below(4)), groups);
     int64_t blocks = 0;
-    for (const Cut& cut : cuts) {
-      right &= covers(cut);
-      blocks += groups * cut.splits;
+    for (const Partition& partition : partitions) {
+      right &= covers(partition);
+      blocks += groups * partition.splits;
     }
     const int64_t room = 2 * multiprocessors();
-    right &= blocks <= room || static_cast<int64_t>(cuts.size()) * groups > room;
+    right &= blocks <= room || static_cast<int64_t>(partitions.size()) * groups > room;
   }
   return right;
 }
@@ -199,16 +203,19 @@ bool clusters_run_where_they_are_compiled_and_find_room() {
   static const char kernels[3] = {};
   for (const char* kernel = kernels; kernel < kernels + 3; ++kernel) {
     driver::kernels[kernel].ptx = {90, kernel == kernels ? 80 : 90};
-    driver::kernels[kernel].clusters = {33, kernel == kernels ? 33 : kernel == kernels + 1 ? 0 : -1};
+    driver::kernels[kernel].clusters = {33, kernel == kernels       ? 33
+                                            : kernel == kernels + 1 ? 0
+                                                                    : -1};
   }
   bool right = true;
   for (driver::device = 0; driver::device < 2; ++driver::device) {
     for (const char* kernel = kernels; kernel < kernels + 3; ++kernel) {
+      const ClusterShape shape{4, 256, 120 * 1024};
       bool runs = driver::device == 1;
-      right &= runs_clusters(kernel, 4, 256, 120 * 1024, &runs) == cudaSuccess;
+      right &= runs_clusters(kernel, shape, &runs) == cudaSuccess;
       right &= runs == (driver::device == 0) && driver::last_error == cudaSuccess;
       const int calls = driver::calls;
-      right &= runs_clusters(kernel, 4, 256, 120 * 1024, &runs) == cudaSuccess;
+      right &= runs_clusters(kernel, shape, &runs) == cudaSuccess;
       right &= runs == (driver::device == 0) && driver::calls == calls;
     }
   }

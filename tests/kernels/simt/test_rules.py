@@ -47,7 +47,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         f"-I{SOURCES}", f"-I{FOLDER / 'driver'}",
         *(f"-isystem{path}" for path in cpp_extension.include_paths()),
-        "-x", "c++", CASES, SOURCES / "simt" / "simt.cpp", "-o", binary,
+        "-x", "c++", CASES, *sorted((SOURCES / "simt").glob("*.cpp")), "-o", binary,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return binary

@@ -25,7 +25,7 @@ BUILDS = {
 
 WRONG = "the result is wrong"
 WAIT = "they would wait for ever"
-ELSEWHERE = "stand at different places"
+ELSEWHERE = "stand at different positions"
 OUTSIDE = "AddressSanitizer: heap-buffer-overflow"
 #: What catches each fault: the comparison of the result, words of the launch's refusal, or, in the
 #: builds that have them, the sanitizers.
@@ -102,7 +102,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             pytest.skip(f"{compiler} has no sanitizers here")
     result = run(
         compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
-        *flags, f"-I{SOURCES}", "-x", "c++", CASES, SOURCES / "simt" / "simt.cpp",
+        *flags, f"-I{SOURCES}", "-x", "c++", CASES, *sorted((SOURCES / "simt").glob("*.cpp")),
         "-o", folder / request.param,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -69,7 +69,8 @@ inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* ker
                                                   const cudaLaunchConfig_t* config) {
   ++driver::calls;
   *clusters = driver::kernels[kernel].clusters[driver::device];
-  const bool asked = config->numAttrs == 1 && config->attrs->val.clusterDim.x == config->gridDim.x &&
+  const bool asked = config->numAttrs == 1 &&
+                     config->attrs->val.clusterDim.x == config->gridDim.x &&
                      driver::starts(kernel, config->dynamicSmemBytes);
   return driver::last_error = *clusters < 0 || !asked ? cudaErrorInvalidValue : cudaSuccess;
 }

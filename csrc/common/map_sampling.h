@@ -6,11 +6,11 @@
 
 #include "common/macros.h"
 
-namespace magsd {
+namespace magsd::MAGSD_ISA::attention_sampling {
 
 // Weight of a map whose pixels add up to `sum`. A comparison with NaN is false, so that NaN counts
 // as 0, as a negative sum does.
-MAGSD_HD double sampling_weight(double sum, double eps) {
+MAGSD_HD double map_weight(double sum, double eps) {
   return std::sqrt((sum > 0 ? sum : 0.0) + eps);
 }
 
@@ -22,4 +22,4 @@ MAGSD_HD int64_t sampled_map(const double* cumulative, int64_t count, float u) {
   return below < count ? below : count - 1;
 }
 
-}  // namespace magsd
+}  // namespace magsd::MAGSD_ISA::attention_sampling
