@@ -42,7 +42,7 @@ def bilinear_attention_pool(
         attention: (B, M, h, w) of the same dtype; resized bilinearly with align_corners=True
             where (h, w) differs from (H, W).
         pool: "avg" or "max".
-        signed_sqrt, normalize: whether to take the signed square root, to normalise.
+        signed_sqrt, normalize: whether to take the signed square root, to normalize.
         scale: factor of the result; the published classifiers take 100.
         eps: added under the square root, at least 0.
         backend: name of a backend, see `use_backend`.

@@ -1,4 +1,4 @@
-"""Multiscale attention: projections of several feature maps, normalised, resampled and summed.
+"""Multiscale attention: projections of several feature maps, normalized, resampled and summed.
 
 Source: Li et al., "Multiscale Attention Guided Network for COVID-19 Diagnosis Using Chest X-ray
 Images", IEEE JBHI 2021 (arXiv 2012.02278), the MA-Net.
@@ -76,7 +76,7 @@ def multiscale_attention(
         running_means, running_vars: (M,) a scale, likewise; in training they are updated in
             place, with the unbiased variance, as by `torch.nn.functional.batch_norm`.
         size, mode, align_corners, backend: as for `resample_attention`.
-        training: normalise by the batch's statistics instead of the running ones.
+        training: normalize by the batch's statistics instead of the running ones.
         momentum: weight of the batch in the running statistics, 0..1.
         eps: added to the variance, above 0.
 

@@ -38,7 +38,7 @@ def define(
     """Register one operator and return it.
 
     Args:
-        operation: row of the table of backends that implements it.
+        operation: whose functions it belongs to, one of `backends.OPERATIONS`.
         schema: `name(arguments, str backend) -> results`.
         fake: results without data, from the same arguments.
         setup_context, backward: the autograd formula, as for `torch.library.register_autograd`,

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import magsd_kernels as mk
 
-from .cases import CASES
+from .cases import BY_NAME
 from .support import Target, tensors_of
 
 
@@ -105,7 +105,7 @@ def test_only_public_entry_points_of_torch_are_called():
 
 def test_running_statistics_are_seen_to_change(target):
     """Autograd refuses what was saved before, whatever backend wrote."""
-    case = next(case for case in CASES if case.name == "multiscale_train")
+    case = BY_NAME["multiscale_train"]
     arguments = case.arguments(device=target.device)
     for requires_grad in (True, False):
         versions = [x._version for x in tensors_of([arguments[name] for name in case.written])]
@@ -119,7 +119,7 @@ def test_running_statistics_are_seen_to_change(target):
 @pytest.mark.parametrize("name", ["attention", "theta"])
 def test_images_without_grad_cost_no_backward(target, name):
     """The attention requires grad in training, and gets none."""
-    arguments = next(case for case in CASES if case.name == "views").arguments(device=target.device)
+    arguments = BY_NAME["views"].arguments(device=target.device)
     arguments["images"].requires_grad_(False)
     arguments[name].requires_grad_()
     assert not target.call(mk.attention_views, **arguments).requires_grad
