@@ -75,7 +75,7 @@ def _norm_of(
 def _gathered(
     x, b, y, x_out, m, inside, low_height, low_width, height, width, steps, mean, factor, bias,
     NORM: tl.constexpr, MODE: tl.constexpr, ALIGN: tl.constexpr, TAPS: tl.constexpr,
-    INDEX: tl.constexpr, ACC: tl.constexpr,
+    UNROLL: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One scale's maps, normalized and rectified where there is a norm, at outputs (y, x_out)."""
     TAPS_Y: tl.constexpr = entry(TAPS, 0)
@@ -84,8 +84,6 @@ def _gathered(
     first_x = first_input(x_out, low_width, width, MODE, TAPS_X, ALIGN, ACC).to(INDEX)
     place = x + (b * steps[0] + m * steps[1])
     total = tl.zeros(inside.shape, ACC)
-    # In float64 what four taps keep does not fit into registers.
-    UNROLL: tl.constexpr = 1 if ACC.is_fp64() else 4
     for k in tl.range(TAPS_Y * TAPS_X, loop_unroll_factor=UNROLL):
         i = first_y + k // TAPS_X
         j = first_x + k % TAPS_X
@@ -111,7 +109,7 @@ def _apply_kernel(
     batch, maps, height, width, out_steps, heights, widths, steps, parameter_steps,
     NORM: tl.constexpr, TRAINING: tl.constexpr, EPS: tl.constexpr, MODES: tl.constexpr,
     ALIGN: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.constexpr, PIXELS: tl.constexpr,
-    MAPS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    MAPS: tl.constexpr, UNROLL: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(1) * MAPS + tl.arange(0, MAPS)[None, :]
     n = tl.cast(tl.program_id(0), INDEX) * PIXELS + tl.arange(0, PIXELS)[:, None]
@@ -130,10 +128,20 @@ def _apply_kernel(
         total += _gathered(
             xs[scale], b, y, x, m.to(INDEX), inside, heights[scale], widths[scale], height, width,
             steps[scale], mean, factor, bias, NORM, entry(MODES, scale), ALIGN,
-            entry(TAPS, scale), INDEX, ACC,
+            entry(TAPS, scale), UNROLL, INDEX, ACC,
         )  # fmt: skip
     to = out + (b * out_steps[0] + p * out_steps[2] + m.to(INDEX) * out_steps[1])
     tl.store(to, total.to(out.dtype.element_ty), mask=inside)
+
+
+def _unrolled(dtype: torch.dtype, mode: str) -> int:
+    """Inputs of an output that are read at once.
+
+    In float64 what four of them keep does not fit into registers, and the masks of four that are
+    gathered at fractional places do not fit into AMD's scalar ones.
+    """
+    few = dtype == torch.float64 or (torch.version.hip and mode == "bilinear")
+    return 1 if few else 4
 
 
 def _apply(
@@ -155,7 +163,8 @@ def _apply(
     _apply_kernel[grid](
         tuple(maps), out, *parameters, *statistics, batch, channels, *size, pixel_steps(out),
         *sizes_of(maps), parameter_steps(norms, len(maps)), PIXELS=tile.pixels, MAPS=tile.maps,
-        INDEX=offset_type(*maps, out), ACC=accumulation(first.dtype),
+        UNROLL=_unrolled(first.dtype, mode), INDEX=offset_type(*maps, out),
+        ACC=accumulation(first.dtype),
         **resampling(maps, size, mode, align_corners), **settings,
     )  # fmt: skip
     return out
