@@ -28,7 +28,7 @@ def is_channels_last(images: torch.Tensor) -> bool:
 
 
 def empty_like_format(images: torch.Tensor, *leading: int) -> torch.Tensor:
-    """Uninitialised (*leading, B, C, H, W) tensor, dense, in the memory format of `images`."""
+    """Uninitialized (*leading, B, C, H, W) tensor, dense, in the memory format of `images`."""
     batch, channels, height, width = images.shape
     if is_channels_last(images):
         return images.new_empty((*leading, batch, height, width, channels)).movedim(-1, -3)

@@ -19,7 +19,7 @@ import torch
 from magsd_kernels import _checks as check
 from magsd_kernels._layout import dense, empty_like_format, is_channels_last
 from magsd_kernels.backends import select
-from magsd_kernels.registry import below_autograd, define
+from magsd_kernels.registry import define
 
 _OPERATION = "attention_augment"
 _VIEWS = 3
@@ -129,8 +129,9 @@ def attention_patch(
     _check_box(op, padding, align_corners)
     backend = select(_OPERATION, backend, images)
     patched: torch.Tensor = _patch(
-        images, attention, index, theta, offsets, float(padding), align_corners, backend
-    )[0]
+        images, attention.detach(), index, theta.detach(), offsets.detach(), float(padding),
+        align_corners, backend,
+    )[0]  # fmt: skip
     return patched
 
 
@@ -195,8 +196,8 @@ def attention_views(
     check.number(op, "floor", floor, 0)
     backend = select(_OPERATION, backend, images)
     views: torch.Tensor = _views(
-        images, attention, index, theta, offsets, float(padding), float(weight), float(floor),
-        align_corners, backend,
+        images, attention.detach(), index, theta.detach(), offsets.detach(), float(padding),
+        float(weight), float(floor), align_corners, backend,
     )[0]  # fmt: skip
     return views
 
@@ -212,8 +213,9 @@ def _mixed(
     check.number(op, "weight", weight, 0, 1)
     backend = select(_OPERATION, backend, images)
     mixed: torch.Tensor = _mixup(
-        images, attention, index, theta, float(padding), float(weight), align_corners, backend
-    )[0]
+        images, attention.detach(), index, theta.detach(), float(padding), float(weight),
+        align_corners, backend,
+    )[0]  # fmt: skip
     return mixed
 
 
@@ -227,7 +229,7 @@ def _dimmed(
     check.flag(op, "align_corners", align_corners)
     backend = select(_OPERATION, backend, images)
     dimmed: torch.Tensor = _dim(
-        images, attention, index, theta, float(floor), align_corners, backend
+        images, attention.detach(), index, theta.detach(), float(floor), align_corners, backend
     )
     return dimmed
 
@@ -285,95 +287,85 @@ def _views_backward_fake(grad: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 # The backward operators' results lie as the gradient does, for which a compiler may choose another
-# memory format than that of the images.
+# memory format than that of the images. The attention requires grad in training and gets none: the
+# public functions detach it, so that images without grad cost no backward.
 
 
-class _Mixup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, images: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-        mixed, boxes = below_autograd(_mixup, images, *rest)
-        ctx.channels_last = is_channels_last(images)
-        ctx.save_for_backward(boxes)
-        ctx.mark_non_differentiable(boxes)
-        ctx.set_materialize_grads(False)
-        ctx.settings = rest[4:]
-        ctx.nothing = (None,) * len(rest)
-        return mixed, boxes
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
-        if grad is None:
-            return (None, *ctx.nothing)
-        result = _mixup_backward(grad, *ctx.saved_tensors, *ctx.settings)
-        return (dense(result, ctx.channels_last), *ctx.nothing)
+def _keep_settings(ctx: Any, inputs: Any) -> None:
+    """What the backward of every view needs besides the tensors that it saves."""
+    ctx.set_materialize_grads(False)
+    ctx.channels_last = is_channels_last(inputs.images)
+    ctx.align_corners, ctx.backend = inputs.align_corners, inputs.backend
 
 
-class _Patch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, images: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-        patched, boxes = below_autograd(_patch, images, *rest)
-        ctx.channels_last = is_channels_last(images)
-        ctx.save_for_backward(boxes, rest[3])
-        ctx.mark_non_differentiable(boxes)
-        ctx.set_materialize_grads(False)
-        ctx.backend = rest[-1]
-        ctx.nothing = (None,) * len(rest)
-        return patched, boxes
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
-        if grad is None:
-            return (None, *ctx.nothing)
-        result = _patch_backward(grad, *ctx.saved_tensors, ctx.backend)
-        return (dense(result, ctx.channels_last), *ctx.nothing)
+def _keep_mixup(ctx: Any, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
+    _, boxes = output
+    _keep_settings(ctx, inputs)
+    ctx.save_for_backward(boxes)
+    ctx.mark_non_differentiable(boxes)
+    ctx.weight = inputs.weight
 
 
-class _Dim(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        images: torch.Tensor,
-        attention: torch.Tensor,
-        index: torch.Tensor | None,
-        theta: torch.Tensor,
-        *settings: Any,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(attention, index, theta)
-        ctx.settings = settings
-        ctx.channels_last = is_channels_last(images)
-        dimmed: torch.Tensor = below_autograd(_dim, images, attention, index, theta, *settings)
-        return dimmed
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        nothing = (None,) * (3 + len(ctx.settings))
-        result = _dim(grad, *ctx.saved_tensors, *ctx.settings)
-        return (dense(result, ctx.channels_last), *nothing)
+def _differentiate_mixup(ctx: Any, grad: torch.Tensor | None, _: Any) -> dict[str, torch.Tensor]:
+    if grad is None:
+        return {}
+    (boxes,) = ctx.saved_tensors
+    result = _mixup_backward(grad, boxes, ctx.weight, ctx.align_corners, ctx.backend)
+    return {"images": dense(result, ctx.channels_last)}
 
 
-class _Views(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, images: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-        views, boxes = below_autograd(_views, images, *rest)
-        ctx.channels_last = is_channels_last(images)
-        ctx.save_for_backward(*rest[:4], boxes)
-        ctx.mark_non_differentiable(boxes)
-        ctx.set_materialize_grads(False)
-        ctx.settings = rest[5:]
-        ctx.nothing = (None,) * len(rest)
-        return views, boxes
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
-        if grad is None:
-            return (None, *ctx.nothing)
-        result = _views_backward(grad, *ctx.saved_tensors, *ctx.settings)
-        return (dense(result, ctx.channels_last), *ctx.nothing)
+def _keep_patch(ctx: Any, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
+    _, boxes = output
+    _keep_settings(ctx, inputs)
+    ctx.save_for_backward(boxes, inputs.offsets)
+    ctx.mark_non_differentiable(boxes)
 
 
-def _images_require_grad(images: torch.Tensor, *_: Any) -> bool:
-    """The attention, which does require grad in training, gets none."""
-    return images.requires_grad
+def _differentiate_patch(ctx: Any, grad: torch.Tensor | None, _: Any) -> dict[str, torch.Tensor]:
+    if grad is None:
+        return {}
+    boxes, offsets = ctx.saved_tensors
+    result = _patch_backward(grad, boxes, offsets, ctx.backend)
+    return {"images": dense(result, ctx.channels_last)}
+
+
+def _keep_dim(ctx: Any, inputs: Any, output: torch.Tensor) -> None:
+    _keep_settings(ctx, inputs)
+    ctx.save_for_backward(inputs.attention, inputs.index, inputs.theta)
+    ctx.floor = inputs.floor
+
+
+def _differentiate_dim(ctx: Any, grad: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    if grad is None:
+        return {}
+    attention, index, theta = ctx.saved_tensors
+    result = _dim(grad, attention, index, theta, ctx.floor, ctx.align_corners, ctx.backend)
+    return {"images": dense(result, ctx.channels_last)}
+
+
+def _keep_views(ctx: Any, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
+    _, boxes = output
+    keep_views(ctx, inputs, inputs.index, boxes)
+    ctx.mark_non_differentiable(boxes)
+
+
+def keep_views(ctx: Any, inputs: Any, index: torch.Tensor, boxes: torch.Tensor) -> None:
+    """What `differentiate_views` needs."""
+    _keep_settings(ctx, inputs)
+    ctx.save_for_backward(inputs.attention, index, inputs.theta, inputs.offsets, boxes)
+    ctx.weight, ctx.floor = inputs.weight, inputs.floor
+
+
+def differentiate_views(ctx: Any, grad: torch.Tensor | None, *_: Any) -> dict[str, torch.Tensor]:
+    """The gradient of the images from that of the views."""
+    if grad is None:
+        return {}
+    attention, index, theta, offsets, boxes = ctx.saved_tensors
+    result = _views_backward(
+        grad, attention, index, theta, offsets, boxes, ctx.weight, ctx.floor, ctx.align_corners,
+        ctx.backend,
+    )  # fmt: skip
+    return {"images": dense(result, ctx.channels_last)}
 
 
 _boxes = define(
@@ -387,8 +379,8 @@ _mixup = define(
     "attention_mixup(Tensor images, Tensor attention, Tensor? index, Tensor theta, float padding,"
     " float weight, bool align_corners, str backend) -> (Tensor, Tensor)",
     _view_and_boxes_fake,
-    _Mixup.apply,
-    _images_require_grad,
+    setup_context=_keep_mixup,
+    backward=_differentiate_mixup,
 )
 _mixup_backward = define(
     _OPERATION,
@@ -401,8 +393,8 @@ _patch = define(
     "attention_patch(Tensor images, Tensor attention, Tensor? index, Tensor theta, Tensor offsets,"
     " float padding, bool align_corners, str backend) -> (Tensor, Tensor)",
     _view_and_boxes_fake,
-    _Patch.apply,
-    _images_require_grad,
+    setup_context=_keep_patch,
+    backward=_differentiate_patch,
 )
 _patch_backward = define(
     _OPERATION,
@@ -414,8 +406,8 @@ _dim = define(
     "attention_dim(Tensor images, Tensor attention, Tensor? index, Tensor theta, float floor,"
     " bool align_corners, str backend) -> Tensor",
     _like_fake,
-    _Dim.apply,
-    _images_require_grad,
+    setup_context=_keep_dim,
+    backward=_differentiate_dim,
 )
 _views = define(
     _OPERATION,
@@ -423,8 +415,8 @@ _views = define(
     " float padding, float weight, float floor, bool align_corners, str backend)"
     " -> (Tensor, Tensor)",
     _views_fake,
-    _Views.apply,
-    _images_require_grad,
+    setup_context=_keep_views,
+    backward=differentiate_views,
 )
 _views_backward = define(
     _OPERATION,

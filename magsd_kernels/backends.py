@@ -1,8 +1,4 @@
-"""What can run here, what runs, and why not.
-
-The table of the package has one row per operation and one column per backend. `reference` fills
-its whole column; a cell that another backend does not fill is named in `MISSING` with its reason.
-"""
+"""What can run here, what runs, and why not. Every backend implements every operation."""
 
 from __future__ import annotations
 
@@ -19,24 +15,15 @@ from magsd_kernels import environment, native
 OPERATIONS = (
     "multiscale_attention",
     "bilinear_pool",
-    "attention_sampling",
+    "map_sampling",
     "attention_augment",
     "soft_distance",
 )
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 NAMES = (*BACKENDS, "auto")
 
-#: (backend, operation) that has no implementation, and why.
-MISSING: dict[tuple[str, str], str] = {}
-
-#: What "auto" tries on an NVIDIA GPU, in order, and the measurement that decided it.
-ON_NVIDIA: dict[str, tuple[tuple[str, ...], str]] = {
-    "multiscale_attention": (("cuda", "triton"), "not measured"),
-    "bilinear_pool": (("cuda", "triton"), "not measured"),
-    "attention_sampling": (("cuda", "triton"), "not measured"),
-    "attention_augment": (("cuda", "triton"), "not measured"),
-    "soft_distance": (("cuda", "triton"), "not measured"),
-}
+#: What "auto" tries on an NVIDIA GPU, in order. No measurement has decided it yet.
+ON_NVIDIA = ("cuda", "triton")
 
 #: The compute capability that Triton's developers name as the oldest. For an older one it still
 #: compiles, but without tensor cores, and what would run on them spills.
@@ -124,7 +111,7 @@ def _choose(operation: str, name: str, device: str, dtype: torch.dtype, index: i
         if why is not None:
             raise BackendUnavailable(f"{operation}: backend {name!r} cannot run here: {why}")
         return name
-    for candidate in preference(operation, device):
+    for candidate in preference(device):
         if why_not(candidate, operation, device, dtype, index) is None:
             return candidate
     return "reference"
@@ -135,10 +122,10 @@ def _choose(operation: str, name: str, device: str, dtype: torch.dtype, index: i
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def preference(operation: str, device: str) -> tuple[str, ...]:
+def preference(device: str) -> tuple[str, ...]:
     """What "auto" tries, in order, for tensors on a device type, before the reference."""
     if device == "cuda" and torch.version.hip is None:
-        return ON_NVIDIA[operation][0]
+        return ON_NVIDIA
     return {"cpu": ("cpu",), "cuda": ("triton",), "xpu": ("triton",)}.get(device, ())
 
 
@@ -151,7 +138,7 @@ def why_not(
     """
     if backend == "reference":
         return None
-    why = MISSING.get((backend, operation)) or _column(backend)
+    why = _unavailable(backend)
     if why is None and device not in _DEVICES[backend]:
         why = f"it takes tensors on {' or '.join(_DEVICES[backend])}, these are on {device}"
     if why is None and device == "cuda" and index is not None:
@@ -160,11 +147,8 @@ def why_not(
 
 
 def backends() -> dict[str, str]:
-    """Every backend's name, with "available" or the reason why it is not.
-
-    A backend is available when at least one operation can run on it here.
-    """
-    return {name: _column(name) or "available" for name in BACKENDS}
+    """Every backend's name, with "available" or the reason why it is not."""
+    return {name: _unavailable(name) or "available" for name in BACKENDS}
 
 
 def implementation(backend: str, operation: str) -> Any:
@@ -180,13 +164,10 @@ def _known(name: str) -> str:
     return name
 
 
-def _column(backend: str) -> str | None:
+def _unavailable(backend: str) -> str | None:
     """Reason why a backend can run nothing here, or None."""
     if backend == "reference":
         return None
-    reasons = [MISSING.get((backend, operation)) for operation in OPERATIONS]
-    if all(reasons):
-        return reasons[0]
     if backend == "triton":
         return _triton()
     return native.why_not(backend)

@@ -5,6 +5,7 @@ Source: Hu et al., "See Better Before Looking Closer" (WS-DAN, arXiv 1901.09891)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from magsd_kernels import _checks as check
 from magsd_kernels._layout import accumulation_dtype, empty_like_format
 from magsd_kernels.backends import select
-from magsd_kernels.registry import below_autograd, define
+from magsd_kernels.registry import define
 
 _OPERATION = "bilinear_pool"
 _POOLS = ("avg", "max")
@@ -41,7 +42,7 @@ def bilinear_attention_pool(
         attention: (B, M, h, w) of the same dtype; resized bilinearly with align_corners=True
             where (h, w) differs from (H, W).
         pool: "avg" or "max".
-        signed_sqrt, normalize: whether to take the signed square root, to normalise.
+        signed_sqrt, normalize: whether to take the signed square root, to normalize.
         scale: factor of the result; the published classifiers take 100.
         eps: added under the square root, at least 0.
         backend: name of a backend, see `use_backend`.
@@ -135,7 +136,7 @@ def _pool_fake(
     pool: str,
     signed_sqrt: bool,
     normalize: bool,
-    *rest: Any,
+    *_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, channels = features.shape[:2]
     maps = attention.shape[1]
@@ -150,36 +151,37 @@ def _pool_fake(
 
 
 def _pool_backward_fake(
-    grad: torch.Tensor, features: torch.Tensor, attention: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    needs = rest[-2]
+    grad: torch.Tensor, features: torch.Tensor, attention: torch.Tensor, output: torch.Tensor,
+    norm: torch.Tensor, argmax: torch.Tensor, pool: str, signed_sqrt: bool, normalize: bool,
+    scale: float, eps: float, allow_tf32: bool, needs: Sequence[bool], backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    of_features, of_attention = needs
     return (
-        empty_like_format(features) if needs[0] else features.new_empty(0),
-        empty_like_format(attention) if needs[1] else attention.new_empty(0),
+        empty_like_format(features) if of_features else features.new_empty(0),
+        empty_like_format(attention) if of_attention else attention.new_empty(0),
     )
 
 
-class _Pool(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, features: torch.Tensor, attention: torch.Tensor, *settings: Any
-    ) -> tuple[torch.Tensor, ...]:
-        output, norm, argmax = below_autograd(_pool, features, attention, *settings)
-        ctx.save_for_backward(features, attention, output, norm, argmax)
-        ctx.mark_non_differentiable(norm, argmax)
-        ctx.set_materialize_grads(False)
-        ctx.settings = settings
-        return output, norm, argmax
+def _keep_pool(ctx: Any, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
+    pooled, norm, argmax = output
+    ctx.save_for_backward(inputs.features, inputs.attention, pooled, norm, argmax)
+    ctx.mark_non_differentiable(norm, argmax)
+    ctx.set_materialize_grads(False)
+    names = ("pool", "signed_sqrt", "normalize", "scale", "eps", "allow_tf32", "backend")
+    ctx.settings = {name: getattr(inputs, name) for name in names}
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
-        nothing = (None,) * len(ctx.settings)
-        if grad is None:
-            return (None, None, *nothing)
-        needs = list(ctx.needs_input_grad[:2])
-        *settings, backend = ctx.settings
-        grads = _pool_backward(grad, *ctx.saved_tensors, *settings, needs, backend)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing)
+
+def _differentiate_pool(ctx: Any, grad: torch.Tensor | None, *_: Any) -> dict[str, Any]:
+    if grad is None:
+        return {}
+    of_features, of_attention, *_ = ctx.needs_input_grad
+    grad_features, grad_attention = _pool_backward(
+        grad, *ctx.saved_tensors, **ctx.settings, needs=[of_features, of_attention]
+    )
+    return {
+        "features": grad_features if of_features else None,
+        "attention": grad_attention if of_attention else None,
+    }
 
 
 _pool = define(
@@ -188,7 +190,8 @@ _pool = define(
     " bool normalize, float scale, float eps, bool allow_tf32, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _pool_fake,
-    _Pool.apply,
+    setup_context=_keep_pool,
+    backward=_differentiate_pool,
 )
 _pool_backward = define(
     _OPERATION,

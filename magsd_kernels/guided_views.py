@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 from magsd_kernels._checks import number, tensor
-from magsd_kernels._layout import empty_like_format, is_channels_last
+from magsd_kernels._layout import empty_like_format
 from magsd_kernels.attention_augment import (
     _check_box,
     _check_images,
-    _images_require_grad,
-    _Views,
     attention_views,
+    differentiate_views,
+    keep_views,
 )
-from magsd_kernels.attention_sampling import EPS, sample_attention
 from magsd_kernels.backends import select
-from magsd_kernels.registry import below_autograd, define
+from magsd_kernels.map_sampling import EPS, sample_attention
+from magsd_kernels.registry import define
 
 _OPERATION = "attention_augment"
 
@@ -62,7 +62,8 @@ def sampled_views(
     number(op, "floor", floor, 0)
     backend = select(_OPERATION, backend, images)
     views, index, _ = _sampled_views(
-        images, attention, uniforms, theta, offsets, EPS, float(padding), float(weight),
+        images, attention.detach(), uniforms.detach(), theta.detach(),
+        None if offsets is None else offsets.detach(), EPS, float(padding), float(weight),
         float(floor), align_corners, backend,
     )  # fmt: skip
     return views, index
@@ -86,20 +87,10 @@ def _sampled_views_fake(
     return empty_like_format(images, count), index, boxes
 
 
-class _SampledViews(_Views):
-    """The gradient is that of `attention_views`."""
-
-    @staticmethod
-    def forward(ctx: Any, images: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-        views, index, boxes = below_autograd(_sampled_views, images, *rest)
-        attention, _, theta, offsets = rest[:4]
-        ctx.channels_last = is_channels_last(images)
-        ctx.save_for_backward(attention, index, theta, offsets, boxes)
-        ctx.mark_non_differentiable(index, boxes)
-        ctx.set_materialize_grads(False)
-        ctx.settings = rest[6:]
-        ctx.nothing = (None,) * len(rest)
-        return views, index, boxes
+def _keep_sampled_views(ctx: Any, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
+    _, index, boxes = output
+    keep_views(ctx, inputs, index, boxes)
+    ctx.mark_non_differentiable(index, boxes)
 
 
 _sampled_views = define(
@@ -108,8 +99,8 @@ _sampled_views = define(
     " Tensor? offsets, float eps, float padding, float weight, float floor, bool align_corners,"
     " str backend) -> (Tensor, Tensor, Tensor)",
     _sampled_views_fake,
-    _SampledViews.apply,
-    _images_require_grad,
+    setup_context=_keep_sampled_views,
+    backward=differentiate_views,
 )
 
 

@@ -37,7 +37,7 @@ def in_use(device: torch.device | str, dtype: torch.dtype = torch.float32) -> st
     sample = torch.empty(0, dtype=dtype, device=device)
     for operation in OPERATIONS:
         chosen = select(operation, None, sample)
-        tried = preference(operation, device.type) if asked_for() == "auto" else ()
+        tried = preference(device.type) if asked_for() == "auto" else ()
         better = tried[: tried.index(chosen)] if chosen in tried else tried
         reasons = [
             f"{name}: {why_not(name, operation, device.type, dtype, device.index)}"

@@ -1,4 +1,4 @@
-"""Multiscale attention: projections of several feature maps, normalised, resampled and summed.
+"""Multiscale attention: projections of several feature maps, normalized, resampled and summed.
 
 Source: Li et al., "Multiscale Attention Guided Network for COVID-19 Diagnosis Using Chest X-ray
 Images", IEEE JBHI 2021 (arXiv 2012.02278), the MA-Net.
@@ -15,7 +15,7 @@ from torch import nn
 from magsd_kernels import _checks as check
 from magsd_kernels._layout import accumulation_dtype, dense, empty_like_format, is_channels_last
 from magsd_kernels.backends import select
-from magsd_kernels.registry import below_autograd, define
+from magsd_kernels.registry import define
 
 _OPERATION = "multiscale_attention"
 _MODES = ("area", "bilinear", "nearest")
@@ -76,7 +76,7 @@ def multiscale_attention(
         running_means, running_vars: (M,) a scale, likewise; in training they are updated in
             place, with the unbiased variance, as by `torch.nn.functional.batch_norm`.
         size, mode, align_corners, backend: as for `resample_attention`.
-        training: normalise by the batch's statistics instead of the running ones.
+        training: normalize by the batch's statistics instead of the running ones.
         momentum: weight of the batch in the running statistics, 0..1.
         eps: added to the variance, above 0.
 
@@ -257,8 +257,8 @@ def _resample_backward_fake(
 
 
 def _multiscale_fake(
-    projections: Tensors, weights: Tensors, biases: Tensors, means: Tensors, variances: Tensors,
-    size: Sequence[int], *settings: Any,
+    projections: Tensors, weights: Tensors, biases: Tensors, running_means: Tensors,
+    running_vars: Tensors, size: Sequence[int], *_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     main = projections[0]
     statistics = (len(projections), main.shape[1])
@@ -271,7 +271,7 @@ def _multiscale_fake(
 
 
 def _multiscale_backward_fake(
-    grad: torch.Tensor, projections: Tensors, weights: Tensors, biases: Tensors, *rest: Any
+    grad: torch.Tensor, projections: Tensors, weights: Tensors, biases: Tensors, *_: Any
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     return (
         [empty_like_format(x) for x in projections],
@@ -280,67 +280,44 @@ def _multiscale_backward_fake(
     )
 
 
-def _running_statistics(
-    projections: Tensors, weights: Tensors, biases: Tensors, means: list[torch.Tensor],
-    variances: list[torch.Tensor], size: Sequence[int], training: bool, *settings: Any,
-) -> list[torch.Tensor]:  # fmt: skip
-    return [*means, *variances] if training else []
+def _running_statistics(inputs: Any) -> list[torch.Tensor]:
+    """What a call writes to."""
+    return [*inputs.running_means, *inputs.running_vars] if inputs.training else []
 
 
-class _Resample(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, size: list[int], mode: str, align_corners: bool, backend: str,
-        *maps: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
-        ctx.settings = (mode, align_corners, backend)
-        ctx.heights = [m.shape[2] for m in maps]
-        ctx.widths = [m.shape[3] for m in maps]
-        ctx.channels_last = [is_channels_last(m) for m in maps]
-        result: torch.Tensor = below_autograd(
-            _resample, list(maps), size, mode, align_corners, backend
-        )
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        grads = _resample_backward(grad, ctx.heights, ctx.widths, *ctx.settings)
-        return (None, None, None, None, *map(dense, grads, ctx.channels_last))
+def _keep_resample(ctx: Any, inputs: Any, output: torch.Tensor) -> None:
+    ctx.settings = {
+        "heights": [m.shape[2] for m in inputs.maps],
+        "widths": [m.shape[3] for m in inputs.maps],
+        "resampling": inputs.resampling,
+        "align_corners": inputs.align_corners,
+        "backend": inputs.backend,
+    }
+    ctx.channels_last = [is_channels_last(m) for m in inputs.maps]
 
 
-class _Multiscale(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, scales: int, size: list[int], settings: tuple[Any, ...], *tensors: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        lists = [list(tensors[i : i + scales]) for i in range(0, 5 * scales, scales)]
-        attention, mean, rstd = below_autograd(_multiscale, *lists, size, *settings)
-        ctx.save_for_backward(*tensors[: 3 * scales], mean, rstd)
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.set_materialize_grads(False)
-        ctx.scales = scales
-        training, _, _, mode, align_corners, backend = settings
-        ctx.settings = (training, mode, align_corners, backend)
-        return attention, mean, rstd
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
-        n: int = ctx.scales
-        if grad is None:
-            return (None,) * (3 + 5 * n)
-        *tensors, mean, rstd = ctx.saved_tensors
-        grads = _multiscale_backward(
-            grad, tensors[:n], tensors[n : 2 * n], tensors[2 * n :], mean, rstd, *ctx.settings
-        )
-        nothing = (None,) * (2 * n)
-        return (None, None, None, *grads[0], *grads[1], *grads[2], *nothing)
+def _differentiate_resample(ctx: Any, grad: torch.Tensor) -> dict[str, Any]:
+    grads = _resample_backward(grad, **ctx.settings)
+    return {"maps": [dense(g, last) for g, last in zip(grads, ctx.channels_last, strict=True)]}
 
 
-def _multiscale_autograd(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    lists, size, settings = arguments[:5], arguments[5], arguments[6:]
-    tensors = [tensor for values in lists for tensor in values]
-    result: tuple[torch.Tensor, ...] = _Multiscale.apply(len(lists[0]), size, settings, *tensors)
-    return result
+def _keep_multiscale(ctx: Any, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
+    _, mean, rstd = output
+    ctx.save_for_backward(mean, rstd, *inputs.projections, *inputs.weights, *inputs.biases)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    names = ("training", "resampling", "align_corners", "backend")
+    ctx.settings = {name: getattr(inputs, name) for name in names}
+
+
+def _differentiate_multiscale(ctx: Any, grad: torch.Tensor | None, *_: Any) -> dict[str, Any]:
+    if grad is None:
+        return {}
+    mean, rstd, *tensors = ctx.saved_tensors
+    scales = len(tensors) // 3
+    projections, weights, biases = (tensors[i : i + scales] for i in range(0, len(tensors), scales))
+    grads = _multiscale_backward(grad, projections, weights, biases, mean, rstd, **ctx.settings)
+    return dict(zip(("projections", "weights", "biases"), grads, strict=True))
 
 
 _resample = define(
@@ -348,7 +325,8 @@ _resample = define(
     "resample_attention(Tensor[] maps, SymInt[] size, str resampling, bool align_corners,"
     " str backend) -> Tensor",
     _resample_fake,
-    lambda maps, *settings: _Resample.apply(*settings, *maps),
+    setup_context=_keep_resample,
+    backward=_differentiate_resample,
 )
 _resample_backward = define(
     _OPERATION,
@@ -364,7 +342,8 @@ _multiscale = define(
     " float momentum, float eps, str resampling, bool align_corners, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _multiscale_fake,
-    _multiscale_autograd,
+    setup_context=_keep_multiscale,
+    backward=_differentiate_multiscale,
     written=_running_statistics,
 )
 _multiscale_backward = define(

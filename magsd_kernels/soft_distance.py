@@ -14,7 +14,7 @@ from torch import nn
 from magsd_kernels import _checks as check
 from magsd_kernels._layout import accumulation_dtype
 from magsd_kernels.backends import select
-from magsd_kernels.registry import below_autograd, define
+from magsd_kernels.registry import define
 
 _OPERATION = "soft_distance"
 _FEW_TARGETS = 128
@@ -125,10 +125,9 @@ class SoftDistanceLoss(nn.Module):
         return f"confidence={self.confidence}, smoothing={self.smoothing}"
 
 
-def _check_targets(
-    logits: torch.Tensor, views: Sequence[torch.Tensor], targets: torch.Tensor, *rest: Any
-) -> None:
+def _check_targets(inputs: Any) -> None:
     """On the CPU, where reading memory costs nothing; a GPU answers with a NaN loss."""
+    targets, classes = inputs.targets, inputs.logits.shape[1]
     count = targets.numel()
     if count == 0 or targets.device.type != "cpu":
         return
@@ -137,11 +136,9 @@ def _check_targets(
         low, high = min(values), max(values)
     else:
         low, high = (int(bound) for bound in targets.aminmax())
-    if low < 0 or high >= logits.shape[1]:
+    if low < 0 or high >= classes:
         found = low if low < 0 else high
-        raise IndexError(
-            f"soft_distance_loss: targets must be in 0..{logits.shape[1] - 1}, got {found}"
-        )
+        raise IndexError(f"soft_distance_loss: targets must be in 0..{classes - 1}, got {found}")
 
 
 def _loss_fake(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -156,38 +153,24 @@ def _loss_backward_fake(
     grad_distance: torch.Tensor | None,
     logits: torch.Tensor,
     view_logits: Sequence[torch.Tensor],
-    *rest: Any,
+    *_: Any,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return logits.new_empty(logits.shape), [view.new_empty(view.shape) for view in view_logits]
 
 
-class _Loss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        class_weights: torch.Tensor | None,
-        confidence: float,
-        smoothing: float,
-        backend: str,
-        *views: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.save_for_backward(logits, targets, class_weights, *views)
-        ctx.set_materialize_grads(False)
-        ctx.settings = (confidence, smoothing, backend)
-        result: tuple[torch.Tensor, ...] = below_autograd(
-            _loss, logits, list(views), targets, class_weights, *ctx.settings
-        )
-        return result
+def _keep_loss(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(inputs.logits, inputs.targets, inputs.class_weights, *inputs.view_logits)
+    ctx.set_materialize_grads(False)
+    names = ("confidence", "smoothing", "backend")
+    ctx.settings = {name: getattr(inputs, name) for name in names}
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        logits, targets, class_weights, *views = ctx.saved_tensors
-        grad, grad_views = _loss_backward(
-            *grads, logits, views, targets, class_weights, *ctx.settings
-        )
-        return (grad, None, None, None, None, None, *grad_views)
+
+def _differentiate_loss(ctx: Any, *grads: torch.Tensor | None) -> dict[str, Any]:
+    logits, targets, class_weights, *views = ctx.saved_tensors
+    grad_logits, grad_views = _loss_backward(
+        *grads, logits, views, targets, class_weights, **ctx.settings
+    )
+    return {"logits": grad_logits, "view_logits": grad_views}
 
 
 _loss = define(
@@ -196,9 +179,8 @@ _loss = define(
     " Tensor? class_weights, float confidence, float smoothing, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _loss_fake,
-    lambda logits, views, targets, class_weights, *settings: _Loss.apply(
-        logits, targets, class_weights, *settings, *views
-    ),
+    setup_context=_keep_loss,
+    backward=_differentiate_loss,
     check=_check_targets,
 )
 _loss_backward = define(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,7 +21,7 @@ from magsd.cli import training_config
 from magsd.config import load_config
 from magsd.errors import ConfigError, DataError, RunError
 from magsd.training.run_data import same_source
-from magsd_kernels import native
+from magsd_kernels import info, native
 
 backends = sys.modules["magsd_kernels.backends"]  # a function has its name in the package
 
@@ -143,7 +144,7 @@ ALL = "all operations, on cpu"
             None,
             None,
             {("cpu", "soft_distance"): "not written"},
-            "cpu (C++, {}) for multiscale_attention, bilinear_pool, attention_sampling, "
+            "cpu (C++, {}) for multiscale_attention, bilinear_pool, map_sampling, "
             "attention_augment; reference (PyTorch) for soft_distance (cpu: not written), on cpu",
         ),
     ],
@@ -162,7 +163,13 @@ def test_train_says_what_runs_the_operations(
         if backends.backends()["cpu"] != "available":
             pytest.skip(f"no cpu kernels: {backends.backends()['cpu']}")
         line = line.format(native.instruction_set())
-    monkeypatch.setattr(backends, "MISSING", missing)
+    why_not = backends.why_not
+
+    def why_not_here(backend: str, operation: str, *tensors: Any) -> str | None:
+        return missing.get((backend, operation)) or why_not(backend, operation, *tensors)
+
+    monkeypatch.setattr(backends, "why_not", why_not_here)
+    monkeypatch.setattr(info, "why_not", why_not_here)
     monkeypatch.setattr(backends, "_resolved", {})
     if variable is not None:
         monkeypatch.setenv("MAGSD_BACKEND", variable)

@@ -166,7 +166,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def competitor_names(row: Row) -> tuple[str, ...]:
     """Who competes on a row, ours last."""
-    ours = preference(row.subject.operation, row.device)
+    ours = preference(row.device)
     largest = row.subject.central and row.batch == row.network.batches[-1]
     tuned = row.autotuned and row.device == "cuda" and largest
     rivals = [r.name for r in row.subject.rivals if row.precision.name in r.precisions]

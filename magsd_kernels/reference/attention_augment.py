@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from magsd_kernels._layout import accumulation_dtype, in_format_of
-from magsd_kernels.reference.attention_sampling import sample_attention
+from magsd_kernels.reference.map_sampling import sample_attention
 
 
 def attention_boxes(
@@ -47,10 +47,10 @@ def attention_mixup_backward(
     # The crop is rows @ image @ columns^T; its adjoint runs in float64 for the reasons in resize.
     rows = _crop_matrix(boxes[:, 0], boxes[:, 2], grad.shape[2], align_corners)
     columns = _crop_matrix(boxes[:, 1], boxes[:, 3], grad.shape[3], align_corners)
-    wide = grad.double()
-    result = weight * (rows.transpose(1, 2)[:, None] @ wide @ columns[:, None])
+    upcast = grad.double()
+    result = weight * (rows.transpose(1, 2)[:, None] @ upcast @ columns[:, None])
     if weight != 1:
-        result = result + (1 - weight) * wide
+        result = result + (1 - weight) * upcast
     return in_format_of(result.to(grad.dtype), grad)
 
 
@@ -162,12 +162,12 @@ def attention_views_backward(
     align_corners: bool,
 ) -> torch.Tensor:
     """Gradient (B, C, H, W) of the images, from that of the views (2 or 3, B, C, H, W)."""
-    wide = grad.to(accumulation_dtype(grad.dtype))
-    mixup = attention_mixup_backward(wide[0], boxes[0], weight, align_corners)
-    dim = attention_dim(wide[1], attention, index[:, 1], theta[:, 1], floor, align_corners)
+    upcast = grad.to(accumulation_dtype(grad.dtype))
+    mixup = attention_mixup_backward(upcast[0], boxes[0], weight, align_corners)
+    dim = attention_dim(upcast[1], attention, index[:, 1], theta[:, 1], floor, align_corners)
     total = mixup + dim
     if offsets is not None:
-        total = total + attention_patch_backward(wide[2], boxes[1], offsets)
+        total = total + attention_patch_backward(upcast[2], boxes[1], offsets)
     return in_format_of(total.to(grad.dtype), grad[0])
 
 
@@ -209,7 +209,7 @@ def _extent(passed: torch.Tensor, padding: float) -> tuple[torch.Tensor, torch.T
 def _samples(
     start: torch.Tensor, stop: torch.Tensor, size: int, align_corners: bool, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where `size` outputs sample intervals start..stop (B,): two neighbours and the weight of
+    """Where `size` outputs sample intervals start..stop (B,): two neighbors and the weight of
     the second, each (B, size). The rule of torch.nn.functional.interpolate on the slice.
     """
     length = (stop - start).to(dtype)[:, None]
@@ -233,10 +233,10 @@ def _blend(
     top, left, bottom, right = boxes.unbind(1)
     y0, y1, wy = _samples(top, bottom, height, align_corners, dtype)
     x0, x1, wx = _samples(left, right, width, align_corners, dtype)
-    wide, wy, wx = images.to(dtype), wy[:, None, :, None], wx[:, None, None, :]
-    rows = _take(wide, y0, 2) * (1 - wy) + _take(wide, y1, 2) * wy
+    upcast, wy, wx = images.to(dtype), wy[:, None, :, None], wx[:, None, None, :]
+    rows = _take(upcast, y0, 2) * (1 - wy) + _take(upcast, y1, 2) * wy
     crop = _take(rows, x0, 3) * (1 - wx) + _take(rows, x1, 3) * wx
-    return crop if weight == 1 else (1 - weight) * wide + weight * crop
+    return crop if weight == 1 else (1 - weight) * upcast + weight * crop
 
 
 def _take(images: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:

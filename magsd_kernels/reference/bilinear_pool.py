@@ -20,7 +20,7 @@ def bilinear_attention_pool(
     eps: float,
     allow_tf32: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pooled matrix (B, M*C); its norm before normalisation (B,) or empty; argmax or empty.
+    """Pooled matrix (B, M*C); its norm before normalization (B,) or empty; argmax or empty.
 
     The argmax (B, M, C) int32 names the first maximal pixel and exists for pool "max" only.
     `allow_tf32` is there for backends that do not see torch's settings, which hold here anyway.
@@ -57,21 +57,21 @@ def bilinear_attention_pool_backward(
     """
     flat, maps = _flatten(features, attention)
     pooled = _pool(flat, maps, pool, argmax)[0]
-    wide = scale * grad.to(flat.dtype).view_as(pooled)
+    upcast = scale * grad.to(flat.dtype).view_as(pooled)
     if normalize:
         root = pooled.sign() * (pooled.abs() + eps).sqrt() if signed_sqrt else pooled
-        length = norm.clamp(min=_SMALLEST_NORM)[:, None, None]
-        unit = root / length
-        along = (wide * unit).sum((1, 2), keepdim=True)
+        divisor = norm.clamp(min=_SMALLEST_NORM)[:, None, None]
+        unit = root / divisor
+        projection = (upcast * unit).sum((1, 2), keepdim=True)
         # Under the smallest norm the divisor is constant, and no gradient flows through it.
-        along = torch.where(norm[:, None, None] >= _SMALLEST_NORM, along, 0)
-        wide = (wide - unit * along) / length
+        projection = torch.where(norm[:, None, None] >= _SMALLEST_NORM, projection, 0)
+        upcast = (upcast - unit * projection) / divisor
     if signed_sqrt:
-        wide = torch.where(pooled == 0, 0, wide / (2 * (pooled.abs() + eps).sqrt()))
+        upcast = torch.where(pooled == 0, 0, upcast / (2 * (pooled.abs() + eps).sqrt()))
     if pool == "avg":
-        grad_flat, grad_maps = _average_backward(wide, flat, maps, needs)
+        grad_flat, grad_maps = _average_backward(upcast, flat, maps, needs)
     else:
-        grad_flat, grad_maps = _maximum_backward(wide, flat, maps, argmax)
+        grad_flat, grad_maps = _maximum_backward(upcast, flat, maps, argmax)
     if needs[0]:
         grad_features = in_format_of(grad_flat.view(features.shape).to(features.dtype), features)
     else:

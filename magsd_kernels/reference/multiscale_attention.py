@@ -24,9 +24,9 @@ def resample_attention_backward(
     grad: torch.Tensor, heights: list[int], widths: list[int], mode: str, align_corners: bool
 ) -> Tensors:
     """Gradients (B, M, heights[i], widths[i]) of the maps."""
-    wide = grad.to(accumulation_dtype(grad.dtype))
+    upcast = grad.to(accumulation_dtype(grad.dtype))
     return [
-        in_format_of(resize_adjoint(wide, (h, w), mode, align_corners).to(grad.dtype), grad)
+        in_format_of(resize_adjoint(upcast, (h, w), mode, align_corners).to(grad.dtype), grad)
         for h, w in zip(heights, widths, strict=True)
     ]
 
@@ -91,14 +91,14 @@ def multiscale_attention_backward(
         resampled = resize_adjoint(grad, (x.shape[-2], x.shape[-1]), mode, align_corners)
         normal = _affine(x.to(dtype), mean[scale], rstd[scale], weight, bias)
         grad_normal = torch.where(normal > 0, resampled, 0)
-        centred = (x.to(dtype) - _channel(mean[scale])) * _channel(rstd[scale])
+        centered = (x.to(dtype) - _channel(mean[scale])) * _channel(rstd[scale])
         grad_bias = grad_normal.sum((0, 2, 3))
-        grad_weight = (grad_normal * centred).sum((0, 2, 3))
+        grad_weight = (grad_normal * centered).sum((0, 2, 3))
         grad_x = grad_normal
         if training and x.shape[0] > 0:
             # Ioffe and Szegedy 2015: the batch's mean and variance depend on every element.
             count = x.shape[0] * x.shape[2] * x.shape[3]
-            shift = _channel(grad_bias) + centred * _channel(grad_weight)
+            shift = _channel(grad_bias) + centered * _channel(grad_weight)
             grad_x = grad_normal - shift / count
         grad_x = grad_x * _channel(weight.to(dtype) * rstd[scale])
         grads_x.append(in_format_of(grad_x.to(x.dtype), x))

@@ -48,8 +48,9 @@ def soft_distance_loss_backward(
     sign = (views - _soft_targets(raw, safe, confidence, smoothing)).sign()
     step = sign * (_total(grad_loss, grad_distance, raw) / raw.numel())
     grad_views = views * (step - (views * step).sum(2, keepdim=True))
-    grads = list(grad_views.to(logits.dtype).view(len(view_logits), *view_logits[0].shape))
-    return grad_raw.to(logits.dtype), [grad.contiguous() for grad in grads]
+    grads = grad_views.to(logits.dtype).view(len(view_logits), *view_logits[0].shape)
+    # An operator's results share no memory.
+    return grad_raw.to(logits.dtype), [grad.clone() for grad in grads]
 
 
 def _weights(

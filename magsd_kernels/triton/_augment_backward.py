@@ -16,35 +16,8 @@ import triton
 import triton.language as tl
 
 from magsd_kernels.triton._common import tile, tunable, with_warps
-from magsd_kernels.triton._guide import box_of, factor_of, paste_start, step_of
-
-
-@triton.jit
-def _outputs_of(i, length, size, step, ALIGN: tl.constexpr):
-    """From which to which output those lie that sample inputs i; none where i is not an input."""
-    rate = 1.0 / tl.maximum(step, 1e-30)
-    shift = 0.0
-    if not ALIGN:
-        shift = 0.5
-    at = tl.cast(i, step.dtype) + shift
-    most = tl.cast(size, step.dtype)
-    # An output samples i if its position lies less than 1 from i; rounding may move a bound by less
-    # than an output. The first and the last input also take what is clamped to them.
-    low = tl.floor((at - 1.0) * rate - shift)
-    high = tl.floor((at + 1.0) * rate - shift) + 2.0
-    low = tl.where(i <= 0, 0, tl.minimum(tl.maximum(low, 0.0), most).to(tl.int32))
-    high = tl.where(i >= length - 1, size, tl.minimum(tl.maximum(high, 0.0), most).to(tl.int32))
-    return low, tl.where((i >= 0) & (i < length), high, low)
-
-
-@triton.jit
-def _share(o, i, length, step, ALIGN: tl.constexpr):
-    """With what weight outputs o sample inputs i: the rule of `sample_at` as a tent around i."""
-    position = tl.cast(o, step.dtype) * step
-    if not ALIGN:
-        position = tl.maximum((tl.cast(o, step.dtype) + 0.5) * step - 0.5, 0.0)
-    position = tl.minimum(position, tl.cast(length - 1, step.dtype))
-    return tl.maximum(1.0 - tl.abs(position - tl.cast(i, step.dtype)), 0.0)
+from magsd_kernels.triton._guide import box_of, factor_of, paste_start
+from magsd_kernels.triton._resampling import bilinear_outputs, bilinear_scale, bilinear_weight
 
 
 @triton.jit
@@ -57,11 +30,11 @@ def _crop_adjoint(
     grad (N, 1) points to the planes of the rows; a y below 0 is no row.
     """
     top, left, box_height, box_width = box_of(boxes, b, height, width)
-    scale_y = step_of(box_height, height, ALIGN, REAL)
-    scale_x = step_of(box_width, width, ALIGN, REAL)
+    scale_y = bilinear_scale(box_height, height, ALIGN, REAL)
+    scale_x = bilinear_scale(box_width, width, ALIGN, REAL)
     i, j = tl.where(y < 0, -1, y - top), x - left
-    from_y, past_y = _outputs_of(i, box_height, height, scale_y, ALIGN)
-    from_x, past_x = _outputs_of(j, box_width, width, scale_x, ALIGN)
+    from_y, past_y = bilinear_outputs(i, box_height, height, scale_y, ALIGN)
+    from_x, past_x = bilinear_outputs(j, box_width, width, scale_x, ALIGN)
     rows = tl.max(past_y - from_y)
     # A multiple of 16, so that whole vectors are read.
     begin = tl.min(tl.where(past_x > from_x, from_x, width)) * INNER // 16 * 16
@@ -72,7 +45,7 @@ def _crop_adjoint(
         sums = tl.zeros([y.shape[0], OUTPUTS], REAL)
         for k in range(rows):
             o = from_y + k
-            weight = tl.where(o < past_y, _share(o, i, box_height, scale_y, ALIGN), 0.0)
+            weight = tl.where(o < past_y, bilinear_weight(o, i, box_height, scale_y, ALIGN), 0.0)
             line = grad + o.to(tl.int64) * grad_y
             # What is not sampled is not read, so that a NaN there does not count.
             value = tl.load(line + e, mask=(weight > 0) & (e < row), other=0.0).to(REAL)
@@ -83,7 +56,7 @@ def _crop_adjoint(
         place = tl.broadcast_to(first * INNER + c - start, total.shape)
         for k in range(tl.max(past - first)):
             o = first + k
-            weight = tl.where(o < past, _share(o, j, box_width, scale_x, ALIGN), 0.0)
+            weight = tl.where(o < past, bilinear_weight(o, j, box_width, scale_x, ALIGN), 0.0)
             value = tl.gather(sums, tl.minimum(place + k * INNER, OUTPUTS - 1), 1)
             total += tl.where(weight > 0, value * weight, 0.0)
     return total
@@ -97,18 +70,17 @@ _CONFIGS = [
 ]
 
 
-@tunable(_CONFIGS, ["planes", "height", "row"])
+@tunable(_CONFIGS, ["size"])
 @triton.jit
 def backward_kernel(
     mixed, dimmed, patched, result, mix_boxes, patch_boxes, offsets, attention, index, theta,
-    planes, height, width, row, mixed_b, mixed_plane, mixed_y, dimmed_b, dimmed_plane, dimmed_y,
-    patched_b, patched_plane, patched_y, offset_b, offset_axis,
-    maps, low_height, low_width, step_b, step_m, step_y, step_x, step_index, step_theta,
+    size, mixed_steps, dimmed_steps, patched_steps, offset_steps, map_sizes, map_steps, guide_steps,
     INNER: tl.constexpr, WEIGHT: tl.constexpr, FLOOR: tl.constexpr, ALIGN: tl.constexpr,
     TILE: tl.constexpr, COLUMNS: tl.constexpr, MAP_TILE: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """One program per image, tile of its rows (those of all planes), and tile of columns."""
     ROWS: tl.constexpr = TILE // COLUMNS
+    planes, height, width, row = size
     tiles = tl.cdiv(planes * height, ROWS)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     r = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)[:, None]
@@ -119,32 +91,41 @@ def backward_kernel(
     inside = present & (e < row)
     total = tl.zeros([ROWS, COLUMNS], REAL)
     if mixed is not None:
-        grad = mixed + b * mixed_b + plane * mixed_plane
+        grad = mixed + b * mixed_steps[0] + plane * mixed_steps[1]
         if WEIGHT != 1:
-            own = tl.load(grad + y.to(tl.int64) * mixed_y + e, mask=inside, other=0.0).to(REAL)
+            own = tl.load(grad + y.to(tl.int64) * mixed_steps[2] + e, mask=inside, other=0.0).to(
+                REAL
+            )
             total += own * tl.full([], 1 - WEIGHT, REAL)
         crop = _crop_adjoint(
-            grad, mix_boxes, b, tl.where(present, y, -1), x, c, height, width, row, mixed_y,
+            grad, mix_boxes, b, tl.where(present, y, -1), x, c, height, width, row, mixed_steps[2],
             INNER, ALIGN, COLUMNS, REAL,
         )  # fmt: skip
         total += crop * tl.full([], WEIGHT, REAL)
     if dimmed is not None:
-        grad = dimmed + b * dimmed_b + plane * dimmed_plane + y.to(tl.int64) * dimmed_y
+        grad = (
+            dimmed
+            + b * dimmed_steps[0]
+            + plane * dimmed_steps[1]
+            + y.to(tl.int64) * dimmed_steps[2]
+        )
         factor = factor_of(
-            attention, index, theta, b, y, x, maps, low_height, low_width, height, width,
-            step_b, step_m, step_y, step_x, step_index, step_theta, FLOOR, ALIGN, MAP_TILE, REAL,
+            attention, index, theta, b, y, x, height, width, map_sizes, map_steps, guide_steps,
+            FLOOR, ALIGN, MAP_TILE, REAL,
         )  # fmt: skip
         total += tl.load(grad + e, mask=inside, other=0.0).to(REAL) * factor
     if patched is not None:
-        grad = patched + b * patched_b + plane * patched_plane
+        grad = patched + b * patched_steps[0] + plane * patched_steps[1]
         top, left, box_height, box_width = box_of(patch_boxes, b, height, width)
-        to_y = paste_start(tl.load(offsets + b * offset_b), box_height, height)
-        to_x = paste_start(tl.load(offsets + b * offset_b + offset_axis), box_width, width)
+        to_y = paste_start(tl.load(offsets + b * offset_steps[0]), box_height, height)
+        to_x = paste_start(
+            tl.load(offsets + b * offset_steps[0] + offset_steps[1]), box_width, width
+        )
         covered = (y >= to_y) & (y < to_y + box_height) & (x >= to_x) & (x < to_x + box_width)
-        own = grad + y.to(tl.int64) * patched_y + e
+        own = grad + y.to(tl.int64) * patched_steps[2] + e
         total += tl.load(own, mask=inside & (covered == 0), other=0.0).to(REAL)
         copied = (y >= top) & (y < top + box_height) & (x >= left) & (x < left + box_width)
-        source = grad + (y - top + to_y).to(tl.int64) * patched_y + e + (to_x - left) * INNER
+        source = grad + (y - top + to_y).to(tl.int64) * patched_steps[2] + e + (to_x - left) * INNER
         total += tl.load(source, mask=inside & copied, other=0.0).to(REAL)
     to = result + (b * planes * height + r) * row + e
     tl.store(to, total.to(result.dtype.element_ty), mask=inside)

@@ -3,6 +3,11 @@
 Products of half precision run on tensor cores, exact with float32 accumulation. Resized maps are
 float32 and take three TF32 products. float32 follows torch's settings: TF32, or else plain
 multiplications and additions.
+
+SHAPE are maps, channels and pixels, known at compile time. `steps` are those of the features from
+channel to channel and pixel to pixel, and of the attention from map to map; most kernels know them
+too. `size` are height and width of the features and of the attention, `map_steps` the attention's
+from row to row and pixel to pixel.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from magsd_kernels.triton._common import (
     tile,
     with_rows,
 )
-from magsd_kernels.triton._guide import sample_at, step_of
+from magsd_kernels.triton._resampling import bilinear_inputs, bilinear_scale, entry
 
 _SMALLEST_NORM = 1e-12
 _MOST_MAPS = 64  # of a tile
@@ -27,16 +32,20 @@ _MOST_MAPS = 64  # of a tile
 
 @triton.jit
 def attention_tile(
-    attention, m, p, maps, pixels, width, height, low_height, low_width,
-    step_m, step_y, step_x, RESIZE: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr,
+    attention, m, p, size, map_steps, steps, SHAPE: tl.constexpr,
+    RESIZE: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Maps m at pixels p of the features' size, which broadcast; 0 outside; of type KIND."""
-    inside = (m < maps) & (p < pixels)
-    corner = attention + m * step_m
+    inside = (m < entry(SHAPE, 0)) & (p < entry(SHAPE, 2))
+    corner = attention + m * steps[2]
+    step_y, step_x = map_steps
     if RESIZE:
+        height, width, low_height, low_width = size
         y, x = p // width, p % width
-        top, bottom, down = sample_at(y, low_height, step_of(low_height, height, True, ACC), True)
-        left, right, across = sample_at(x, low_width, step_of(low_width, width, True, ACC), True)
+        scale_y = bilinear_scale(low_height, height, True, ACC)
+        scale_x = bilinear_scale(low_width, width, True, ACC)
+        top, bottom, down = bilinear_inputs(y, low_height, scale_y, True)
+        left, right, across = bilinear_inputs(x, low_width, scale_x, True)
         a = tl.load(corner + (top * step_y + left * step_x), mask=inside, other=0.0).to(ACC)
         b = tl.load(corner + (top * step_y + right * step_x), mask=inside, other=0.0).to(ACC)
         c = tl.load(corner + (bottom * step_y + left * step_x), mask=inside, other=0.0).to(ACC)
@@ -50,50 +59,48 @@ def attention_tile(
 
 
 @triton.jit
-def feature_tile(features, p, c, pixels, channels, step_c, step_p, KIND: tl.constexpr):
+def feature_tile(features, p, c, steps, SHAPE: tl.constexpr, KIND: tl.constexpr):
     """Features at pixels p and channels c, which broadcast; 0 outside."""
-    inside = (p < pixels) & (c < channels)
-    return tl.load(features + (p * step_p + c * step_c), mask=inside, other=0.0).to(KIND)
+    inside = (p < entry(SHAPE, 2)) & (c < entry(SHAPE, 1))
+    at = p * steps[1] + c * steps[0]
+    return tl.load(features + at, mask=inside, other=0.0).to(KIND)
 
 
 @triton.jit
 def average(
-    features, attention, m, c, maps, channels, pixels, width, height, low_height, low_width,
-    step_c, step_p, step_m, step_y, step_x,
+    features, attention, m, c, size, map_steps, steps, SHAPE: tl.constexpr,
     RESIZE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     MAPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """(M, C) averages over the pixels of A F."""
+    pixels: tl.constexpr = entry(SHAPE, 2)
     total = tl.zeros([MAPS, CHANNELS], ACC)
     for start in range(0, pixels, PIXELS):
         p = (start + tl.arange(0, PIXELS)).to(INDEX)
         a = attention_tile(
-            attention, m[:, None], p[None, :], maps, pixels, width, height, low_height, low_width,
-            step_m, step_y, step_x, RESIZE, KIND, ACC,
+            attention, m[:, None], p[None, :], size, map_steps, steps, SHAPE, RESIZE, KIND, ACC
         )  # fmt: skip
-        f = feature_tile(features, p[:, None], c[None, :], pixels, channels, step_c, step_p, KIND)
+        f = feature_tile(features, p[:, None], c[None, :], steps, SHAPE, KIND)
         total = tl.dot(a, f, total, input_precision=PRECISION, out_dtype=ACC)
     return total / tl.cast(pixels, ACC)
 
 
 @triton.jit
 def maximum(
-    features, attention, m, c, maps, channels, pixels, width, height, low_height, low_width,
-    step_c, step_p, step_m, step_y, step_x,
+    features, attention, m, c, size, map_steps, steps, SHAPE: tl.constexpr,
     RESIZE: tl.constexpr, MAPS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """(M, C) maxima over the pixels of A F, and the first pixel of each. NaN is the largest."""
     best = tl.full([MAPS, CHANNELS], -float("inf"), ACC)
     first = tl.zeros([MAPS, CHANNELS], tl.int32)
-    for pixel in range(0, pixels):
+    for pixel in range(0, entry(SHAPE, 2)):
         p = (pixel + tl.arange(0, 1)).to(INDEX)
         a = attention_tile(
-            attention, m[:, None], p[None, :], maps, pixels, width, height, low_height, low_width,
-            step_m, step_y, step_x, RESIZE, ACC, ACC,
+            attention, m[:, None], p[None, :], size, map_steps, steps, SHAPE, RESIZE, ACC, ACC
         )  # fmt: skip
-        f = feature_tile(features, p[:, None], c[None, :], pixels, channels, step_c, step_p, ACC)
+        f = feature_tile(features, p[:, None], c[None, :], steps, SHAPE, ACC)
         value = a * f
         larger = ((value > best) | (value != value)) & (best == best)
         best = tl.where(larger, value, best)
@@ -103,8 +110,7 @@ def maximum(
 
 @triton.jit
 def pooled_tile(
-    features, attention, m, c, maps, channels, pixels, width, height, low_height, low_width,
-    step_c, step_p, step_m, step_y, step_x,
+    features, attention, m, c, size, map_steps, steps, SHAPE: tl.constexpr,
     MAXIMUM: tl.constexpr, RESIZE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
     MAPS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,
     ACC: tl.constexpr,
@@ -112,13 +118,12 @@ def pooled_tile(
     """P (M, C) and, for the maximum, the first maximal pixels."""
     if MAXIMUM:
         pooled, first = maximum(
-            features, attention, m, c, maps, channels, pixels, width, height, low_height,
-            low_width, step_c, step_p, step_m, step_y, step_x, RESIZE, MAPS, CHANNELS, INDEX, ACC,
+            features, attention, m, c, size, map_steps, steps, SHAPE, RESIZE, MAPS, CHANNELS,
+            INDEX, ACC,
         )  # fmt: skip
     else:
         pooled = average(
-            features, attention, m, c, maps, channels, pixels, width, height, low_height,
-            low_width, step_c, step_p, step_m, step_y, step_x,
+            features, attention, m, c, size, map_steps, steps, SHAPE,
             RESIZE, KIND, PRECISION, MAPS, CHANNELS, PIXELS, INDEX, ACC,
         )  # fmt: skip
         first = tl.zeros([MAPS, CHANNELS], tl.int32)
@@ -144,38 +149,38 @@ def sum_of_parts(parts, count, PARTS: tl.constexpr):
 
 
 @triton.jit
-def length_and_along(
-    norm, parts, b, tiles,
+def norm_and_projection(
+    norms, parts, b, tiles,
     NORMALIZE: tl.constexpr, SMALLEST: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """An image's divisor, and the gradient along its unit vector; 1 and 0 without a norm."""
-    length = tl.full([], 1.0, ACC)
-    along = tl.full([], 0.0, ACC)
+    norm = tl.full([], 1.0, ACC)
+    projection = tl.full([], 0.0, ACC)
     if NORMALIZE:
-        length = tl.load(norm + b)
+        norm = tl.load(norms + b)
         smallest = tl.full([], SMALLEST, ACC)
-        along = sum_of_parts(parts + b * tiles, tiles, PARTS)
+        projection = sum_of_parts(parts + b * tiles, tiles, PARTS)
         # Under the smallest norm the divisor is constant, and no gradient flows through it.
-        along = tl.where(length < smallest, 0.0, along)
-        length = tl.where(length < smallest, smallest, length)
-    return length, along
+        projection = tl.where(norm < smallest, 0.0, projection)
+        norm = tl.where(norm < smallest, smallest, norm)
+    return norm, projection
 
 
 @triton.jit
-def weights_of(
-    grad, pooled, m, c, channels, inside, length, along,
+def gradient_of_pooled(
+    grad, pooled, m, c, inside, norm, projection, SHAPE: tl.constexpr,
     NORMALIZE: tl.constexpr, SIGNED_SQRT: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """W (M, C), the gradient of P, of one image."""
-    at = m[:, None] * channels + c[None, :]
-    wide = tl.load(grad + at, mask=inside, other=0.0).to(ACC) * tl.full([], SCALE, ACC)
+    at = m[:, None] * entry(SHAPE, 1) + c[None, :]
+    upcast = tl.load(grad + at, mask=inside, other=0.0).to(ACC) * tl.full([], SCALE, ACC)
     root = root_of(pooled, SIGNED_SQRT, EPS, ACC)
     if NORMALIZE:
-        wide = (wide - root / length * along) / length
+        upcast = (upcast - root / norm * projection) / norm
     if SIGNED_SQRT:
-        wide = tl.where(pooled == 0, 0.0, wide / (2.0 * tl.abs(root)))
-    return tl.where(inside, wide, 0.0)
+        upcast = tl.where(pooled == 0, 0.0, upcast / (2.0 * tl.abs(root)))
+    return tl.where(inside, upcast, 0.0)
 
 
 class Call:
@@ -214,11 +219,15 @@ class Call:
         self.precision = "tf32" if allow_tf32 else (exact if half else "ieee")
         self.map_tile = block(max(self.maps, 16), _MOST_MAPS)
         self.map_tiles = triton.cdiv(self.maps, self.map_tile)
-        self.sizes = (
-            self.maps, channels, self.pixels, width, height, *attention.shape[2:],
-            *pixel_steps(self.features), *self.attention.stride()[:3],
-            self.attention.stride(3) if resize else pixel_steps(self.attention)[2],
-        )  # fmt: skip
+        feature_b, feature_c, feature_p = pixel_steps(self.features)
+        attention_b, map_m, map_y, map_x = self.attention.stride()
+        #: Sizes and steps by their names in a kernel.
+        self.sizes = {
+            "size": (height, width, *attention.shape[2:]),
+            "batch_steps": (feature_b, attention_b),
+            "map_steps": (map_y, map_x if resize else pixel_steps(self.attention)[2]),
+            "steps": (feature_c, feature_p, map_m), "SHAPE": (self.maps, channels, self.pixels),
+        }  # fmt: skip
         self.settings = {
             "SIGNED_SQRT": signed_sqrt, "SCALE": scale, "EPS": eps, "SMALLEST": _SMALLEST_NORM,
             "RESIZE": resize, "KIND": kind, "PRECISION": self.precision, "MAPS": self.map_tile,

@@ -21,7 +21,7 @@ from magsd_kernels.triton._common import (
     with_rows,
     with_warps,
 )
-from magsd_kernels.triton._resampling import entry, first_output, share
+from magsd_kernels.triton._resampling import entry, first_output, weight_of
 from magsd_kernels.triton._scales import (
     COMBINED,
     Tensors,
@@ -42,28 +42,32 @@ _KEY = ["maps", "height", "width", "heights", "widths", "steps"]
 
 @triton.jit
 def _resized_back(
-    grad, b, m, y, x, inside, low_height, low_width, height, width, grad_b, grad_c, grad_p,
-    MODE: tl.constexpr, ALIGN: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr,
-    OUTPUTS_Y: tl.constexpr, OUTPUTS_X: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    grad, b, m, y, x, inside, low_height, low_width, height, width, grad_steps,
+    MODE: tl.constexpr, ALIGN: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.constexpr,
+    INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one scale's input pixels: what the outputs that read them give back."""
+    TAPS_Y: tl.constexpr = entry(TAPS, 0)
+    TAPS_X: tl.constexpr = entry(TAPS, 1)
+    OUTPUTS_Y: tl.constexpr = entry(OUTPUTS, 0)
+    OUTPUTS_X: tl.constexpr = entry(OUTPUTS, 1)
     # Begun earlier at the far end, every walk stays inside.
     first_y = first_output(y, low_height, height, MODE, TAPS_Y, ALIGN).to(INDEX)
     first_y = tl.minimum(first_y, height - OUTPUTS_Y)
     first_x = first_output(x, low_width, width, MODE, TAPS_X, ALIGN).to(INDEX)
     first_x = tl.minimum(first_x, width - OUTPUTS_X)
-    place = b * grad_b + m * grad_c + (first_y * width + first_x) * grad_p
+    place = b * grad_steps[0] + m * grad_steps[1] + (first_y * width + first_x) * grad_steps[2]
     total = tl.zeros(inside.shape, ACC)
     for k_y in range(OUTPUTS_Y):
         o_y = first_y + k_y
-        row = share(o_y, y, low_height, height, MODE, TAPS_Y, ALIGN, ACC)
+        row = weight_of(o_y, y, low_height, height, MODE, TAPS_Y, ALIGN, ACC)
         for k_x in range(OUTPUTS_X):
             o_x = first_x + k_x
-            part = row * share(o_x, x, low_width, width, MODE, TAPS_X, ALIGN, ACC)
+            part = row * weight_of(o_x, x, low_width, width, MODE, TAPS_X, ALIGN, ACC)
             read = inside
             if MODE != "blocks":
                 read = read & (part != 0)
-            at = place + (k_y * width + k_x) * grad_p
+            at = place + (k_y * width + k_x) * grad_steps[2]
             value = tl.load(grad + at, mask=read, other=0.0).to(ACC)
             total += value * part
     return total
@@ -92,7 +96,7 @@ def _parameters(weight, bias, mean, rstd, scale, m, maps, steps, ACC: tl.constex
 def _sums_kernel(
     grad, xs, weights, biases, mean, rstd, sums,
     batch, maps: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
-    grad_b, grad_c, grad_p, heights, widths, steps, lengths, parameter_steps,
+    grad_steps, heights, widths, steps, lengths, parameter_steps,
     MODES: tl.constexpr, ALIGN: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.constexpr,
     PIXELS: tl.constexpr, MAPS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -113,26 +117,25 @@ def _sums_kernel(
                 parameter_steps[scale], ACC,
             )  # fmt: skip
             plain = tl.zeros([PIXELS, MAPS], ACC)
-            centred = tl.zeros([PIXELS, MAPS], ACC)
+            centered = tl.zeros([PIXELS, MAPS], ACC)
             for start in range(begin, end, PIXELS):
                 n = start + tl.arange(0, PIXELS)[:, None]
                 b, p = n // pixels, n % pixels
                 inside = (n < end) & (m < maps)
                 back = _resized_back(
                     grad, b, m.to(INDEX), p // low_width, p % low_width, inside,
-                    low_height, low_width, height, width, grad_b, grad_c, grad_p,
-                    entry(MODES, scale), ALIGN,
-                    entry(TAPS, scale, 0), entry(TAPS, scale, 1),
-                    entry(OUTPUTS, scale, 0), entry(OUTPUTS, scale, 1), INDEX, ACC,
+                    low_height, low_width, height, width, grad_steps,
+                    entry(MODES, scale), ALIGN, entry(TAPS, scale), entry(OUTPUTS, scale),
+                    INDEX, ACC,
                 )  # fmt: skip
                 at = b * steps[scale][0] + p * steps[scale][2] + m.to(INDEX) * steps[scale][1]
                 normal, passes = _normal(xs[scale], at, inside, at_mean, at_rstd, weight, bias, ACC)
                 back = tl.where(passes & inside, back, 0.0)
                 plain += back
-                centred += tl.where(back != 0, back * normal, 0.0)
+                centered += tl.where(back != 0, back * normal, 0.0)
             to = sums + tl.program_id(0) * 2 * maps + m
             tl.store(to, tl.sum(plain, 0)[None, :], mask=m < maps)
-            tl.store(to + maps, tl.sum(centred, 0)[None, :], mask=m < maps)
+            tl.store(to + maps, tl.sum(centered, 0)[None, :], mask=m < maps)
 
 
 @tunable(with_warps(4), ["maps", "heights", "widths", "lengths"])
@@ -172,7 +175,7 @@ def _total_kernel(
 def _gradient_kernel(
     grad, xs, weights, biases, mean, rstd, totals, grads,
     batch, maps: tl.constexpr, height: tl.constexpr, width: tl.constexpr,
-    grad_b, grad_c, grad_p, heights: tl.constexpr, widths: tl.constexpr, steps, to_steps,
+    grad_steps, heights: tl.constexpr, widths: tl.constexpr, steps, to_steps,
     parameter_steps, NORM: tl.constexpr, TRAINING: tl.constexpr,
     MODES: tl.constexpr, ALIGN: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.constexpr,
     PIXELS: tl.constexpr, MAPS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
@@ -189,10 +192,9 @@ def _gradient_kernel(
             inside = (n < total) & (m < maps)
             back = _resized_back(
                 grad, b, m.to(INDEX), p // low_width, p % low_width, inside,
-                low_height, low_width, height, width, grad_b, grad_c, grad_p,
-                entry(MODES, scale), ALIGN,
-                entry(TAPS, scale, 0), entry(TAPS, scale, 1),
-                entry(OUTPUTS, scale, 0), entry(OUTPUTS, scale, 1), INDEX, ACC,
+                low_height, low_width, height, width, grad_steps,
+                entry(MODES, scale), ALIGN, entry(TAPS, scale), entry(OUTPUTS, scale),
+                INDEX, ACC,
             )  # fmt: skip
             if NORM:
                 at_mean, at_rstd, weight, bias = _parameters(
@@ -237,7 +239,7 @@ def _gradients(
     norm = norms[0] is not None
     parameters = [None if values is None else tuple(values) for values in norms]
     steps = parameter_steps(norms, len(grads))
-    sizes = (batch, channels, height, width, *pixel_steps(grad), *sizes_of(maps))
+    sizes = (batch, channels, height, width, pixel_steps(grad), *sizes_of(maps))
     resampled = resampling(grads, (height, width), mode, align_corners)
     tile = tile_of(channels, _SUMS_TILE, grad.dtype)
     place = {

@@ -36,7 +36,7 @@ _CONFIGS = [*with_warps(8, STAGES=3), *with_warps(8, STAGES=1)]
 
 @triton.jit
 def _statistics_part(
-    x, to, part, batch, maps, pixels, length, step_b, step_c, step_p,
+    x, to, part, batch, maps, pixels, length, steps,
     PIXELS: tl.constexpr, MAPS: tl.constexpr, STAGES: tl.constexpr, INDEX: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -46,6 +46,7 @@ def _statistics_part(
     total = tl.cast(batch, INDEX) * pixels
     begin = tl.minimum(tl.cast(part, INDEX) * length, total)
     end = tl.minimum(begin + length, total)
+    step_b, step_c, step_p = steps
     place = x + m.to(INDEX) * step_c
     # A far mean is taken off first. Then every lane follows Welford, so that no far value costs the
     # others their digits, and the lanes are combined.
@@ -95,8 +96,7 @@ def _statistics_kernel(
         if (part >= 0) & (part < count):
             _statistics_part(
                 xs[scale], parts + tl.program_id(0) * 2 * maps, part, batch, maps, pixels[scale],
-                lengths[scale], steps[scale][0], steps[scale][1], steps[scale][2],
-                PIXELS, MAPS, STAGES, INDEX, ACC,
+                lengths[scale], steps[scale], PIXELS, MAPS, STAGES, INDEX, ACC,
             )  # fmt: skip
         first += count
 

@@ -1,10 +1,13 @@
 """Area, bilinear and nearest resampling in one dimension, in a kernel, and their adjoints.
 
 An output o reads the inputs first_input(o) + k, k < a number known to the host, and weighs each by
-share(o, i), which is 0 where o does not read i; the adjoint walks from an input over the outputs
-first_output(i) + k with the same shares. TAPS is that number; "blocks" is area where every output
-reads its own TAPS inputs, so that no weight is computed. The type of o or i must hold the product
-of two sides. Source: torch's adaptive_avg_pool2d and interpolate.
+weight_of(o, i), which is 0 where o does not read i; the adjoint walks from an input over the
+outputs first_output(i) + k with the same weights. TAPS is that number; "blocks" is area where every
+output reads its own TAPS inputs, so that no weight is computed. The type of o or i must hold the
+product of two sides. Source: torch's adaptive_avg_pool2d and interpolate.
+
+The bilinear rule rounds as written where it is compiled with `enable_fp_fusion=False`, and
+divisions of float32 are correctly rounded, so that positions equal the reference's.
 """
 
 from __future__ import annotations
@@ -14,8 +17,6 @@ import math
 import triton
 import triton.language as tl
 
-from magsd_kernels.triton._guide import sample_at, step_of
-
 
 @triton.constexpr_function
 def entry(values, *places):
@@ -23,6 +24,67 @@ def entry(values, *places):
     for place in places:
         values = values[place]
     return values
+
+
+@triton.jit
+def bilinear_scale(size_in, size_out, ALIGN: tl.constexpr, REAL: tl.constexpr):
+    """Inputs per output of a bilinear resize."""
+    if ALIGN:
+        over = tl.cast(size_in - 1, REAL)
+        under = tl.cast(tl.maximum(size_out - 1, 1), REAL)
+    else:
+        over = tl.cast(size_in, REAL)
+        under = tl.cast(size_out, REAL)
+    # Chosen by the compiler: div_rn is for float32 alone.
+    return over / under if over.dtype.is_fp64() else tl.div_rn(over, under)
+
+
+@triton.jit
+def _bilinear_position(o, scale, ALIGN: tl.constexpr):
+    """Where outputs `o` lie among the inputs, before the last input bounds it."""
+    if ALIGN:
+        position = tl.cast(o, scale.dtype) * scale
+    else:
+        # A Python constant would be float32 in a float64 product.
+        position = tl.maximum((tl.cast(o, scale.dtype) + 0.5) * scale - 0.5, 0.0)
+    return position
+
+
+@triton.jit
+def bilinear_inputs(o, size_in, scale, ALIGN: tl.constexpr):
+    """The two inputs that outputs `o` read, and the weight of the second."""
+    position = _bilinear_position(o, scale, ALIGN)
+    lower = tl.minimum(position.to(tl.int32), size_in - 1)
+    upper = tl.minimum(lower + 1, size_in - 1)
+    return lower, upper, position - tl.cast(lower, scale.dtype)
+
+
+@triton.jit
+def bilinear_outputs(i, size_in, size_out, scale, ALIGN: tl.constexpr):
+    """From which to which output those lie that read inputs i; none where i is not an input."""
+    rate = 1.0 / tl.maximum(scale, 1e-30)
+    shift = 0.0
+    if not ALIGN:
+        shift = 0.5
+    at = tl.cast(i, scale.dtype) + shift
+    most = tl.cast(size_out, scale.dtype)
+    # An output reads i if its position lies less than 1 from i; rounding may move a bound by less
+    # than an output. The first and the last input also take what is clamped to them.
+    low = tl.floor((at - 1.0) * rate - shift)
+    high = tl.floor((at + 1.0) * rate - shift) + 2.0
+    low = tl.where(i <= 0, 0, tl.minimum(tl.maximum(low, 0.0), most).to(tl.int32))
+    high = tl.where(
+        i >= size_in - 1, size_out, tl.minimum(tl.maximum(high, 0.0), most).to(tl.int32)
+    )
+    return low, tl.where((i >= 0) & (i < size_in), high, low)
+
+
+@triton.jit
+def bilinear_weight(o, i, size_in, scale, ALIGN: tl.constexpr):
+    """With what weight outputs o read inputs i: `bilinear_inputs` as a tent around i."""
+    position = _bilinear_position(o, scale, ALIGN)
+    position = tl.minimum(position, tl.cast(size_in - 1, scale.dtype))
+    return tl.maximum(1.0 - tl.abs(position - tl.cast(i, scale.dtype)), 0.0)
 
 
 @triton.jit
@@ -45,7 +107,8 @@ def first_input(
     elif MODE == "nearest":
         first = _nearest_index(o, size_in, size_out)
     else:
-        first, _, _ = sample_at(o, size_in, step_of(size_in, size_out, ALIGN, REAL), ALIGN)
+        scale = bilinear_scale(size_in, size_out, ALIGN, REAL)
+        first, _, _ = bilinear_inputs(o, size_in, scale, ALIGN)
     return first
 
 
@@ -61,36 +124,37 @@ def first_output(
     elif MODE == "nearest":
         first = tl.maximum(i * size_out // size_in - 1, 0)
     else:
-        step = step_of(size_in, size_out, ALIGN, tl.float32)
+        scale = bilinear_scale(size_in, size_out, ALIGN, tl.float32)
         shift = 0.0
         if not ALIGN:
             shift = 0.5
         # One earlier than rounding could ask for.
-        place = (tl.cast(i, tl.float32) - 1.0 + shift) / tl.maximum(step, 1e-30) - shift
+        place = (tl.cast(i, tl.float32) - 1.0 + shift) / tl.maximum(scale, 1e-30) - shift
         low = tl.minimum(tl.floor(place) - 1.0, tl.cast(size_out, tl.float32)).to(tl.int32)
         first = tl.where(i <= 0, 0, tl.maximum(low, 0))
     return first
 
 
 @triton.jit
-def share(
+def weight_of(
     o, i, size_in, size_out, MODE: tl.constexpr, TAPS: tl.constexpr, ALIGN: tl.constexpr,
     REAL: tl.constexpr,
 ):  # fmt: skip
     """With what weight output o reads input i."""
     if MODE == "blocks":
-        part = tl.full([], 1.0 / TAPS, REAL)
+        weight = tl.full([], 1.0 / TAPS, REAL)
     elif MODE == "area":
         begin = o * size_in // size_out
         end = ((o + 1) * size_in + size_out - 1) // size_out
         read = (i >= begin) & (i < end)
-        part = tl.where(read, 1.0 / tl.cast(end - begin, REAL), 0.0)
+        weight = tl.where(read, 1.0 / tl.cast(end - begin, REAL), 0.0)
     elif MODE == "nearest":
-        part = (_nearest_index(o, size_in, size_out) == i).to(REAL)
+        weight = (_nearest_index(o, size_in, size_out) == i).to(REAL)
     else:
-        lower, upper, weight = sample_at(o, size_in, step_of(size_in, size_out, ALIGN, REAL), ALIGN)
-        part = tl.where(lower == i, 1.0 - weight, 0.0) + tl.where(upper == i, weight, 0.0)
-    return part
+        scale = bilinear_scale(size_in, size_out, ALIGN, REAL)
+        lower, upper, of_upper = bilinear_inputs(o, size_in, scale, ALIGN)
+        weight = tl.where(lower == i, 1.0 - of_upper, 0.0) + tl.where(upper == i, of_upper, 0.0)
+    return weight
 
 
 def kernel_mode(size_in: tuple[int, int], size_out: tuple[int, int], mode: str) -> str:

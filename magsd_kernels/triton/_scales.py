@@ -30,9 +30,9 @@ class Tile:
 
 def tile_of(maps: int, elements: int, dtype: torch.dtype) -> Tile:
     """Whole rows of maps where they fit; float64 takes twice the registers, and half the tile."""
-    wide = block(maps, _MOST_MAPS)
+    row = block(maps, _MOST_MAPS)
     elements //= 2 if dtype == torch.float64 else 1
-    return Tile(max(elements // wide, 1), wide, triton.cdiv(maps, wide))
+    return Tile(max(elements // row, 1), row, triton.cdiv(maps, row))
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def resampling(
 
 
 def empty_like_first(first: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Uninitialised (B, M, *size) in the memory format of `first`."""
+    """Uninitialized (B, M, *size) in the memory format of `first`."""
     batch, channels = first.shape[:2]
     if is_channels_last(first):
         return first.new_empty((batch, *size, channels)).movedim(-1, -3)

@@ -5,7 +5,7 @@ The images are read once and every view is written once; the attention maps are 
 - boxes, in `_augment_boxes.py`, and the maps that views draw;
 - views: one program per tile of rows and columns of an image, the rows of all its planes counted in
   one. A row holds the pixels of an NCHW plane or the pixels times channels of an NHWC image, where
-  the neighbour to the right lies C elements on: one kernel for both. The crop and the patch are
+  the neighbor to the right lies C elements on: one kernel for both. The crop and the patch are
   gathered through the caches.
 
 Rows are 64-bit pointers, what lies along a row is a 32-bit offset. The backward is in
@@ -33,25 +33,26 @@ from magsd_kernels.triton._common import (
     with_rows,
     with_warps,
 )
-from magsd_kernels.triton._guide import MAP_TILE, box_of, factor_of, paste_start, sample_at, step_of
+from magsd_kernels.triton._guide import MAP_TILE, box_of, factor_of, paste_start
+from magsd_kernels.triton._resampling import bilinear_inputs, bilinear_scale
 
 _COLUMNS = tile(256)  # elements of a row that a program takes at the most
 # Elements of a program, and warps.
 _CONFIGS = [*with_warps(4, TILE=tile(1024)), *with_warps(8, 4, TILE=tile(2048))]
 
 
-@tunable(_CONFIGS, ["planes", "height", "row"])
+@tunable(_CONFIGS, ["size"])
 @triton.jit
 def _views_kernel(
     images, mixed, dimmed, patched, mix_boxes, patch_boxes, offsets, attention, index, theta,
-    planes, height, width, row, image_b, image_plane, image_y, offset_b, offset_axis,
-    maps, low_height, low_width, step_b, step_m, step_y, step_x, step_index, step_theta,
+    size, image_steps, offset_steps, map_sizes, map_steps, guide_steps,
     INNER: tl.constexpr, WEIGHT: tl.constexpr, FLOOR: tl.constexpr, ALIGN: tl.constexpr,
     TILE: tl.constexpr, SHARE: tl.constexpr, COLUMNS: tl.constexpr, MAP_TILE: tl.constexpr,
     REAL: tl.constexpr,
 ):  # fmt: skip
     """One program per image, tile of its rows (those of all planes), and tile of columns."""
     ROWS: tl.constexpr = TILE // SHARE // COLUMNS
+    planes, height, width, row = size
     tiles = tl.cdiv(planes * height, ROWS)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     r = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)[:, None]
@@ -59,19 +60,19 @@ def _views_kernel(
     y = r % height
     x, c = e // INNER, e % INNER
     inside = (r < planes * height) & (e < row)
-    image = images + b * image_b + (r // height).to(tl.int64) * image_plane
+    image = images + b * image_steps[0] + (r // height).to(tl.int64) * image_steps[1]
     at = (b * planes * height + r) * row + e
     kind = images.dtype.element_ty
-    value = tl.load(image + y.to(tl.int64) * image_y + e, mask=inside, other=0.0)
-    wide = value.to(REAL)
+    value = tl.load(image + y.to(tl.int64) * image_steps[2] + e, mask=inside, other=0.0)
+    upcast = value.to(REAL)
     if mixed is not None:
         top, left, box_height, box_width = box_of(mix_boxes, b, height, width)
-        upper, lower, down = sample_at(
-            y, box_height, step_of(box_height, height, ALIGN, REAL), ALIGN
-        )
-        near, far, across = sample_at(x, box_width, step_of(box_width, width, ALIGN, REAL), ALIGN)
-        upper = image + (top + upper).to(tl.int64) * image_y
-        lower = image + (top + lower).to(tl.int64) * image_y
+        scale_y = bilinear_scale(box_height, height, ALIGN, REAL)
+        scale_x = bilinear_scale(box_width, width, ALIGN, REAL)
+        upper, lower, down = bilinear_inputs(y, box_height, scale_y, ALIGN)
+        near, far, across = bilinear_inputs(x, box_width, scale_x, ALIGN)
+        upper = image + (top + upper).to(tl.int64) * image_steps[2]
+        lower = image + (top + lower).to(tl.int64) * image_steps[2]
         near, far = (left + near) * INNER + c, (left + far) * INNER + c
         first = tl.load(upper + near, mask=inside, other=0.0).to(REAL)
         second = tl.load(upper + far, mask=inside, other=0.0).to(REAL)
@@ -80,20 +81,22 @@ def _views_kernel(
         crop = first * (1.0 - down) + third * down
         crop = crop * (1.0 - across) + (second * (1.0 - down) + fourth * down) * across
         if WEIGHT != 1:
-            crop = wide * tl.full([], 1 - WEIGHT, REAL) + crop * tl.full([], WEIGHT, REAL)
+            crop = upcast * tl.full([], 1 - WEIGHT, REAL) + crop * tl.full([], WEIGHT, REAL)
         tl.store(mixed + at, crop.to(kind), mask=inside)
     if dimmed is not None:
         factor = factor_of(
-            attention, index, theta, b, y, x, maps, low_height, low_width, height, width,
-            step_b, step_m, step_y, step_x, step_index, step_theta, FLOOR, ALIGN, MAP_TILE, REAL,
+            attention, index, theta, b, y, x, height, width, map_sizes, map_steps, guide_steps,
+            FLOOR, ALIGN, MAP_TILE, REAL,
         )  # fmt: skip
-        tl.store(dimmed + at, (wide * factor).to(kind), mask=inside)
+        tl.store(dimmed + at, (upcast * factor).to(kind), mask=inside)
     if patched is not None:
         top, left, box_height, box_width = box_of(patch_boxes, b, height, width)
-        to_y = paste_start(tl.load(offsets + b * offset_b), box_height, height)
-        to_x = paste_start(tl.load(offsets + b * offset_b + offset_axis), box_width, width)
+        to_y = paste_start(tl.load(offsets + b * offset_steps[0]), box_height, height)
+        to_x = paste_start(
+            tl.load(offsets + b * offset_steps[0] + offset_steps[1]), box_width, width
+        )
         covered = (y >= to_y) & (y < to_y + box_height) & (x >= to_x) & (x < to_x + box_width)
-        source = image + (y - to_y + top).to(tl.int64) * image_y + e + (left - to_x) * INNER
+        source = image + (y - to_y + top).to(tl.int64) * image_steps[2] + e + (left - to_x) * INNER
         pasted = tl.load(source, mask=inside & covered, other=0.0)
         tl.store(patched + at, tl.where(covered, pasted, value), mask=inside)
 
@@ -114,6 +117,10 @@ class _Images:
     def row(self) -> int:
         return self.width * self.inner
 
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        return (self.planes, self.height, self.width, self.row)
+
 
 def _rows_of(images: torch.Tensor) -> _Images:
     """Read in place where rows are dense, else a dense copy in the same memory format."""
@@ -128,16 +135,28 @@ def _rows_of(images: torch.Tensor) -> _Images:
     return _Images(images, batch, channels, height, width, 1, images.stride()[:3])
 
 
-def _guide(
-    attention: torch.Tensor, index: torch.Tensor | None, theta: torch.Tensor, view: int
-) -> tuple[tuple[torch.Tensor | None, ...], tuple[int, ...]]:
-    """One view's tensors, and the sizes and steps by which a kernel reads them."""
-    if theta.dim() == 2:
-        theta = theta[:, view]
-        index = None if index is None else index[:, view]
-    step_index = 0 if index is None else index.stride(0)
-    sizes = (*attention.shape[1:], *attention.stride(), step_index, theta.stride(0))
-    return (attention, index, theta), sizes
+@dataclass(frozen=True)
+class _Guide:
+    """The map of each image and its threshold, of one view."""
+
+    attention: torch.Tensor
+    index: torch.Tensor | None
+    theta: torch.Tensor
+
+    @classmethod
+    def of_view(
+        cls, attention: torch.Tensor, index: torch.Tensor | None, theta: torch.Tensor, view: int
+    ) -> _Guide:
+        """From the columns of a view in index and theta (B, V)."""
+        return cls(attention, None if index is None else index[:, view], theta[:, view])
+
+    @property
+    def map_sizes(self) -> tuple[int, ...]:
+        return tuple(self.attention.shape[1:])
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        return (0 if self.index is None else self.index.stride(0), self.theta.stride(0))
 
 
 @dataclass(frozen=True)
@@ -147,24 +166,33 @@ class _Plan:
     mix_boxes: torch.Tensor | None = None
     patch_boxes: torch.Tensor | None = None
     offsets: torch.Tensor | None = None
-    guide: tuple[torch.Tensor | None, ...] = (None,) * 3
-    guide_sizes: tuple[int, ...] = (0,) * 9
+    guide: _Guide | None = None
     weight: float = 1.0
     floor: float = 0.0
     align_corners: bool = False
 
-    def tensors(self) -> tuple[object, ...]:
-        return (self.mix_boxes, self.patch_boxes, self.offsets, *self.guide)
-
-    def offset_steps(self) -> tuple[int, ...]:
-        return (0, 0) if self.offsets is None else tuple(self.offsets.stride())
+    def arguments(self) -> dict[str, object]:
+        """By their names in a kernel; what a view does not need is None or 0."""
+        guide = self.guide
+        return {
+            "mix_boxes": self.mix_boxes,
+            "patch_boxes": self.patch_boxes,
+            "offsets": self.offsets,
+            "offset_steps": (0, 0) if self.offsets is None else self.offsets.stride(),
+            "attention": guide and guide.attention,
+            "index": guide and guide.index,
+            "theta": guide and guide.theta,
+            "map_sizes": guide.map_sizes if guide else (0,) * 3,
+            "map_steps": guide.attention.stride() if guide else (0,) * 4,
+            "guide_steps": guide.steps if guide else (0,) * 2,
+        }
 
     def settings(self, images: _Images) -> dict[str, object]:
+        pixels = self.guide.map_sizes[1] * self.guide.map_sizes[2] if self.guide else 1
         return {
             "INNER": images.inner, "WEIGHT": self.weight, "FLOOR": self.floor,
             "ALIGN": self.align_corners, "REAL": accumulation(images.tensor.dtype),
-            "MAP_TILE": block(self.guide_sizes[1] * self.guide_sizes[2], MAP_TILE),
-            "enable_fp_fusion": False,
+            "MAP_TILE": block(pixels, MAP_TILE), "enable_fp_fusion": False,
         }  # fmt: skip
 
 
@@ -191,9 +219,8 @@ def _make(images: torch.Tensor, plan: _Plan, views: tuple[torch.Tensor | None, .
     share = 2 if images.dtype == torch.float64 else 1  # which takes twice the registers
     grid, columns = _cut(given, share)
     _views_kernel[grid](
-        given.tensor, *views, *plan.tensors(),
-        given.planes, given.height, given.width, given.row, *given.steps, *plan.offset_steps(),
-        *plan.guide_sizes, SHARE=share, COLUMNS=columns, **plan.settings(given),
+        given.tensor, *views, size=given.size, image_steps=given.steps, **plan.arguments(),
+        SHARE=share, COLUMNS=columns, **plan.settings(given),
     )  # fmt: skip
 
 
@@ -202,16 +229,16 @@ def _make_gradient(grads: tuple[torch.Tensor | None, ...], plan: _Plan) -> torch
     # Every view is read in the memory format of the first.
     layouts = [None if grad is None else _rows_of(grad) for grad in grads]
     main = next(layout for layout in layouts if layout is not None)
+    steps = [(0, 0, 0) if layout is None else layout.steps for layout in layouts]
     like = next(grad for grad in grads if grad is not None)
     result = empty_like_format(like)
     if main.batch == 0:
         return result
     grid, columns = _cut(main)
     backward_kernel[grid](
-        *(None if layout is None else layout.tensor for layout in layouts), result,
-        *plan.tensors(), main.planes, main.height, main.width, main.row,
-        *(step for layout in layouts for step in (layout.steps if layout else (0, 0, 0))),
-        *plan.offset_steps(), *plan.guide_sizes, COLUMNS=columns, **plan.settings(main),
+        *(layout and layout.tensor for layout in layouts), result,
+        size=main.size, mixed_steps=steps[0], dimmed_steps=steps[1], patched_steps=steps[2],
+        **plan.arguments(), COLUMNS=columns, **plan.settings(main),
     )  # fmt: skip
     return result
 
@@ -287,8 +314,8 @@ def attention_dim(
 ) -> torch.Tensor:
     """Images * ([U < t] + floor). Its own adjoint: the backward calls it on the gradient."""
     dimmed = empty_like_format(images)
-    guide, sizes = _guide(attention, index, theta, 0)
-    plan = _Plan(guide=guide, guide_sizes=sizes, floor=floor, align_corners=align_corners)
+    guide = _Guide(attention, index, theta)
+    plan = _Plan(guide=guide, floor=floor, align_corners=align_corners)
     _make(images, plan, (None, dimmed, None))
     return dimmed
 
@@ -338,9 +365,9 @@ def _views_plan(
     offsets: torch.Tensor | None, boxes: torch.Tensor, weight: float, floor: float,
     align_corners: bool,
 ) -> _Plan:  # fmt: skip
-    guide, sizes = _guide(attention, index, theta, 1)
+    guide = _Guide.of_view(attention, index, theta, view=1)
     patch_boxes = None if offsets is None else boxes[1]
-    return _Plan(boxes[0], patch_boxes, offsets, guide, sizes, weight, floor, align_corners)
+    return _Plan(boxes[0], patch_boxes, offsets, guide, weight, floor, align_corners)
 
 
 def _make_views(images: torch.Tensor, plan: _Plan) -> torch.Tensor:

@@ -22,20 +22,19 @@ from magsd_kernels._layout import accumulation_dtype
 from magsd_kernels.triton._bilinear_pool_backward import bilinear_attention_pool_backward
 from magsd_kernels.triton._bilinear_pool_tile import Call, pooled_tile, root_of, sum_of_parts
 from magsd_kernels.triton._common import tunable, with_warps
+from magsd_kernels.triton._resampling import entry
 
 __all__ = ["bilinear_attention_pool", "bilinear_attention_pool_backward"]
 
 _CONFIGS = [*with_warps(8), *with_warps(16, registers=128)]
-_KEY = ["maps", "channels", "pixels", "step_p", "STAGE", "MAXIMUM", "RESIZE", "KIND", "PRECISION"]
+_KEY = ["SHAPE", "steps", "STAGE", "MAXIMUM", "RESIZE", "KIND", "PRECISION"]
 
 
 @tunable(_CONFIGS, _KEY)
 @triton.jit
 def _forward_kernel(
-    features, attention, output, norm, argmax, parts,
-    maps: tl.constexpr, channels: tl.constexpr, pixels: tl.constexpr,
-    width, height, low_height, low_width, feature_b, step_c: tl.constexpr, step_p: tl.constexpr,
-    attention_b, step_m: tl.constexpr, step_y, step_x,
+    features, attention, output, norms, argmax, parts, size, batch_steps, map_steps,
+    steps: tl.constexpr, SHAPE: tl.constexpr,
     STAGE: tl.constexpr, MAXIMUM: tl.constexpr, SIGNED_SQRT: tl.constexpr,
     SCALE: tl.constexpr, EPS: tl.constexpr, SMALLEST: tl.constexpr,
     RESIZE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
@@ -43,6 +42,8 @@ def _forward_kernel(
     INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """STAGE "norm" writes a tile's sum of squares to `parts`; "write" and "plain" the output."""
+    maps: tl.constexpr = entry(SHAPE, 0)
+    channels: tl.constexpr = entry(SHAPE, 1)
     across = tl.cdiv(channels, CHANNELS)  # tiles of channels
     b, tile_c, tile_m = tl.program_id(0) // across, tl.program_id(0) % across, tl.program_id(1)
     if STAGE == "write":
@@ -51,8 +52,8 @@ def _forward_kernel(
     m = (tile_m * MAPS + tl.arange(0, MAPS)).to(INDEX)
     c = (tile_c * CHANNELS + tl.arange(0, CHANNELS)).to(INDEX)
     pooled, first = pooled_tile(
-        features + b * feature_b, attention + b * attention_b, m, c, maps, channels, pixels,
-        width, height, low_height, low_width, step_c, step_p, step_m, step_y, step_x,
+        features + b * batch_steps[0], attention + b * batch_steps[1], m, c, size, map_steps,
+        steps, SHAPE,
         MAXIMUM, RESIZE, KIND, PRECISION, MAPS, CHANNELS, PIXELS, INDEX, ACC,
     )  # fmt: skip
     inside = (m < maps)[:, None] & (c < channels)[None, :]
@@ -63,11 +64,11 @@ def _forward_kernel(
     else:
         factor = tl.full([], SCALE, ACC)
         if STAGE == "write":
-            length = tl.sqrt(sum_of_parts(parts + b * tiles, tiles, PARTS))
+            norm = tl.sqrt(sum_of_parts(parts + b * tiles, tiles, PARTS))
             if (tile_c == 0) & (tile_m == 0):
-                tl.store(norm + b, length)
+                tl.store(norms + b, norm)
             smallest = tl.full([], SMALLEST, ACC)
-            factor = factor / tl.where(length < smallest, smallest, length)
+            factor = factor / tl.where(norm < smallest, smallest, norm)
         image = b * maps * channels
         at = m[:, None] * channels + c[None, :]
         tl.store(output + image + at, (root * factor).to(output.dtype.element_ty), mask=inside)
@@ -85,7 +86,7 @@ def bilinear_attention_pool(
     eps: float,
     allow_tf32: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pooled matrix (B, M*C); its norm before normalisation (B,) or empty; argmax or empty.
+    """Pooled matrix (B, M*C); its norm before normalization (B,) or empty; argmax or empty.
 
     The argmax (B, M, C) int32 names the first maximal pixel and exists for pool "max" only.
     """
@@ -103,7 +104,7 @@ def bilinear_attention_pool(
     parts = features.new_empty((batch, count) if normalize else (0,), dtype=dtype)
     for stage in ("norm", "write") if normalize else ("plain",):
         _forward_kernel[(batch * tiles[0], tiles[1])](
-            call.features, call.attention, output, norm, argmax, parts, *call.sizes,
+            call.features, call.attention, output, norm, argmax, parts, **call.sizes,
             STAGE=stage, MAXIMUM=call.maximum, PARTS=triton.next_power_of_2(count),
             **call.settings, **tile,
         )  # fmt: skip

@@ -26,7 +26,7 @@ from magsd_kernels.triton._multiscale_backward import (
     resample_attention_backward,
 )
 from magsd_kernels.triton._multiscale_statistics import batch_statistics
-from magsd_kernels.triton._resampling import entry, first_input, share
+from magsd_kernels.triton._resampling import entry, first_input, weight_of
 from magsd_kernels.triton._scales import (
     Tensors,
     empty_like_first,
@@ -72,21 +72,21 @@ def _norm_of(
 @triton.jit
 def _gathered(
     x, b, y, x_out, m, inside, low_height, low_width, height, width, steps, mean, factor, bias,
-    NORM: tl.constexpr, MODE: tl.constexpr, ALIGN: tl.constexpr, TAPS_Y: tl.constexpr,
-    TAPS_X: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    NORM: tl.constexpr, MODE: tl.constexpr, ALIGN: tl.constexpr, TAPS: tl.constexpr,
+    UNROLL: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One scale's maps, normalized and rectified where there is a norm, at outputs (y, x_out)."""
+    TAPS_Y: tl.constexpr = entry(TAPS, 0)
+    TAPS_X: tl.constexpr = entry(TAPS, 1)
     first_y = first_input(y, low_height, height, MODE, TAPS_Y, ALIGN, ACC).to(INDEX)
     first_x = first_input(x_out, low_width, width, MODE, TAPS_X, ALIGN, ACC).to(INDEX)
     place = x + (b * steps[0] + m * steps[1])
     total = tl.zeros(inside.shape, ACC)
-    # In float64 what four taps keep does not fit into registers.
-    UNROLL: tl.constexpr = 1 if ACC.is_fp64() else 4
     for k in tl.range(TAPS_Y * TAPS_X, loop_unroll_factor=UNROLL):
         i = first_y + k // TAPS_X
         j = first_x + k % TAPS_X
-        part = share(y, i, low_height, height, MODE, TAPS_Y, ALIGN, ACC)
-        part *= share(x_out, j, low_width, width, MODE, TAPS_X, ALIGN, ACC)
+        part = weight_of(y, i, low_height, height, MODE, TAPS_Y, ALIGN, ACC)
+        part *= weight_of(x_out, j, low_width, width, MODE, TAPS_X, ALIGN, ACC)
         read = inside
         if MODE != "blocks":
             read = read & (i < low_height) & (j < low_width)
@@ -103,10 +103,10 @@ def _gathered(
 @triton.jit
 def _apply_kernel(
     xs, out, weights, biases, running_means, running_vars, means, rstds,
-    batch, maps, height, width, out_b, out_c, out_p, heights, widths, steps, parameter_steps,
+    batch, maps, height, width, out_steps, heights, widths, steps, parameter_steps,
     NORM: tl.constexpr, TRAINING: tl.constexpr, EPS: tl.constexpr, MODES: tl.constexpr,
     ALIGN: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.constexpr, PIXELS: tl.constexpr,
-    MAPS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    MAPS: tl.constexpr, UNROLL: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(1) * MAPS + tl.arange(0, MAPS)[None, :]
     n = tl.cast(tl.program_id(0), INDEX) * PIXELS + tl.arange(0, PIXELS)[:, None]
@@ -125,9 +125,9 @@ def _apply_kernel(
         total += _gathered(
             xs[scale], b, y, x, m.to(INDEX), inside, heights[scale], widths[scale], height, width,
             steps[scale], mean, factor, bias, NORM, entry(MODES, scale), ALIGN,
-            entry(TAPS, scale, 0), entry(TAPS, scale, 1), INDEX, ACC,
+            entry(TAPS, scale), UNROLL, INDEX, ACC,
         )  # fmt: skip
-    to = out + (b * out_b + p * out_p + m.to(INDEX) * out_c)
+    to = out + (b * out_steps[0] + p * out_steps[2] + m.to(INDEX) * out_steps[1])
     tl.store(to, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -150,10 +150,11 @@ def _apply(
     warps = 4 if is_channels_last(first) else 8
     grid = (triton.cdiv(max(batch, 1) * size[0] * size[1], tile.pixels), tile.chunks)
     _apply_kernel[grid](
-        tuple(maps), out, *parameters, *statistics, batch, channels, *size, *pixel_steps(out),
+        tuple(maps), out, *parameters, *statistics, batch, channels, *size, pixel_steps(out),
         *sizes_of(maps), parameter_steps(norms, len(maps)), PIXELS=tile.pixels, MAPS=tile.maps,
-        INDEX=offset_type(*maps, out), ACC=accumulation(first.dtype),
-        num_warps=warps // 2 if torch.version.hip else warps,
+        # In float64 what four inputs keep does not fit into registers.
+        UNROLL=1 if first.dtype == torch.float64 else 4, INDEX=offset_type(*maps, out),
+        ACC=accumulation(first.dtype), num_warps=warps // 2 if torch.version.hip else warps,
         **resampling(maps, size, mode, align_corners), **settings,
     )  # fmt: skip
     return out

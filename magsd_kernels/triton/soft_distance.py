@@ -5,7 +5,7 @@ backward. The forward is one program that walks over the rows and adds up in a f
 that would take many turns, several programs each leave their sums, and a second launch adds these
 up in a fixed order too. The backward cuts the rows among programs and computes every softmax again
 instead of storing it. View logits come as V matrices (B, K) or one (V, B, K), of any strides, and
-are read in place: a group of views is a pointer, the step from view to view and their number.
+are read in place: a group of views is a pointer, their number and the step from view to view.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _KEY = ["classes", "ROWS"]
 
 
 @triton.jit
-def _softmax(logits, rows, columns, classes, step_b, step_k, ACC: tl.constexpr):
-    """Probabilities of a tile of rows, the centred logits, and the logarithm of their sum."""
-    at = logits + rows[:, None].to(tl.int64) * step_b + columns[None, :] * step_k
+def _softmax(logits, rows, columns, classes, steps, ACC: tl.constexpr):
+    """Probabilities of a tile of rows, the centered logits, and the logarithm of their sum."""
+    at = logits + rows[:, None].to(tl.int64) * steps[0] + columns[None, :] * steps[1]
     inside = columns[None, :] < classes
-    wide = tl.load(at, mask=inside, other=-float("inf")).to(ACC)
-    centred = wide - tl.max(wide, 1)[:, None]
-    power = tl.where(inside, tl.exp(centred), 0.0)
+    upcast = tl.load(at, mask=inside, other=-float("inf")).to(ACC)
+    centered = upcast - tl.max(upcast, 1)[:, None]
+    power = tl.where(inside, tl.exp(centered), 0.0)
     total = tl.sum(power, 1)
-    return power / total[:, None], centred, tl.log(total)
+    return power / total[:, None], centered, tl.log(total)
 
 
 @triton.jit
@@ -54,15 +54,15 @@ def _soften(probabilities, columns, target, CONFIDENCE: tl.constexpr, OFF: tl.co
 
 
 @triton.jit
-def _targets(targets, class_weights, rows, classes, step_target, step_weight, ACC: tl.constexpr):
+def _targets(targets, class_weights, rows, classes, steps, ACC: tl.constexpr):
     """Which targets name a class, the targets with the others set to 0, and their weights."""
-    target = tl.load(targets + rows * step_target)
+    target = tl.load(targets + rows * steps[0])
     valid = (target >= 0) & (target < classes)
     safe = tl.where(valid, target, 0).to(tl.int32)
     if class_weights is None:
         weight = tl.full(rows.shape, 1.0, ACC)
     else:
-        weight = tl.load(class_weights + safe * step_weight).to(ACC)
+        weight = tl.load(class_weights + safe * steps[1]).to(ACC)
     return valid, safe, weight
 
 
@@ -70,7 +70,7 @@ def _targets(targets, class_weights, rows, classes, step_target, step_weight, AC
 @triton.jit
 def _forward_kernel(
     logits, groups, targets, class_weights, parts, loss, cross_entropy, distance, batch, classes,
-    step_b, step_k, step_target, step_weight, group_steps, group_sizes,
+    steps, target_steps, group_steps, group_views,
     CONFIDENCE: tl.constexpr, OFF: tl.constexpr, ON: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -82,21 +82,17 @@ def _forward_kernel(
         given = start + tl.arange(0, ROWS)
         present = given < batch
         rows = tl.minimum(given, batch - 1)
-        valid, target, weight = _targets(
-            targets, class_weights, rows, classes, step_target, step_weight, ACC
-        )
-        raw, centred, log_total = _softmax(logits, rows, columns, classes, step_b, step_k, ACC)
-        own = tl.sum(tl.where(columns[None, :] == target[:, None], centred, 0.0), 1)
+        valid, target, weight = _targets(targets, class_weights, rows, classes, target_steps, ACC)
+        raw, centered, log_total = _softmax(logits, rows, columns, classes, steps, ACC)
+        own = tl.sum(tl.where(columns[None, :] == target[:, None], centered, 0.0), 1)
         entropy = tl.where(valid, (log_total - own) * weight, float("nan"))
         entropies += tl.where(present, entropy, 0.0)
         weights += tl.where(present, weight, 0.0)
         soft = _soften(raw, columns, target, CONFIDENCE, OFF, ON)
         for group in tl.static_range(len(groups)):
-            for v in range(group_sizes[group]):
-                view = groups[group] + v * group_steps[group][0]
-                seen, _, _ = _softmax(
-                    view, rows, columns, classes, group_steps[group][1], group_steps[group][2], ACC
-                )
+            for v in range(group_views[group][0]):
+                view = groups[group] + v * group_views[group][1]
+                seen, _, _ = _softmax(view, rows, columns, classes, group_steps[group], ACC)
                 apart = tl.where(columns[None, :] < classes, tl.abs(soft - seen), 0.0)
                 distances += tl.where(present, tl.sum(apart, 1), 0.0)
     sums = tl.sum(entropies, 0), tl.sum(weights, 0), tl.sum(distances, 0)
@@ -142,7 +138,7 @@ def _add_scalar(total, grad):
 def _backward_kernel(
     grad_loss, grad_cross_entropy, grad_distance, logits, groups, targets, class_weights,
     grad_logits, grad_groups, batch, classes,
-    step_b, step_k, step_target, step_weight, group_steps, group_sizes,
+    steps, target_steps, group_steps, group_views,
     CONFIDENCE: tl.constexpr, OFF: tl.constexpr, ON: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -156,8 +152,7 @@ def _backward_kernel(
         for start in range(0, batch, ROWS):
             given = start + tl.arange(0, ROWS)
             _, _, weight = _targets(
-                targets, class_weights, tl.minimum(given, batch - 1), classes,
-                step_target, step_weight, ACC,
+                targets, class_weights, tl.minimum(given, batch - 1), classes, target_steps, ACC,
             )  # fmt: skip
             total += tl.where(given < batch, weight, 0.0)
         of_entropy /= tl.sum(total, 0)
@@ -167,20 +162,16 @@ def _backward_kernel(
     rows = tl.minimum(given, batch - 1)
     written = (given < batch)[:, None] & (columns < classes)[None, :]
     at = given[:, None].to(tl.int64) * classes + columns[None, :]
-    valid, target, weight = _targets(
-        targets, class_weights, rows, classes, step_target, step_weight, ACC
-    )
-    raw, _, _ = _softmax(logits, rows, columns, classes, step_b, step_k, ACC)
+    valid, target, weight = _targets(targets, class_weights, rows, classes, target_steps, ACC)
+    raw, _, _ = _softmax(logits, rows, columns, classes, steps, ACC)
     factor = tl.where(valid, of_entropy * weight, float("nan"))
     grad = (raw - (columns[None, :] == target[:, None]).to(ACC)) * factor[:, None]
     tl.store(grad_logits + at, grad.to(grad_logits.dtype.element_ty), mask=written)
     soft = _soften(raw, columns, target, CONFIDENCE, OFF, ON)
     for group in tl.static_range(len(groups)):
-        for v in range(group_sizes[group]):
-            view = groups[group] + v * group_steps[group][0]
-            seen, _, _ = _softmax(
-                view, rows, columns, classes, group_steps[group][1], group_steps[group][2], ACC
-            )
+        for v in range(group_views[group][0]):
+            view = groups[group] + v * group_views[group][1]
+            seen, _, _ = _softmax(view, rows, columns, classes, group_steps[group], ACC)
             # d|view - soft| / d view is a sign; softmax's Jacobian takes its weighted mean away.
             sign = ((seen > soft).to(ACC) - (seen < soft).to(ACC)) * step
             mean = tl.sum(tl.where(columns[None, :] < classes, seen * sign, 0.0), 1)
@@ -256,23 +247,23 @@ def _sizes(
 ) -> tuple[object, ...]:
     stacked = views[0].dim() == 3
     return (
-        *logits.shape, *logits.stride(), targets.stride(0),
-        0 if class_weights is None else class_weights.stride(0),
-        tuple(view.stride() if stacked else (0, *view.stride()) for view in views),
-        tuple(view.shape[0] if stacked else 1 for view in views),
+        *logits.shape, logits.stride(),
+        (targets.stride(0), 0 if class_weights is None else class_weights.stride(0)),
+        tuple(view.stride()[-2:] for view in views),
+        tuple((view.shape[0], view.stride(0)) if stacked else (1, 0) for view in views),
     )  # fmt: skip
 
 
 def _settings(logits: torch.Tensor, confidence: float, smoothing: float) -> dict[str, object]:
     batch, classes = logits.shape
-    wide = triton.next_power_of_2(classes)
+    columns = triton.next_power_of_2(classes)
     # With more in float64 the constants of its functions do not fit into AMD's scalar registers.
     most = tile(64) if logits.dtype == torch.float64 else _TILE
     return {
         "CONFIDENCE": confidence,
         "OFF": smoothing,
         "ON": 1 - classes * smoothing,
-        "ROWS": block(batch, max(most // wide, 1)),
-        "CLASSES": wide,
+        "ROWS": block(batch, max(most // columns, 1)),
+        "CLASSES": columns,
         "ACC": accumulation(logits.dtype),
     }

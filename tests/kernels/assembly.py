@@ -1,8 +1,8 @@
 """Triton kernels compiled for GPUs that are not there, and what their machine code shows.
 
-A launcher runs on meta tensors, which have shapes and strides and no memory, while a stand-in for
-Triton's driver names the GPU. What it would launch is compiled with the arguments' own types,
-divisibilities and constants, and kept instead of launched.
+The package's cases run on meta tensors, which have shapes and strides and no memory, while a
+stand-in for Triton's driver names the GPU. What they would launch is compiled with the arguments'
+own types, divisibilities and constants, and kept instead of launched.
 """
 
 from __future__ import annotations
@@ -19,11 +19,19 @@ from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from magsd_kernels.backends import OPERATIONS, implementation
+from magsd_kernels.cases import Size, tensors_of
+from magsd_kernels.compare import in_layout
 from magsd_kernels.triton._common import Tunable
+
+from .cases import BY_NAME
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,7 +44,7 @@ TARGETS = {
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
 # What the tools call it: (PTX and cuobjdump, GCN assembly).
-_WIDE = (
+_VECTOR = (
     r"(ld|st)\.global[\w.:]*\.v(4\.b32|2\.b64)|cp\.async\.\w+\.shared\.global.*0x10",
     r"(global|buffer)_(load|store)_dwordx4",
 )
@@ -98,9 +106,9 @@ class Kernel:
         return len(re.findall(amd if self.gpu.startswith("gfx") else nvidia, self.code))
 
     @property
-    def wide(self) -> int:
+    def vector(self) -> int:
         """Accesses to global memory of 16 bytes."""
-        return self.count(*_WIDE)
+        return self.count(*_VECTOR)
 
     @property
     def half_words(self) -> int:
@@ -129,6 +137,40 @@ def _resource_usage(binary: Any) -> str:
         file.flush()
         command = [tool, "--dump-resource-usage", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+class _Launches(TorchDispatchMode):
+    """Runs the package's operators by their launchers; `settings` replace arguments."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "magsd":
+            return func(*args, **(kwargs or {}))
+        names = [argument.name for argument in func._schema.arguments]
+        given = dict(zip(names, args, strict=True))
+        del given["backend"]
+        given |= {name: value for name, value in self.settings.items() if name in given}
+        operator = func.name().removeprefix("magsd::")
+        modules = (implementation("triton", operation) for operation in OPERATIONS)
+        launcher = next(getattr(m, operator) for m in modules if hasattr(m, operator))
+        return launcher(*given.values())
+
+
+def launch(
+    name: str, size: Size, dtype: torch.dtype, layout: str, options: dict[str, Any], **settings: Any
+) -> None:
+    """Launch the kernels of one of the package's cases, forward and backward, on meta tensors."""
+    case = BY_NAME[name]
+    given = case.arguments(size, dtype=dtype, device="meta", requires_grad=False) | options
+    given = pytree.tree_map_only(Tensor, lambda x: in_layout(x, layout), given)
+    leaves = [leaf.requires_grad_() for leaf in case.leaves(given)]
+    with _Launches(settings):
+        out = tensors_of(case.function(**given, backend="reference"))
+        if leaves:
+            torch.autograd.grad(out, leaves, [torch.empty_like(x) for x in out])
 
 
 def name_of(kernel: Any) -> str:

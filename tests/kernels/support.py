@@ -16,10 +16,11 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 import magsd_kernels
 from magsd_kernels import environment, native
+from magsd_kernels.cases import attention_maps, random, tensors_of, uniform  # noqa: F401
+from magsd_kernels.compare import difference, error_bound, runnable  # noqa: F401
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted")
@@ -69,20 +70,7 @@ class Target:
 
 def available_targets() -> list[Target]:
     """Every backend that is available, on every device here whose tensors it takes."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    takes = {
-        "reference": devices,
-        "cpu": ["cpu"],
-        "cuda": ["cpu"] if native.emulates_cuda() else ["cuda"],
-        "triton": ["cpu"] if INTERPRETED else ["cuda"],
-    }
-    available = [name for name, state in magsd_kernels.backends().items() if state == "available"]
-    return [
-        Target(name, device)
-        for name in available
-        for device in takes.get(name, devices)
-        if device in devices
-    ]
+    return [Target(*place) for place in runnable()]
 
 
 def examples(count: int) -> settings:
@@ -93,24 +81,6 @@ def examples(count: int) -> settings:
 def gradcheck(target: Target, function: Callable[..., Any], inputs: Any) -> bool:
     """Whether gradients are those of finite differences; interpreted, in a random direction."""
     return torch.autograd.gradcheck(function, inputs, fast_mode=target.interpreted)
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normal numbers, the same for every target."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def uniform(*shape: int, seed: int = 0, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """float32 uniforms in [low, high)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(shape, generator=generator) * (high - low) + low
-
-
-def attention_maps(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rectified maps, as a network gives them, each with a clear peak."""
-    maps = random(*shape, seed=seed).clamp_min(0.0)
-    return (maps * maps + 0.01 * random(*shape, seed=seed + 1).abs()).to(dtype)
 
 
 def guide(batch: int = 4, maps: int = 3, low: tuple[int, int] = (5, 4), seed: int = 0) -> dict:
@@ -172,39 +142,11 @@ def make_strided(tensor: Tensor, layout: str) -> Tensor:
     raise ValueError(layout)
 
 
-def error_bound(expected: Tensor, dtype: torch.dtype) -> Tensor:
-    """Largest error allowed for each entry.
-
-    float64 computes in float64, the rest in float32 to 1e-5 of the largest entry; in half
-    precision one rounding comes on top, and the error may be twice that of the rounding. Entries
-    that are not finite must be met, and give no room to the others.
-    """
-    finite = expected.isfinite()
-    expected = expected.masked_fill(~finite, 0.0)
-    scale = expected.abs().max() if expected.numel() else expected.new_zeros(())
-    if dtype == torch.float64:
-        return (1e-11 * scale).expand_as(expected)
-    bound = (1e-5 * scale).expand_as(expected)
-    if dtype == torch.float32:
-        return bound
-    info = torch.finfo(dtype)
-    return bound + info.eps * expected.abs() + info.smallest_normal * info.eps
-
-
 def assert_agrees(actual: Tensor, expected: Tensor, what: str = "result") -> None:
     """Compare with a float64 oracle by the rules of the contract."""
     assert isinstance(actual, Tensor), f"{what} is {type(actual).__name__}"
-    assert tuple(actual.shape) == tuple(expected.shape), what
-    found = actual.detach().cpu().double()
-    wanted = expected.detach().cpu().double()
-    assert torch.equal(found.isnan(), wanted.isnan()), f"{what}: NaN in other places"
-    excess = ((found - wanted).abs() - error_bound(wanted, actual.dtype)).nan_to_num(nan=0.0)
-    if excess.numel() and float(excess.max()) > 0:
-        at = [int(i) for i in torch.unravel_index(excess.argmax(), excess.shape)]
-        pytest.fail(
-            f"{what} ({actual.dtype}): at {at} found {found[tuple(at)]:.9g}, "
-            f"oracle {wanted[tuple(at)]:.9g}, {int((excess > 0).sum())} entries off"
-        )
+    found = difference(actual, expected, f"{what} ({actual.dtype})")
+    assert found is None, str(found)
 
 
 def assert_matches_oracle(
@@ -358,10 +300,6 @@ every_library = pytest.mark.parametrize(
     ],
     ids=lambda library: library.name,
 )
-
-
-def tensors_of(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def identical(a: Tensor, b: Tensor) -> bool:

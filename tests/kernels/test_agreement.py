@@ -1,180 +1,40 @@
 """The same random inputs through every backend that is available here, compared pair by pair.
 
 Results and gradients lie within the contract's bounds of each other; boxes, indices and the pixels
-that a threshold chooses are equal. The sizes are no multiple of a block, and the values those of a
-network: nothing cancels, and no pixel lies within rounding of its threshold.
+that a threshold chooses are equal.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 import magsd_kernels as mk
+from magsd_kernels import compare, registry
+from magsd_kernels.cases import UNEVEN, Case, sampled_views
 
 from . import oracles
-from .cases import CASES, Case, sampled_views
-from .support import (
-    Target,
-    all_dtypes,
-    assert_agrees,
-    attention_maps,
-    available_targets,
-    make_strided,
-    random,
-    tensors_of,
-    uniform,
-)
+from .cases import BY_NAME, CASES, all_cases, each
+from .support import all_dtypes, available_targets
 
-BATCH, MAPS, CHANNELS, CLASSES = 3, 33, 67, 5
-LOW, SIZE = (7, 6), (45, 38)
+GUIDED = [case for case in CASES if "theta" in case.arguments()]
 
 
-def _maps(seed: int, dtype: torch.dtype) -> list[Tensor]:
-    sizes = ((14, 13), LOW)
-    return [2 * random(BATCH, MAPS, *s, seed=seed + i, dtype=dtype) for i, s in enumerate(sizes)]
-
-
-def _resample(seed: int, _: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {"maps": _maps(seed, dtype), "size": (9, 8)}
-
-
-def _multiscale(seed: int, _: int, dtype: torch.dtype) -> dict[str, Any]:
-    groups = [[random(MAPS, seed=seed + 10 * g + i).to(dtype) for i in (0, 1)] for g in range(4)]
-    groups[3] = [x.abs() + 0.5 for x in groups[3]]
-    names = ("weights", "biases", "running_means", "running_vars")
-    return {"projections": _maps(seed, dtype), **dict(zip(names, groups, strict=True))}
-
-
-def _pool(seed: int, _: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "features": random(BATCH, CHANNELS, *LOW, seed=seed, dtype=dtype).abs() + 0.1,
-        "attention": attention_maps(BATCH, MAPS, 5, 6, seed=seed + 1, dtype=dtype),
-    }
-
-
-def _sampling(seed: int, _: int, dtype: torch.dtype) -> dict[str, Any]:
-    maps = attention_maps(BATCH, MAPS, *LOW, seed=seed, dtype=dtype)
-    return {"attention": maps, "uniforms": uniform(BATCH, 64, seed=seed + 1)}
-
-
-def _views(seed: int, _: int, dtype: torch.dtype) -> dict[str, Any]:
-    guide = {
-        "attention": attention_maps(BATCH, MAPS, *LOW, seed=seed + 1, dtype=dtype),
-        "theta": uniform(BATCH, 3, seed=seed + 2, low=0.2, high=0.6),
-        "index": torch.arange(3 * BATCH).view(BATCH, 3) * 7 % MAPS,
-    }
-    assert_clear_of_thresholds(**guide)
-    images = random(BATCH, 3, *SIZE, seed=seed, dtype=dtype)
-    return {"images": images, **guide, "offsets": uniform(BATCH, 2, seed=seed + 3)}
-
-
-def assert_clear_of_thresholds(attention: Tensor, theta: Tensor, index: Tensor) -> None:
-    for b, view in itertools.product(range(BATCH), range(3)):
-        low = attention[b, index[b, view]]
-        assert not oracles.threshold_sides(low, theta[b, view], SIZE, False).undecided.any()
-
-
-def _sampled(seed: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
-    arguments = _views(seed, batch, dtype) | {"uniforms": uniform(BATCH, 3, seed=seed + 4)}
-    attention, theta = arguments["attention"], arguments["theta"]
-    index = torch.tensor(oracles.sample_attention(attention, arguments["uniforms"]))
-    assert_clear_of_thresholds(attention, theta, index)
-    del arguments["index"]
-    return arguments
-
-
-def _sampled_pair(seed: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
-    arguments = _sampled(seed, batch, dtype)
-    del arguments["offsets"]
-    return arguments | {name: arguments[name][:, :2] for name in ("theta", "uniforms")}
-
-
-def _view(seed: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
-    arguments = _views(seed, batch, dtype)
-    first = {name: arguments[name][:, 0] for name in ("theta", "index")}
-    return {name: arguments[name] for name in ("images", "attention")} | first
-
-
-def _patch(seed: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
-    return _view(seed, batch, dtype) | {"offsets": uniform(BATCH, 2, seed=seed + 3)}
-
-
-def _boxes(seed: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
-    arguments = _view(seed, batch, dtype) | {"size": SIZE}
-    del arguments["images"]
-    return arguments
-
-
-def _loss(seed: int, _: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "logits": 2 * random(67, CLASSES, seed=seed, dtype=dtype),
-        "view_logits": random(3, 67, CLASSES, seed=seed + 1, dtype=dtype),
-        "targets": torch.arange(67) % CLASSES,
-    }
-
-
-def _weighted_loss(seed: int, batch: int, dtype: torch.dtype) -> dict[str, Any]:
-    weights = torch.linspace(0.5, 2.0, CLASSES).to(dtype)
-    return _loss(seed, batch, dtype) | {"class_weights": weights}
-
-
-BUILDERS = {
-    mk.resample_attention: _resample,
-    mk.multiscale_attention: _multiscale,
-    mk.bilinear_attention_pool: _pool,
-    mk.sample_attention: _sampling,
-    mk.attention_boxes: _boxes,
-    mk.attention_crop: _view,
-    mk.attention_mixup: _view,
-    mk.attention_patch: _patch,
-    mk.attention_dim: _view,
-    mk.attention_drop: _view,
-    mk.attention_views: _views,
-    sampled_views: _sampled,
-    mk.soft_distance_loss: _loss,
-}
-BY_NAME = {"weighted_loss": _weighted_loss, "sampled_pair": _sampled_pair}
-
-
-def larger(case: Case, seed: int) -> Case:
-    """The case's function and options, with inputs of this file."""
-    build = BY_NAME.get(case.name) or BUILDERS[case.function]
-    return replace(case, build=partial(build, seed))
-
-
-def outcome(target: Target, case: Case, dtype: torch.dtype, layout: str) -> dict[str, Tensor]:
-    """Results, gradients and written arguments of one call, by name, on the CPU."""
-    arguments = case.arguments(dtype=dtype, device=target.device, requires_grad=False)
-    arguments = pytree.tree_map_only(Tensor, partial(make_strided, layout=layout), arguments)
-    leaves = [leaf.requires_grad_() for leaf in case.leaves(arguments)]
-    out = tensors_of(case.function(**arguments, backend=target.backend))
-    named = {f"result {i}": x for i, x in enumerate(out)}
-    if leaves:
-        directions = [random(*x.shape, seed=90 + i).to(x) for i, x in enumerate(out)]
-        gradients = torch.autograd.grad(out, leaves, directions)
-        named |= {f"gradient {i}": x for i, x in enumerate(gradients)}
-    for name in case.written:
-        named |= {f"{name}[{i}]": x for i, x in enumerate(tensors_of(arguments[name]))}
-    return {name: x.detach().cpu() for name, x in named.items()}
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@all_cases
 @all_dtypes
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", compare.LAYOUTS)
 def test_backends_agree(case: Case, dtype: torch.dtype, layout: str) -> None:
-    for seed in (0, 100):
+    for seed in compare.SEEDS:
         outcomes, reasons = {}, []
         for target in available_targets():
             try:
-                outcomes[target] = outcome(target, larger(case, seed), dtype, layout)
+                outcomes[target] = compare.run(
+                    case, target.backend, target.device, dtype, layout, seed
+                )
             except mk.BackendUnavailable as reason:
                 reasons.append(str(reason))
         if len(outcomes) < 2:
@@ -182,9 +42,145 @@ def test_backends_agree(case: Case, dtype: torch.dtype, layout: str) -> None:
         for (one, first), (other, second) in itertools.combinations(outcomes.items(), 2):
             assert first.keys() == second.keys()
             for name, x in first.items():
-                y, what = second[name], f"{name} of {one} beside {other}"
-                assert x.dtype == y.dtype, what
-                if x.is_floating_point():
-                    assert_agrees(x, y, what)
-                else:
-                    assert torch.equal(x, y), what
+                what = f"{name} of {one} beside {other}"
+                assert x.dtype == second[name].dtype, what
+                assert compare.difference(x, second[name], what) is None
+
+
+@each(GUIDED)
+@pytest.mark.parametrize("seed", compare.SEEDS)
+@all_dtypes
+def test_no_pixel_lies_within_rounding_of_its_threshold(case, seed, dtype):
+    """Else backends that agree could differ, see `magsd_kernels.cases`."""
+    guide = case.arguments(UNEVEN, seed=seed, dtype=dtype)
+    theta = guide["theta"].view(UNEVEN.batch, -1)
+    if case.function is sampled_views:
+        index = torch.tensor(oracles.sample_attention(guide["attention"], guide["uniforms"]))
+    else:
+        index = guide["index"].view(UNEVEN.batch, -1)
+    for b, view in itertools.product(range(UNEVEN.batch), range(theta.shape[1])):
+        low = guide["attention"][b, index[b, view]]
+        sides = oracles.threshold_sides(low, theta[b, view], UNEVEN.image, False)
+        assert not sides.undecided.any()
+
+
+# ---------------------------------------------------------------- python -m magsd_kernels.compare
+
+
+POOL = ["bilinear_attention_pool", "--dtype", "float32"]
+
+
+def report(*words: str) -> tuple[int, list[str]]:
+    lines: list[str] = []
+    return compare.main(words, lines.append), lines
+
+
+@pytest.fixture
+def other() -> str:
+    """A backend beside the reference."""
+    names = {target.backend for target in available_targets()} - {"reference"}
+    if not names:
+        pytest.skip("only the reference can run here")
+    return min(names)
+
+
+def test_the_command_says_that_backends_agree(other):
+    status, lines = report(*POOL, "--case", "pool_max", "--backend", other)
+    assert status == 0
+    assert lines == [f"pool_max, float32, {other} on {compare.runnable()[-1][1]}: agrees"]
+
+
+@pytest.mark.parametrize(
+    ("operator", "entry", "where"),
+    [
+        ("bilinear_attention_pool", (1, 70), "result at [1, 70]: "),
+        ("bilinear_attention_pool_backward", (2, 3, 4, 5), "gradient of features at [2, 3, 4, 5]"),
+    ],
+)
+@pytest.mark.parametrize("wrong", [1e-3, float("nan")])
+def test_the_command_finds_a_planted_difference(monkeypatch, other, operator, entry, where, wrong):
+    class Planted:
+        """A backend that errs in one entry of one operator's first result."""
+
+        def __init__(self, real: Any) -> None:
+            self.real = real
+
+        def __getattr__(self, name: str) -> Any:
+            def call(*arguments: Any) -> Any:
+                first, *rest = getattr(self.real, name)(*arguments)
+                if name == operator:
+                    first[entry] += wrong
+                return first, *rest
+
+            return call
+
+    def implementation(backend: str, operation: str) -> Any:
+        real = original(backend, operation)
+        return Planted(real) if backend == other else real
+
+    original = registry.implementation
+    monkeypatch.setattr(registry, "implementation", implementation)
+    status, lines = report(*POOL, "--case", "pool_avg", "--backend", other)
+    assert status == 1
+    assert len(lines) == 1
+    assert where in lines[0]
+    assert lines[0].endswith("1 entry differs")
+    assert all(word in lines[0] for word in ("DIFFERS", "found", "expected", "allowed error"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["attention_zap"], "invalid choice: 'attention_zap'"),
+        ([*POOL, "--case", "pool"], "bilinear_attention_pool has no case 'pool', but pool_avg"),
+        ([*POOL, "--backend", "reference"], "invalid choice: 'reference'"),
+    ],
+)
+def test_the_command_names_what_is_wrong(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        report(*words)
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_says_why_a_backend_cannot_run(capsys):
+    missing = [name for name, state in mk.backends().items() if state != "available"]
+    if not missing:
+        pytest.skip("every backend can run here")
+    with pytest.raises(SystemExit, match="2"):
+        report(*POOL, "--backend", missing[0])
+    assert f"{missing[0]!r} cannot run here: {mk.backends()[missing[0]]}" in capsys.readouterr().err
+
+
+def test_the_command_lists_the_cases(capsys):
+    assert report("attention_views", "--list") == (0, ["views"])
+    with pytest.raises(SystemExit, match="0"):
+        report("--help")
+    assert "soft_distance_loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "index"),
+    [
+        ([[1.0, 2.0], [3.0, 4.5]], [[1.0, 2.0], [3.0, 4.0]], (1, 1)),
+        ([[1.0, float("nan")], [3.0, 4.5]], [[1.0, 2.0], [3.0, 4.0]], (0, 1)),
+        ([[float("inf"), 2.0], [3.0, 4.0]], [[float("-inf"), 2.0], [3.0, 4.0]], (0, 0)),
+        ([[1, 2], [3, 4]], [[1, 2], [4, 4]], (1, 0)),
+        (
+            [[float("nan"), 2.0], [float("inf"), 4.0]],
+            [[float("nan"), 2.0], [float("inf"), 4]],
+            None,
+        ),
+    ],
+)
+def test_the_first_difference(found, expected, index):
+    first = compare.difference(torch.tensor(found), torch.tensor(expected))
+    assert (first and first.index) == index
+
+
+def test_tensors_of_other_shapes_are_no_match():
+    with pytest.raises(ValueError, match=r"shape \(2,\), expected \(3,\)"):
+        compare.difference(Tensor([1, 2]), Tensor([1, 2, 3]))
+
+
+def test_every_case_is_found_by_name():
+    assert len(BY_NAME) == len(CASES)

@@ -373,7 +373,7 @@ def test_view_one_pixel_image(target, view):
 
 
 @all_views
-def test_view_does_not_read_uninitialised_memory(target, view):
+def test_view_does_not_read_uninitialized_memory(target, view):
     function, _, extra = VIEWS[view]
     options = on(target.device, guide(seed=3) | extra)
 
@@ -417,13 +417,13 @@ def test_crop_does_not_see_pixels_outside_its_box(target, align_corners):
     """Neither a NaN nor an infinity beside the box may leak in, not even with weight 0."""
     g = on(target.device, guide(seed=3))
     images = random(4, 3, 25, 23, dtype=torch.float32).to(target.device)
-    spoilt = torch.full_like(images, float("nan"))
+    spoiled = torch.full_like(images, float("nan"))
     for image, kept, box in zip(
-        spoilt, images, boxes(target, **g, size=(25, 23), align_corners=align_corners), strict=True
+        spoiled, images, boxes(target, **g, size=(25, 23), align_corners=align_corners), strict=True
     ):
         rows, columns = slice(box[0], box[2]), slice(box[1], box[3])
         image[:, rows, columns] = kept[:, rows, columns]
-    assert spoilt.isnan().any()
-    found = target.call(mk.attention_crop, spoilt, **g, align_corners=align_corners)
+    assert spoiled.isnan().any()
+    found = target.call(mk.attention_crop, spoiled, **g, align_corners=align_corners)
     wanted = target.call(mk.attention_crop, images, **g, align_corners=align_corners)
     assert torch.equal(found, wanted)

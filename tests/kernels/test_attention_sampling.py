@@ -159,7 +159,7 @@ def test_one_launch(target, layout):
     assert launches(target, lambda: target.call(mk.sample_attention, attention, uniforms)) == 1
 
 
-def test_does_not_read_uninitialised_memory(target):
+def test_does_not_read_uninitialized_memory(target):
     attention, uniforms = attention_maps(3, 5, 4, 4, seed=6), uniform(3, 4, seed=7)
     with poisoned_memory():
         found = sample(target, attention, uniforms)

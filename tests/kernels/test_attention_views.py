@@ -129,7 +129,7 @@ def test_views_empty_batch(target):
     assert torch.autograd.grad(out.sum(), images)[0].shape == images.shape
 
 
-def test_views_do_not_read_uninitialised_memory(target):
+def test_views_do_not_read_uninitialized_memory(target):
     g = on(target.device, views_guide())
 
     def run() -> tuple[Tensor, Tensor]:

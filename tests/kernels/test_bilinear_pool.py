@@ -297,7 +297,7 @@ def test_empty_batch(target, pool):
 
 
 @both_pools
-def test_does_not_read_uninitialised_memory(target, pool):
+def test_does_not_read_uninitialized_memory(target, pool):
     def run():
         leaves = [x.float().to(target.device).requires_grad_() for x in inputs_of()]
         out = target.call(mk.bilinear_attention_pool, *leaves, pool=pool)
@@ -346,7 +346,7 @@ def test_images_do_not_see_each_other(target, order, pool):
 
 @examples(8)
 @given(st.floats(0.125, 8.0))
-def test_normalised_pooling_ignores_brightness(target, factor):
+def test_normalized_pooling_ignores_brightness(target, factor):
     f, a = (x.to(target.device) for x in inputs_of())
     found = target.call(mk.bilinear_attention_pool, factor * f, a)
     torch.testing.assert_close(

@@ -10,8 +10,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import magsd_kernels as mk
+from magsd_kernels.cases import sampled_views
 
-from .cases import CASES, all_cases, differentiable_cases, sampled_views
+from .cases import CASES, all_cases, differentiable_cases
 from .support import all_dtypes, identical, random, tensors_of
 
 PUBLIC = {

@@ -471,7 +471,7 @@ def test_multiscale_one_value_per_channel_is_refused(target):
     assert target.call(mk.multiscale_attention, *groups, training=False).shape == (1, 3, 1, 1)
 
 
-def test_multiscale_does_not_read_uninitialised_memory(target):
+def test_multiscale_does_not_read_uninitialized_memory(target):
     def run() -> list[Tensor]:
         groups = [[t.float().to(target.device) for t in g] for g in scale_inputs()]
         leaves = [t.requires_grad_() for group in groups[:3] for t in group]

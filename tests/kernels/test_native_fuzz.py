@@ -14,7 +14,6 @@ import torch
 from torch.utils import _pytree as pytree
 
 from magsd_kernels import native
-from magsd_kernels.backends import MISSING
 
 from .support import Library, every_library
 
@@ -199,7 +198,7 @@ BUILDERS: dict[str, Callable[[random.Random, torch.dtype], dict[str, list[Any]]]
     "bilinear_pool": _pool,
     "multiscale_attention": _multiscale,
     "soft_distance": _loss,
-    "attention_sampling": _sample,
+    "map_sampling": _sample,
     "attention_augment": _guided,
 }
 
@@ -232,16 +231,10 @@ def fuzz(operation: str, library: Library, seed: int) -> tuple[int, int]:
     return returned, raised
 
 
-def skip_if_missing(library: Library, operation: str) -> None:
-    if reason := MISSING.get((library.backend, operation)):
-        pytest.skip(reason)
-
-
 @every_library
 @pytest.mark.parametrize("operation", BUILDERS)
 def test_direct_calls_with_bad_arguments_leave_the_process_alive(library, operation):
     """In a process of its own, so that a crash is a failure of this test and of no other."""
-    skip_if_missing(library, operation)
     code = f"""
 from tests.kernels import test_native_fuzz as t
 print(*t.fuzz({operation!r}, library, seed=0))
@@ -255,7 +248,6 @@ print(*t.fuzz({operation!r}, library, seed=0))
 @pytest.mark.parametrize("operation", BUILDERS)
 def test_the_library_holds_every_operator(library, operation):
     """The operators that the builders call are registered by the library, and by no other."""
-    skip_if_missing(library, operation)
     names = list(BUILDERS[operation](random.Random(1), torch.float32))
     code = f"""
 import torch
@@ -280,7 +272,6 @@ def test_no_operator_is_left_out():
 
 @every_library
 def test_an_argmax_from_outside_is_not_followed(library):
-    skip_if_missing(library, "bilinear_pool")
     code = """
 import torch
 from magsd_kernels import native

@@ -1,7 +1,8 @@
-"""Who asks for a call gets it: modes, transforms and subclasses see the operator itself."""
+"""How the operators are registered: what sees them, and what autograd makes of them."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -11,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import magsd_kernels as mk
 
-from .support import Target
+from .cases import BY_NAME
+from .support import Target, tensors_of
 
 
 class DispatchLog(TorchDispatchMode):
@@ -96,22 +98,35 @@ def test_fake_tensors_stay_fake(target, inputs):
     assert found.shape == (2, 8)
 
 
-def test_the_plain_call_and_the_dispatched_one_agree(target, inputs):
-    """Bit by bit, gradients too."""
-
-    def run() -> list[torch.Tensor]:
-        features, attention = (x.detach().clone().requires_grad_() for x in inputs)
-        pooled = target.call(mk.bilinear_attention_pool, features, attention, scale=100)
-        return [pooled.detach(), *torch.autograd.grad(pooled.square().sum(), (features, attention))]
-
-    plain = run()
-    with DispatchLog():
-        dispatched = run()
-    for a, b in zip(plain, dispatched, strict=True):
-        assert torch.equal(a, b)
+def test_only_public_entry_points_of_torch_are_called():
+    package = Path(mk.__file__).parent
+    assert [path for path in package.rglob("*.py") if "torch._C" in path.read_text()] == []
 
 
-def test_inference_and_no_grad(target, inputs):
-    for context in (torch.no_grad, torch.inference_mode):
-        with context():
-            assert not target.call(mk.bilinear_attention_pool, *inputs).requires_grad
+def test_running_statistics_are_seen_to_change(target):
+    """Autograd refuses what was saved before, whatever backend wrote."""
+    case = BY_NAME["multiscale_train"]
+    arguments = case.arguments(device=target.device)
+    for requires_grad in (True, False):
+        versions = [x._version for x in tensors_of([arguments[name] for name in case.written])]
+        for leaf in case.leaves(arguments):
+            leaf.requires_grad_(requires_grad)
+        target.call(case.function, **arguments)
+        after = [x._version for x in tensors_of([arguments[name] for name in case.written])]
+        assert all(a > b for a, b in zip(after, versions, strict=True))
+
+
+@pytest.mark.parametrize("name", ["attention", "theta"])
+def test_images_without_grad_cost_no_backward(target, name):
+    """The attention requires grad in training, and gets none."""
+    arguments = BY_NAME["views"].arguments(device=target.device)
+    arguments["images"].requires_grad_(False)
+    arguments[name].requires_grad_()
+    assert not target.call(mk.attention_views, **arguments).requires_grad
+
+
+def test_a_second_derivative_is_refused_by_the_name_of_the_operation(target, inputs):
+    pooled = target.call(mk.bilinear_attention_pool, *inputs)
+    (grad,) = torch.autograd.grad(pooled.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="bilinear_attention_pool: second derivatives"):
+        grad.sum().backward()

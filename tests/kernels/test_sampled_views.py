@@ -142,17 +142,17 @@ def test_crop_and_drop(target, views):
 
 
 @each_count
-@pytest.mark.parametrize("spoilt", ["pixel", "map", "maps", "peak", "zero"])
-def test_maps_that_are_not_finite(target, views, spoilt):
+@pytest.mark.parametrize("spoiled", ["pixel", "map", "maps", "peak", "zero"])
+def test_maps_that_are_not_finite(target, views, spoiled):
     arguments = given(views)
     attention = arguments["attention"]
-    if spoilt == "pixel":
+    if spoiled == "pixel":
         attention[:, :, 1, 2] = float("nan")
-    elif spoilt == "map":
+    elif spoiled == "map":
         attention[:, 2] = float("nan")
-    elif spoilt == "maps":
+    elif spoiled == "maps":
         attention.fill_(float("nan"))
-    elif spoilt == "peak":
+    elif spoiled == "peak":
         attention[:, 1, 0, 0] = float("inf")
     else:
         attention.zero_()

@@ -375,7 +375,7 @@ def test_a_target_outside_the_classes_among_many_rows(target, bad):
     assert bool(distance.isfinite())
 
 
-def test_does_not_read_uninitialised_memory(target):
+def test_does_not_read_uninitialized_memory(target):
     def run():
         logits, views, targets = (x.to(target.device) for x in inputs_of())
         leaves = [logits.float().requires_grad_(), views.float().requires_grad_()]

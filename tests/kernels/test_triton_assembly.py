@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,120 +23,47 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 import magsd_kernels.triton  # noqa: E402
 from magsd_kernels.backends import OLDEST_OF_TRITON  # noqa: E402
-from magsd_kernels.triton import (  # noqa: E402
-    attention_augment,
-    attention_sampling,
-    bilinear_pool,
-    multiscale_attention,
-    soft_distance,
-)
+from magsd_kernels.cases import Size  # noqa: E402
 from magsd_kernels.triton._common import Tunable, tunable, with_warps  # noqa: E402
 
-from .assembly import SHARED, TARGETS, Kernel, compiled, name_of  # noqa: E402
+from .assembly import SHARED, TARGETS, Kernel, compiled, launch, name_of  # noqa: E402
 from .support import fresh_python  # noqa: E402
 
-Launch = Callable[[torch.dtype, str], None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = ("contiguous", "channels_last")
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous"):
-    made = torch.empty(shape, dtype=dtype, device="meta")
-    return made.contiguous(
-        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    )
+def pooled(batch: int, channels: int, side: int, low: int = 7) -> Size:
+    sizes = {"channels": channels, "features": (side, side), "low": (low, low)}
+    return Size(batch, maps=32, **sizes)
 
 
-def pool(batch, channels, size, dtype, layout, *, low=None, kind="avg", tf32=False):
-    features = empty(batch, channels, size, size, dtype=dtype, layout=layout)
-    attention = empty(batch, 32, low or size, low or size, dtype=dtype, layout=layout)
-    settings = (kind, True, True, 100.0, 1e-12, tf32)
-    result = bilinear_pool.bilinear_attention_pool(features, attention, *settings)
-    bilinear_pool.bilinear_attention_pool_backward(
-        result[0], features, attention, *result, *settings, [True, True]
-    )
+def scaled(batch: int, side: int = 7) -> Size:
+    scales = tuple((n, n) for n in (28, 14, 7))
+    return Size(batch, maps=32, scales=scales, output=(side, side))
 
 
-def multiscale(batch, dtype, layout, *, size=7, mode="area", training=True):
-    maps = [empty(batch, 32, side, side, dtype=dtype, layout=layout) for side in (28, 14, 7)]
-    weights, biases, means, variances = ([empty(32) for _ in maps] for _ in range(4))
-    attention, mean, rstd = multiscale_attention.multiscale_attention(
-        maps, weights, biases, means, variances, [size] * 2, training, 0.1, 1e-3, mode, False
-    )
-    multiscale_attention.multiscale_attention_backward(
-        attention, maps, weights, biases, mean, rstd, training, mode, False
-    )
+def viewed(batch: int, planes: int, side: int, low: int) -> Size:
+    return Size(batch, maps=32, planes=planes, image=(side, side), low=(low, low))
 
 
-def resample(dtype, layout):
-    maps = [empty(64, 32, side, side, dtype=dtype, layout=layout) for side in (28, 14, 7)]
-    out = multiscale_attention.resample_attention(maps, [7, 7], "area", False)
-    multiscale_attention.resample_attention_backward(out, [28, 14, 7], [28, 14, 7], "area", False)
-
-
-def guide(batch, low, dtype, views=()):
-    return (
-        empty(batch, 32, low, low, dtype=dtype),
-        empty(batch, *views, dtype=torch.int64),
-        empty(batch, *views),
-    )
-
-
-def views(dtype, layout):
-    images = empty(64, 1, 224, 224, dtype=dtype, layout=layout)
-    given = (*guide(64, 7, dtype, (3,)), empty(64, 2))
-    made, boxes = attention_augment.attention_views(images, *given, 0.1, 0.4, 0.001, False)
-    attention_augment.attention_views_backward(made, *given, boxes, 0.4, 0.001, False)
-
-
-def sampled_boxes(dtype, layout):
-    maps = empty(64, 32, 7, 7, dtype=dtype, layout=layout)
-    index, theta, uniforms = empty(64, 3, dtype=torch.int64), empty(64, 3), empty(64, 3)
-    size, views = (224, 224), range(0, 4, 2)
-    attention_augment.find_boxes(
-        maps, index, theta, size, 0.1, False, views=views, uniforms=uniforms, eps=1e-12
-    )
-
-
-def single_views(dtype, layout):
-    images, given = empty(16, 3, 448, 448, dtype=dtype, layout=layout), guide(16, 14, dtype)
-    offsets = empty(16, 2)
-    attention_augment.attention_boxes(*given, [448, 448], 0.1, False)
-    made, boxes = attention_augment.attention_mixup(images, *given, 0.1, 1.0, False)
-    attention_augment.attention_mixup_backward(made, boxes, 1.0, False)
-    made, boxes = attention_augment.attention_patch(images, *given, offsets, 0.1, False)
-    attention_augment.attention_patch_backward(made, boxes, offsets)
-    attention_augment.attention_dim(images, *given, 0.0, False)
-
-
-def sampling(dtype, layout):
-    maps = empty(64, 32, 7, 7, dtype=dtype, layout=layout)
-    attention_sampling.sample_attention(maps, empty(64, 3), 1e-12)
-
-
-def distance(dtype, layout, *, rows=64):
-    logits, targets = empty(rows, 4, dtype=dtype), empty(rows, dtype=torch.int64)
-    settings = ([logits] * 3, targets, None, 0.7, 0.01)
-    loss = soft_distance.soft_distance_loss(logits, *settings)
-    soft_distance.soft_distance_loss_backward(*loss, logits, *settings)
-
-
-CASES: dict[str, Launch] = {
-    "pool 7x7": functools.partial(pool, 256, 2048, 7),
-    "pool 14x14": functools.partial(pool, 64, 2048, 14),
-    "pool 28x28": functools.partial(pool, 64, 512, 28),
-    "pool resized": functools.partial(pool, 64, 2048, 14, low=7),
-    "pool max": functools.partial(pool, 64, 2048, 7, kind="max"),
-    "multiscale": functools.partial(multiscale, 256),
-    "multiscale evaluation": functools.partial(multiscale, 64, training=False),
-    "multiscale 14x14 bilinear": functools.partial(multiscale, 64, size=14, mode="bilinear"),
-    "resample": resample,
-    "views": views,
-    "sampled boxes": sampled_boxes,
-    "single views": single_views,
-    "sampling": sampling,
-    "distance": distance,
-    "distance of many rows": functools.partial(distance, rows=4096),
+#: Names of the package's cases, a size, and options in place of the cases' own.
+CASES: dict[str, tuple[tuple[str, ...], Size, dict[str, Any]]] = {
+    "pool 7x7": (("pool_same_size",), pooled(256, 2048, 7), {}),
+    "pool 14x14": (("pool_same_size",), pooled(64, 2048, 14), {}),
+    "pool 28x28": (("pool_same_size",), pooled(64, 512, 28), {}),
+    "pool resized": (("pool_avg",), pooled(64, 2048, 14), {}),
+    "pool max": (("pool_same_size",), pooled(64, 2048, 7), {"pool": "max"}),
+    "multiscale": (("multiscale_train",), scaled(256), {}),
+    "multiscale evaluation": (("multiscale_eval",), scaled(64), {}),
+    "multiscale 14x14 bilinear": (("multiscale_train",), scaled(64, 14), {"mode": "bilinear"}),
+    "resample": (("resample_area",), scaled(64), {}),
+    "views": (("views",), viewed(64, 1, 224, 7), {}),
+    "sampled boxes": (("sampled_views",), viewed(64, 1, 224, 7), {}),
+    "single views": (("boxes", "crop", "patch", "drop"), viewed(16, 3, 448, 14), {}),
+    "sampling": (("sample",), viewed(64, 1, 224, 7), {}),
+    "distance": (("loss",), Size(64), {}),
+    "distance of many rows": (("loss",), Size(4096), {}),
 }
 PRODUCTS = ("pool 7x7", "pool 14x14", "pool 28x28", "pool resized")
 #: Each distinct kernel for each GPU; every dtype and layout for one GPU of either maker.
@@ -160,7 +87,18 @@ MATRIX = [
 @functools.cache
 def kernels_of(gpu: str, case: str, dtype: torch.dtype, layout: str) -> list[Kernel]:
     every = (dtype, layout) in (SPANNING if gpu == "sm_90" else EVERY)
-    return compiled(gpu, lambda: CASES[case](dtype, layout), every_config=every)
+    return compiled(gpu, lambda: launched(case, dtype, layout), every_config=every)
+
+
+def launched(case: str, dtype: torch.dtype, layout: str, tf32: bool = False) -> None:
+    """Launch the forward and backward kernels of a case."""
+    names, size, options = CASES[case]
+    for name in names:
+        launch(name, size, dtype, layout, options, allow_tf32=tf32)
+
+
+def empty(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
 
 
 def named(gpu, case, dtype, layout):
@@ -193,7 +131,7 @@ def test_dense_channels_move_sixteen_bytes_at_a_time(gpu, case):
     """All kernels that pass over features or maps, which excludes the sums of small shares."""
     for kernel in kernels_of(gpu, case, torch.bfloat16, "channels_last"):
         if not kernel.name.endswith("_attention_gradient_kernel"):
-            assert kernel.wide > 0, kernel.name
+            assert kernel.vector > 0, kernel.name
             if case != "pool resized":  # Its maps are gathered.
                 assert kernel.half_words == 0, kernel.name
 
@@ -201,7 +139,7 @@ def test_dense_channels_move_sixteen_bytes_at_a_time(gpu, case):
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, "0x10"), (torch.bfloat16, "0x8")])
 def test_planes_of_a_multiple_of_four_pixels_are_copied_in_vectors(dtype, size):
     """Rows of 196 elements begin at a multiple of 16 bytes in float32, of 8 in bfloat16."""
-    for kernel in compiled("sm_90", lambda: CASES["pool 14x14"](dtype, "contiguous")):
+    for kernel in compiled("sm_90", lambda: launched("pool 14x14", dtype, "contiguous")):
         if kernel.name.endswith(("_forward_kernel", "_along_kernel")):
             assert kernel.count(rf"cp\.async\.\w+\.shared\.global.*, {size},", "") > 0
             assert kernel.count(r"cp\.async\.\w+\.shared\.global.*, 0x4,", "") == 0
@@ -215,7 +153,7 @@ def test_views_are_written_sixteen_bytes_at_a_time(case, dtype, layout):
     kernels = kernels_of("sm_90", case, dtype, layout)
     found = [k for k in kernels if k.name.endswith("_views_kernel")]
     assert found
-    assert all(k.wide > 0 for k in found)
+    assert all(k.vector > 0 for k in found)
 
 
 @pytest.mark.parametrize("gpu", TARGETS)
@@ -233,7 +171,7 @@ def test_float32_products_are_rounded_to_tf32_where_that_is_allowed_only(gpu, ca
     exact = kernels_of(gpu, case, torch.float32, "contiguous")
     assert all(k.matrix == 0 for k in exact)
     assert sum(k.count(r"fma\.rn", "") > 0 for k in exact) >= 4
-    allowed = compiled(gpu, lambda: CASES[case](torch.float32, "channels_last", tf32=True))
+    allowed = compiled(gpu, lambda: launched(case, torch.float32, "channels_last", tf32=True))
     for kernel in allowed:
         assert spilled(kernel) == 0, (kernel.name, kernel.resources())
     assert sum(k.matrix > 0 and "tf32" in k.code for k in allowed) == 4
@@ -287,15 +225,15 @@ def _dense_kernel(given, to, SIZE: tl.constexpr):
 def test_what_is_looked_for_is_found(gpu):
     def one(kernel, dtype, size, warps=1):
         given = empty(size, dtype=dtype)
-        launch = functools.partial(kernel[(1,)], given, given, SIZE=size, num_warps=warps)
-        return compiled(gpu, launch)[0]
+        call = functools.partial(kernel[(1,)], given, given, SIZE=size, num_warps=warps)
+        return compiled(gpu, call)[0]
 
     # As many numbers a thread as it can have registers, or twice that.
     assert spilled(one(_spilling_kernel, torch.float32, 64 * 8 * 256, warps=8)) > 0
     scalar, dense = (one(k, torch.bfloat16, 1024) for k in (_scalar_kernel, _dense_kernel))
-    assert (scalar.wide, dense.half_words, dense.matrix) == (0, 0, 0)
+    assert (scalar.vector, dense.half_words, dense.matrix) == (0, 0, 0)
     assert scalar.half_words > 0
-    assert dense.wide > 0
+    assert dense.vector > 0
     assert spilled(scalar) == spilled(dense) == 0
 
 

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from magsd_kernels import registry
 
-from .cases import CASES, Case, all_cases
+from .cases import BY_NAME, Case, all_cases
 from .support import random, tensors_of
 from .test_triton_tuning import tunables
 
@@ -117,7 +117,7 @@ def test_every_launch_is_on_the_device_of_the_tensors(case, current, launches):
 
 @compiled_only
 def test_intel_gpus_are_changed_to_as_well(current, launches):
-    for operator, arguments in calls_of(next(case for case in CASES if case.name == "dim")):
+    for operator, arguments in calls_of(BY_NAME["dim"]):
         run(operator, arguments, "xpu:0")
     assert set(launches) == {0}
     assert current == [1]

@@ -17,7 +17,7 @@ _TILE = 4096  # elements of the maps in flight
 
 
 @triton.jit
-def shares_of(
+def cumulative_weights(
     image, maps, pixels, step_m, step_p,
     EPS: tl.constexpr, MAPS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
@@ -40,32 +40,35 @@ def shares_of(
 
 
 @triton.jit
-def drawn_maps(share, u, maps, MAPS: tl.constexpr):
+def drawn_maps(cumulative, u, maps, MAPS: tl.constexpr):
     """The maps (N,) int64 that uniforms u (N,) draw."""
     m = tl.arange(0, MAPS)
-    passed = (share[None, :] <= u.to(tl.float64)[:, None]) & (m[None, :] < maps)
+    passed = (cumulative[None, :] <= u.to(tl.float64)[:, None]) & (m[None, :] < maps)
     return tl.minimum(tl.sum(passed.to(tl.int32), 1), maps - 1).to(tl.int64)
 
 
 @triton.jit
 def _sample_kernel(
-    attention, uniforms, drawn, maps, pixels, draws,
-    step_b, step_m, step_p, step_row, step_draw,
+    attention, uniforms, drawn, maps, pixels, draws, map_steps, uniform_steps,
     EPS: tl.constexpr, MAPS: tl.constexpr, PIXELS: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
-    share = shares_of(attention + b * step_b, maps, pixels, step_m, step_p, EPS, MAPS, PIXELS)
+    step_b, step_m, step_p = map_steps
+    cumulative = cumulative_weights(
+        attention + b * step_b, maps, pixels, step_m, step_p, EPS, MAPS, PIXELS
+    )
     for start in range(0, draws, DRAWS):
         k = start + tl.arange(0, DRAWS)
-        u = tl.load(uniforms + b * step_row + k * step_draw, mask=k < draws, other=0.0)
-        tl.store(drawn + b * draws + k, drawn_maps(share, u, maps, MAPS), mask=k < draws)
+        at = uniforms + b * uniform_steps[0] + k * uniform_steps[1]
+        u = tl.load(at, mask=k < draws, other=0.0)
+        tl.store(drawn + b * draws + k, drawn_maps(cumulative, u, maps, MAPS), mask=k < draws)
 
 
 def weighing_tile(attention: torch.Tensor) -> dict[str, int]:
-    """How many maps and pixels of an image `shares_of` takes at a time."""
+    """How many maps and pixels of an image `cumulative_weights` takes at a time."""
     _, maps, height, width = attention.shape
-    wide = triton.next_power_of_2(maps)
-    return {"MAPS": wide, "PIXELS": block(height * width, max(_TILE // wide, 1))}
+    rows = triton.next_power_of_2(maps)
+    return {"MAPS": rows, "PIXELS": block(height * width, max(_TILE // rows, 1))}
 
 
 def sample_attention(attention: torch.Tensor, uniforms: torch.Tensor, eps: float) -> torch.Tensor:
@@ -77,7 +80,7 @@ def sample_attention(attention: torch.Tensor, uniforms: torch.Tensor, eps: float
     attention, cut = with_rows(attention), weighing_tile(attention)
     _sample_kernel[(batch,)](
         attention, uniforms, drawn, maps, height * width, uniforms.shape[1],
-        *pixel_steps(attention), *uniforms.stride(),
+        pixel_steps(attention), uniforms.stride(),
         EPS=eps, DRAWS=block(uniforms.shape[1], max(_TILE // cut["MAPS"], 1)), **cut,
     )  # fmt: skip
     return drawn
