@@ -13,16 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from magsd.cli import train
 from magsd.config import Config, LossConfig, ViewsConfig, load_config
 from magsd.data import Part, share_bounds
-from magsd.errors import ConfigError, DataError
-from magsd.models import ModelConfig, build_model
-from magsd.training.distributed import (
+from magsd.data.run_data import open_images, training_loader
+from magsd.distributed import (
     Team,
     note_launch,
     restarted,
     synchronize_batchnorm,
     team_of,
 )
-from magsd.training.run_data import open_images, training_loader
+from magsd.errors import ConfigError, DataError
+from magsd.models import ModelConfig, build_model
 from magsd.training.step import BatchShard, make_step
 from magsd.training.views import MAGSDViews, WSDANViews
 from magsd_kernels import AttentionViews

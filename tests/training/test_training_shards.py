@@ -19,14 +19,14 @@ from typer.testing import CliRunner
 from magsd.cli import app
 from magsd.config import Config
 from magsd.data import AugmentConfig, choose_split, open_source
+from magsd.data.run_data import prepare_data, trained_on
 from magsd.data.shards import ShardLoader, open_shards, write_shards
+from magsd.distributed import ALONE, Team
 from magsd.errors import ConfigError, DataError
 from magsd.training.checkpoint import load_checkpoint
-from magsd.training.distributed import ALONE, Team
 from magsd.training.metrics_log import read_metrics
 from magsd.training.report import finish_run
 from magsd.training.run import TrainedRun, train_run
-from magsd.training.run_data import prepare_data, trained_on
 from magsd.training.trainer import Interrupted, Trainer
 
 pytest.importorskip("webdataset", reason="needs the shards extra")
