@@ -24,7 +24,7 @@ from magsd.data import (
     load_cache,
     open_source,
     read_split,
-    share_bounds,
+    shard_bounds,
     split_of_rest,
     write_split,
 )
@@ -72,7 +72,7 @@ class CachedData(RunData):
     def loaders(self, config: Config, team: Team) -> tuple[Loader, Loader]:
         """Loaders of the two sides; see `RunData`."""
         validation = self.split.validation
-        own = share_bounds(len(validation), team.rank, team.size)
+        own = shard_bounds(len(validation), team.rank, team.size)
         return (
             training_loader(config, self.cache, self.split.train, self.classes, team),
             plain_loader(config, self.cache, validation[slice(*own)], self.classes),

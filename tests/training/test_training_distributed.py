@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from magsd.config import Config, load_config
-from magsd.data import Batch, BatchLoader, Part, share_bounds, split_by_patient
+from magsd.data import Batch, BatchLoader, Part, shard_bounds, split_by_patient
 from magsd.data.run_data import open_images, plain_loader, training_loader
 from magsd.distributed import Team, team_of
 from magsd.models import build_model
@@ -165,7 +165,7 @@ def one_epoch(config: Config, team: Team, folder: Path) -> dict[str, Any]:
 def part_of_validation(
     config: Config, cache: Any, indices: list[int], classes: tuple[str, ...], team: Team
 ) -> BatchLoader:
-    first, last = share_bounds(len(indices), team.rank, team.size)
+    first, last = shard_bounds(len(indices), team.rank, team.size)
     return plain_loader(config, cache, indices[first:last], classes)
 
 

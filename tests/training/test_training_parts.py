@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from magsd.cli import train
 from magsd.config import Config, LossConfig, ViewsConfig, load_config
-from magsd.data import Part, share_bounds
+from magsd.data import Part, shard_bounds
 from magsd.data.run_data import open_images, training_loader
 from magsd.distributed import (
     Team,
@@ -72,7 +72,7 @@ def test_a_last_batch_too_small_for_all_is_left_out(images, small_config) -> Non
 def test_bounds_share_everything_once() -> None:
     for count in range(12):
         for ranks in (1, 2, 5):
-            bounds = [share_bounds(count, rank, ranks) for rank in range(ranks)]
+            bounds = [shard_bounds(count, rank, ranks) for rank in range(ranks)]
             assert [i for ends in bounds for i in range(*ends)] == list(range(count))
             sizes = [last - first for first, last in bounds]
             assert max(sizes) - min(sizes) <= 1
