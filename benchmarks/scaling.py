@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -22,16 +23,15 @@ from cpuinfo import get_cpu_info
 from benchmarks.harness.device import Device
 from benchmarks.harness.machine import describe, folder
 from benchmarks.harness.sizes import CLASSES, MAGSD
-from benchmarks.harness.steps import BFLOAT16, FLOAT32, network
+from benchmarks.harness.steps import BFLOAT16, FLOAT32, network, train_step
 from benchmarks.harness.timing import quartiles
 from benchmarks.reporting.scaling import Constants, bandwidth_of, hops, render
 from benchmarks.train_step import draw_batch
-from magsd.config import Config, TrainConfig
+from magsd.config import TrainConfig
 from magsd.data import Part
-from magsd.methods import method
+from magsd.distributed import ALONE, Team, team_of
 from magsd.models import MAGSD as Network
-from magsd.training.distributed import Team, team_of
-from magsd.training.precision import Precision
+from magsd.runtime import Runtime
 from magsd.training.step import BatchShard
 
 _HERE = Path(__file__).parent
@@ -114,30 +114,20 @@ def measure(team: Team, options: argparse.Namespace) -> dict[str, object]:
 
 def _steps(
     team: Team, model: Network, options: argparse.Namespace
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Forward passes and backward, without and with the exchange."""
-    precision = Precision(
-        torch.device(options.device), options.precision == BFLOAT16, channels_last=True
-    )
-    step = method("magsd").objective(Config(), None)
-    images, labels = draw_batch(Device(options.device), options.images, options.side, team.rank)
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Training steps, without and with the exchange."""
+    runtime = Runtime(torch.device(options.device), options.precision, channels_last=True)
+    batch = draw_batch(Device(options.device), options.images, options.side, team.rank)
     generator = torch.Generator(options.device).manual_seed(0)
     part = Part(team.rank * options.images, team.size * options.images)
-    share = BatchShard(part, 1.0, 1.0, team.sum)
-    own = precision.model(model)
-    common = team.join(copy.deepcopy(own), step, sync_batchnorm=False)
+    shard = BatchShard(part, 1.0, 1.0, team.all_reduce)
 
-    def run(joined: bool) -> None:
-        with precision.autocast():
-            prepared = precision.images(images)
-            if joined:
-                loss = common(prepared, labels, generator, share).loss
-            else:
-                loss = step(own, prepared, labels, generator, share).loss
-        (common if joined else own).zero_grad(set_to_none=True)
-        loss.backward()
+    def step_of(processes: Team) -> Callable[[], object]:
+        own = runtime.model(copy.deepcopy(model))
+        step = train_step(own, runtime, processes)
+        return partial(step, *batch, generator, shard)
 
-    return lambda: run(False), lambda: run(True)
+    return step_of(ALONE), step_of(team)
 
 
 def _seconds(call: Callable[[], object], device: Device, rounds: int) -> float:

@@ -29,18 +29,17 @@ from benchmarks.harness.recording import rounded, write
 from benchmarks.harness.sizes import CLASSES, MAGSD, PRECISIONS, Draw
 from benchmarks.harness.steps import (
     BASELINE,
-    FLOAT32,
     FLOOR,
     OURS,
     Batch,
     Contender,
     GraphPool,
     Member,
-    arithmetic,
     companies,
     floor_of,
     members,
     network,
+    no_tf32,
     published_network,
 )
 from benchmarks.harness.timing import Samples, interleave, quartiles
@@ -184,7 +183,7 @@ def check(model: Network, backbone: str, batch: Batch) -> float:
     Gradients are not compared here: the last digit of a resized image can turn a rectifier over,
     and the gradient jumps. Raises WrongResult where rounding does not explain it.
     """
-    with arithmetic(FLOAT32), torch.no_grad():
+    with no_tf32(), torch.no_grad():
         networks = published_network(model, backbone), copy.deepcopy(model)
         theirs, ours = both_losses(*networks, batch)
     difference = float(abs(ours - theirs) / abs(theirs))

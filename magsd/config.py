@@ -121,7 +121,7 @@ class TrainConfig:
     device: str = "auto"
     kernels: str = "auto"
     views: Literal["separate", "merged"] = setting("separate", needs="views")
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
     channels_last: bool = False
     recompute: bool = False
     compile: bool = False

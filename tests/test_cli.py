@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from magsd import cli
 from magsd.cli import training_config
 from magsd.config import load_config
+from magsd.data.run_data import same_source
 from magsd.errors import ConfigError, DataError, RunError
-from magsd.training.run_data import same_source
 from magsd_kernels import info, native
 
 backends = sys.modules["magsd_kernels.backends"]  # a function has its name in the package

@@ -17,18 +17,22 @@ from torch import Tensor, nn
 from benchmarks import published_step
 from benchmarks.published_step import PublishedNetwork
 from magsd.config import Config, OptimConfig
+from magsd.distributed import ALONE, Team
 from magsd.methods import method
 from magsd.models import MAGSD, ModelConfig, build_model
+from magsd.runtime import Runtime
+from magsd.training.metrics_log import StepSums
 from magsd.training.optim import build_optimizer
-from magsd.training.precision import Precision
+from magsd.training.step import BatchShard
+from magsd.training.train_step import TrainStep
 
 PUBLISHED, OURS, FLOOR = "published", "ours", "floor"
-FLOAT32, TF32, BFLOAT16 = "float32", "TF32", "bfloat16"
+FLOAT32, TF32, BFLOAT16 = "float32", "tf32", "bfloat16"
 _PASSES = 4
 _CAPTURED = "magsd.training.captured"
 _REPLAYED_AFTER = 5  # calls: three beside the graph, one that records, one that replays
 
-Body = Callable[[Tensor, Tensor, torch.Generator], None]
+Body = Callable[[Tensor, Tensor, torch.Generator, BatchShard | None], object]
 Call = Callable[[], None]
 
 
@@ -167,23 +171,22 @@ class Contender:
         self._pool = pool
         self._batches = batches
         device = batches[0].images.device
-        self._precision = Precision(device, member.arithmetic == BFLOAT16, member.channels_last)
+        self._runtime = Runtime(device, member.arithmetic, member.channels_last)
         self._generator = torch.Generator(device).manual_seed(0)
         self._numbers = np.random.default_rng(0)
         self._seed = 0
         self._optimizer: torch.optim.Optimizer | None = None
         if member.who == FLOOR:
-            self._model: nn.Module = self._precision.model(copy.deepcopy(model.backbone))
+            self._model: nn.Module = self._runtime.model(copy.deepcopy(model.backbone))
             body: Body = self._floor
         elif member.who == PUBLISHED:
-            self._model = self._precision.model(published_network(model, backbone))
+            self._model = self._runtime.model(published_network(model, backbone))
             self._optimizer = published_step.optimizer(self._model)
             body = self._published
         else:
-            self._model = self._precision.model(copy.deepcopy(model))
-            self._optimizer = build_optimizer(self._model, OptimConfig())
-            self._step = method("magsd").objective(Config(), None)
-            body = self._ours
+            self._model = self._runtime.model(copy.deepcopy(model))
+            body = train_step(self._model, self._runtime, captured=member.captured)
+            self._optimizer = body.optimizer
         self._settle()
         self._body = body
         self._captured = self._capture(device) if member.captured else None
@@ -202,9 +205,9 @@ class Contender:
         return sum(x.numel() * x.element_size() for x in held)
 
     def _call(self, batch: Batch) -> None:
-        with arithmetic(self.member.arithmetic):
+        with no_tf32(), self._runtime:
             if self._captured is None:
-                self._body(*batch, self._generator)
+                self._body(*batch, self._generator, None)
             else:
                 self._seed += 1
                 self._captured(*batch, self._seed)
@@ -219,7 +222,7 @@ class Contender:
         if self._optimizer is not None:
             self._optimizer.step()
 
-    def _capture(self, device: torch.device) -> Callable[[Tensor, Tensor, int], None]:
+    def _capture(self, device: torch.device) -> Callable[[Tensor, Tensor, int], object]:
         """The trainer's own recording of the step; a refusal is an error here, not a slow step."""
         from magsd.training.captured import CapturedStep
 
@@ -227,47 +230,65 @@ class Contender:
             raise RuntimeError(f"{self.member}: {reason}")
 
         step = CapturedStep(self._body, device, refused, self._pool)
-        with arithmetic(self.member.arithmetic):
+        with no_tf32(), self._runtime:
             for seed in range(_REPLAYED_AFTER):
                 step(*self._batches[0], seed)
         return step
 
-    def _ours(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
-        with self._precision.autocast():
-            images = self._precision.images(images)
-            loss = self._step(self._model, images, labels, generator).loss
-        self._finish(loss)
-
-    def _published(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+    def _published(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        generator: torch.Generator,
+        shard: BatchShard | None = None,
+    ) -> None:
         drawing = partial(published_step.draw, generator=self._numbers)
-        with self._precision.autocast():
+        with self._runtime.autocast():
             loss = published_step.published_step(self._model, images, labels, drawing)
-        self._finish(loss)
-
-    def _floor(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
-        with self._precision.autocast():
-            images = self._precision.images(images)
-            maps = [found for _ in range(_PASSES) for found in self._model(images)]
-        self._model.zero_grad(set_to_none=True)
-        torch.autograd.backward(maps, [torch.ones_like(found) for found in maps])
-
-    def _finish(self, loss: Tensor) -> None:
-        """As the trainer does."""
         assert self._optimizer is not None
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._optimizer.step()
 
+    def _floor(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        generator: torch.Generator,
+        shard: BatchShard | None = None,
+    ) -> None:
+        with self._runtime.autocast():
+            images = self._runtime.images(images)
+            maps = [found for _ in range(_PASSES) for found in self._model(images)]
+        self._model.zero_grad(set_to_none=True)
+        torch.autograd.backward(maps, [torch.ones_like(found) for found in maps])
+
+
+def train_step(
+    model: nn.Module, runtime: Runtime, team: Team = ALONE, *, captured: bool = False
+) -> TrainStep:
+    """The trainer's own step of MAG-SD with the published settings; captured: in a CUDA graph."""
+    settings = OptimConfig()
+    return TrainStep(
+        model,
+        build_optimizer(model, settings, capturable=captured),
+        method("magsd").objective(Config(), None),
+        runtime,
+        clip_norm=settings.clip_norm,
+        sums=StepSums(runtime.device, team),
+        team=team,
+    )
+
 
 @contextlib.contextmanager
-def arithmetic(name: str) -> Iterator[None]:
-    """Within the context a GPU multiplies float32 as such, or for TF32 with shorter factors.
+def no_tf32() -> Iterator[None]:
+    """Within the context a GPU multiplies float32 as such, also in convolutions.
 
-    torch's own default, TF32 in convolutions and not in products, is neither.
+    torch's own default lets these run in TF32.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = (matmul.allow_tf32, cudnn.allow_tf32)
-    matmul.allow_tf32 = cudnn.allow_tf32 = name == TF32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
     try:
         yield
     finally:

@@ -96,8 +96,8 @@ def render(saved: dict[str, Any]) -> str:
         "# Several processes: " + saved["machine_info"]["machine"],
         table(("", ""), facts),
         f"Measured with {saved['processes']} processes of {saved['images']} images each,"
-        f" {saved['backbone']}, {saved['side']}², {saved['arithmetic']}, channels_last: forward"
-        " passes and backward, without an optimizer. Medians; of the processes the slowest.",
+        f" {saved['backbone']}, {saved['side']}², {saved['arithmetic']}, channels_last: whole"
+        " steps of training. Medians; of the processes the slowest.",
         table(("constant", "measured"), constants),
         "The first two lines made the constants; the third tests the model.",
         table(("", "measured", "the model"), step),

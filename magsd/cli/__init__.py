@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from magsd.cli.common import SOURCES, make_console, report_bad, select_images, training_config
 from magsd.errors import ConfigError, DataError, MagsdError
-from magsd.training.launch import launched, process_rank
+from magsd.launch import launched, process_rank
 
 try:
     import typer
@@ -157,18 +157,18 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a run's best model: raw and refined logits, and attention inside masks."""
+    from magsd.data.run_data import same_source
     from magsd.data.shards import is_shards
     from magsd.training.checkpoint import disk_full_as_error
     from magsd.training.report import draw_confusion, evaluate_run, evaluate_shards
     from magsd.training.run import load_run
-    from magsd.training.run_data import same_source
 
     console = make_console()
     loaded = load_run(run, overrides=tuple(overrides or ()))
-    held = loaded.config.data.validation or loaded.config.data.source
-    spec = data or held
+    validation = loaded.config.data.validation or loaded.config.data.source
+    spec = data or validation
     if is_shards(spec):
-        own = same_source(spec, held)
+        own = same_source(spec, validation)
         console.print(f"epoch {loaded.epoch} of {run}: {spec}", highlight=False, soft_wrap=True)
         report = evaluate_shards(loaded, spec)
     else:
@@ -202,26 +202,22 @@ def predict(
     ] = None,
 ) -> None:
     """Classify image files: probabilities, and where the model looked."""
+    from magsd.data.run_data import preprocessing_of
     from magsd.evaluation import predict_images
     from magsd.training.checkpoint import disk_full_as_error
-    from magsd.training.run import kernels, load_run
-    from magsd.training.run_data import preprocessing_of
+    from magsd.training.run import load_run
 
     console = make_console()
     loaded = load_run(run, overrides=() if device is None else (f"train.device={device}",))
     bad: list[tuple[str, str]] = []
-    with (
-        disk_full_as_error(overlay or Path(), "free some space and run the command again"),
-        kernels(loaded.config),
-    ):
+    with disk_full_as_error(overlay or Path(), "free some space and run the command again"):
         try:
             predictions = predict_images(
                 loaded.model,
                 images,
                 classes=loaded.classes,
                 preprocessing=preprocessing_of(loaded.config),
-                device=loaded.precision.device,
-                precision=loaded.config.train.precision,
+                runtime=loaded.runtime,
                 overlay_dir=overlay,
                 on_bad=(lambda path, reason: bad.append((str(path), reason))) if skip_bad else None,
             )

@@ -64,14 +64,14 @@ def select_images(
     which are read once and in their own order.
     """
     from magsd.data import read_split
+    from magsd.data.run_data import open_images, same_source, trained_on
     from magsd.data.shards import is_shards
-    from magsd.training.run_data import open_images, same_source, trained_on
 
-    held = loaded.config.data.validation or loaded.config.data.source
-    spec = data or held
+    validation = loaded.config.data.validation or loaded.config.data.source
+    spec = data or validation
     if is_shards(spec):
         raise DataError(f"{spec}: shards hold no masks; name another source: --data SOURCE")
-    own = same_source(spec, held)
+    own = same_source(spec, validation)
     _, cache = open_images(loaded.config, spec, classes=loaded.classes)
     report_bad(console, cache.bad)
     if own:

@@ -10,7 +10,7 @@ import typer
 
 from magsd.cli.common import SOURCES, configuration_file, make_console
 from magsd.errors import ConfigError
-from magsd.training.launch import launched
+from magsd.launch import launched
 
 if TYPE_CHECKING:
     from magsd.crossval.plan import PlannedRun

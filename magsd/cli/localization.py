@@ -41,30 +41,24 @@ def localize(
 ) -> None:
     """Boxes around what a run's model looks at, and how well they meet the masks."""
     from magsd.data import open_source
-    from magsd.evaluation.localize import (
-        draw_boxes,
-        localization_report,
-        localize,
-        map_scores_table,
-        write_boxes,
-    )
+    from magsd.data.run_data import plain_loader
+    from magsd.evaluation.examples import draw_boxes
+    from magsd.evaluation.localization import localization_report, localize, write_boxes
+    from magsd.evaluation.tables import map_scores_table
     from magsd.training.checkpoint import disk_full_as_error
-    from magsd.training.run import kernels, load_run
-    from magsd.training.run_data import plain_loader
+    from magsd.training.run import load_run
 
     console = make_console()
     loaded = load_run(run, overrides=tuple(overrides or ()))
     cache, indices, _ = select_images(console, loaded, data)
     settings = {"threshold": threshold, "tolerance": tolerance}
-    with kernels(loaded.config):
-        found = localize(
-            loaded.model,
-            plain_loader(loaded.config, cache, indices, loaded.classes),
-            cache,
-            device=loaded.precision.device,
-            precision=loaded.config.train.precision,
-            **settings,
-        )
+    found = localize(
+        loaded.model,
+        plain_loader(loaded.config, cache, indices, loaded.classes),
+        cache,
+        runtime=loaded.runtime,
+        **settings,
+    )
     report = localization_report(
         found, cache.records, loaded.classes, image_size=cache.image_size, **settings
     )

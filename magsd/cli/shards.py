@@ -25,9 +25,9 @@ def shards(
 ) -> None:
     """Write images as tar shards, train-*.tar and val-*.tar, to be streamed in training."""
     from magsd.data import open_source
+    from magsd.data.run_data import split_of
     from magsd.data.shards import write_shards
     from magsd.training.checkpoint import disk_full_as_error
-    from magsd.training.run_data import split_of
 
     settings = training_config(list(overrides or ()), None, data, None)
     source = open_source(settings.data.source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from magsd.data.augment import AugmentConfig, Part, augment_images, z_score
 from magsd.data.cache import ImageCache, load_cache
-from magsd.data.loader import Batch, BatchLoader, Loader, share_bounds
+from magsd.data.loader import Batch, BatchLoader, Loader, shard_bounds
 from magsd.data.random import step_generator, step_seed
 from magsd.data.record import Record
 from magsd.data.sources import Source, open_source
@@ -32,7 +32,7 @@ __all__ = [
     "load_cache",
     "open_source",
     "read_split",
-    "share_bounds",
+    "shard_bounds",
     "split_by_patient",
     "split_of_rest",
     "step_generator",

@@ -63,6 +63,12 @@ class ImageCache:
         """1 (gray) or 3."""
         return 1 if self.images.ndim == 3 else int(self.images.shape[3])
 
+    def mask(self, index: int) -> NDArray[np.uint8] | None:
+        """A copy of an image's mask (S, S), nonzero inside, or None."""
+        if self.masks is None or not self.has_mask[index]:
+            return None
+        return np.array(self.masks[index])
+
 
 def prepare_image(
     image: NDArray[np.uint8],

@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 PINNED_FOR = frozenset(("cuda",))
 
 
-def share_bounds(count: int, rank: int, ranks: int) -> tuple[int, int]:
+def shard_bounds(count: int, rank: int, ranks: int) -> tuple[int, int]:
     """Begin and end of part `rank` of `ranks` of `count` things in a row."""
     return rank * count // ranks, (rank + 1) * count // ranks
 
@@ -205,7 +205,7 @@ class BatchLoader(Loader):
         order = self._order(epoch)
         steps = range(start_step, len(self))
         whole = [order[step * self.batch_size : (step + 1) * self.batch_size] for step in steps]
-        bounds = [share_bounds(len(positions), self.rank, self.ranks) for positions in whole]
+        bounds = [shard_bounds(len(positions), self.rank, self.ranks) for positions in whole]
         chosen = [positions[slice(*ends)] for positions, ends in zip(whole, bounds, strict=True)]
         for step, positions, here, (first, _), (pixels, labels) in zip(
             steps, whole, chosen, bounds, self._fetch(chosen), strict=True

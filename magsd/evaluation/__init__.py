@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from magsd.evaluation.evaluate import EvaluationReport, evaluate, refined_logits
-from magsd.evaluation.localization import Localization, LocalizationScore, attention_inside
+from magsd.evaluation.examples import draw_boxes, write_overlays
+from magsd.evaluation.localization import (
+    Localization,
+    LocalizationScore,
+    attention_inside,
+    localize,
+)
 from magsd.evaluation.metrics import ClassMetrics, Metrics, compute_metrics
 from magsd.evaluation.overlay import OverlayItem, contact_sheet, overlay_image, save_overlay
 from magsd.evaluation.plots import plot_confusion, plot_curves
-from magsd.evaluation.predict import Prediction, predict_images, write_overlays
+from magsd.evaluation.predict import Prediction, predict_images
 
 __all__ = [
     "ClassMetrics",
@@ -20,7 +26,9 @@ __all__ = [
     "attention_inside",
     "compute_metrics",
     "contact_sheet",
+    "draw_boxes",
     "evaluate",
+    "localize",
     "overlay_image",
     "plot_confusion",
     "plot_curves",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,18 +18,10 @@ from torch import Tensor
 from magsd.data import Batch, ImageCache
 from magsd.errors import MagsdError
 from magsd.evaluation.localization import Localization, attention_inside, summarize
-from magsd.evaluation.metrics import Metrics, compute_metrics
+from magsd.evaluation.metrics import Metrics, compute_metrics, jsonable, probabilities_of
 from magsd.evaluation.tables import report_tables
 from magsd.models.classifier import Classifier, ClassifierOutput
-from magsd.torch_settings import tf32_products
-
-#: Name -> what autocast computes in, None where it does not take part.
-PRECISIONS = {
-    "float32": None,
-    "tf32": None,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+from magsd.runtime import CPU, Runtime
 
 
 @dataclass(frozen=True)
@@ -88,24 +78,21 @@ def evaluate(
     cache: ImageCache | None = None,
     *,
     classes: Sequence[str],
-    device: torch.device | str = "cpu",
-    precision: str = "float32",
+    runtime: Runtime = CPU,
     refine: bool = True,
 ) -> EvaluationReport:
     """Run `model` over `loader` without augmentation and report.
 
     loader yields batches with images (B, C, S, S), labels (B,) and indices, the rows of the images
     in `cache`. cache: where the masks are; None or no masks leaves localization out.
-    precision: float32, tf32 (float32 whose products may run in TF32 on a GPU), bfloat16 or float16
-    (autocast). The model's mode is restored.
-    The results are read from the device once, at the end.
+    runtime: device, where the model is expected, precision and kernels. The model's mode is
+    restored. The results are read from the device once, at the end.
     """
-    device = torch.device(device)
     gathered = _Gathered()
     start = time.perf_counter()
-    with inference(model, device, precision):
+    with runtime.inference(model):
         for batch in loader:
-            images = batch.images.to(device, non_blocking=True)
+            images = runtime.images(batch.images)
             output = model(images)
             saliency = model.saliency(output)
             refined = refined_logits(model, images, output, saliency) if refine else None
@@ -186,30 +173,6 @@ def refined_logits(
     return (output.logits + viewed.logits) / 2
 
 
-@contextmanager
-def inference(model: Classifier, device: torch.device, precision: str) -> Iterator[None]:
-    """Evaluation mode without gradients, in a precision of `PRECISIONS`; restores the mode."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    dtype = PRECISIONS[precision]
-    training = model.training
-    model.eval()
-    try:
-        with (
-            torch.no_grad(),
-            tf32_products(precision == "tf32"),
-            torch.autocast(device.type, dtype, enabled=dtype is not None),
-        ):
-            yield
-    finally:
-        model.train(training)
-
-
-def probabilities_of(logits: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Softmax over the last axis in double precision."""
-    return torch.from_numpy(np.asarray(logits, dtype=np.float64)).softmax(dim=-1).numpy()
-
-
 def _metrics(
     targets: NDArray[np.int64], logits: NDArray[np.float32], classes: Sequence[str]
 ) -> Metrics:
@@ -225,12 +188,3 @@ def _metrics(
 def _read(values: list[Tensor]) -> NDArray[Any]:
     """One array of all, in their dtype."""
     return torch.cat(values).cpu().numpy()
-
-
-def jsonable(value: Any) -> Any:
-    """The same with every NaN as None, since JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
@@ -119,3 +122,17 @@ def _auroc(positive: NDArray[np.bool_], score: NDArray[np.float64]) -> float:
 def _mean(values: list[float]) -> float:
     defined = [v for v in values if not np.isnan(v)]
     return float(np.mean(defined)) if defined else NAN
+
+
+def probabilities_of(logits: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Softmax over the last axis in double precision."""
+    return torch.from_numpy(np.asarray(logits, dtype=np.float64)).softmax(dim=-1).numpy()
+
+
+def jsonable(value: Any) -> Any:
+    """The same with every NaN as None, since JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from magsd.evaluation.boxes import Box
+from magsd.evaluation.localization import Box
 
 # Nonzero inside.
 Mask = NDArray[np.bool_ | np.number]

@@ -1,10 +1,9 @@
-"""Predictions for image files, and overlays of examples from a cache."""
+"""Predictions for image files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from magsd.data import BatchLoader, ImageCache, z_score
+from magsd.data import z_score
 from magsd.data.cache import prepare_image
 from magsd.data.images import read_image_file
 from magsd.errors import DataError, RunError
-from magsd.evaluation.evaluate import inference, probabilities_of, refined_logits
-from magsd.evaluation.localization import attention_inside
-from magsd.evaluation.overlay import OverlayItem, save_items, save_overlay
+from magsd.evaluation.evaluate import refined_logits
+from magsd.evaluation.metrics import probabilities_of
+from magsd.evaluation.overlay import OverlayItem, save_overlay
 from magsd.models.classifier import Classifier
 from magsd.models.config import Preprocessing
+from magsd.runtime import CPU, Runtime
 
 _NAMED_BAD = 10
 
@@ -41,8 +41,7 @@ def predict_images(
     *,
     classes: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
-    device: torch.device | str = "cpu",
-    precision: str = "float32",
+    runtime: Runtime = CPU,
     refine: bool = True,
     batch_size: int = 16,
     overlay_dir: str | Path | None = None,
@@ -53,19 +52,18 @@ def predict_images(
     classes and preprocessing default to those the model was saved with (RunError without any).
     refine: use the mean of the logits of the image and of its mix-up view. A file that cannot be
     read is a DataError that names it; with `on_bad` (called with path and reason) it is left out.
-    The model is expected on `device`.
+    The model is expected on the runtime's device.
     """
     classes, preprocessing = _described(model, classes, preprocessing)
-    device = torch.device(device)
     files = [Path(path) for path in paths]
     if on_bad is None:
         _check_present(files)
     overlays = _overlay_names(files, Path(overlay_dir)) if overlay_dir is not None else None
     predictions = []
-    with inference(model, device, precision):
+    with runtime.inference(model):
         for rows, originals in _decoded(files, batch_size, on_bad):
-            images = _as_input(originals, preprocessing, model.in_channels).to(device)
-            probabilities, saliency = _run(model, images, refine)
+            images = _as_input(originals, preprocessing, model.in_channels)
+            probabilities, saliency = run_batch(model, runtime.images(images), refine)
             for place, row in enumerate(rows):
                 values = probabilities[place]
                 best = int(values.argmax())
@@ -85,49 +83,7 @@ def predict_images(
     return predictions
 
 
-def write_overlays(
-    model: Classifier,
-    cache: ImageCache,
-    indices: Sequence[int],
-    folder: str | Path,
-    *,
-    classes: Sequence[str],
-    limit: int = 16,
-    device: torch.device | str = "cpu",
-    precision: str = "float32",
-    refine: bool = True,
-    title: str | None = None,
-) -> Path:
-    """Write overlays of up to `limit` of the cache's images, the classes in turn, into a folder.
-
-    Returns the path of their contact sheet.
-    """
-    if limit < 1 or not len(indices):
-        raise ValueError(f"expected at least one image, got limit {limit} of {len(indices)}")
-    chosen = in_turn(cache, indices, classes, limit)
-    loader = BatchLoader(
-        cache,
-        chosen,
-        classes,
-        batch_size=16,
-        shuffle=False,
-        seed=0,
-        augment=None,
-        device=device,
-        channels=model.in_channels,
-    )
-    items: list[OverlayItem] = []
-    with inference(model, torch.device(device), precision):
-        for batch in loader:
-            probabilities, saliency = _run(model, batch.images, refine)
-            items += [
-                cached_item(cache, index, classes, probabilities[k], saliency[k])
-                for k, index in enumerate(batch.indices)
-            ]
-    return save_items(folder, items, title=title)
-
-
-def _run(
+def run_batch(
     model: Classifier, images: Tensor, refine: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """Probabilities (B, K) and saliency maps (B, 1, h, w) of a batch on the model's device."""
@@ -206,39 +162,3 @@ def _overlay_names(files: Sequence[Path], folder: Path) -> list[Path]:
         taken.add(name)
         names.append(folder / f"{name}.png")
     return names
-
-
-def in_turn(
-    cache: ImageCache, indices: Sequence[int], classes: Sequence[str], limit: int
-) -> list[int]:
-    """Up to `limit` of the indices, one of each class after the other."""
-    by_class = [[i for i in indices if cache.records[i].label == name] for name in classes]
-    rounds = chain.from_iterable(zip_longest(*by_class))
-    return [i for i in rounds if i is not None][:limit]
-
-
-def cached_item(
-    cache: ImageCache,
-    index: int,
-    classes: Sequence[str],
-    probabilities: NDArray[np.float64],
-    saliency: NDArray[np.float32],
-) -> OverlayItem:
-    """Picture of a cached image: probabilities (K,), saliency (1, h, w)."""
-    best = int(probabilities.argmax())
-    mask = inside = uniform = None
-    if cache.masks is not None and cache.has_mask[index]:
-        mask = np.array(cache.masks[index])
-        shares = attention_inside(torch.from_numpy(saliency)[None], torch.from_numpy(mask)[None])
-        inside, uniform = (float(share) for share in shares)
-    return OverlayItem(
-        image=np.array(cache.images[index]),
-        saliency=saliency[0],
-        predicted=classes[best],
-        probability=float(probabilities[best]),
-        label=cache.records[index].label,
-        mask=mask,
-        inside=inside,
-        uniform=uniform,
-        name=cache.records[index].key,
-    )

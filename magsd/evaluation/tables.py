@@ -8,7 +8,13 @@ from collections.abc import Iterator, Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from magsd.evaluation.localization import Localization, LocalizationScore
+from magsd.evaluation.localization.scores import (
+    MEASURES,
+    GroupScores,
+    Localization,
+    LocalizationReport,
+    LocalizationScore,
+)
 from magsd.evaluation.metrics import AVERAGED, Metrics
 
 HEADINGS = {
@@ -77,6 +83,31 @@ def localization_table(localization: Localization) -> Table:
     table.add_section()
     table.add_row("all", *_score_cells(localization.overall))
     return table
+
+
+def map_scores_table(report: LocalizationReport) -> Table:
+    """What maps reach by class; in brackets a uniform map, or a point without aim."""
+    title = f"Maps against masks (boxes from {report.threshold:g} of the maximum"
+    title += f", pointing within {report.tolerance:g} pixels)" if report.tolerance else ")"
+    table = new_table(title, ["images", "left out", *MEASURES.values()])
+    table.caption = "in brackets: a uniform map; pointing: a random point, then the image's center"
+    table.caption_justify = "left"
+    for name, group in report.per_class.items():
+        table.add_row(escape(name), *_group_cells(group))
+    table.add_section()
+    table.add_row("all", *_group_cells(report.overall))
+    return table
+
+
+def _group_cells(group: GroupScores) -> list[str]:
+    counts = [str(group.images), str(group.left_out)]
+    means = group.means
+    if means is None:
+        return [*counts, *["-"] * len(MEASURES)]
+    chance = {name: percent(means.uniform[name]) for name in MEASURES}
+    chance["pointing"] += f", {percent(means.center)}"
+    cells = [f"{percent(means.values[name])} ({chance[name]})" for name in MEASURES]
+    return [*counts, *cells]
 
 
 def percent(value: float) -> str:

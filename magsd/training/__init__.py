@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from magsd.training.report import evaluate_run, finish_run
     from magsd.training.run import LoadedRun, TrainedRun, load_run, train_run
     from magsd.training.step import StepResult, attention_step, plain_step
+    from magsd.training.train_step import TrainStep
     from magsd.training.trainer import Interrupted, Trainer
 
 _LAZY = {
     "Interrupted": "trainer",
     "LoadedRun": "run",
     "StepResult": "step",
+    "TrainStep": "train_step",
     "TrainedRun": "run",
     "Trainer": "trainer",
     "attention_step": "step",
@@ -29,6 +31,7 @@ __all__ = [
     "Interrupted",
     "LoadedRun",
     "StepResult",
+    "TrainStep",
     "TrainedRun",
     "Trainer",
     "attention_step",

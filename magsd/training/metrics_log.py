@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from magsd.distributed import ALONE, Team
 from magsd.training.checkpoint import write_atomically
-from magsd.training.distributed import ALONE, Team
 from magsd.training.step import StepResult
 
 COLUMNS = (
@@ -92,10 +92,10 @@ class StepSums:
         if self._team.size == 1:
             return self.values
         total = self.values.clone()
-        self._team.sum(total[: self._STEPS])
+        self._team.all_reduce(total[: self._STEPS])
         bad = total[self._FIRST_BAD]
         bad.copy_(torch.where(bad < 0, math.inf, bad))
-        self._team.least(bad)
+        self._team.all_reduce_min(bad)
         bad.copy_(torch.where(torch.isinf(bad), -1, bad))
         return total
 

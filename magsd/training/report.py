@@ -10,6 +10,7 @@ from rich.table import Table
 
 from magsd.config import Config
 from magsd.data import ImageCache, Loader
+from magsd.data.run_data import plain_loader, shard_loader
 from magsd.data.shards import open_shards
 from magsd.evaluation import (
     EvaluationReport,
@@ -19,8 +20,7 @@ from magsd.evaluation import (
     write_overlays,
 )
 from magsd.training.checkpoint import disk_full_as_error
-from magsd.training.run import LoadedRun, TrainedRun, kernels, load_run
-from magsd.training.run_data import plain_loader, shard_loader
+from magsd.training.run import LoadedRun, TrainedRun, load_run
 
 
 def evaluate_run(run: LoadedRun, cache: ImageCache, indices: list[int]) -> EvaluationReport:
@@ -35,15 +35,7 @@ def evaluate_shards(run: LoadedRun, spec: str) -> EvaluationReport:
 
 
 def _evaluate(run: LoadedRun, loader: Loader, cache: ImageCache | None) -> EvaluationReport:
-    with kernels(run.config):
-        return evaluate(
-            run.model,
-            loader,
-            cache,
-            classes=run.classes,
-            device=run.precision.device,
-            precision=run.config.train.precision,
-        )
+    return evaluate(run.model, loader, cache, classes=run.classes, runtime=run.runtime)
 
 
 def finish_run(trained: TrainedRun, console: Console) -> EvaluationReport:
@@ -51,13 +43,13 @@ def finish_run(trained: TrainedRun, console: Console) -> EvaluationReport:
     folder = trained.folder
     with disk_full_as_error(folder.root, "the checkpoints are kept; free some space and --resume"):
         run = load_run(folder.root)
-        report = _evaluate(run, *trained.data.held(run.config))
+        report = _evaluate(run, *trained.data.validation_loader(run.config))
         report.to_json(folder.evaluation)
         draw_confusion(report, folder.plots)
         plot_curves(folder.plots / "curves.png", folder.metrics)
         sheet = None
         if run.config.train.overlays:
-            sheet = draw_overlays(run, *trained.data.shown(run.config), folder.overlays)
+            sheet = draw_overlays(run, *trained.data.overlay_images(run.config), folder.overlays)
     console.print(report)
     console.print(closing_table(report, run.config, trained, sheet))
     return report
@@ -79,17 +71,15 @@ def draw_confusion(report: EvaluationReport, folder: Path) -> None:
 
 def draw_overlays(run: LoadedRun, cache: ImageCache, indices: list[int], folder: Path) -> Path:
     """Heat maps over up to `train.overlays` of the images; returns the contact sheet's path."""
-    with kernels(run.config):
-        return write_overlays(
-            run.model,
-            cache,
-            indices,
-            folder,
-            classes=run.classes,
-            limit=run.config.train.overlays,
-            device=run.precision.device,
-            precision=run.config.train.precision,
-        )
+    return write_overlays(
+        run.model,
+        cache,
+        indices,
+        folder,
+        classes=run.classes,
+        limit=run.config.train.overlays,
+        runtime=run.runtime,
+    )
 
 
 def closing_table(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,23 +9,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
-import magsd_kernels
 from magsd.config import Config, load_config
-from magsd.errors import ConfigError, RunError
+from magsd.data.run_data import RunData, prepare_data, preprocessing_of
+from magsd.distributed import Team, restarted, team_of
+from magsd.errors import RunError
 from magsd.models import Classifier, build_model
-from magsd.torch_settings import deterministic_algorithms, tf32_products, timed_convolutions
+from magsd.runtime import Runtime
+from magsd.torch_settings import deterministic_algorithms, timed_convolutions
 from magsd.training.checkpoint import disk_full_as_error, load_checkpoint, load_weights
-from magsd.training.distributed import Team, restarted, team_of
 from magsd.training.metrics_log import MetricsLog
-from magsd.training.precision import Precision, choose_device
 from magsd.training.progress import TrainingProgress
-from magsd.training.run_data import RunData, prepare_data, preprocessing_of
 from magsd.training.run_folder import RunFolder
 from magsd.training.run_start import begin, claim, stored_state
 from magsd.training.signals import StopRequest
 from magsd.training.trainer import Trainer
-from magsd_kernels import BackendUnavailable
-from magsd_kernels.info import in_use
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class LoadedRun:
     classes: tuple[str, ...]
     model: Classifier
     epoch: int
-    precision: Precision
+    runtime: Runtime
 
 
 @dataclass(frozen=True)
@@ -51,47 +46,6 @@ class TrainedRun:
     data: RunData
     best_epoch: int
     images_per_second: float
-
-
-def precision_of(config: Config) -> Precision:
-    """Device, precision and memory format. Raises `ConfigError` for a device that is absent."""
-    train = config.train
-    return Precision(
-        choose_device(train.device), train.precision == "bfloat16", train.channels_last
-    )
-
-
-@contextlib.contextmanager
-def kernels(config: Config) -> Iterator[None]:
-    """Within the context `magsd_kernels` runs on the configured backend.
-
-    "auto" leaves the choice, and with it MAGSD_BACKEND, to `magsd_kernels`. Raises
-    `ConfigError` for a name that no backend has, and for a backend that cannot run here.
-    """
-    name = config.train.kernels
-    if name == "auto":
-        yield
-        return
-    states = magsd_kernels.backends()
-    if name not in states:
-        known = ", ".join(["auto", *states])
-        raise ConfigError(f"train.kernels={name}: no such backend; known: {known}")
-    if states[name] != "available":
-        raise ConfigError(f"train.kernels={name} cannot run here: {states[name]}")
-    with magsd_kernels.use_backend(name):
-        yield
-
-
-def kernels_in_use(config: Config, device: torch.device) -> str:
-    """What runs which operation within `kernels`, in a line.
-
-    Raises `ConfigError` where the backend asked for, in MAGSD_BACKEND too, cannot run them.
-    """
-    dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
-    try:
-        return in_use(device, dtype)
-    except (ValueError, BackendUnavailable) as error:
-        raise ConfigError(f"no kernels to run on {device}: {error}") from None
 
 
 def train_run(
@@ -128,25 +82,24 @@ def _train_run(
     team: Team,
 ) -> TrainedRun:
     """`train_run` in each process of a team, of which the leader alone looks at the folder."""
-    precision = precision_of(config)
+    runtime = Runtime.from_config(config.train)
     if team.is_main:
         claim(folder, config, resume=resume, overwrite=overwrite)
     advice = "free some space and resume with --resume; the last checkpoint is kept"
     try:
         with (
             disk_full_as_error(folder.root, advice),
-            kernels(config),
+            runtime,
             deterministic_algorithms(config.train.deterministic),
             timed_convolutions(),  # a run has few shapes, each of them many times
-            tf32_products(config.train.precision == "tf32"),
         ):
-            using = kernels_in_use(config, precision.device)
+            using = runtime.kernels_in_use()
             console.print(f"kernels: {using}", highlight=False, markup=False, soft_wrap=True)
             payload = team.broadcast(stored_state(folder) if resume and team.is_main else None)
             # Images or weights that cannot be used are told before the folder is touched: a run
             # that is to be overwritten still stands then.
             data = prepare_data(config, folder.split if resume else None, payload, console, team)
-            trainer = _build_trainer(config, data, folder, precision, payload, console, team)
+            trainer = _build_trainer(config, data, folder, runtime, payload, console, team)
             if team.is_main:
                 begin(
                     folder,
@@ -165,7 +118,7 @@ def _build_trainer(
     config: Config,
     data: RunData,
     folder: RunFolder,
-    precision: Precision,
+    runtime: Runtime,
     payload: dict[str, Any] | None,
     console: Console,
     team: Team,
@@ -188,7 +141,7 @@ def _build_trainer(
         train,
         validation,
         folder,
-        precision,
+        runtime,
         console.print,
         team,
     )
@@ -235,6 +188,6 @@ def load_run(root: str | Path, *, overrides: tuple[str, ...] = ()) -> LoadedRun:
         config.model, len(classes), classes=classes, preprocessing=preprocessing_of(config)
     )
     load_weights(model, payload["model"], path)
-    precision = precision_of(config)
-    precision.model(model).eval()
-    return LoadedRun(folder, config, classes, model, epoch, precision)
+    runtime = Runtime.from_config(config.train)
+    runtime.model(model).eval()
+    return LoadedRun(folder, config, classes, model, epoch, runtime)

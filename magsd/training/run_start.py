@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from magsd.config import Config
+from magsd.data.run_data import RunData
+from magsd.distributed import note_launch
 from magsd.errors import ConfigError, RunError
 from magsd.training.checkpoint import load_checkpoint
-from magsd.training.distributed import note_launch
-from magsd.training.run_data import RunData
 from magsd.training.run_folder import RunFolder
 
 # What the stored state depends on; any other value may change when a run resumes.

@@ -6,8 +6,6 @@ resumed run repeats an uninterrupted one bit for bit where the device's arithmet
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import math
 import time
 from collections.abc import Callable
@@ -15,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from magsd.config import Config
-from magsd.data import Loader, step_seed
+from magsd.data import Batch, Loader, step_seed
+from magsd.distributed import ALONE, Team
 from magsd.errors import TrainingDiverged
 from magsd.methods import method
 from magsd.models import Classifier
-from magsd.training.captured import RECORDED_ON, CapturedStep
+from magsd.runtime import Runtime
+from magsd.training.captured import CAPTURE_DEVICES, CapturedStep
 from magsd.training.checkpoint import (
     all_finite,
     load_weights,
@@ -30,19 +29,13 @@ from magsd.training.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
-from magsd.training.distributed import ALONE, Team
 from magsd.training.metrics_log import MetricsLog, StepSums
-from magsd.training.optim import (
-    build_optimizer,
-    learning_rate,
-    load_optimizer,
-    set_learning_rate,
-)
-from magsd.training.precision import Precision
+from magsd.training.optim import build_optimizer, learning_rate, set_learning_rate
 from magsd.training.progress import TrainingProgress
 from magsd.training.run_folder import RunFolder
 from magsd.training.signals import StopRequest
-from magsd.training.step import BatchShard, StepResult, class_weights
+from magsd.training.step import StepResult, class_weights
+from magsd.training.train_step import TrainStep, shard_of
 from magsd.training.validation import validate
 
 _NAMED_IMAGES = 16
@@ -78,34 +71,42 @@ class Trainer:
         train: Loader,
         validation: Loader,
         folder: RunFolder,
-        precision: Precision,
-        say: Callable[[str], None] = print,
+        runtime: Runtime,
+        warn: Callable[[str], None] = print,
         team: Team = ALONE,
     ) -> None:
         self.config = config
-        self.model = precision.model(model)
+        self.model = runtime.model(model)
         self.train_loader = train
         self.validation_loader = validation
         self.folder = folder
-        self.precision = precision
+        self.runtime = runtime
+        self.team = team
         if config.train.recompute:
             self.model.backbone.recompute = True
         if config.train.compile:
             self.model.backbone.compile()
-        self.team = team
-        self._captured = self._recorder(say)
-        self.optimizer = build_optimizer(
-            self.model, config.optim, capturable=self._captured is not None
-        )
         weights = class_weights(config.loss.class_weights, train)
-        placed = None if weights is None else weights.to(precision.device)
-        self.step_function = method(config.model.name).objective(config, placed)
         self._class_weights = None if weights is None else weights.double()
-        self._joined: nn.Module | None = None
-        self._join()
-        self._share: BatchShard | None = None
-        self._factor = torch.ones((), device=precision.device)
-        self.sums = StepSums(precision.device, team)
+        weights = None if weights is None else weights.to(runtime.device)
+        objective = method(config.model.name).objective(config, weights)
+        capture = self._can_capture(warn)
+        self.sums = StepSums(runtime.device, team)
+        self.train_step = TrainStep(
+            self.model,
+            build_optimizer(self.model, config.optim, capturable=capture),
+            objective,
+            runtime,
+            clip_norm=config.optim.clip_norm,
+            sums=self.sums,
+            team=team,
+            sync_batchnorm=config.train.sync_batchnorm,
+        )
+        self.captured_step: CapturedStep[StepResult] | None = None
+        if capture:
+            self.captured_step = CapturedStep(
+                self.train_step, runtime.device, warn, team=team, reset=self.train_step.reset
+            )
         self._saved = False
         self.epoch = 0
         self.step = 0
@@ -117,30 +118,18 @@ class Trainer:
         self._recent: dict[int, list[int]] = {}
         self._clock = time.perf_counter()
 
-    def _recorder(self, say: Callable[[str], None]) -> CapturedStep | None:
-        """What records the step, on a device where that goes; why not is said in a line."""
-        train, device = self.config.train, self.precision.device
-        if not train.cuda_graph or device.type not in RECORDED_ON:
-            return None
+    def _can_capture(self, warn: Callable[[str], None]) -> bool:
+        """True where a CUDA graph can hold the step; why not is told in a line."""
+        train = self.config.train
+        if not train.cuda_graph or self.runtime.device.type not in CAPTURE_DEVICES:
+            return False
         if train.recompute and self.model.backbone.draws:
-            say(
+            warn(
                 "training without a CUDA graph: train.recompute=true draws dropout or stochastic "
                 "depth a second time, from a state of the generator that no graph can go back to"
             )
-            return None
-        return CapturedStep(self._update, device, say, team=self.team, begin_again=self._join)
-
-    def _join(self) -> None:
-        """Let the processes of a team average their gradients, from now on or once more."""
-        if self.team.size == 1:
-            return
-        self._joined = None
-        gc.collect()  # it stands in cycles, and would still listen for gradients
-        beside = self._captured.beside() if self._captured else contextlib.nullcontext()
-        with beside:
-            self._joined = self.team.join(
-                self.model, self.step_function, sync_batchnorm=self.config.train.sync_batchnorm
-            )
+            return False
+        return True
 
     @property
     def global_step(self) -> int:
@@ -174,10 +163,7 @@ class Trainer:
         self._clock = time.perf_counter()
         for batch in self.train_loader.epoch(self.epoch, self.step):
             self._recent[self.step] = batch.positions
-            if self.team.size > 1:
-                labels = self.train_loader.whole_labels(batch)
-                self._share = self._place(self.team.share(batch, self._class_weights, labels))
-            self._one_step(batch.images, batch.labels)
+            self._one_step(batch)
             progress.step(self.epoch)
             report = self.global_step % train.log_interval == 0
             if report:
@@ -197,25 +183,20 @@ class Trainer:
             if signum:
                 raise _Stop(signum)
 
-    def _one_step(self, images: Tensor, labels: Tensor) -> None:
-        set_learning_rate(self.optimizer, self.current_lr())
+    def _one_step(self, batch: Batch) -> None:
+        set_learning_rate(self.train_step.optimizer, self.current_lr())
         seed = step_seed(self.config.train.seed, self.epoch, self.step, "views")
+        shard = None
         if self.team.size > 1:
+            labels = self.train_loader.whole_labels(batch)
+            shard = shard_of(batch, self.team, self._class_weights, labels)
             self._seed_process()
-        if self._captured is not None:
-            part = None if self._share is None else self._share.part
-            self._captured(images, labels, seed, part)
+        if self.captured_step is not None:
+            self.captured_step(batch.images, batch.labels, seed, shard)
         else:
-            generator = torch.Generator(self.precision.device).manual_seed(seed)
-            self._update(images, labels, generator)
+            generator = torch.Generator(self.runtime.device).manual_seed(seed)
+            self.train_step(batch.images, batch.labels, generator, shard)
         self.step += 1
-
-    def _place(self, share: BatchShard) -> BatchShard:
-        """The share, what changes in it from step to step where a recorded step reads it."""
-        if self._captured is None:
-            return share
-        self._factor.fill_(share.cross_entropy)
-        return share._replace(cross_entropy=self._factor)
 
     def _seed_process(self) -> None:
         """Let what layers draw (dropout, random depth) differ between the processes of a team.
@@ -224,28 +205,6 @@ class Trainer:
         """
         stream = f"process {self.team.rank}"
         torch.manual_seed(step_seed(self.config.train.seed, self.epoch, self.step, stream))
-
-    def _update(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
-        """All that a step computes; it reads nothing back, so that a CUDA graph can hold it."""
-        with self.precision.autocast():
-            images = self.precision.images(images)
-            result = self._losses(images, labels, generator)
-        self.optimizer.zero_grad(set_to_none=True)
-        result.loss.backward()
-        clip_norm = self.config.optim.clip_norm
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
-        self.optimizer.step()
-        share = self._share
-        # A team's losses carry its factors, whose mean over the processes is the whole batch's.
-        weight = None if share is None else share.part.total / self.team.size
-        self.sums.add(result, len(labels), weight)
-
-    def _losses(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> StepResult:
-        if self._joined is None:
-            return self.step_function(self.model, images, labels, generator)
-        result: StepResult = self._joined(images, labels, generator, self._share)
-        return result
 
     def current_lr(self) -> float:
         """Learning rate of the next step."""
@@ -291,12 +250,12 @@ class Trainer:
 
         values = self._report(log, progress)
         self._leave_if_asked(stop, meeting=True)
-        last_lr = float(self.optimizer.param_groups[0]["lr"])
+        last_lr = float(self.train_step.optimizer.param_groups[0]["lr"])
         self.team.broadcast_buffers(self.model)
         measured = validate(
             self.model,
             self.validation_loader,
-            self.precision,
+            self.runtime,
             each_batch=leave,
             team=self.team,
         )
@@ -343,7 +302,7 @@ class Trainer:
         return self.epoch_seconds
 
     def _check_weights(self) -> None:
-        if not all_finite(self.model, self.optimizer):
+        if not all_finite(self.model, self.train_step.optimizer):
             raise TrainingDiverged(
                 self._diverged("weights became NaN or infinite", max(self.step - 1, 0))
             )
@@ -357,7 +316,7 @@ class Trainer:
             self._tick()
         payload = {
             **self._weights(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.train_step.state_dict(),
             "step": self.step,
             "best": self.best,
             "best_epoch": self.best_epoch,
@@ -388,7 +347,7 @@ class Trainer:
     def restore(self, payload: dict[str, Any]) -> None:
         """Take over the state that `save_last` wrote."""
         load_weights(self.model, payload["model"], self.folder.last)
-        load_optimizer(self.optimizer, payload["optimizer"])
+        self.train_step.load_state_dict(payload)
         self.epoch, self.step = payload["epoch"], payload["step"]
         self.best, self.best_epoch = payload["best"], payload["best_epoch"]
         self.sums.load(payload["sums"])

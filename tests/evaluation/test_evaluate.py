@@ -15,6 +15,7 @@ from torch import nn
 from magsd.errors import MagsdError
 from magsd.evaluation import attention_inside, evaluate, refined_logits
 from magsd.models import Classifier, ClassifierOutput
+from magsd.runtime import Runtime
 from magsd_kernels import attention_mixup
 
 
@@ -145,12 +146,13 @@ def test_mode_is_restored_also_after_an_error(model, cache, classes, make_loader
 
 def test_bfloat16(model, cache, classes, make_loader):
     exact = evaluate(model, make_loader(), cache, classes=classes)
-    half = evaluate(model, make_loader(), cache, classes=classes, precision="bfloat16")
+    bfloat16 = Runtime(precision="bfloat16")
+    half = evaluate(model, make_loader(), cache, classes=classes, runtime=bfloat16)
     assert half.predictions.logits.dtype == np.float32
     np.testing.assert_allclose(half.predictions.logits, exact.predictions.logits, atol=0.1)
     assert not np.array_equal(half.predictions.logits, exact.predictions.logits)
     with pytest.raises(ValueError, match="float8"):
-        evaluate(model, make_loader(), cache, classes=classes, precision="float8")
+        Runtime(precision="float8")
 
 
 def test_diverged_model_is_said_to_be_one(model, cache, classes, make_loader):

@@ -13,14 +13,21 @@ import torch
 import torch.nn.functional as F
 
 from magsd.data import load_cache, open_source
-from magsd.evaluation.boxes import Box, box_iou, component_boxes, hot_region, peak, within
-from magsd.evaluation.localize import (
+from magsd.evaluation.examples import draw_boxes
+from magsd.evaluation.localization import (
     LocalizedImage,
-    draw_boxes,
     localization_report,
     localize,
     score_map,
     write_boxes,
+)
+from magsd.evaluation.localization.boxes import (
+    Box,
+    box_iou,
+    component_boxes,
+    hot_region,
+    peak,
+    within,
 )
 
 

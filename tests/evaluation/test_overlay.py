@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from magsd.evaluation import OverlayItem, contact_sheet, overlay_image, save_overlay
-from magsd.evaluation.boxes import Box
+from magsd.evaluation.localization.boxes import Box
 from magsd.evaluation.overlay import BOX, OUTLINE, heat_map, save_items
 
 GRAY = np.full((64, 64), 100, np.uint8)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 import magsd_kernels
 from magsd.config import Config, load_config
-from magsd.data import split_by_patient
+from magsd.data import Batch, split_by_patient
 from magsd.data.cache import ImageCache
+from magsd.data.run_data import open_images, plain_loader, training_loader
 from magsd.models import build_model
-from magsd.training.run import precision_of
-from magsd.training.run_data import open_images, plain_loader, training_loader
+from magsd.runtime import Runtime
 from magsd.training.run_folder import RunFolder
 from magsd.training.step import StepResult
 from magsd.training.trainer import Trainer
@@ -87,24 +87,25 @@ class Run:
             training_loader(config, cache, split.train, classes),
             plain_loader(config, cache, split.validation, classes),
             RunFolder(folder),
-            precision_of(config),
+            Runtime.from_config(config.train),
         )
-        self._step = self.trainer.step_function
-        self.trainer.step_function = self._recorded
+        self._objective = self.trainer.train_step.objective
+        self.trainer.train_step.objective = self._recorded
 
     def _recorded(self, *arguments: object) -> StepResult:
-        self.result = self._step(*arguments)
+        self.result = self._objective(*arguments)
         return self.result
 
     def follow(self, other: Run) -> None:
         """Take over the other's parameters, buffers and optimizer."""
         self.trainer.model.load_state_dict(other.trainer.model.state_dict())
-        self.trainer.optimizer.load_state_dict(deepcopy(other.trainer.optimizer.state_dict()))
+        optimizer = other.trainer.train_step.optimizer
+        self.trainer.train_step.optimizer.load_state_dict(deepcopy(optimizer.state_dict()))
 
-    def step(self, images: Tensor, labels: Tensor) -> None:
+    def step(self, batch: Batch) -> None:
         """One step as the training loop takes it."""
         with magsd_kernels.use_backend(self.backend):
-            self.trainer._one_step(images, labels)
+            self.trainer._one_step(batch)
 
     def losses(self) -> Tensor:
         result = self.result
@@ -178,7 +179,7 @@ def compared(
     for number, batch in zip(range(steps), reference.trainer.train_loader.epoch(0), strict=False):
         cpu.follow(reference)
         for run in (reference, cpu):
-            run.step(batch.images.to(dtype), batch.labels)
+            run.step(batch._replace(images=batch.images.to(dtype)))
         assert difference(cpu.losses(), reference.losses()) <= bounds.loss, number
         assert difference(cpu.statistics(), reference.statistics()) <= bounds.statistics, number
         gradients.append(difference(cpu.gradient(), reference.gradient()))

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from magsd.config import Config
 from magsd.data import Part
+from magsd.data.run_data import open_images, plain_loader
+from magsd.distributed import Team
 from magsd.models import build_model
+from magsd.runtime import Runtime
 from magsd.training import trainer as trainer_module
 from magsd.training.captured import CapturedStep
-from magsd.training.distributed import Team
-from magsd.training.run import precision_of
-from magsd.training.run_data import open_images, plain_loader
 from magsd.training.run_folder import RunFolder
+from magsd.training.step import BatchShard
 
 
 class Body:
@@ -28,16 +29,26 @@ class Body:
     def __init__(self) -> None:
         self.calls: list[tuple[str, list[float], int]] = []
         self.how = "eager"
-        self.recorded: tuple[Tensor, Tensor, torch.Generator] | None = None
+        self.factors: list[float] = []
+        self.recorded: tuple[Tensor, Tensor, torch.Generator, BatchShard | None] | None = None
         self.error: RuntimeError | None = None
 
-    def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+    def __call__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        generator: torch.Generator,
+        shard: BatchShard | None = None,
+    ) -> Tensor:
         if self.how == "recording":
             if self.error is not None:
                 raise self.error
-            self.recorded = (images, labels, generator)
+            self.recorded = (images, labels, generator, shard)
         else:
             self.calls.append((self.how, images.tolist(), generator.initial_seed()))
+            if shard is not None:
+                self.factors.append(float(shard.cross_entropy))
+        return images
 
 
 class Graph:
@@ -84,6 +95,10 @@ def body(monkeypatch: pytest.MonkeyPatch) -> Body:
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     return made
+
+
+def shard(first: int, total: int, cross_entropy: float = 1.0) -> BatchShard:
+    return BatchShard(Part(first, total), cross_entropy, 1.0)
 
 
 def images(value: float, size: int = 2) -> Tensor:
@@ -147,9 +162,9 @@ def test_what_processes_do_together_is_captured_where_no_event_is_read(
     """Of DistributedDataParallel, which times its first ten calls and every hundredth."""
     step = CapturedStep(body, torch.device("cpu"), pytest.fail, team=Others())
     for number in range(others):
-        step(images(number, size=1), images(number), number, Part(0, number))
+        step(images(number, size=1), images(number), number, shard(0, number))
     for number in range(others, others + 15):
-        step(images(number), images(number), number, Part(0, 4))
+        step(images(number), images(number), number, shard(0, 4))
     replayed = [number for number, call in enumerate(body.calls) if call[0] == "replayed"]
     assert replayed == list(range(first, others + 15))
 
@@ -157,11 +172,57 @@ def test_what_processes_do_together_is_captured_where_no_event_is_read(
 def test_another_whole_batch_runs_as_it_is_even_where_the_part_is_no_other(body: Body) -> None:
     step = CapturedStep(body, torch.device("cpu"), pytest.fail, team=Others())
     for number in range(12):
-        step(images(number), images(number), number, Part(0, 5))
-    step(images(12), images(12), 12, Part(0, 4))
-    step(images(13), images(13), 13, Part(0, 5))
+        step(images(number), images(number), number, shard(0, 5))
+    step(images(12), images(12), 12, shard(0, 4))
+    step(images(13), images(13), 13, shard(0, 5))
     assert [call[0] for call in body.calls[-3:]] == ["replayed", "eager", "replayed"]
     assert [call[1] for call in body.calls[-3:]] == [[11, 11], [12, 12], [13, 13]]
+
+
+def test_every_batch_has_its_own_factor_also_where_it_is_replayed(body: Body) -> None:
+    step = CapturedStep(body, torch.device("cpu"), pytest.fail, team=Others())
+    for number in range(14):
+        result = step(images(number), images(number), number, shard(0, 5, float(number)))
+        assert result.tolist() == [number, number]
+    assert [call[0] for call in body.calls[-3:]] == ["replayed"] * 3
+    assert body.factors == list(map(float, range(14)))
+
+
+class Default:
+    """In place of torch's own generator of a GPU: a capture that fails leaves it capturing."""
+
+    def __init__(self, state: str) -> None:
+        self.state = state
+
+    def clone_state(self) -> Default:
+        return Default(self.state)
+
+    def graphsafe_set_state(self, other: Default) -> None:
+        self.state = other.state
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_failed_capture_leaves_the_default_generator_as_it_was(
+    fails: bool, body: Body, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = Default("free")
+    monkeypatch.setattr(torch.cuda, "default_generators", (default,))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    body.error = RuntimeError("full") if fails else None
+    step = CapturedStep(body, torch.device("cpu"), lambda _: None)
+    before = torch.cuda.graph
+
+    @contextlib.contextmanager
+    def captured(*arguments: object, **settings: object) -> Iterator[None]:
+        default.state = "capturing"
+        with before(*arguments, **settings):
+            yield
+        default.state = "captured"
+
+    monkeypatch.setattr(torch.cuda, "graph", captured)
+    for number in range(4):
+        step(images(number), images(number), number)
+    assert default.state == ("free" if fails else "captured")
 
 
 @pytest.mark.parametrize("mine", [False, True])
@@ -174,14 +235,14 @@ def test_processes_agree_on_a_failed_recording(mine: bool, body: Body) -> None:
         torch.device("cpu"),
         said.append,
         team=Others(failed=not mine),
-        begin_again=lambda: again.append(len(body.calls)),
+        reset=lambda: again.append(len(body.calls)),
     )
     for number in range(14):
-        step(images(number), images(number), number, Part(0, 4))
+        step(images(number), images(number), number, shard(0, 4))
     assert [call[1] for call in body.calls] == [[n, n] for n in range(14)]
     assert {call[0] for call in body.calls} == {"eager"}
     assert again == [11]
-    reason = "full" if mine else "another process could not record its step"
+    reason = "full" if mine else "another process could not capture its step"
     assert said == [f"training without a CUDA graph: {reason}"]
 
 
@@ -238,14 +299,14 @@ def test_a_step_that_draws_again_is_not_recorded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Which is said before the first step."""
-    monkeypatch.setattr(trainer_module, "RECORDED_ON", frozenset(("cpu",)))
+    monkeypatch.setattr(trainer_module, "CAPTURE_DEVICES", frozenset(("cpu",)))
     config = small_config(*settings)
     classes, cache = open_images(config, config.data.source)
     loader = plain_loader(config, cache, list(range(8)), classes)
     model, said = build_model(config.model, len(classes)), []
-    folder, precision = RunFolder(tmp_path), precision_of(config)
-    made = trainer_module.Trainer(config, model, loader, loader, folder, precision, said.append)
-    assert (made._captured is None) == (why is not None)
+    folder, runtime = RunFolder(tmp_path), Runtime.from_config(config.train)
+    made = trainer_module.Trainer(config, model, loader, loader, folder, runtime, said.append)
+    assert (made.captured_step is None) == (why is not None)
     assert len(said) == (why is not None)
     assert why is None or said[0].startswith(why)
 

@@ -14,16 +14,18 @@ from rich.console import Console
 from torch import Tensor
 
 from magsd.config import Config, load_config
-from magsd.data import split_by_patient
+from magsd.data import Batch, split_by_patient
+from magsd.data.run_data import open_images, plain_loader, training_loader
+from magsd.distributed import Team, team_of
 from magsd.models import build_model
+from magsd.runtime import Runtime
 from magsd.training import trainer as trainer_module
-from magsd.training.distributed import Team, team_of
 from magsd.training.metrics_log import MetricsLog
 from magsd.training.progress import TrainingProgress
-from magsd.training.run import precision_of
-from magsd.training.run_data import open_images, plain_loader, training_loader
 from magsd.training.run_folder import RunFolder
 from magsd.training.signals import StopRequest
+from magsd.training.step import StepResult
+from magsd.training.train_step import TrainStep
 from magsd.training.trainer import Trainer
 
 #: What each process runs.
@@ -47,14 +49,11 @@ class StandIns:
         self.ran: list[str] = []
         self.fails = False
         self._recording: Any = None
-        update = Trainer._update
+        take = TrainStep.__call__
 
         class Graph:
             def replay(graph) -> None:
-                trainer, given, share = graph.held  # type: ignore[attr-defined]
-                now, trainer._share = trainer._share, share
-                update(trainer, *given)
-                trainer._share = now
+                take(*graph.held)  # type: ignore[attr-defined]
                 self.ran.append("replayed")
 
         class Stream:
@@ -72,18 +71,18 @@ class StandIns:
             finally:
                 self._recording = None
 
-        def noted(trainer: Trainer, *given: Any) -> None:
+        def noted(step: TrainStep, *given: Any) -> StepResult | None:
             if self._recording is None:
                 self.ran.append("as it is")
-                update(trainer, *given)
-            elif self.fails:
-                trainer._losses(*given)  # half a step
+                return take(step, *given)
+            if self.fails:
+                step._connected()(*given)  # half a step
                 raise RuntimeError("no room for a graph")
-            else:
-                self._recording.held = trainer, given, trainer._share
+            self._recording.held = step, *given
+            return None
 
-        Trainer._update = noted  # type: ignore[method-assign]
-        trainer_module.RECORDED_ON = frozenset(("cpu",))
+        TrainStep.__call__ = noted  # type: ignore[method-assign]
+        trainer_module.CAPTURE_DEVICES = frozenset(("cpu",))
         for name, value in {
             "CUDAGraph": Graph,
             "graph": recording,
@@ -121,14 +120,14 @@ def _train(config: Config, team: Team, folder: Path) -> dict[str, Any]:
         training_loader(config, cache, split.train[:IMAGES], classes, team),
         plain_loader(config, cache, split.validation[:4], classes),
         RunFolder(folder),
-        precision_of(config),
+        Runtime.from_config(config.train),
         said.append,
         team,
     )
     one_step = trainer._one_step
 
-    def in_double(images: Tensor, labels: Tensor) -> None:
-        one_step(images.double(), labels)
+    def in_double(batch: Batch) -> None:
+        one_step(batch._replace(images=batch.images.double()))
 
     trainer._one_step = in_double  # type: ignore[method-assign]
     start = _weights(trainer)
@@ -186,6 +185,6 @@ def test_where_one_cannot_record_none_does(kept: list[dict[str, Any]]) -> None:
     assert all(way["ran"] == ["as it is"] * 20 for way in ways)
     why = "training without a CUDA graph: "
     assert [way["said"] for way in ways] == [
-        [f"{why}another process could not record its step"],
+        [f"{why}another process could not capture its step"],
         [f"{why}no room for a graph"],
     ]

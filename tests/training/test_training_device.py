@@ -16,11 +16,11 @@ from rich.console import Console
 from benchmarks.harness.device import HostReads
 from magsd.config import Config
 from magsd.data import split_by_patient
+from magsd.data.run_data import open_images, plain_loader, training_loader
 from magsd.models import build_model
+from magsd.runtime import Runtime
 from magsd.training.metrics_log import MetricsLog
 from magsd.training.progress import TrainingProgress
-from magsd.training.run import precision_of
-from magsd.training.run_data import open_images, plain_loader, training_loader
 from magsd.training.run_folder import RunFolder
 from magsd.training.signals import StopRequest
 from magsd.training.trainer import Trainer
@@ -39,7 +39,7 @@ def make_trainer(config: Config, folder: Path, said: list[str]) -> Trainer:
         training_loader(config, cache, split.train, classes),
         plain_loader(config, cache, split.validation, classes),
         RunFolder(folder),
-        precision_of(config),
+        Runtime.from_config(config.train),
         said.append,
     )
 
@@ -66,7 +66,7 @@ def no_waits(device: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model", ["magsd", "magsd-cascade", "wsdan", "plain"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_an_epoch_between_two_reports_waits_for_nothing(
     device: str, model: str, precision: str, small_config: Callable[..., Config], tmp_path: Path
 ) -> None:
@@ -133,12 +133,12 @@ def test_recorded_and_plain_steps_lose_alike_over_50_steps(
         trainer = make_trainer(config, tmp_path / str(graph), said)
         steps = []
         for batch in trainer.train_loader.epoch(0):
-            trainer._one_step(batch.images, batch.labels)
+            trainer._one_step(batch)
             steps.append(trainer.sums.values[:2].tolist())
         assert said == []
         if graph:
-            assert trainer._captured is not None
-            assert trainer._captured._graph is not None
+            assert trainer.captured_step is not None
+            assert trainer.captured_step.captured
         losses[graph] = torch.tensor(steps)
     assert len(losses[True]) >= 50
     torch.testing.assert_close(losses[True], losses[False], rtol=1e-4, atol=0)

@@ -15,18 +15,19 @@ import torch
 from rich.console import Console
 
 from magsd.config import Config, load_config
-from magsd.data import Batch, BatchLoader, Part, share_bounds, split_by_patient
+from magsd.data import Batch, BatchLoader, Part, shard_bounds, split_by_patient
+from magsd.data.run_data import open_images, plain_loader, training_loader
+from magsd.distributed import Team, team_of
 from magsd.models import build_model
+from magsd.runtime import CPU, Runtime
 from magsd.training import load_run
 from magsd.training.checkpoint import load_checkpoint
-from magsd.training.distributed import Team, team_of
 from magsd.training.metrics_log import COLUMNS, MetricsLog, read_metrics
-from magsd.training.precision import Precision
 from magsd.training.progress import TrainingProgress
-from magsd.training.run import precision_of, train_run
-from magsd.training.run_data import open_images, plain_loader, training_loader
+from magsd.training.run import train_run
 from magsd.training.run_folder import RunFolder
 from magsd.training.signals import StopRequest
+from magsd.training.train_step import shard_of
 from magsd.training.trainer import Interrupted, Trainer
 from magsd.training.validation import validate
 
@@ -142,29 +143,29 @@ def one_epoch(config: Config, team: Team, folder: Path) -> dict[str, Any]:
         training_loader(config, cache, chosen, classes, team),
         part_of_validation(config, cache, split.validation[:11], classes, team),
         RunFolder(folder),
-        precision_of(config),
+        Runtime.from_config(config.train),
         team=team,
     )
     model = trainer.model.eval()
     model.train = lambda mode=True: model  # type: ignore[method-assign]
     one_step, gradients = trainer._one_step, []
 
-    def recorded(images: torch.Tensor, labels: torch.Tensor) -> None:
-        one_step(images.double(), labels)
+    def recorded(batch: Batch) -> None:
+        one_step(batch._replace(images=batch.images.double()))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
 
     trainer._one_step = recorded  # type: ignore[method-assign]
     progress = TrainingProgress(Console(quiet=True), 1, len(trainer.train_loader), 0)
     trainer._train_epoch(MetricsLog(None, None), progress, StopRequest())
     model.float()
-    measured = validate(model, trainer.validation_loader, trainer.precision, team=team)
+    measured = validate(model, trainer.validation_loader, trainer.runtime, team=team)
     return {"gradients": gradients, "figures": trainer.read_sums() | measured}
 
 
 def part_of_validation(
     config: Config, cache: Any, indices: list[int], classes: tuple[str, ...], team: Team
 ) -> BatchLoader:
-    first, last = share_bounds(len(indices), team.rank, team.size)
+    first, last = shard_bounds(len(indices), team.rank, team.size)
     return plain_loader(config, cache, indices[first:last], classes)
 
 
@@ -201,7 +202,7 @@ def test_the_share_of_a_batch_of_no_weight_is_a_number(known: bool) -> None:
     there, here = torch.tensor(labels, device="meta"), torch.tensor(labels)
     batch = Batch(torch.zeros(2, 1, 4, 4), there, [0, 1], [0, 1], Part(0, 2), here)
     weights = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    share = Team().share(batch, weights, labels if known else None)
+    share = shard_of(batch, Team(), weights, labels if known else None)
     assert (share.cross_entropy, share.distance) == (0.0, 1.0)
 
 
@@ -229,7 +230,7 @@ def test_validation_of_two_is_that_of_its_checkpoint(two: tuple[Path, str]) -> N
     _, cache = open_images(run.config, run.config.data.source)
     indices = split_by_patient(cache.records, folds=2, seed=0).validation
     loader = plain_loader(run.config, cache, indices, run.classes)
-    measured = validate(run.model, loader, Precision(torch.device("cpu")))
+    measured = validate(run.model, loader, CPU)
     for name, value in measured.items():
         assert float(row[name]) == pytest.approx(value, rel=1e-5), name
 

@@ -12,8 +12,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import torch
 
+from magsd.data import Batch
 from magsd.errors import DataError, RunError, TrainingDiverged
 from magsd.training.checkpoint import load_checkpoint
 from magsd.training.run import train_run
@@ -25,11 +25,11 @@ def break_loss(monkeypatch: pytest.MonkeyPatch, at: int) -> list[list[int]]:
     one_step = Trainer._one_step
     seen: list[list[int]] = []
 
-    def broken(self: Trainer, images: torch.Tensor, labels: torch.Tensor) -> None:
+    def broken(self: Trainer, batch: Batch) -> None:
         if self.global_step == at:
             seen.append([self.train_loader.indices[p] for p in self._recent[self.step]])
-            images = images * float("nan")
-        one_step(self, images, labels)
+            batch = batch._replace(images=batch.images * float("nan"))
+        one_step(self, batch)
 
     monkeypatch.setattr(Trainer, "_one_step", broken)
     return seen

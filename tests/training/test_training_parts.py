@@ -12,20 +12,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from magsd.cli import train
 from magsd.config import Config, load_config
-from magsd.data import Part, share_bounds
-from magsd.errors import ConfigError, DataError
-from magsd.methods import method
-from magsd.methods.magsd import MAGSDViews, MAGSDViewsConfig
-from magsd.methods.wsdan import WSDANViews, WSDANViewsConfig
-from magsd.models import ModelConfig, build_model
-from magsd.training.distributed import (
+from magsd.data import Part, shard_bounds
+from magsd.data.run_data import open_images, training_loader
+from magsd.distributed import (
     Team,
     note_launch,
     restarted,
     synchronize_batchnorm,
     team_of,
 )
-from magsd.training.run_data import open_images, training_loader
+from magsd.errors import ConfigError, DataError
+from magsd.methods import method
+from magsd.methods.magsd import MAGSDViews, MAGSDViewsConfig
+from magsd.methods.wsdan import WSDANViews, WSDANViewsConfig
+from magsd.models import ModelConfig, build_model
 from magsd.training.step import BatchShard
 from magsd_kernels import AttentionViews
 
@@ -74,7 +74,7 @@ def test_a_last_batch_too_small_for_all_is_left_out(images, small_config) -> Non
 def test_bounds_share_everything_once() -> None:
     for count in range(12):
         for ranks in (1, 2, 5):
-            bounds = [share_bounds(count, rank, ranks) for rank in range(ranks)]
+            bounds = [shard_bounds(count, rank, ranks) for rank in range(ranks)]
             assert [i for ends in bounds for i in range(*ends)] == list(range(count))
             sizes = [last - first for first, last in bounds]
             assert max(sizes) - min(sizes) <= 1

@@ -15,15 +15,15 @@ from rich.console import Console
 
 import magsd_kernels
 from magsd.config import Config, load_config
+from magsd.data.run_data import training_loader
 from magsd.errors import ConfigError, DataError, RunError
+from magsd.runtime import CPU, Runtime, choose_device
 from magsd.training import load_run
 from magsd.training import trainer as trainer_module
 from magsd.training.checkpoint import load_checkpoint
 from magsd.training.metrics_log import COLUMNS, MetricsLog, read_metrics
-from magsd.training.precision import Precision, choose_device
 from magsd.training.report import evaluate_run, finish_run
-from magsd.training.run import kernels, train_run
-from magsd.training.run_data import training_loader
+from magsd.training.run import train_run
 from magsd.training.run_folder import RunFolder, default_run_folder
 from magsd.training.signals import StopRequest
 from magsd.training.step import class_weights
@@ -205,7 +205,7 @@ def test_validation_by_hand(small_config, finished: Path, console) -> None:
         trained.config, trained.data.cache, trained.data.split.validation, run.classes
     )
     loader.augment, loader.shuffle = None, False
-    measured = validate(run.model, loader, Precision(torch.device("cpu")))
+    measured = validate(run.model, loader, CPU)
     logits = torch.cat([run.model(b.images).logits.detach() for b in loader]).double()
     labels = torch.tensor(loader.labels)
     hits = logits.argmax(1) == labels
@@ -239,9 +239,12 @@ def test_named_kernels_win_over_the_environment_and_auto_leaves_it(
 ) -> None:
     monkeypatch.setenv("MAGSD_BACKEND", "no-such-backend")
     arguments = torch.rand(1, 1, 8, 8), torch.rand(1, 1, 4, 4), torch.rand(1)
-    with kernels(small_config("kernels=reference")):
+    with Runtime.from_config(small_config("kernels=reference").train):
         magsd_kernels.attention_drop(*arguments)
-    with kernels(small_config()), pytest.raises(ValueError, match="no-such-backend"):
+    with (
+        Runtime.from_config(small_config().train),
+        pytest.raises(ValueError, match="no-such-backend"),
+    ):
         magsd_kernels.attention_drop(*arguments)
 
 

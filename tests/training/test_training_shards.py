@@ -19,14 +19,15 @@ from typer.testing import CliRunner
 from magsd.cli import app
 from magsd.config import Config
 from magsd.data import AugmentConfig, choose_split, open_source
+from magsd.data.run_data import prepare_data, trained_on
 from magsd.data.shards import ShardLoader, open_shards, write_shards
+from magsd.distributed import ALONE, Team
 from magsd.errors import ConfigError, DataError
 from magsd.training.checkpoint import load_checkpoint
-from magsd.training.distributed import ALONE, Team
 from magsd.training.metrics_log import read_metrics
 from magsd.training.report import finish_run
 from magsd.training.run import TrainedRun, train_run
-from magsd.training.run_data import prepare_data, trained_on
+from magsd.training.train_step import shard_of
 from magsd.training.trainer import Interrupted, Trainer
 
 pytest.importorskip("webdataset", reason="needs the shards extra")
@@ -61,13 +62,11 @@ def test_stopped_and_resumed_is_one_run(
     same_state: Callable[[Any, Any], None],
 ) -> None:
     seen: list[list[int]] = []
-    update = Trainer._update
+    one_step = Trainer._one_step
     monkeypatch.setattr(
         Trainer,
-        "_update",
-        lambda self, images, labels, draws: (
-            seen.append(labels.tolist()) or update(self, images, labels, draws)
-        ),
+        "_one_step",
+        lambda self, batch: seen.append(batch.labels.tolist()) or one_step(self, batch),
     )
     whole = train(tmp_path / "whole")
     assert [len(labels) for labels in seen] == [4] * 6
@@ -146,13 +145,13 @@ def test_shares_of_two_processes_are_the_whole_batch(pairs: list[str]) -> None:
     own = [float(weights[batch.labels].sum()) for batch in batches]
 
     class Pair(Team):
-        def sum(self, values: torch.Tensor) -> torch.Tensor:
+        def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
             return values.fill_(sum(own))
 
     for rank, batch in enumerate(batches):
-        share = Pair(rank, 2).share(batch, weights, None)
-        assert share.cross_entropy == pytest.approx(2 * own[rank] / sum(own))
-        assert share.distance == 1.0
+        shard = shard_of(batch, Pair(rank, 2), weights, None)
+        assert shard.cross_entropy == pytest.approx(2 * own[rank] / sum(own))
+        assert shard.distance == 1.0
     assert own[0] != own[1]
 
 

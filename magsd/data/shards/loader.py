@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from magsd.data.augment import AugmentConfig, Part
 from magsd.data.cache import ImageCache
-from magsd.data.loader import Batch, Loader, share_bounds
+from magsd.data.loader import Batch, Loader, shard_bounds
 from magsd.data.record import Record
 from magsd.data.shards.index import ShardIndex
 from magsd.data.shards.plan import TOGETHER, Plan, make_plan
@@ -133,7 +133,7 @@ class ShardLoader(Loader):
 
     def _width(self, step: int, rank: int) -> int:
         """Images of a step that a process brings."""
-        first, last = share_bounds(self._size(step), rank, self.ranks)
+        first, last = shard_bounds(self._size(step), rank, self.ranks)
         return last - first
 
     def _share(self, rank: int) -> int:
@@ -147,7 +147,7 @@ class ShardLoader(Loader):
         pixels, labels = (self._send(self._pin(values)) for values in (pixels, host_labels))
         numbers = [sample[2] for sample in samples]
         size = self._size(step)
-        part = Part(share_bounds(size, self.rank, self.ranks)[0], size)
+        part = Part(shard_bounds(size, self.rank, self.ranks)[0], size)
         images = self._prepare(pixels, epoch, step, part)
         return Batch(images, labels, numbers, numbers, part, host_labels)
 

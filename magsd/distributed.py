@@ -1,4 +1,4 @@
-"""Several processes that train one model: who they are, what they share, where they meet.
+"""Several processes that train one model: who they are, and what they exchange.
 
 `torchrun` starts them and tells each its place by environment variables; all traffic is
 torch.distributed's (NCCL between GPUs, gloo between CPUs and for what the hosts agree upon), and
@@ -10,25 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import inspect
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from magsd.config import TrainConfig
-from magsd.data import Batch
 from magsd.errors import ConfigError, RunError
-from magsd.training.launch import (
+from magsd.launch import (
     launch_name,
     launched,
     local_rank,
@@ -36,17 +33,10 @@ from magsd.training.launch import (
     process_rank,
     restarts,
 )
-from magsd.training.precision import choose_device
-from magsd.training.step import BatchShard, StepFunction, StepResult
+from magsd.runtime import choose_device
 
 T = TypeVar("T")
 _LAUNCH = ".launch"
-# No buffers are given out before each forward; torch 2.14 renamed the argument.
-_BUFFERS_STAY: dict[str, Any] = {
-    "forward_sync_buffers"
-    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers": False
-}
 
 
 @dataclass(frozen=True)
@@ -64,13 +54,13 @@ class Team:
         """True for the one process that writes files and speaks."""
         return self.rank == 0
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """`values`, added up over the processes in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
-    def least(self, values: Tensor) -> Tensor:
+    def all_reduce_min(self, values: Tensor) -> Tensor:
         """`values`, the least of the processes in place."""
         if self.size > 1:
             dist.all_reduce(values, dist.ReduceOp.MIN)
@@ -98,60 +88,8 @@ class Team:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
-    def join(self, model: nn.Module, step: StepFunction, *, sync_batchnorm: bool) -> nn.Module:
-        """`step` with gradients averaged over the processes, called without the model.
-
-        The leader's weights and buffers are given to all. With `sync_batchnorm` the model's batch
-        norms are converted first, in place.
-        """
-        if sync_batchnorm:
-            synchronize_batchnorm(model)
-        self.broadcast_buffers(model)
-        return DistributedDataParallel(
-            _WholeStep(model, step),
-            gradient_as_bucket_view=True,
-            # The same parameters take part in every step.
-            static_graph=True,
-            **_BUFFERS_STAY,
-        )
-
-    def share(self, batch: Batch, weights: Tensor | None, labels: list[int] | None) -> BatchShard:
-        """What this process has of a batch.
-
-        weights: (K,) float64 on the host, of the classes in the cross entropy; None: all alike.
-        labels: of the whole batch; None where they are not known here: then the processes add up
-        what theirs weigh, which waits for the others but for no device.
-        DistributedDataParallel divides the sum of gradients by the number of processes, and each
-        process's own losses are means over its part; the factors undo both.
-        """
-        images, (first, total) = len(batch.indices), batch.part
-        own = images / total
-        if weights is not None:
-            if labels is not None:
-                each = weights[labels]
-                here, whole = each[first : first + images].sum(), each.sum()
-            else:
-                here = weights[batch.host_labels].sum()
-                whole = self.sum(here.clone())
-            own = float(here / whole) if whole else 0.0  # a batch may weigh nothing
-        return BatchShard(batch.part, self.size * own, self.size * images / total, self.sum)
-
 
 ALONE = Team()
-
-
-class _WholeStep(nn.Module):
-    """All forward passes of a step as one: DistributedDataParallel wants one per backward."""
-
-    def __init__(self, model: nn.Module, step: StepFunction) -> None:
-        super().__init__()
-        self.model = model
-        self.step = step
-
-    def forward(
-        self, images: Tensor, labels: Tensor, generator: torch.Generator, share: BatchShard
-    ) -> StepResult:
-        return self.step(self.model, images, labels, generator, share)
 
 
 def synchronize_batchnorm(model: nn.Module) -> None:

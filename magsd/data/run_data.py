@@ -24,15 +24,15 @@ from magsd.data import (
     load_cache,
     open_source,
     read_split,
-    share_bounds,
+    shard_bounds,
     split_of_rest,
     write_split,
 )
 from magsd.data.shards import ShardIndex, ShardLoader, is_shards, open_shards
+from magsd.distributed import ALONE, Team
 from magsd.errors import ConfigError, DataError
 from magsd.models import Preprocessing
-from magsd.training.distributed import ALONE, Team
-from magsd.training.precision import choose_device
+from magsd.runtime import choose_device
 
 
 class RunData(ABC):
@@ -45,11 +45,11 @@ class RunData(ABC):
         """Training batches and validation images; of each, the part of this process."""
 
     @abstractmethod
-    def held(self, config: Config) -> tuple[Loader, ImageCache | None]:
+    def validation_loader(self, config: Config) -> tuple[Loader, ImageCache | None]:
         """All validation images in order, and the cache that holds their masks, if there is one."""
 
     @abstractmethod
-    def shown(self, config: Config) -> tuple[ImageCache, list[int]]:
+    def overlay_images(self, config: Config) -> tuple[ImageCache, list[int]]:
         """A cache, and the validation images in it from which overlays are chosen."""
 
     @abstractmethod
@@ -72,18 +72,18 @@ class CachedData(RunData):
     def loaders(self, config: Config, team: Team) -> tuple[Loader, Loader]:
         """Loaders of the two sides; see `RunData`."""
         validation = self.split.validation
-        own = share_bounds(len(validation), team.rank, team.size)
+        own = shard_bounds(len(validation), team.rank, team.size)
         return (
             training_loader(config, self.cache, self.split.train, self.classes, team),
             plain_loader(config, self.cache, validation[slice(*own)], self.classes),
         )
 
-    def held(self, config: Config) -> tuple[Loader, ImageCache | None]:
+    def validation_loader(self, config: Config) -> tuple[Loader, ImageCache | None]:
         """The validation side; see `RunData`."""
         loader = plain_loader(config, self.cache, self.split.validation, self.classes)
         return loader, self.cache
 
-    def shown(self, config: Config) -> tuple[ImageCache, list[int]]:
+    def overlay_images(self, config: Config) -> tuple[ImageCache, list[int]]:
         """The whole validation side; see `RunData`."""
         return self.cache, self.split.validation
 
@@ -108,17 +108,17 @@ class StreamedData(RunData):
         """Streams of the two lists of shards; see `RunData`."""
         train = ShardLoader(
             self.train,
-            **_form(config),
+            **_image_settings(config),
             **_training_settings(config, len(self.train), team),
             buffer=config.data.shuffle_buffer,
         )
         return train, shard_loader(config, self.validation, team)
 
-    def held(self, config: Config) -> tuple[Loader, ImageCache | None]:
+    def validation_loader(self, config: Config) -> tuple[Loader, ImageCache | None]:
         """The validation shards; see `RunData`. Shards hold no masks."""
         return shard_loader(config, self.validation), None
 
-    def shown(self, config: Config) -> tuple[ImageCache, list[int]]:
+    def overlay_images(self, config: Config) -> tuple[ImageCache, list[int]]:
         """The first images of the validation shards; see `RunData`."""
         loader = shard_loader(config, self.validation)
         cache = loader.first(max(1, config.train.overlays))
@@ -160,8 +160,8 @@ def preprocessing_of(config: Config) -> Preprocessing:
     )
 
 
-def _form(config: Config) -> dict[str, Any]:
-    """What streamed images become."""
+def _image_settings(config: Config) -> dict[str, Any]:
+    """Settings of a loader of shards that the cache has applied otherwise."""
     prepared = preprocessing_of(config)
     return {
         "image_size": prepared.image_size,
@@ -229,7 +229,7 @@ def shard_loader(config: Config, index: ShardIndex, team: Team = ALONE) -> Shard
     """Images of shards in order, without augmentation; of each batch, this process's part."""
     return ShardLoader(
         index,
-        **_form(config),
+        **_image_settings(config),
         batch_size=config.train.eval_batch_size * team.size,
         shuffle=False,
         seed=config.train.seed,
