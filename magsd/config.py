@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from magsd.methods import Method
 
 RUN_MARK = "# magsd run"
+_PAIRS = "command line"
 _PACKAGED = Path(str(resources.files("magsd") / "configs"))
 
 
@@ -326,9 +327,6 @@ def load_config(
     said += [_Said(*_pair(text), _PAIRS, is_text=True) for text in shared]
     said += [_Said(*pair, _PAIRS, must=True, is_text=True) for pair in pairs if pair[0] != "model"]
     return _build(said)
-
-
-_PAIRS = "command line"
 
 
 def _build(said: list[_Said]) -> Config:

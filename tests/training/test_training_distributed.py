@@ -109,7 +109,7 @@ def two(
 
 def save_gradients(out: str, *pairs: str) -> None:
     """Train an epoch in float64 with fixed batch statistics; keep what each step gave."""
-    configs = [load_config(None, [*pairs, *setting]) for setting in SETTINGS]
+    configs = [load_config(None, setting, shared=pairs) for setting in SETTINGS]
     with team_of(configs[0].train) as team:
         kept = [one_epoch(config, team, Path(out)) for config in configs]
     if team.is_main:
