@@ -103,7 +103,10 @@ def empty(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def named(gpu, case, dtype, layout):
     names = f"{gpu}-{case}-{str(dtype)[6:]}-{layout}".replace(" ", "_")
-    return pytest.param(gpu, case, dtype, layout, id=names)
+    rest = gpu not in ("sm_90", "gfx942") or (dtype, layout) not in SPANNING
+    return pytest.param(
+        gpu, case, dtype, layout, id=names, marks=[pytest.mark.slow] if rest else []
+    )
 
 
 in_every_way = pytest.mark.parametrize(
