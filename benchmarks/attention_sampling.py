@@ -11,7 +11,7 @@ from benchmarks.harness.recording import Entry, Recorder
 from benchmarks.harness.session import Session
 from benchmarks.harness.sizes import MAGSD, WSDAN, Draw
 from benchmarks.harness.subject import Subject
-from magsd_kernels.reference import map_sampling as reference
+from magsd_kernels.reference import attention_sampling as reference
 
 
 def _inputs(draw: Draw) -> dict[str, Tensor]:
@@ -26,7 +26,7 @@ def _reference(attention: Tensor, uniforms: Tensor) -> Tensor:
 SUBJECTS = (
     Subject(
         name="sample_attention",
-        operation="map_sampling",
+        operation="attention_sampling",
         function=mk.sample_attention,
         reference=_reference,
         published=published.sample_attention,

@@ -9,10 +9,10 @@ from magsd_kernels.attention_augment import (
     attention_patch,
     attention_views,
 )
+from magsd_kernels.attention_sampling import sample_attention
 from magsd_kernels.backends import BackendUnavailable, backends, use_backend
 from magsd_kernels.bilinear_pool import BilinearAttentionPool, bilinear_attention_pool
 from magsd_kernels.guided_views import AttentionViews, ViewDraws
-from magsd_kernels.map_sampling import sample_attention
 from magsd_kernels.multiscale_attention import (
     MultiscaleAttention,
     multiscale_attention,

@@ -15,7 +15,7 @@ from magsd_kernels import environment, native
 OPERATIONS = (
     "multiscale_attention",
     "bilinear_pool",
-    "map_sampling",
+    "attention_sampling",
     "attention_augment",
     "soft_distance",
 )

@@ -20,8 +20,8 @@ from magsd_kernels.attention_augment import (
     differentiate_views,
     keep_views,
 )
+from magsd_kernels.attention_sampling import EPS, sample_attention
 from magsd_kernels.backends import select
-from magsd_kernels.map_sampling import EPS, sample_attention
 from magsd_kernels.registry import define
 
 _OPERATION = "attention_augment"

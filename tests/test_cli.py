@@ -144,7 +144,7 @@ ALL = "all operations, on cpu"
             None,
             None,
             {("cpu", "soft_distance"): "not written"},
-            "cpu (C++, {}) for multiscale_attention, bilinear_pool, map_sampling, "
+            "cpu (C++, {}) for multiscale_attention, bilinear_pool, attention_sampling, "
             "attention_augment; reference (PyTorch) for soft_distance (cpu: not written), on cpu",
         ),
     ],

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from magsd_kernels._layout import accumulation_dtype, in_format_of
-from magsd_kernels.reference.map_sampling import sample_attention
+from magsd_kernels.reference.attention_sampling import sample_attention
 
 
 def attention_boxes(

@@ -16,7 +16,7 @@ import triton.language as tl
 from magsd_kernels.triton._common import block, pixel_steps, tile, tunable, with_warps
 from magsd_kernels.triton._guide import MAP_TILE, blended, map_of, padded_extent, threshold_of
 from magsd_kernels.triton._resampling import bilinear_inputs, bilinear_scale
-from magsd_kernels.triton.map_sampling import cumulative_weights, drawn_maps, weighing_tile
+from magsd_kernels.triton.attention_sampling import cumulative_weights, drawn_maps, weighing_tile
 
 # Pixels in flight, and warps: many, because there are few programs.
 _CONFIGS = [

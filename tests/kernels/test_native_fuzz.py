@@ -198,7 +198,7 @@ BUILDERS: dict[str, Callable[[random.Random, torch.dtype], dict[str, list[Any]]]
     "bilinear_pool": _pool,
     "multiscale_attention": _multiscale,
     "soft_distance": _loss,
-    "map_sampling": _sample,
+    "attention_sampling": _sample,
     "attention_augment": _guided,
 }
 

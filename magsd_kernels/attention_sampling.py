@@ -13,7 +13,7 @@ from magsd_kernels import _checks as check
 from magsd_kernels.backends import select
 from magsd_kernels.registry import define
 
-_OPERATION = "map_sampling"
+_OPERATION = "attention_sampling"
 EPS = 1e-12
 
 
