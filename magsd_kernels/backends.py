@@ -47,7 +47,9 @@ class BackendUnavailable(RuntimeError):
 class _Context(threading.local):
     """The names of this thread's open `use_backend` blocks, the innermost last."""
 
-    names: tuple[str, ...] = ()
+    def __init__(self) -> None:
+        # As an attribute of the class, torch.compile of torch 2.11 would find it for every thread.
+        self.names: tuple[str, ...] = ()
 
 
 _context = _Context()
