@@ -165,6 +165,9 @@ def launch(
     """Launch the kernels of one of the package's cases, forward and backward, on meta tensors."""
     case = BY_NAME[name]
     given = case.arguments(size, dtype=dtype, device="meta", requires_grad=False) | options
+    for parameters in ("weights", "biases", "running_means", "running_vars"):
+        if parameters in given:  # as layers have them, whatever the activations are
+            given[parameters] = [x.float() for x in given[parameters]]
     given = pytree.tree_map_only(Tensor, lambda x: in_layout(x, layout), given)
     leaves = [leaf.requires_grad_() for leaf in case.leaves(given)]
     with _Launches(settings):

@@ -49,11 +49,11 @@ def viewed(batch: int, planes: int, side: int, low: int) -> Size:
 
 #: Names of the package's cases, a size, and options in place of the cases' own.
 CASES: dict[str, tuple[tuple[str, ...], Size, dict[str, Any]]] = {
-    "pool 7x7": (("pool_same_size",), pooled(256, 2048, 7), {}),
-    "pool 14x14": (("pool_same_size",), pooled(64, 2048, 14), {}),
-    "pool 28x28": (("pool_same_size",), pooled(64, 512, 28), {}),
-    "pool resized": (("pool_avg",), pooled(64, 2048, 14), {}),
-    "pool max": (("pool_same_size",), pooled(64, 2048, 7), {"pool": "max"}),
+    "pool 7x7": (("pool_same_size",), pooled(256, 2048, 7), {"scale": 100.0}),
+    "pool 14x14": (("pool_same_size",), pooled(64, 2048, 14), {"scale": 100.0}),
+    "pool 28x28": (("pool_same_size",), pooled(64, 512, 28), {"scale": 100.0}),
+    "pool resized": (("pool_avg",), pooled(64, 2048, 14), {"scale": 100.0}),
+    "pool max": (("pool_same_size",), pooled(64, 2048, 7), {"pool": "max", "scale": 100.0}),
     "multiscale": (("multiscale_train",), scaled(256), {}),
     "multiscale evaluation": (("multiscale_eval",), scaled(64), {}),
     "multiscale 14x14 bilinear": (("multiscale_train",), scaled(64, 14), {"mode": "bilinear"}),
