@@ -220,7 +220,7 @@ __device__ void replace_features(const PoolCall<T>& call, const ClusterTile<T, k
 
 // Blocks of an SM. Planes in float16 take a register more than two blocks have.
 template <typename T, bool kChannelsLast>
-constexpr int kBlocks = std::is_same_v<T, Half> && !kChannelsLast ? 1 : 2;
+[[maybe_unused]] constexpr int kBlocks = std::is_same_v<T, Half> && !kChannelsLast ? 1 : 2;
 
 template <typename T, bool kChannelsLast>
 __global__ void __launch_bounds__(kClusterThreads, (kBlocks<T, kChannelsLast>))

@@ -22,13 +22,13 @@ COLUMNS = ["registers", "shared", "stack", "spills"]
 
 LOG = """\
 ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN5magsd4cuda5drain12_GLOBAL__N_14sinkIfEEvPT_' for 'sm_80'
-ptxas info    : Function properties for _ZN5magsd4cuda5drain12_GLOBAL__N_14sinkIfEEvPT_
+ptxas info    : Compiling entry function '_ZN5magsd4cuda2op12_GLOBAL__N_14sinkIfEEvPT_' for 'sm_80'
+ptxas info    : Function properties for _ZN5magsd4cuda2op12_GLOBAL__N_14sinkIfEEvPT_
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 40 registers, used 0 barriers, 412 bytes cmem[0]
 ptxas info    : Compile time = 2.134 ms
-ptxas info    : Compiling entry function '_ZN5magsd4cuda5drain12_GLOBAL__N_14sinkIfEEvPT_' for 'sm_90'
-ptxas info    : Function properties for _ZN5magsd4cuda5drain12_GLOBAL__N_14sinkIfEEvPT_
+ptxas info    : Compiling entry function '_ZN5magsd4cuda2op12_GLOBAL__N_14sinkIfEEvPT_' for 'sm_90'
+ptxas info    : Function properties for _ZN5magsd4cuda2op12_GLOBAL__N_14sinkIfEEvPT_
     16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
 ptxas info    : Used 48 registers, used 1 barriers, 16 bytes cumulative stack size, 4096 bytes smem
 """  # noqa: E501
