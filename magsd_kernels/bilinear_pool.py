@@ -174,7 +174,7 @@ def _keep_pool(ctx: Any, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
 def _differentiate_pool(ctx: Any, grad: torch.Tensor | None, *_: Any) -> dict[str, Any]:
     if grad is None:
         return {}
-    of_features, of_attention, *_ = ctx.needs_input_grad
+    of_features, of_attention = ctx.wanted["features"], ctx.wanted["attention"]
     grad_features, grad_attention = _pool_backward(
         grad, *ctx.saved_tensors, **ctx.settings, needs=[of_features, of_attention]
     )

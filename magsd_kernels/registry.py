@@ -7,11 +7,13 @@ whose schemas are the same less the backend.
 
 from __future__ import annotations
 
+import itertools
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from magsd_kernels.backends import implementation
 
@@ -21,7 +23,8 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 #: Keeps what the backward needs: (ctx, arguments by name, results).
 SetupContext = Callable[[Any, Any, Any], None]
-#: (ctx, gradients of the results) -> gradients of the arguments that have one, by name.
+#: (ctx, gradients of the results) -> gradients of the arguments that have one, by name;
+#: ctx.wanted tells by name which are asked for.
 Backward = Callable[..., dict[str, Any]]
 
 
@@ -72,67 +75,69 @@ def define(
     if backward is None and name.endswith("_backward"):
         backward = _refusal(name.removesuffix("_backward"))
     if backward is not None:
-        keep = setup_context or _keep_nothing
-        if "!" in schema:
-            kernel = _writing_autograd(overload, by_name, keep, backward)
-            _library.impl(name, kernel, "Autograd", with_keyset=True)
-        else:
-            formula = backward
-
-            def in_order(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-                gradients = formula(ctx, *grads)
-                return tuple(gradients.get(name) for name in names)
-
-            torch.library.register_autograd(
-                f"magsd::{name}",
-                in_order,
-                setup_context=lambda ctx, inputs, output: keep(ctx, by_name(*inputs), output),
-                lib=_library,
-            )
+        lists = "[]" in schema.partition("->")[2]
+        kernel = _autograd(overload, by_name, setup_context or _keep_nothing, backward, lists)
+        _library.impl(name, kernel, "Autograd", with_keyset=True)
     return overload
 
 
-def _writing_autograd(
-    overload: Any, by_name: Any, setup_context: SetupContext, backward: Backward
+def _autograd(
+    overload: Any, by_name: Any, setup_context: SetupContext, backward: Backward, lists: bool
 ) -> Callable[..., Any]:
-    """The autograd kernel of an operator that writes to its arguments.
+    """The autograd kernel of an operator. lists: whether its results hold lists of tensors.
 
-    `torch.library.register_autograd` takes none that does.
+    `torch.library.register_autograd` takes no operator that writes to its arguments, and its way
+    through trees of arguments costs twice as much as the operator itself.
     """
 
     class Formula(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, below: Any, arguments: Any, *tensors: torch.Tensor) -> Any:
-            # `tensors` are those of the arguments once more, for autograd to see.
+        def forward(
+            ctx: Any, below: Any, arguments: Any, structure: list[Any], *tensors: torch.Tensor
+        ) -> Any:
+            # `tensors` are those of the arguments once more: autograd sees none in lists, and none
+            # in lists of results, whose `structure` is left for the caller.
             results = overload.redispatch(below, *arguments)
-            ctx.counts = {key: len(_tensors(x)) for key, x in arguments._asdict().items()}
-            setup_context(ctx, arguments, results)
-            return results
+            ctx.counts = [len(_tensors(argument)) for argument in arguments]
+            setup_context(ctx, by_name(*arguments), results)
+            if not lists:
+                return results
+            flat, found = pytree.tree_flatten(results)
+            structure.append(found)
+            return tuple(flat)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            ends = list(itertools.accumulate(ctx.counts, initial=3))
+            wanted = (ctx.needs_input_grad[a:b] for a, b in itertools.pairwise(ends))
+            ctx.wanted = dict(zip(by_name._fields, map(any, wanted), strict=True))
             gradients = backward(ctx, *grads)
-            flat: list[Any] = [None, None]
-            for key, count in ctx.counts.items():
-                gradient = gradients.get(key)
+            flat: list[Any] = [None, None, None]
+            for name, count in zip(by_name._fields, ctx.counts, strict=True):
+                gradient = gradients.get(name)
                 flat += gradient if isinstance(gradient, list) else [gradient] * count
             return tuple(flat)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         below = keyset.remove(keyset.highestPriorityTypeId())
-        tensors = [tensor for argument in arguments for tensor in _tensors(argument)]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return Formula.apply(below, by_name(*arguments), *tensors)
-        with torch.no_grad():
-            return overload.redispatch(below, *arguments)
+        if torch.is_grad_enabled():
+            tensors = [tensor for argument in arguments for tensor in _tensors(argument)]
+            if any(tensor.requires_grad for tensor in tensors):
+                structure: list[Any] = []
+                results = Formula.apply(below, arguments, structure, *tensors)
+                return pytree.tree_unflatten(results, structure[0]) if lists else results
+        return overload.redispatch(below, *arguments)
 
     return kernel
 
 
 def _tensors(argument: Any) -> list[torch.Tensor]:
     """The tensors that an argument consists of."""
-    values = argument if isinstance(argument, (list, tuple)) else [argument]
-    return [value for value in values if isinstance(value, torch.Tensor)]
+    if isinstance(argument, torch.Tensor):
+        return [argument]
+    if isinstance(argument, (list, tuple)):
+        return [value for value in argument if isinstance(value, torch.Tensor)]
+    return []
 
 
 def _keep_nothing(ctx: Any, arguments: Any, results: Any) -> None:

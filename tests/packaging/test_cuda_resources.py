@@ -31,7 +31,7 @@ ptxas info    : Compiling entry function '_ZN5magsd4cuda2op12_GLOBAL__N_14sinkIf
 ptxas info    : Function properties for _ZN5magsd4cuda2op12_GLOBAL__N_14sinkIfEEvPT_
     16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
 ptxas info    : Used 48 registers, used 1 barriers, 16 bytes cumulative stack size, 4096 bytes smem
-"""  # noqa: E501
+"""
 
 
 @pytest.fixture
