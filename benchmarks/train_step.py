@@ -35,8 +35,8 @@ from benchmarks.harness.steps import (
     Contender,
     GraphPool,
     Member,
-    companies,
     floor_of,
+    groups,
     members,
     network,
     no_tf32,
@@ -48,7 +48,7 @@ from benchmarks.reporting.train_step import render
 from magsd.config import Config
 from magsd.methods import method
 from magsd.models import MAGSD as Network
-from magsd.torch_settings import timed_convolutions
+from magsd.torch_settings import cudnn_benchmark
 from magsd_kernels import AttentionViews, environment
 
 _HERE = Path(__file__).parent
@@ -122,7 +122,7 @@ def measure(device: Device, batch: int, options: argparse.Namespace) -> dict[str
     everyone = members(device.type)
     pool = GraphPool() if device.type == "cuda" else None
     handle = None if pool is None else pool.handle
-    with timed_convolutions():  # as in a run; for every member
+    with cudnn_benchmark():  # as in a run; for every member
         entries = time_members(
             everyone,
             device,
@@ -144,27 +144,27 @@ def time_members(
     options: argparse.Namespace,
     batch: int,
 ) -> dict[Member, dict[str, Any]]:
-    """Company by company; a contender is built for its first and freed after its last."""
+    """Group by group; a contender is built for its first and freed after its last."""
     alive: dict[Member, Contender] = {}
     facts: dict[Member, dict[str, Any]] = {}
     expected: dict[Member, float] = {}
     entries = {}
-    together = companies(everyone, device.type)
-    for company, told in together.items():
-        for member in set(alive) - set(company):
+    together = groups(everyone, device.type)
+    for group, told in together.items():
+        for member in set(alive) - set(group):
             del alive[member]
         device.release()
-        for member in company:
+        for member in group:
             if member not in alive:
                 alive[member] = build(member)
                 facts[member], expected[member] = read_off(alive[member], device)
                 sys.stderr.write(f"B {batch}: {member}: {expected[member]:.3g} s\n")
         times = interleave(
-            {str(member): alive[member].calls() for member in company},
+            {str(member): alive[member].calls() for member in group},
             device.synchronize,
             options.seconds / len(together),
             fewest_rounds=options.rounds,
-            expected={str(m): expected[m] for m in company} if device.type == "cpu" else None,
+            expected={str(m): expected[m] for m in group} if device.type == "cpu" else None,
         )
         for member in told:
             entries[member] = _entry(member, everyone, times, batch) | facts[member]

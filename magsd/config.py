@@ -267,7 +267,7 @@ def resolve_key(key: str, name: str | None = None) -> str:
         if len(matches) == 1:
             return matches[0]
         if matches:
-            raise ConfigError(f"key {key!r} stands in several sections: say {' or '.join(matches)}")
+            raise ConfigError(f"key {key!r} is in several sections: write {' or '.join(matches)}")
     raise ConfigError(f"unknown key {key!r}; {_nearest(key, keys)}")
 
 

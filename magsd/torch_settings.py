@@ -76,7 +76,7 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def timed_convolutions() -> Iterator[None]:
+def cudnn_benchmark() -> Iterator[None]:
     """Within the context cuDNN times its algorithms once for each shape and keeps the fastest.
 
     Which one wins may change from run to run, and with it the rounding: not where determinism is

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from magsd import cli
-from magsd.torch_settings import deterministic_algorithms, tf32_products, timed_convolutions
+from magsd.torch_settings import cudnn_benchmark, deterministic_algorithms, tf32_products
 
 CUDNN: Any = torch.backends.cudnn
 MATMUL: Any = torch.backends.cuda.matmul
@@ -171,7 +171,7 @@ def test_convolutions_are_timed_unless_determinism_is_asked_for(
     monkeypatch.setattr(CUDNN, "deterministic", cudnn)
     with deterministic_algorithms(algorithms):
         assert torch.are_deterministic_algorithms_enabled() == algorithms
-        with timed_convolutions():
+        with cudnn_benchmark():
             assert CUDNN.benchmark == (not algorithms and not cudnn)
         assert CUDNN.benchmark == before
     assert not torch.are_deterministic_algorithms_enabled()

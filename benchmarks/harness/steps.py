@@ -104,12 +104,12 @@ def floor_of(member: Member, among: Sequence[Member]) -> Member:
     return found
 
 
-def companies(everyone: Sequence[Member], device: str) -> dict[tuple[Member, ...], list[Member]]:
+def groups(everyone: Sequence[Member], device: str) -> dict[tuple[Member, ...], list[Member]]:
     """Who is timed in turn with whom, and for whom that gives the figures.
 
     On a CPU, whose pace changes, all are timed together. A GPU keeps its pace, and there each
     member holds memory, a captured one that of its whole step: each is timed with the baseline and
-    its floor alone. A member is in one company, or in several that follow one another.
+    its floor alone. A member is in one group, or in several that follow one another.
     """
     if device == "cpu":
         return {tuple(everyone): list(everyone)}
@@ -117,8 +117,8 @@ def companies(everyone: Sequence[Member], device: str) -> dict[tuple[Member, ...
     for floor in dict.fromkeys(floor_of(member, everyone) for member in everyone):
         for member in everyone:
             if floor_of(member, everyone) == floor:
-                company = tuple(dict.fromkeys((BASELINE, floor, member)))
-                found.setdefault(company, []).append(member)
+                group = tuple(dict.fromkeys((BASELINE, floor, member)))
+                found.setdefault(group, []).append(member)
     return found
 
 

@@ -1,4 +1,4 @@
-"""What several commands share: their configuration, and how they speak."""
+"""What several commands share: their configuration, and their console."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def localize(
         float,
         typer.Option(
             min=0.0,
-            help="How far beside a mask the maximum may lie in the pointing game, in pixels of the "
+            help="How far from a mask the maximum may lie in the pointing game, in pixels of the "
             "network's input; often 15.",
         ),
     ] = 0.0,

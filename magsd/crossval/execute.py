@@ -24,7 +24,7 @@ FAILED = "failed.txt"
 
 
 def check_images(runs: Sequence[PlannedRun]) -> None:
-    """Raises `DataError` where no run could read the images: told once, not by every run."""
+    """Raises `DataError` where no run could read the images: raised once, not by every run."""
     if not all(run.folder.evaluation.is_file() for run in runs):
         open_source(runs[0].config.data.source)
 

@@ -206,7 +206,7 @@ def _fill(
     folder: Path,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Write the cache beside its place and rename it there; the caller holds its lock."""
+    """Write the cache next to its final path and rename it; the caller holds its lock."""
     temporary = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     shutil.rmtree(folder, ignore_errors=True)
@@ -290,7 +290,7 @@ def _shrink(path: Path, array: np.memmap[Any, np.dtype[np.uint8]], rows: int) ->
 
 
 def _is_complete(folder: Path, settings: _Settings) -> bool:
-    """Whether the cache stands there with files of the right length."""
+    """Whether the cache is there with files of the right length."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         rows = len(meta["kept"])

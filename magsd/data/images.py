@@ -33,7 +33,7 @@ def read_image_file(path: Path) -> NDArray[np.uint8]:
 
 
 def decode_image(data: bytes, name: str) -> NDArray[np.uint8]:
-    """Decode the content of an image file as `read_image_file`; `name` stands in errors."""
+    """Decode the content of an image file as `read_image_file`; `name` is named in errors."""
     if not data:
         raise DataError(f"{name}: the file is empty")
     # Archives often name DICOM files without a suffix.

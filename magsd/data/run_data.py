@@ -63,7 +63,7 @@ class RunData(ABC):
 
 @dataclass(frozen=True)
 class CachedData(RunData):
-    """Images in a cache, and the side of the split on which each stands."""
+    """Images in a cache, and the side of the split of each."""
 
     classes: tuple[str, ...]
     cache: ImageCache

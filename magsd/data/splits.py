@@ -191,7 +191,7 @@ def read_split(path: str | os.PathLike[str], records: Sequence[Record]) -> Split
     for row in rows:
         index = position.pop(row["key"], None)
         if index is None:
-            raise DataError(f"{path}: {row['key']} is not among the images, or stands there twice")
+            raise DataError(f"{path}: {row['key']} is not among the images, or is there twice")
         record = records[index]
         if (row["label"], row["patient"]) != (record.label, record.patient):
             raise DataError(f"{path}: label or patient of {row['key']} differs from the data")

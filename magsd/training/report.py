@@ -1,4 +1,4 @@
-"""What stands at a run's end: evaluation of the best weights, plots, overlays, a closing table."""
+"""What is made at a run's end: evaluation of the best weights, plots, overlays, a closing table."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from magsd.distributed import Team, restarted, team_of
 from magsd.errors import RunError
 from magsd.models import Classifier, build_model
 from magsd.runtime import Runtime
-from magsd.torch_settings import deterministic_algorithms, timed_convolutions
+from magsd.torch_settings import cudnn_benchmark, deterministic_algorithms
 from magsd.training.checkpoint import disk_full_as_error, load_checkpoint, load_weights
 from magsd.training.metrics_log import MetricsLog
 from magsd.training.progress import TrainingProgress
@@ -91,7 +91,7 @@ def _train_run(
             disk_full_as_error(folder.root, advice),
             runtime,
             deterministic_algorithms(config.train.deterministic),
-            timed_convolutions(),  # a run has few shapes, each of them many times
+            cudnn_benchmark(),  # a run has few shapes, each of them many times
         ):
             using = runtime.kernels_in_use()
             console.print(f"kernels: {using}", highlight=False, markup=False, soft_wrap=True)

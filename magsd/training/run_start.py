@@ -45,7 +45,7 @@ def begin(
     resume: bool,
     overwrite: bool,
 ) -> None:
-    """Write what stands in a run's folder before its first step."""
+    """Write what a run's folder holds before its first step."""
     if resume:
         folder.write_config(config)
     else:

@@ -119,7 +119,7 @@ class Trainer:
         self._clock = time.perf_counter()
 
     def _can_capture(self, warn: Callable[[str], None]) -> bool:
-        """True where a CUDA graph can hold the step; why not is told in a line."""
+        """True where a CUDA graph can hold the step; a line says why not."""
         train = self.config.train
         if not train.cuda_graph or self.runtime.device.type not in CAPTURE_DEVICES:
             return False

@@ -326,5 +326,5 @@ class TestForeignShards:
         with pytest.raises(DataError, match="cannot be read, or is no JSON"):
             open_shards(pattern)
         (tmp_path / "index.json").unlink()
-        with pytest.raises(DataError, match="shards need their index beside them"):
+        with pytest.raises(DataError, match="shards need their index next to them"):
             open_shards(pattern)

@@ -1,4 +1,4 @@
-"""What stands beside tar shards: index.json, with the classes and the images of each shard.
+"""What lies next to tar shards: index.json, with the classes and the images of each shard.
 
 ``{"classes": ["a", "b"], "shards": {"train-000000.tar": {"samples": 3, "counts": [1, 2]}}}``;
 counts, the images of each class, may be absent.
@@ -64,7 +64,7 @@ def open_shards(spec: str, *, classes: Sequence[str] | None = None) -> ShardInde
     """The index of ``shards:PATTERN``.
 
     PATTERN: paths or URLs with WebDataset's braces, as in ``shards:/data/train-{000..099}.tar``;
-    index.json lies beside the first. classes: those of a model, which must be the index's. Raises
+    index.json lies next to the first. classes: those of a model, which must be the index's. Raises
     DataError where the index or an entry in it is missing or not usable.
     """
     urls = webdataset().shardlists.expand_urls(str(spec).removeprefix(KIND))
@@ -112,7 +112,7 @@ def _read_index(where: str) -> Any:
             return json.loads(file.read().decode("utf-8"))
     except FileNotFoundError:
         raise DataError(
-            f"{where}: no such file; shards need their index beside them (docs/data.md)"
+            f"{where}: no such file; shards need their index next to them (docs/data.md)"
         ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{where}: cannot be read, or is no JSON ({error})") from error

@@ -27,7 +27,7 @@ class TableSource(FileSource):
 
     file, mask: paths relative to the CSV's folder, or absolute. mask: an image that is above 0
     in the lesion, or Darwin JSON with the lungs. Without a mask column, ``lungs/<stem>.json``
-    beside the CSV is that image's annotation. Without a patient column each image is its own
+    next to the CSV is that image's annotation. Without a patient column each image is its own
     patient. Images whose annotations name the same patient become one patient.
     """
 

@@ -200,7 +200,7 @@ def score_map(
 
 
 def group_scores(each: Sequence[MapScores | None]) -> GroupScores:
-    """Means over the images that could be scored; None stands for one whose map or mask is zero."""
+    """Means over the images that could be scored; None: one whose map or mask is zero."""
     scores = [found for found in each if found is not None]
     means = None
     if scores:
