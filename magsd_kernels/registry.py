@@ -52,7 +52,7 @@ def define(
             backends write past autograd, which learns here that they change.
     """
     name = schema.partition("(")[0]
-    names = _argument_names(schema)
+    names = [argument for _, argument in _arguments(schema)]
     by_name: Any = namedtuple(name, names)  # type: ignore[misc]  # the schema has them
     _library.define(schema, tags=_TAGS)
     for native in _natives:
@@ -75,32 +75,36 @@ def define(
     if backward is None and name.endswith("_backward"):
         backward = _refusal(name.removesuffix("_backward"))
     if backward is not None:
-        lists = "[]" in schema.partition("->")[2]
-        kernel = _autograd(overload, by_name, setup_context or _keep_nothing, backward, lists)
+        kernel = _autograd(overload, schema, by_name, setup_context or _keep_nothing, backward)
         _library.impl(name, kernel, "Autograd", with_keyset=True)
     return overload
 
 
 def _autograd(
-    overload: Any, by_name: Any, setup_context: SetupContext, backward: Backward, lists: bool
+    overload: Any, schema: str, by_name: Any, setup_context: SetupContext, backward: Backward
 ) -> Callable[..., Any]:
-    """The autograd kernel of an operator. lists: whether its results hold lists of tensors.
+    """The autograd kernel of an operator.
 
     `torch.library.register_autograd` takes no operator that writes to its arguments, and its way
     through trees of arguments costs twice as much as the operator itself.
     """
+    kinds = _arguments(schema)
+    differentiable = [i for i, (kind, _) in enumerate(kinds) if kind.startswith("Tensor")]
+    names = [kinds[i][1] for i in differentiable]
+    gives_lists = "[]" in schema.partition("->")[2]
 
     class Formula(torch.autograd.Function):
         @staticmethod
         def forward(
-            ctx: Any, below: Any, arguments: Any, structure: list[Any], *tensors: torch.Tensor
-        ) -> Any:
-            # `tensors` are those of the arguments once more: autograd sees none in lists, and none
-            # in lists of results, whose `structure` is left for the caller.
+            ctx: Any, below: Any, arguments: Any, counts: list[int], structure: list[Any],
+            *tensors: torch.Tensor,
+        ) -> Any:  # fmt: skip
+            # `tensors` are those of the arguments once more, so many of each: autograd sees none
+            # in lists, and none in lists of results, whose `structure` is left for the caller.
             results = overload.redispatch(below, *arguments)
-            ctx.counts = [len(_tensors(argument)) for argument in arguments]
+            ctx.counts = counts
             setup_context(ctx, by_name(*arguments), results)
-            if not lists:
+            if not gives_lists:
                 return results
             flat, found = pytree.tree_flatten(results)
             structure.append(found)
@@ -108,12 +112,12 @@ def _autograd(
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            ends = list(itertools.accumulate(ctx.counts, initial=3))
+            ends = list(itertools.accumulate(ctx.counts, initial=4))
             wanted = (ctx.needs_input_grad[a:b] for a, b in itertools.pairwise(ends))
-            ctx.wanted = dict(zip(by_name._fields, map(any, wanted), strict=True))
+            ctx.wanted = dict(zip(names, map(any, wanted), strict=True))
             gradients = backward(ctx, *grads)
-            flat: list[Any] = [None, None, None]
-            for name, count in zip(by_name._fields, ctx.counts, strict=True):
+            flat: list[Any] = [None] * 4
+            for name, count in zip(names, ctx.counts, strict=True):
                 gradient = gradients.get(name)
                 flat += gradient if isinstance(gradient, list) else [gradient] * count
             return tuple(flat)
@@ -121,11 +125,12 @@ def _autograd(
     def kernel(keyset: Any, *arguments: Any) -> Any:
         below = keyset.remove(keyset.highestPriorityTypeId())
         if torch.is_grad_enabled():
-            tensors = [tensor for argument in arguments for tensor in _tensors(argument)]
+            groups = [_tensors(arguments[i]) for i in differentiable]
+            tensors = [tensor for group in groups for tensor in group]
             if any(tensor.requires_grad for tensor in tensors):
                 structure: list[Any] = []
-                results = Formula.apply(below, arguments, structure, *tensors)
-                return pytree.tree_unflatten(results, structure[0]) if lists else results
+                results = Formula.apply(below, arguments, [*map(len, groups)], structure, *tensors)
+                return pytree.tree_unflatten(results, structure[0]) if gives_lists else results
         return overload.redispatch(below, *arguments)
 
     return kernel
@@ -153,10 +158,10 @@ def _refusal(operator: str) -> Backward:
     return refuse
 
 
-def _argument_names(schema: str) -> list[str]:
-    """Names of the arguments of `name(type name, ...) -> results`."""
-    arguments = schema[schema.index("(") + 1 : schema.index(") ->")]
-    return [argument.split()[-1] for argument in arguments.split(", ")]
+def _arguments(schema: str) -> list[tuple[str, str]]:
+    """Types and names of the arguments of `name(type name, ...) -> results`."""
+    arguments = schema[schema.index("(") + 1 : schema.index(") ->")].split(", ")
+    return [(kind, name) for kind, _, name in (each.rpartition(" ") for each in arguments)]
 
 
 def _native_schema(schema: str) -> str:
