@@ -411,7 +411,7 @@ def packaged_models() -> dict[str, dict[str, Any]]:
 
 
 def dump_yaml(config: Config) -> str:
-    """The configuration as YAML, opened by the mark that tells a run's folder."""
+    """The configuration as YAML, after the mark by which a run's folder is known."""
     body = yaml.safe_dump(config.to_dict(), sort_keys=False, default_flow_style=False)
     return f"{RUN_MARK}: every value that this run used\n{body}"
 

@@ -114,7 +114,7 @@ def train(
     settings = training_config(overrides or [], config, data, kernels, base)
     folder = out if out is not None else default_run_folder(settings.data.source)
 
-    # timm, torchvision and the like take seconds: a wrong key is told before.
+    # timm, torchvision and the like take seconds: a wrong key raises its error before that.
     from magsd.training.report import finish_run
     from magsd.training.run import train_run
     from magsd.training.trainer import Interrupted

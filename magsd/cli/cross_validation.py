@@ -55,7 +55,7 @@ def crossval(
     base = load_config(configuration_file(config, pairs))
     seed_numbers, fold_numbers = numbers("--seeds", seeds), numbers("--folds", folds)
 
-    # timm, torchvision and the like take seconds: a wrong key is told before.
+    # timm, torchvision and the like take seconds: a wrong key raises its error before that.
     from magsd.crossval.plan import plan_runs
 
     runs = plan_runs(

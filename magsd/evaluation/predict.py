@@ -102,7 +102,7 @@ def _described(
         lacking = "class names" if names is None else "preprocessing"
         raise RunError(f"the model was saved without its {lacking}, and none were given")
     if len(names) != model.num_classes:
-        raise RunError(f"the model tells {model.num_classes} classes apart, got {list(names)}")
+        raise RunError(f"the model has {model.num_classes} classes, got the names {list(names)}")
     return tuple(names), prepared
 
 
