@@ -84,7 +84,7 @@ def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Raises `RunError`, which says whether it is missing or corrupt."""
+    """Read a checkpoint onto the CPU. Raises `RunError` where it is missing or corrupt."""
     if not path.is_file():
         raise RunError(f"no checkpoint at {path}: the run was stopped before its first one")
     advice = "delete it, and resume from another copy or start the run again with --overwrite"
