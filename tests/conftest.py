@@ -40,6 +40,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     options = config.option
     if not config.pluginmanager.hasplugin("xdist") or not all(map(os.path.isdir, config.args)):
         return
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a worker, or what a test in one has started
+        return
     if options.numprocesses is None and not (options.usepdb or options.collectonly):
         options.numprocesses, options.dist = "auto", "worksteal"
 
