@@ -64,10 +64,7 @@ def define(
         if written is not None:
             torch.autograd.graph.increment_version(written(by_name(*arguments)))
         *given, backend = arguments
-        function = getattr(implementation(backend, operation), name)
-        if backend == "triton":
-            return _on_their_device(function, given)
-        return function(*given)
+        return call_backend(backend, operation, name, given)
 
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"magsd::{name}", fake, lib=_library)
@@ -78,6 +75,14 @@ def define(
         kernel = _autograd(overload, schema, by_name, setup_context or _keep_nothing, backward)
         _library.impl(name, kernel, "Autograd", with_keyset=True)
     return overload
+
+
+def call_backend(backend: str, operation: str, name: str, arguments: Sequence[Any]) -> Any:
+    """Results of a backend's function of this name, without its operator."""
+    function = getattr(implementation(backend, operation), name)
+    if backend == "triton":
+        return _on_their_device(function, arguments)
+    return function(*arguments)
 
 
 def _autograd(
