@@ -23,7 +23,7 @@ _REPORT = re.compile(
 
 
 def write_resources(folder: Path, sources: Iterable[Path], compiler: str, path: Path) -> None:
-    """Write the reports in `folder` as JSON, a line a kernel, so that changes can be read."""
+    """Write the reports in `folder` as JSON, one line per kernel, so that changes can be read."""
     table: dict[str, dict[str, list[int]]] = {}
     for source in sources:
         log = (folder / f"{source.stem}.o.log").read_text(errors="replace")

@@ -17,8 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from magsd_kernels import environment, native
-from magsd_kernels.backends import BACKENDS, BackendUnavailable, backends
+from magsd_kernels.backends import (
+    BACKENDS,
+    OPERATIONS,
+    BackendUnavailable,
+    backends,
+    why_not,
+)
 from magsd_kernels.cases import CASES, UNEVEN, Case, Size, random, tensors_of
 
 LAYOUTS = ("contiguous", "channels_last")
@@ -29,18 +34,12 @@ SEEDS = (0, 100)
 
 def runnable() -> list[tuple[str, str]]:
     """Every backend that is available, with every device here whose tensors it takes."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    takes = {
-        "reference": devices,
-        "cpu": ["cpu"],
-        "cuda": ["cpu"] if native.emulates_cuda() else ["cuda"],
-        "triton": ["cpu"] if environment.on(environment.TRITON_INTERPRET) else ["cuda"],
-    }
+    devices = ["cpu", *(name for name in ("cuda", "xpu") if getattr(torch, name).is_available())]
     return [
         (name, device)
-        for name, state in backends().items()
-        for device in takes[name]
-        if state == "available" and device in devices
+        for name in BACKENDS
+        for device in devices
+        if why_not(name, OPERATIONS[0], device, torch.float32) is None
     ]
 
 

@@ -24,7 +24,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 #: Keeps what the backward needs: (ctx, arguments by name, results).
 SetupContext = Callable[[Any, Any, Any], None]
 #: (ctx, gradients of the results) -> gradients of the arguments that have one, by name;
-#: ctx.wanted tells by name which are asked for.
+#: ctx.wanted maps each name to whether its gradient is asked for.
 Backward = Callable[..., dict[str, Any]]
 
 
@@ -90,8 +90,8 @@ def _autograd(
 ) -> Callable[..., Any]:
     """The autograd kernel of an operator.
 
-    `torch.library.register_autograd` takes no operator that writes to its arguments, and its way
-    through trees of arguments costs twice as much as the operator itself.
+    `torch.library.register_autograd` takes no operator that writes to its arguments, and a call of
+    one element that goes through it took 1.4 to 1.9 times as long.
     """
     kinds = _arguments(schema)
     differentiable = [i for i, (kind, _) in enumerate(kinds) if kind.startswith("Tensor")]

@@ -21,7 +21,7 @@ _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 60
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds per call, one entry a round, each the mean over `iterations` calls."""
+    """Seconds per call, one entry per round, each the mean over `iterations` calls."""
 
     seconds: list[float]
     iterations: int

@@ -57,7 +57,7 @@ inline void check_maps(const Tensors& maps, const char* name) {
 
 // (M,) floating tensors, one a scale.
 inline void check_parameters(const Tensors& values, const char* name, const Tensors& projections) {
-  STD_TORCH_CHECK(values.size() == projections.size(), name, " must have one entry a scale");
+  STD_TORCH_CHECK(values.size() == projections.size(), name, " must have one entry per scale");
   for (const Tensor& value : values) {
     check_tensor(value, name, 1);
     check_floating(value, name);

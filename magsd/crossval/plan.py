@@ -144,6 +144,7 @@ def _check_read(
         if not any(
             resolve_key(key, config.model.name) in config.flat() for config in configs.values()
         ):
+            # As the only model's own pair, whose error says which models read it.
             load_config(None, [f"model={models[0]}", pair], base=base, shared=overrides)
 
 

@@ -183,9 +183,9 @@ def z_score(images: Tensor, epsilon: float = 1e-6) -> Tensor:
     images: (B, C, H, W) float. A constant image becomes 0.
     """
     dims = (1, 2, 3)
-    centerd = images - images.mean(dims, keepdim=True)
-    deviation = centerd.square().mean(dims, keepdim=True).sqrt()
-    return torch.where(deviation > epsilon, centerd / deviation.clamp_min(epsilon), 0.0)
+    centered = images - images.mean(dims, keepdim=True)
+    deviation = centered.square().mean(dims, keepdim=True).sqrt()
+    return torch.where(deviation > epsilon, centered / deviation.clamp_min(epsilon), 0.0)
 
 
 def _uniform(batch: int, part: Part | None, generator: torch.Generator, *shape: int) -> Tensor:

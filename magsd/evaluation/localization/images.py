@@ -119,7 +119,7 @@ def write_boxes(
     classes: Sequence[str],
     size_of: Callable[[Record], tuple[int, ...]],
 ) -> None:
-    """Write a CSV with one row a box, in pixels of the image as it was before it was resized.
+    """Write a CSV with one row per box, in pixels of the image as it was before it was resized.
 
     size_of: height and width of that image. number counts an image's boxes from 1, the one with
     most of the map (`share`) first.
