@@ -53,8 +53,8 @@ class Runtime:
 
     The context chooses the backend of `magsd_kernels`, for the current thread, and lets float32
     products run in TF32 where that is the precision, for the whole process. It may be entered
-    again within itself. Forward passes also run within `autocast()`, or, where nothing is trained, within
-    `inference(model)`.
+    again within itself. Forward passes also run within `autocast()`, or, where nothing is trained,
+    within `inference(model)`.
 
     precision: one of PRECISIONS; "tf32" is float32 whose products may run in TF32 on a GPU, the
         half precisions are autocast's.
