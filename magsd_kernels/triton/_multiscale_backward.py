@@ -217,9 +217,9 @@ def _gradient_kernel(
             tl.store(grads[scale] + to, back.to(kind), mask=inside)
 
 
-def _loads(outputs: object) -> tuple[int, ...]:
-    """Of a pixel of each scale: its own, and those of the outputs that read it."""
-    return tuple(1 + rows * columns for rows, columns in outputs)  # type: ignore[attr-defined]
+def _loads(outputs: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """Loads of a pixel of each scale: its own, and those of the outputs that read it."""
+    return tuple(1 + rows * columns for rows, columns in outputs)
 
 
 def _gradients(
@@ -242,7 +242,7 @@ def _gradients(
     sizes = (batch, channels, height, width, pixel_steps(grad), *sizes_of(maps))
     resampled = resampling(grads, (height, width), mode, align_corners)
     tile = tile_of(channels, _SUMS_TILE, grad.dtype)
-    place = {
+    common = {
         "MAPS": tile.maps, "INDEX": offset_type(grad, *maps, *grads),
         "ACC": accumulation(grad.dtype),
     }  # fmt: skip
@@ -254,18 +254,18 @@ def _gradients(
         totals = grad.new_empty((len(grads), 2, channels), dtype=dtype)
         _sums_kernel[(sum(parts.counts), tile.chunks)](
             grad, tuple(maps), *parameters, *statistics, sums, *sizes, parts.lengths, steps,
-            PIXELS=tile.pixels, **place, **resampled,
+            PIXELS=tile.pixels, **common, **resampled,
         )  # fmt: skip
         _total_kernel[(len(grads), tile.chunks)](
             sums, totals, *map(tuple, results), batch, channels, *sizes_of(maps)[:2],
-            parts.lengths, ROWS=COMBINED, **place,
+            parts.lengths, ROWS=COMBINED, **common,
         )  # fmt: skip
     tile = tile_of(channels, _GRADIENT_TILE, grad.dtype)
     largest = max(g.shape[2] * g.shape[3] for g in grads)
     _gradient_kernel[(triton.cdiv(max(batch * largest, 1), tile.pixels), len(grads), tile.chunks)](
         grad, tuple(maps), *parameters, *statistics, totals, tuple(grads), *sizes,
         tuple(pixel_steps(g) for g in grads), steps,
-        NORM=norm, TRAINING=training, PIXELS=tile.pixels, **place, **resampled,
+        NORM=norm, TRAINING=training, PIXELS=tile.pixels, **common, **resampled,
     )  # fmt: skip
 
 
