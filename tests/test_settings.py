@@ -1,9 +1,12 @@
-"""Every value of every setting that has few, taken from the configuration's own fields."""
+"""Every value of every setting that has few, taken from the configuration's own fields.
+
+A run takes as many values of different settings as go together.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partialmethod
 from pathlib import Path
@@ -61,11 +64,10 @@ def settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield prefix + item.name, default, value
 
 
-def cases() -> list[tuple[str, str]]:
-    """Method and key=value: the defaults of each method in one run, other values one by one."""
+def values() -> list[tuple[str, str]]:
+    """Method and key=value, of every value that is not the method's default."""
     found = []
     for number, name in enumerate(methods()):
-        found.append((name, ""))
         for key, default, value in settings(Config.of(name)):
             # What no method changes is tried with one of them.
             own = key.startswith(("model.", "views.", "loss.")) or key == "train.views"
@@ -73,16 +75,6 @@ def cases() -> list[tuple[str, str]]:
             if value != default and readable and (own or number == 0):
                 found.append((name, f"{key}={str(value).lower()}"))
     return found
-
-
-def test_all_kinds_of_settings_are_found() -> None:
-    keys = {pair.partition("=")[0] for _, pair in cases()}
-    assert keys >= {
-        *("data.split", "data.clahe", "data.augment.enabled", "optim.name", "optim.schedule"),
-        *("optim.nesterov", "model.fusion", "model.pool", "model.regularizer", "model.pretrained"),
-        *("loss.name", "loss.class_weights", "train.precision", "train.views", "train.monitor"),
-        *("train.recompute", "train.channels_last", "train.images_on_device", "train.compile"),
-    }
 
 
 def needed(name: str, pair: str) -> list[str]:
@@ -95,6 +87,50 @@ def needed(name: str, pair: str) -> list[str]:
         other, value, *_ = item.metadata["when"]
         pairs.append(f"{section}.{other}={value}")
     return pairs
+
+
+def overrides(name: str, pairs: Sequence[str]) -> list[str]:
+    """All that the values need, and the values."""
+    return [f"model.name={name}", *(each for pair in pairs for each in (*needed(name, pair), pair))]
+
+
+def go_together(name: str, pairs: Sequence[str]) -> bool:
+    """Whether a configuration can have all these values, and reads every one."""
+    try:
+        config = load_config(None, overrides(name, pairs))
+    except ConfigError:
+        return False
+    return set(pairs) <= {f"{key}={str(value).lower()}" for key, value in config.flat().items()}
+
+
+def cases() -> list[tuple[str, tuple[str, ...]]]:
+    """Method and values: the defaults of each method in one run, the others in as few as can be."""
+    found = []
+    for name in methods():
+        runs: list[tuple[str, ...]] = []
+        for pair in (pair for method, pair in values() if method == name):
+            fitting = [
+                i
+                for i, pairs in enumerate(runs)
+                if not {pair, *pairs} & REFUSED.keys() and go_together(name, (*pairs, pair))
+            ]
+            if fitting:
+                runs[fitting[0]] += (pair,)
+            else:
+                runs.append((pair,))
+        found += [(name, pairs) for pairs in [(), *runs]]
+    return found
+
+
+def test_all_kinds_of_settings_are_found() -> None:
+    found = values()
+    assert sorted((name, pair) for name, pairs in cases() for pair in pairs) == sorted(found)
+    assert {pair.partition("=")[0] for _, pair in found} >= {
+        *("data.split", "data.clahe", "data.augment.enabled", "optim.name", "optim.schedule"),
+        *("optim.nesterov", "model.fusion", "model.pool", "model.regularizer", "model.pretrained"),
+        *("loss.name", "loss.class_weights", "train.precision", "train.views", "train.monitor"),
+        *("train.recompute", "train.channels_last", "train.images_on_device", "train.compile"),
+    }
 
 
 def run(*arguments: str | Path) -> str:
@@ -124,10 +160,10 @@ def birds(root: Path) -> str:
     return f"cub:{root}"
 
 
-@pytest.mark.parametrize(("name", "pair"), cases())
+@pytest.mark.parametrize(("name", "pairs"), cases(), ids=str)
 def test_trains_evaluates_predicts_and_localizes(
     name: str,
-    pair: str,
+    pairs: tuple[str, ...],
     small_pairs: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -136,22 +172,19 @@ def test_trains_evaluates_predicts_and_localizes(
     monkeypatch.setattr(backbone, "_create_pretrained", backbone._create)
     compiled = partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", compiled)
-    own = [pair] if pair else []
-    source = [f"data.source={birds(tmp_path)}"] if pair == "data.split=published" else []
-    shared = [*small_pairs, *TINY, *source, *needed(name, pair)]
-    config = load_config(None, [f"model.name={name}", *own], shared=shared)
+    source = [f"data.source={birds(tmp_path)}"] if "data.split=published" in pairs else []
+    config = load_config(None, overrides(name, pairs), shared=[*small_pairs, *TINY, *source])
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(config.to_dict()))  # JSON is YAML
     out = tmp_path / "run"
 
-    if pair in REFUSED:
-        with pytest.raises(ConfigError, match=REFUSED[pair]):
+    if pairs and pairs[0] in REFUSED:
+        with pytest.raises(ConfigError, match=REFUSED[pairs[0]]):
             run("train", "--config", file, "--out", out)
         return
     run("train", "--config", file, "--out", out)
-    key, _, value = pair.partition("=")
-    if pair:
-        assert str(RunFolder(out).load_config().flat()[key]).lower() == value
+    stored = RunFolder(out).load_config().flat().items()
+    assert set(pairs) <= {f"{key}={str(value).lower()}" for key, value in stored}
     run("evaluate", out, "--json", tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["raw"]["images"] == report["refined"]["images"] > 0

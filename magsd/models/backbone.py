@@ -84,6 +84,10 @@ class Backbone(nn.Module):
             maps = self.net(images)
         return [m.permute(0, 3, 1, 2) for m in maps] if self._channels_last else list(maps)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """`torch.compile` the network; what computes activations again calls it as it is."""
+        self.net.compile(*args, **kwargs)
+
     @property
     def draws(self) -> bool:
         """Whether a pass draws random numbers; their state is costly to keep, and waits for a GPU.

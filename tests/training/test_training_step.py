@@ -200,12 +200,16 @@ def test_merged_views_are_one_batch_of_three_times_the_size() -> None:
     assert counts == {2}
 
 
-def test_recomputed_activations_change_nothing() -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_recomputed_activations_change_nothing(compiled: bool) -> None:
     """Loss, gradients and running statistics; every pass keeps less."""
     torch.manual_seed(0)
     model, twin = make_model(), make_model()
     twin.load_state_dict(model.state_dict())
     twin.backbone.recompute = True
+    if compiled:
+        model.backbone.compile(backend="aot_eager")
+        twin.backbone.compile(backend="aot_eager")
     kept = []
     for network in (model, twin):
         held: dict[int, int] = {}
