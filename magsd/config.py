@@ -459,9 +459,13 @@ def _get(config: Any, key: str) -> Any:
     return config
 
 
+#: Evaluating a section's annotations takes milliseconds.
+_hints = functools.cache(get_type_hints)
+
+
 def _set(config: Config, full: str, said: _Said) -> None:
     section, _, leaf = full.rpartition(".")
-    hint = get_type_hints(type(_get(config, section)))[leaf]
+    hint = _hints(type(_get(config, section)))[leaf]
     wrong = f"{said.where}: {full}={said.value!r}"
     try:
         value = coerce(said.value, hint, from_text=said.is_text)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -56,8 +60,29 @@ def shared_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A folder by a name, which `make(folder)` fills in one of all workers; the others wait."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a try that failed
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def cache_dir(made_once: Callable[..., Path]) -> Path:
+    return made_once("cache", lambda folder: None)
 
 
 @pytest.fixture(scope="session")
@@ -66,35 +91,109 @@ def small_pairs(cache_dir: Path) -> list[str]:
     return [*SMALL, f"cache_dir={cache_dir}"]
 
 
-def _run_python(*arguments: str | Path, **environment: object) -> subprocess.CompletedProcess[str]:
+Completed = subprocess.CompletedProcess[str]
+
+
+def _environment(**variables: object) -> dict[str, str]:
+    """Variables of a process that imports the package under test."""
     import magsd  # not where the kernels alone are installed
 
-    variables = {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    variables |= {name: str(value) for name, value in environment.items()}
+    given = {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    given |= {name: str(value) for name, value in variables.items()}
     package = str(Path(magsd.__file__).parents[1])
-    paths = [variables.get("PYTHONPATH"), package, os.environ.get("PYTHONPATH")]
-    variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    # -m looks in the current folder first: a checkout there may lack the native kernels that the
-    # installed package has, whose last digits are others.
-    with tempfile.TemporaryDirectory() as empty:
-        return subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            env={**os.environ, **variables},
-            cwd=empty,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+    paths = [given.get("PYTHONPATH"), package, os.environ.get("PYTHONPATH")]
+    return os.environ | given | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 @pytest.fixture(scope="session")
-def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+def run_python() -> Callable[..., Completed]:
     """Runs Python with arguments, and the package under test, in a process of its own.
 
     Keywords are environment variables; PYTHONPATH comes before the package's folder.
     """
-    return _run_python
+
+    def run(*arguments: str | Path, **environment: object) -> Completed:
+        # -m looks in the current folder first: a checkout there may lack the native kernels that
+        # the installed package has, whose last digits are others.
+        with tempfile.TemporaryDirectory() as empty:
+            return subprocess.run(
+                [sys.executable, *map(str, arguments)],
+                env=_environment(**environment),
+                cwd=empty,
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+
+    return run
+
+
+class WarmPython:
+    """Runs Python as `run_python` does, in forks of one process that has imported the package."""
+
+    def __init__(self) -> None:
+        self._server: subprocess.Popen[str] | None = None
+
+    def __call__(self, *arguments: str | Path, **environment: object) -> Completed:
+        if self._server is None:
+            self._server = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("warm_python.py"))],
+                env=_environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            outputs = {name: Path(folder, name) for name in ("stdout", "stderr")}
+            empty = Path(folder, "empty")
+            empty.mkdir()
+            request = {
+                "arguments": [*map(str, arguments)],
+                "environment": {name: str(value) for name, value in environment.items()},
+                "folder": str(empty),
+                **{name: str(path) for name, path in outputs.items()},
+            }
+            try:
+                print(json.dumps(request), file=self._server.stdin, flush=True)
+                status = int(self._server.stdout.readline())
+            except BaseException:  # a time limit, too
+                self.stop()
+                raise
+            written = (outputs[name].read_text() for name in ("stdout", "stderr"))
+            return subprocess.CompletedProcess([*arguments], status, *written)
+
+    def stop(self) -> None:
+        if self._server is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._server.pid, signal.SIGKILL)
+            self._server.wait()
+            self._server = None
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[WarmPython]:
+    """Runs Python as `run_python` does, without the seconds of its imports."""
+    python = WarmPython()
+    yield python
+    python.stop()
+
+
+@pytest.fixture(scope="session")
+def torchrun(warm_python: WarmPython) -> Callable[..., Completed]:
+    """Runs a script in two processes; the options are torchrun's."""
+
+    def run(
+        script: str | Path, *arguments: str | Path, options: Sequence[str] = (), **variables: object
+    ) -> Completed:
+        launch = "from torch.distributed.run import main; main()"
+        two = ["--standalone", "--nproc-per-node=2", "--run-path", "--start-method=fork"]
+        return warm_python("-c", launch, *two, *options, script, *arguments, **variables)
+
+    return run
 
 
 @pytest.fixture

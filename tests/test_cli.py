@@ -54,6 +54,11 @@ def process(run_python: Process) -> Process:
     return partial(run_python, "-m", "magsd")
 
 
+@pytest.fixture
+def warm_process(warm_python: Process) -> Process:
+    return partial(warm_python, "-m", "magsd")
+
+
 def test_help_is_quick_and_lists_commands(process: Process, run_python: Process) -> None:
     code = "import sys, magsd.cli; assert not {'torch', 'timm', 'cv2'} & set(sys.modules)"
     assert run_python("-c", code).returncode == 0
@@ -75,8 +80,8 @@ def test_processes_run_the_package_under_test(
     assert process("--help").returncode == 0
 
 
-def test_errors_are_one_message_and_exit_code_2(process: Process, tmp_path: Path) -> None:
-    done = process("train", "--out", tmp_path / "run", "epoch=3")
+def test_errors_are_one_message_and_exit_code_2(warm_process: Process, tmp_path: Path) -> None:
+    done = warm_process("train", "--out", tmp_path / "run", "epoch=3")
     assert done.returncode == 2
     assert done.stderr.strip() == "magsd: unknown key 'epoch'; did you mean 'train.epochs'?"
     assert not (tmp_path / "run").exists()
@@ -315,12 +320,12 @@ def test_folder_that_is_no_run(command: str, tmp_path: Path) -> None:
         run(command, tmp_path, *extra)
 
 
-def test_corrupt_checkpoint_is_said(process: Process, trained: Path, tmp_path: Path) -> None:
+def test_corrupt_checkpoint_is_said(warm_process: Process, trained: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
     best = copy / "checkpoints" / "best.pt"
     best.write_bytes(best.read_bytes()[:-500])
-    done = process("evaluate", copy)
+    done = warm_process("evaluate", copy)
     assert done.returncode == 2
     assert "corrupt checkpoint" in done.stderr
     assert "Traceback" not in done.stderr

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partialmethod
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -24,6 +25,8 @@ from magsd.data import open_source
 from magsd.errors import ConfigError
 from magsd.methods import methods
 from magsd.models import backbone
+from magsd.training.checkpoint import load_checkpoint
+from magsd.training.metrics_log import read_metrics
 from magsd.training.run_folder import RunFolder
 
 TINY = (
@@ -185,6 +188,9 @@ def test_trains_evaluates_predicts_and_localizes(
     run("train", "--config", file, "--out", out)
     stored = RunFolder(out).load_config().flat().items()
     assert set(pairs) <= {f"{key}={str(value).lower()}" for key, value in stored}
+    assert all(isfinite(float(row["train_loss"])) for row in read_metrics(out / "metrics.csv"))
+    scaler = load_checkpoint(out / "checkpoints" / "last.pt")["scaler"]
+    assert bool(scaler) == (config.train.precision == "float16")
     run("evaluate", out, "--json", tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["raw"]["images"] == report["refined"]["images"] > 0
@@ -196,3 +202,6 @@ def test_trains_evaluates_predicts_and_localizes(
     assert Path(prediction["overlay"]).is_file()
     run("localize", out, "--out", tmp_path / "maps", "--overlays", "1")
     assert list((tmp_path / "maps").glob("*.csv"))
+    # None where all maps are zero everywhere, as they may be after one step.
+    means = json.loads((tmp_path / "maps" / "localization.json").read_text())["overall"]["means"]
+    assert means is None or 0 < means["values"]["inside"] < 1

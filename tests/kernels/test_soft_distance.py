@@ -321,7 +321,7 @@ def test_one_launch_each_way(target, weighted, stacked):
     )
 
 
-ROWS_OF_MANY_BLOCKS = ((67, 37, 3), (2000, 4, 2), (9, 1500, 2))
+ROWS_OF_MANY_BLOCKS = ((67, 37, 3), (1100, 4, 2), (9, 1500, 2))
 
 
 @pytest.mark.parametrize(("batch", "classes", "views"), ROWS_OF_MANY_BLOCKS)
@@ -330,7 +330,7 @@ def test_rows_of_many_blocks(target, batch, classes, views, weighted):
     """More rows than one block takes; as many blocks as a GPU has, and as few as a small one."""
     inputs = inputs_of(batch, classes, views)
     weights = weights_of(classes) if weighted else None
-    for count in (1, 132):
+    for count in (1, 132) if target.backend == "cuda" else (1,):
         with multiprocessors(target, count):
             check(target, torch.float32, inputs, class_weights=weights, smoothing=1e-4)
 

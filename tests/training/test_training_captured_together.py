@@ -144,7 +144,7 @@ def _weights(trainer: Trainer) -> Tensor:
 
 @pytest.fixture(scope="module")
 def kept(
-    run_python: Callable[..., subprocess.CompletedProcess[str]],
+    torchrun: Callable[..., subprocess.CompletedProcess[str]],
     small_pairs: list[str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[dict[str, Any]]:
@@ -153,8 +153,7 @@ def kept(
     (folder / "script.py").write_text(SCRIPT)
     # At so low a rate a difference in rounding does not grow from step to step.
     pairs = [*small_pairs, "data.source=phantom:n=64,size=32", "log_interval=1000", "lr=1e-7"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = run_python(*launcher, folder / "script.py", folder / "kept", *pairs)
+    done = torchrun(folder / "script.py", folder / "kept", *pairs)
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"kept.{rank}") for rank in (0, 1)]
 

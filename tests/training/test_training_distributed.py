@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import magsd
 from magsd.config import Config, load_config
 from magsd.data import Batch, BatchLoader, Part, shard_bounds, split_by_patient
 from magsd.data.run_data import open_images, plain_loader, training_loader
@@ -64,27 +65,14 @@ Two = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def torchrun(run_python: Two) -> Two:
-    """Runs a program in two processes; the options are torchrun's."""
-
-    def run(
-        program: list[str], *, options: tuple[str, ...] = (), **environment: object
-    ) -> subprocess.CompletedProcess[str]:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
-        return run_python(*launcher, *program, **environment)
-
-    return run
-
-
-@pytest.fixture(scope="module")
 def train_on_two(torchrun: Two) -> Two:
     """Runs `magsd train`, or a script in its place, in two processes."""
 
     def run(
         arguments: list[str], *, script: Path | None = None, **how: Any
     ) -> subprocess.CompletedProcess[str]:
-        program = ["-m", "magsd"] if script is None else [str(script)]
-        return torchrun([*program, "train", *arguments], **how)
+        program = script or Path(magsd.__file__).with_name("__main__.py")
+        return torchrun(program, "train", *arguments, **how)
 
     return run
 
@@ -98,13 +86,18 @@ def broken(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def two(
-    train_on_two: Two, small_pairs: list[str], tmp_path_factory: pytest.TempPathFactory
+    run_python: Two, small_pairs: list[str], made_once: Callable[..., Path]
 ) -> tuple[Path, str]:
-    """A whole run of two processes, and what it printed."""
-    out = tmp_path_factory.mktemp("two") / "run"
-    done = train_on_two(["--out", str(out), *small_pairs])
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out, done.stdout + done.stderr
+    """A whole run of two processes by the documented command, and what it printed."""
+
+    def train(folder: Path) -> None:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        done = run_python(*launcher, "-m", "magsd", "train", "--out", folder / "run", *small_pairs)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (folder / "printed").write_text(done.stdout + done.stderr)
+
+    folder = made_once("two", train)
+    return folder / "run", (folder / "printed").read_text()
 
 
 def save_gradients(out: str, *pairs: str) -> None:
@@ -176,7 +169,7 @@ def test_gradients_of_two_are_those_of_one(
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS)
     out = tmp_path / "two.pt"
-    done = torchrun([str(script), str(out), *pairs])
+    done = torchrun(script, out, *pairs)
     assert done.returncode == 0, done.stdout + done.stderr
     save_gradients(str(tmp_path / "one.pt"), *pairs)
     one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))

@@ -41,24 +41,24 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def run_command(run_python: Command) -> Command:
+def run_command(warm_python: Command) -> Command:
     """Runs the command; with SEND and AT it sends itself that signal in the step after AT steps."""
 
     def run(arguments: list[str], **send: object) -> subprocess.CompletedProcess[str]:
-        return run_python(*(["-c", CHILD] if send else ["-m", "magsd"]), *arguments, **send)
+        return warm_python(*(["-c", CHILD] if send else ["-m", "magsd"]), *arguments, **send)
 
     return run
 
 
 @pytest.fixture(scope="module")
-def whole_run(
-    run_command: Command, small_pairs: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def whole_run(run_command: Command, small_pairs: list[str], made_once: Callable[..., Path]) -> Path:
     """An uninterrupted run in its own process."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    done = run_command(["train", "--out", str(out), *small_pairs])
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
+
+    def train(folder: Path) -> None:
+        done = run_command(["train", "--out", str(folder / "run"), *small_pairs])
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return made_once("whole", train) / "run"
 
 
 def assert_same_runs(first: Path, second: Path, same_state: Callable[[Any, Any], None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,24 +34,26 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def program(made_once: Callable[..., Path]) -> Path:
     """rules.cu and the shim, compiled."""
     compiler = next((c for c in ("g++", "clang++") if shutil.which(c)), None)
     if not (SOURCES / "simt").is_dir():
         pytest.skip("this checkout holds no csrc/simt")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    binary = tmp_path_factory.mktemp("rules") / "rules"
+    return made_once("rules", lambda folder: compile_into(folder, compiler)) / "rules"
+
+
+def compile_into(folder: Path, compiler: str) -> None:
     result = run(
         compiler, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
         "-fvisibility=hidden", "-DMAGSD_SIMT", "-DMAGSD_ISA=cuda",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         f"-I{SOURCES}", f"-I{FOLDER / 'driver'}",
         *(f"-isystem{path}" for path in cpp_extension.include_paths()),
-        "-x", "c++", CASES, *sorted((SOURCES / "simt").glob("*.cpp")), "-o", binary,
+        "-x", "c++", CASES, *sorted((SOURCES / "simt").glob("*.cpp")), "-o", folder / "rules",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    return binary
 
 
 @pytest.mark.parametrize("name", HOLD)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -87,26 +88,33 @@ SOUND = (
 
 
 @pytest.fixture(scope="module", params=BUILDS)
-def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def program(request: pytest.FixtureRequest, made_once: Callable[..., Path]) -> Path:
     """faults.cu and the shim, compiled."""
-    compiler, *flags = BUILDS[request.param]
+    name = request.param
     if not (SOURCES / "simt").is_dir():
         pytest.skip("this checkout holds no csrc/simt")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no {compiler}")
-    folder = tmp_path_factory.mktemp("simt")
+    if shutil.which(BUILDS[name][0]) is None:
+        pytest.skip(f"no {BUILDS[name][0]}")
+    binary = made_once(f"simt {name}", lambda folder: compile_into(folder, name)) / name
+    if not binary.is_file():
+        pytest.skip(f"{BUILDS[name][0]} has no sanitizers here")
+    return binary
+
+
+def compile_into(folder: Path, name: str) -> None:
+    """The program by this name, unless it is to have sanitizers that the compiler lacks."""
+    compiler, *flags = BUILDS[name]
     if "-g" in flags:
         (folder / "empty.cpp").write_text("#include <sanitizer/asan_interface.h>\nint main() {}\n")
         probe = run(compiler, *SANITIZE, folder / "empty.cpp", "-o", folder / "empty")
         if probe.returncode != 0:
-            pytest.skip(f"{compiler} has no sanitizers here")
+            return
     result = run(
         compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
         *flags, f"-I{SOURCES}", "-x", "c++", CASES, *sorted((SOURCES / "simt").glob("*.cpp")),
-        "-o", folder / request.param,
+        "-o", folder / name,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    return folder / request.param
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
