@@ -246,7 +246,7 @@ class ClusterTile {
   __device__ bool has_channel(int n, int i) const { return octet_of(n, 2 * t_ + i % 2) < octets_; }
 
  private:
-  // Halves of the block's octets, or of what it may have at most: the first has two tiles or four.
+  // Where the two halves meet: behind two tiles, or four where the block has more than four.
   __device__ int middle() const { return octets_ > kOctets / 2 ? kOctets / 2 : kOctets / 4; }
   __device__ int begin_of(int half) const { return half == 0 ? 0 : middle(); }
   __device__ int end_of(int half) const { return half == 0 ? smaller(octets_, middle()) : octets_; }
