@@ -1,11 +1,11 @@
 // Bilinear attention pooling, forward, in half precision on GPUs with clusters (all other calls:
 // bilinear_pool.cu).
 //
-// Must move the features once in and P (B M C) once out, and does no more: a cluster of four blocks
-// keeps an image, each a quarter of the channels. The quarter is copied whole into shared memory,
-// in two halves, the second under the products of the first; P (32 x 512 at most) stays in
-// registers. The blocks read one another's sums of squares, scale, and write by way of shared
-// memory, where the features lay. One launch.
+// Must move the features once in and P (B M C) once out, and does no more: a cluster of four or
+// eight blocks keeps an image, each block a part of the channels. The part is copied whole into
+// shared memory, in two halves, the second under the products of the first; P (32 x 512 at most)
+// stays in registers. The blocks read one another's sums of squares, scale, and write by way of
+// shared memory, where the features lay. One launch.
 #include <cstdint>
 
 #include "cuda/bilinear_pool_cluster.h"
@@ -85,11 +85,11 @@ __device__ void write_result(const PoolCall<T>& call, const ClusterTile<T, kChan
 
 template <typename T, bool kChannelsLast>
 __global__ void __launch_bounds__(kClusterThreads, 2)
-    cluster_pool_kernel(const PoolCall<T> call, const ClusterJob<T> job) {
+    cluster_pool_kernel(const PoolCall<T> call, const int blocks, const ClusterJob<T> job) {
 #if defined(MAGSD_HAS_CLUSTERS)
   MAGSD_DYNAMIC_SHARED(unsigned char, memory);
-  const int b = blockIdx.x / kClusterBlocks, rank = blockIdx.x % kClusterBlocks;
-  const ClusterTile<T, kChannelsLast> tile(call, b, rank, memory);
+  const int b = blockIdx.x / blocks, rank = blockIdx.x % blocks;
+  const ClusterTile<T, kChannelsLast> tile(call, blocks, b, rank, memory);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     tile.load_features(half);
@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
 
   float factor = call.scale;
   if (call.normalize) {
-    const float norm = static_cast<float>(
-        std::sqrt(cluster_sum(static_cast<double>(sum_of_squares(call, tile, sums)))));
+    const double squares = static_cast<double>(sum_of_squares(call, tile, sums));
+    const float norm = static_cast<float>(std::sqrt(cluster_sum(squares, blocks)));
     if (rank == 0 && threadIdx.x == 0) job.norm[b] = norm;
     factor = static_cast<float>(static_cast<double>(call.scale) / clamped_norm(norm));
   } else {
@@ -124,14 +124,11 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
 
 template <typename T>
 bool pool_by_clusters(const DeviceScope& scope, const PoolCall<T>& call, T* output, float* norm) {
-  const ClusterPartition partition(call.channels, call.pixels, call.features.channels_last);
   const auto kernel =
       call.features.channels_last ? &cluster_pool_kernel<T, true> : &cluster_pool_kernel<T, false>;
-  const ClusterShape shape{kClusterBlocks, kClusterThreads, static_cast<size_t>(partition.bytes())};
-  if (!fits_clusters(call, shape, reinterpret_cast<const void*>(kernel))) return false;
-  launch_clusters(scope, grid_of(int64_t{call.batch} * kClusterBlocks), shape, kernel, call,
-                  ClusterJob<T>{output, norm});
-  return true;
+  return launch_smallest_clusters(
+      scope, call, kernel, [](const ClusterPartition& partition) { return partition.bytes(); },
+      ClusterJob<T>{output, norm});
 }
 
 #define MAGSD_POOL_BY_CLUSTERS(T) \

@@ -1,5 +1,7 @@
-// Bilinear pooling of half precision by clusters: an image's features, a quarter of the channels in
-// the shared memory of each of four blocks, with all its attention; products by m16n8k16.
+// Bilinear pooling of half precision by clusters: an image's features, a part of the channels in the
+// shared memory of each block, with all its attention; products by m16n8k16. A cluster has four
+// blocks, or eight where a quarter of the channels does not fit. The backward keeps more than the
+// forward and may take eight where the forward takes four: neither depends on the other's number.
 //
 // Rows of D are maps, columns are eight channels of a tile. Channels go in octets of eight that
 // follow one another; a block has at most kOctets of them.
@@ -20,25 +22,26 @@
 
 namespace magsd::MAGSD_ISA::bilinear_pool {
 
-constexpr int kClusterBlocks = 4;  // of an image
-constexpr int kClusterWarps = 8;   // of a block
+constexpr int kClusterWarps = 8;  // of a block
 constexpr int kClusterThreads = kClusterWarps * kWarp;
 constexpr int kClusterMaps = 32;
 constexpr int kOctets = 64;  // of a block at most: 64 registers of sums a thread
 constexpr int kTiles = kOctets / kClusterWarps;
 constexpr int kMostPixels = 4096;  // so that no offset overflows; shared memory ends long before
 
-// How the shared memory of a block is partitioned. Offsets in bytes; all are multiples of 16.
+// How an image is cut, and the shared memory of a block. Offsets in bytes; all are multiples of 16.
 struct ClusterPartition {
   static constexpr int kAttentionPitch = 2 * kClusterMaps + 16;
 
-  int octets;  // of a block; the last ones may have fewer
+  int blocks;  // of an image
+  int octets;  // of a block; the last ones may have fewer, or none
   int pixels;
   bool channels_last;
 
   // Larger sizes, which no cluster takes, count as the largest, so that nothing overflows.
-  MAGSD_HD ClusterPartition(int channels, int pixels_of, bool last)
-      : octets(smaller(kOctets, ceil_div(channels / 8, kClusterBlocks))),
+  MAGSD_HD ClusterPartition(int blocks_of, int channels, int pixels_of, bool last)
+      : blocks(blocks_of),
+        octets(smaller(kOctets, ceil_div(channels / 8, blocks_of))),
         pixels(smaller(kMostPixels, pixels_of)),
         channels_last(last) {}
 
@@ -55,29 +58,44 @@ struct ClusterPartition {
   MAGSD_HD int bytes() const { return attention() + pixels * kAttentionPitch; }
 };
 
-// Whether clusters take a call: by sizes, alignment and the device alone, so that it is the same
-// every time.
-template <typename T>
-bool fits_clusters(const PoolCall<T>& call, const ClusterShape& shape, const void* kernel) {
+// Launches kernel(call, blocks of a cluster, job) in the smallest clusters that take the call, if
+// any do; whether they did. Sizes, alignment and the device alone decide, so that it is the same every time.
+// (Not measured: whether eight blocks are better where four fit that fill a multiprocessor each.)
+template <typename T, typename Job>
+bool launch_smallest_clusters(const DeviceScope& scope, const PoolCall<T>& call,
+                              void (*kernel)(PoolCall<T>, int, Job),
+                              int (*shared_bytes)(const ClusterPartition&), const Job& job) {
   constexpr size_t kStaticBytes = 256;  // at least what a kernel declares
   const Features<T>& features = call.features;
   const bool whole_octets = call.channels % 8 == 0 && features.misaligned == 0 &&
                             (!features.channels_last || features.aligned_pixels);
   if (call.attention.resized || call.maps > kClusterMaps || !whole_octets ||
-      call.channels > 8 * kOctets * kClusterBlocks || call.pixels > kMostPixels) {
+      call.pixels > kMostPixels) {
     return false;
   }
-  return device_runs(kernel, shape, kStaticBytes);
+  for (const int blocks : {4, kMostClusterBlocks}) {
+    const ClusterPartition partition(blocks, call.channels, call.pixels, features.channels_last);
+    const ClusterShape shape{blocks, kClusterThreads,
+                             static_cast<size_t>(shared_bytes(partition))};
+    if (call.channels > 8 * kOctets * blocks ||
+        !device_runs(reinterpret_cast<const void*>(kernel), shape, kStaticBytes)) {
+      continue;
+    }
+    launch_clusters(scope, grid_of(int64_t{call.batch} * blocks), shape, kernel, call, blocks, job);
+    return true;
+  }
+  return false;
 }
 
 #if defined(MAGSD_HAS_CLUSTERS)
 template <typename T, bool kChannelsLast>
 class ClusterTile {
  public:
-  __device__ ClusterTile(const PoolCall<T>& call, int b, int rank, unsigned char* memory)
+  __device__ ClusterTile(const PoolCall<T>& call, int blocks, int b, int rank,
+                         unsigned char* memory)
       : call_(call),
         b_(b),
-        partition_(call.channels, call.pixels, kChannelsLast),
+        partition_(blocks, call.channels, call.pixels, kChannelsLast),
         first_(rank * partition_.octets),
         octets_(larger(0, smaller(partition_.octets, call.channels / 8 - first_))),
         pitch_(16 * partition_.pitch()),
@@ -90,10 +108,10 @@ class ClusterTile {
   __device__ int octets() const { return octets_; }
   __device__ int first_channel() const { return 8 * first_; }
 
-  // Starts to copy the features of half the tiles.
+  // Starts to copy the features of half the octets.
   __device__ void load_features(int half) const {
     const Features<T>& features = call_.features;
-    const int begin = half * kOctets / 2, end = smaller(octets_, begin + kOctets / 2);
+    const int begin = begin_of(half), end = end_of(half);
     const T* from = features.data + int64_t{b_} * features.step_b + 8 * first_ * features.step_c;
     if constexpr (kChannelsLast) {
       const int octet = begin + lane_;
@@ -127,7 +145,7 @@ class ClusterTile {
     if (threadIdx.x < 4) reinterpret_cast<unsigned*>(zero_row())[threadIdx.x] = 0;
   }
 
-  // Adds the products of half the tiles: sums[n][4 m + i] is d_i of tile n and maps 16 m.
+  // Adds the products of half the octets: sums[n][4 m + i] is d_i of tile n and maps 16 m.
   __device__ void multiply(int half, float (&sums)[kTiles][8]) const {
     const int steps = ceil_div(begin_ + call_.pixels, 16);
 #pragma unroll 1
@@ -136,9 +154,8 @@ class ClusterTile {
 #pragma unroll
       for (int m = 0; m < 2; ++m) load_matrices<true>(attention_row(k, m), maps[m]);
 #pragma unroll
-      for (int pair = 0; pair < kTiles / 4; ++pair) {
-        const int n = half * kTiles / 2 + 2 * pair;
-        if (n * kClusterWarps >= octets_) continue;
+      for (int n = half * kTiles / 4; n < (half + 1) * kTiles / 2; n += 2) {
+        if (n * kClusterWarps < begin_of(half) || n * kClusterWarps >= end_of(half)) continue;
         unsigned features[4];
         load_matrices<kChannelsLast>(feature_row(k, n), features);
         if constexpr (!kChannelsLast) {
@@ -229,6 +246,11 @@ class ClusterTile {
   __device__ bool has_channel(int n, int i) const { return octet_of(n, 2 * t_ + i % 2) < octets_; }
 
  private:
+  // Where the two halves meet: behind two tiles, or four where the block has more than four.
+  __device__ int middle() const { return octets_ > kOctets / 2 ? kOctets / 2 : kOctets / 4; }
+  __device__ int begin_of(int half) const { return half == 0 ? 0 : middle(); }
+  __device__ int end_of(int half) const { return half == 0 ? smaller(octets_, middle()) : octets_; }
+
   // Of a column of tile n.
   __device__ int octet_of(int n, int column) const {
     return kClusterWarps * n + (kChannelsLast ? warp_ : column);
@@ -282,9 +304,10 @@ class ClusterTile {
   unsigned char* const memory_;
   const int begin_, chunk_;  // of the warp's rows: pixels before the first in chunk_
 };
+
 // The sum of `mine` over a cluster, in every thread, added in one order. The next wait must come
 // before the block ends.
-__device__ __forceinline__ double cluster_sum(double mine) {
+__device__ __forceinline__ double cluster_sum(double mine, int blocks) {
   MAGSD_SHARED(double, sums, [kClusterWarps]);
   MAGSD_SHARED(double, total, [1]);
   mine = warp_sum(mine);
@@ -297,9 +320,12 @@ __device__ __forceinline__ double cluster_sum(double mine) {
   }
   cluster_arrive();
   cluster_wait();
+  // A lane reads of one block, so that a warp waits once.
+  const int lane = threadIdx.x % kWarp;
+  const double part = lane < blocks ? *peer_shared(&total[0], lane) : 0;
   double sum = 0;
 #pragma unroll
-  for (int rank = 0; rank < kClusterBlocks; ++rank) sum += *peer_shared(&total[0], rank);
+  for (int rank = 0; rank < kMostClusterBlocks; ++rank) sum += __shfl_sync(kAllLanes, part, rank);
   cluster_arrive();
   return sum;
 }

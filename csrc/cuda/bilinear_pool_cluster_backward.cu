@@ -2,14 +2,14 @@
 // bilinear_pool_backward.cu for the equations and all other calls).
 //
 // Must move the features and the gradient of the output in, and the gradients of the features and
-// of the attention out, and does no more: a cluster of four blocks keeps an image, each a quarter
-// of the channels, whose features lie in shared memory from the first product to the last. One
-// launch:
+// of the attention out, and does no more: a cluster of four or eight blocks keeps an image,
+// each block a part of the channels, whose features lie in shared memory from the first product to
+// the last. One launch:
 //   - the pooled matrix in registers, as the forward makes it; the sum of root * gradient over the
 //     image by way of the blocks' shared memory; W in the same registers, as two numbers of half
 //     precision, a number and its rest;
 //   - dA: the warps take turns on the pixels, so that sums are added in one order; each block then
-//     adds a quarter of the four blocks' sums;
+//     adds all blocks' sums of a part of dA, in the order of the blocks;
 //   - dF takes the place of the features and is written from there.
 // In float16 a warp's W is scaled by a power of two, so that it neither overflows nor loses bits.
 #include <cstdint>
@@ -87,7 +87,8 @@ __device__ void weigh(const PoolCall<T>& call, const ClusterTile<T, kChannelsLas
         if (tile.map_of(i) < call.maps) projection += roots[i] * upcast(grad[i]);
       }
     }
-    chain.normalize(*norm, cluster_sum(static_cast<double>(projection * call.scale)));
+    const double mine = static_cast<double>(projection * call.scale);
+    chain.normalize(*norm, cluster_sum(mine, tile.partition().blocks));
   }
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
@@ -161,22 +162,25 @@ __device__ void add_attention(const PoolCall<T>& call, const ClusterTile<T, kCha
   }
 }
 
-// A quarter of dA: the sums of the four blocks.
+// A part of dA: the sums of all blocks.
 template <typename T>
 __device__ void store_attention(const PoolCall<T>& call, const ClusterGradients<T>& job, int b,
-                                int rank, float* sums) {
-  const float* parts[kClusterBlocks];
+                                int blocks, int rank, float* sums) {
+  const float* parts[kMostClusterBlocks];
 #pragma unroll
-  for (int i = 0; i < kClusterBlocks; ++i) parts[i] = peer_shared(sums, i);
+  for (int i = 0; i < kMostClusterBlocks; ++i) {
+    parts[i] = i < blocks ? peer_shared(sums, i) : nullptr;
+  }
   const int count = call.pixels * call.maps;
   T* to = job.attention + int64_t{b} * count;
-  for (int i = rank * kClusterThreads + threadIdx.x; i < count;
-       i += kClusterBlocks * kClusterThreads) {
+  for (int i = rank * kClusterThreads + threadIdx.x; i < count; i += blocks * kClusterThreads) {
     const int p = job.step_m == 1 ? i / call.maps : i % call.pixels;
     const int m = job.step_m == 1 ? i % call.maps : i / call.pixels;
     float sum = 0;
 #pragma unroll
-    for (int part = 0; part < kClusterBlocks; ++part) sum += parts[part][p * kSumPitch + m];
+    for (int part = 0; part < kMostClusterBlocks; ++part) {
+      if (part < blocks) sum += parts[part][p * kSumPitch + m];
+    }
     to[m * job.step_m + p * job.step_p] = downcast<T>(sum);
   }
 }
@@ -224,11 +228,12 @@ template <typename T, bool kChannelsLast>
 
 template <typename T, bool kChannelsLast>
 __global__ void __launch_bounds__(kClusterThreads, (kBlocks<T, kChannelsLast>))
-    cluster_gradients_kernel(const PoolCall<T> call, const ClusterGradients<T> job) {
+    cluster_gradients_kernel(const PoolCall<T> call, const int blocks,
+                             const ClusterGradients<T> job) {
 #if defined(MAGSD_HAS_CLUSTERS)
   MAGSD_DYNAMIC_SHARED(unsigned char, memory);
-  const int b = blockIdx.x / kClusterBlocks, rank = blockIdx.x % kClusterBlocks;
-  const ClusterTile<T, kChannelsLast> tile(call, b, rank, memory);
+  const int b = blockIdx.x / blocks, rank = blockIdx.x % blocks;
+  const ClusterTile<T, kChannelsLast> tile(call, blocks, b, rank, memory);
   unsigned char* const grads = memory + tile.partition().bytes();
   float* const attention_sums = reinterpret_cast<float*>(grads);
 #pragma unroll
@@ -261,7 +266,7 @@ __global__ void __launch_bounds__(kClusterThreads, (kBlocks<T, kChannelsLast>))
   if (job.features != nullptr) replace_features(call, tile, high, rest, inverse);
   if (job.attention != nullptr) {
     cluster_wait();
-    store_attention(call, job, b, rank, attention_sums);
+    store_attention(call, job, b, blocks, rank, attention_sums);
     cluster_arrive();
   }
   if (job.features != nullptr) {
@@ -277,14 +282,9 @@ __global__ void __launch_bounds__(kClusterThreads, (kBlocks<T, kChannelsLast>))
 template <typename T>
 bool gradients_by_clusters(const DeviceScope& scope, const PoolCall<T>& call,
                            const ClusterGradients<T>& job) {
-  const ClusterPartition partition(call.channels, call.pixels, call.features.channels_last);
-  const ClusterShape shape{kClusterBlocks, kClusterThreads,
-                           static_cast<size_t>(shared_bytes(partition))};
   const auto kernel = call.features.channels_last ? &cluster_gradients_kernel<T, true>
                                                   : &cluster_gradients_kernel<T, false>;
-  if (!fits_clusters(call, shape, reinterpret_cast<const void*>(kernel))) return false;
-  launch_clusters(scope, grid_of(int64_t{call.batch} * kClusterBlocks), shape, kernel, call, job);
-  return true;
+  return launch_smallest_clusters(scope, call, kernel, &shared_bytes, job);
 }
 
 #define MAGSD_GRADIENTS_BY_CLUSTERS(T)                                        \

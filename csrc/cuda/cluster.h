@@ -19,6 +19,8 @@
 
 namespace magsd::MAGSD_ISA {
 
+constexpr int kMostClusterBlocks = 8;  // that every GPU with clusters takes
+
 // Whether the current device runs `kernel` in such clusters, whose blocks also declare `declared`
 // bytes of shared memory.
 inline bool device_runs([[maybe_unused]] const void* kernel, const ClusterShape& shape,

@@ -28,16 +28,17 @@ inline cudaLaunchAttribute cluster_attribute(int cluster) {
   return attribute;
 }
 
-// Sets `runs`. Asked once for each device, kernel and size of shared memory; no question concerns a
-// stream.
+// Sets `runs`. Asked once for each device, kernel, number of blocks and size of shared memory; no
+// question concerns a stream.
 inline cudaError_t runs_clusters(const void* kernel, const ClusterShape& shape, bool* runs) {
   static std::mutex mutex;
-  static std::map<std::tuple<int, const void*, size_t>, bool> known;
+  static std::map<std::tuple<int, const void*, int, size_t>, bool> known;
   int device = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto at = known.find({device, kernel, shape.shared});
+  const std::tuple key{device, kernel, shape.blocks, shape.shared};
+  const auto at = known.find(key);
   if (at != known.end()) {
     *runs = at->second;
     return cudaSuccess;
@@ -62,7 +63,7 @@ inline cudaError_t runs_clusters(const void* kernel, const ClusterShape& shape, 
       clusters = 0;
     }
   }
-  *runs = known[{device, kernel, shape.shared}] = clusters > 0;
+  *runs = known[key] = clusters > 0;
   return cudaSuccess;
 }
 

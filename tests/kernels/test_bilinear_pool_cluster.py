@@ -16,6 +16,7 @@ from .support import (
     assert_agrees,
     attention_maps,
     available_targets,
+    blocks,
     dtype_id,
     identical,
     launches,
@@ -27,6 +28,7 @@ from .test_bilinear_pool import check_in_place
 
 half_dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_id)
 both_layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+only_with_clusters = pytest.mark.parametrize("capability", [90], ids=["clusters"], indirect=True)
 
 
 @pytest.fixture(
@@ -62,7 +64,7 @@ def inputs_of(target, dtype, layout, features, maps):
 @pytest.mark.parametrize(
     ("features", "maps"),
     [
-        ((2, 8, 3, 3), 3),  # channels for one block of four
+        ((2, 8, 3, 3), 3),  # channels for one block
         ((1, 40, 1, 1), 32),
         ((3, 64, 7, 7), 32),
         ((1, 88, 14, 14), 17),
@@ -75,6 +77,51 @@ def inputs_of(target, dtype, layout, features, maps):
 )
 def test_sizes(target, capability, dtype, layout, features, maps):
     check_in_place(target, inputs_of(target, dtype, layout, features, maps))
+
+
+#: Sizes of features, maps, and blocks of an image, forward and backward; None: no cluster.
+CLUSTERS = [
+    ((1, 2048, 7, 7), 32, 4, 4),
+    ((1, 2048, 14, 14), 32, 4, 8),
+    ((1, 136, 28, 28), 5, 4, 8),  # 17 octets, 3 a block: the last two blocks have none
+    ((1, 136, 39, 40), 5, 8, None),
+    ((1, 2048, 15, 14), 32, 8, 8),
+    ((1, 2056, 2, 2), 3, 8, 8),  # more channels than four blocks have registers for
+    ((1, 4096, 1, 2), 32, 8, 8),
+    ((1, 4104, 1, 2), 32, None, None),
+]
+
+
+@half_dtypes
+@both_layouts
+@only_with_clusters
+@pytest.mark.parametrize(
+    ("features", "maps"), [row[:2] for row in CLUSTERS if 8 in row[2:]], ids=str
+)
+def test_eight_blocks(target, capability, dtype, layout, features, maps):
+    check_in_place(target, inputs_of(target, dtype, layout, features, maps))
+
+
+@both_layouts
+@only_with_clusters
+@pytest.mark.parametrize(("features", "maps", "forward", "backward"), CLUSTERS, ids=str)
+def test_blocks_of_an_image(target, capability, layout, features, maps, forward, backward):
+    """The smallest cluster whose shared memory and registers take the image, each way."""
+    inputs = inputs_of(target, torch.float16, layout, features, maps)
+    inputs = [x.requires_grad_() for x in inputs]
+    found = []
+
+    def pool():
+        found.append(target.call(mk.bilinear_attention_pool, *inputs))
+
+    def backpropagate():
+        torch.autograd.grad(found[-1].sum(), inputs)
+
+    for call, wanted in ((pool, forward), (backpropagate, backward)):
+        if wanted is not None:
+            assert blocks(target, call) == wanted
+        else:
+            assert launches(target, call) > 1
 
 
 @half_dtypes
@@ -101,11 +148,12 @@ def test_signs(target, capability, layout):
 @both_layouts
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("channels", [72, 2056], ids=["four blocks", "eight blocks"])
 def test_what_is_not_finite_stays_in_its_channel(
-    target, capability, dtype, layout, normalize, value
+    target, capability, dtype, layout, normalize, value, channels
 ):
     """Beside a channel's pixels lie others', and fewer maps exist than are multiplied."""
-    f, a = inputs_of(target, dtype, layout, (2, 72, 5, 5), 3)
+    f, a = inputs_of(target, dtype, layout, (2, channels, 5, 5), 3)
     a += 0.1
     f[0, 3, 4, 4], f[0, 64, 0, 0] = value, value
     out = target.call(mk.bilinear_attention_pool, f, a, normalize=normalize)
@@ -114,30 +162,39 @@ def test_what_is_not_finite_stays_in_its_channel(
     )
     assert_agrees(out, wanted)
     if not normalize:
-        assert int(out.isfinite().sum()) == 3 * 72 + 3 * 70
+        assert int(out.isfinite().sum()) == 3 * channels + 3 * (channels - 2)
+
+
+def results_of(target, inputs):
+    leaves = [x.requires_grad_() for x in inputs]
+    out = target.call(mk.bilinear_attention_pool, *leaves)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
 
 
 @half_dtypes
 @both_layouts
-def test_does_not_read_uninitialized_memory(target, capability, dtype, layout):
-    inputs = inputs_of(target, dtype, layout, (2, 72, 7, 7), 5)
-    clean = target.call(mk.bilinear_attention_pool, *inputs)
+@pytest.mark.parametrize(
+    "features", [(2, 72, 7, 7), (2, 2056, 3, 3)], ids=["four blocks", "eight blocks"]
+)
+def test_does_not_read_uninitialized_memory(target, capability, dtype, layout, features):
+    inputs = inputs_of(target, dtype, layout, features, 5)
+    clean = results_of(target, inputs)
     with poisoned_memory():
-        assert identical(target.call(mk.bilinear_attention_pool, *inputs), clean)
+        poisoned = results_of(target, inputs)
+    assert all(identical(a, b) for a, b in zip(poisoned, clean, strict=True))
 
 
 @half_dtypes
 @both_layouts
-def test_results_are_deterministic(target, capability, dtype, layout):
-    inputs = [x.requires_grad_() for x in inputs_of(target, dtype, layout, (5, 136, 7, 7), 7)]
-
-    def run():
-        out = target.call(mk.bilinear_attention_pool, *inputs)
-        return [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]
-
-    first = run()
+@pytest.mark.parametrize(
+    "features", [(5, 136, 7, 7), (3, 2056, 3, 3)], ids=["four blocks", "eight blocks"]
+)
+def test_results_are_deterministic(target, capability, dtype, layout, features):
+    inputs = inputs_of(target, dtype, layout, features, 7)
+    first = results_of(target, inputs)
     for _ in range(3):
-        assert all(identical(a, b) for a, b in zip(run(), first, strict=True))
+        again = results_of(target, inputs)
+        assert all(identical(a, b) for a, b in zip(again, first, strict=True))
 
 
 def forward_launches(target, dtype, features, maps, size=None, channels_last=False, offset=0):
@@ -154,7 +211,9 @@ def forward_launches(target, dtype, features, maps, size=None, channels_last=Fal
 @half_dtypes
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize(
-    ("features", "maps"), [((1, 2048, 7, 7), 32), ((1, 1024, 14, 14), 32)], ids=str
+    ("features", "maps"),
+    [((1, 2048, 7, 7), 32), ((1, 1024, 14, 14), 32), ((1, 2048, 14, 14), 32)],
+    ids=str,
 )
 def test_one_launch(target, capability, dtype, channels_last, features, maps):
     """One image does not fill a GPU: without clusters the two passes are two launches."""
@@ -165,8 +224,9 @@ def test_one_launch(target, capability, dtype, channels_last, features, maps):
 @half_dtypes
 @both_layouts
 @pytest.mark.parametrize("normalize", [True, False])
-def test_launches_of_the_backward(target, capability, dtype, layout, normalize):
-    inputs = [x.requires_grad_() for x in inputs_of(target, dtype, layout, (2, 2048, 7, 7), 32)]
+@pytest.mark.parametrize("features", [(2, 2048, 7, 7), (1, 2048, 14, 14)], ids=str)
+def test_launches_of_the_backward(target, capability, dtype, layout, normalize, features):
+    inputs = [x.requires_grad_() for x in inputs_of(target, dtype, layout, features, 32)]
     out = target.call(mk.bilinear_attention_pool, *inputs, normalize=normalize)
     direction = random(*out.shape, seed=3, dtype=dtype).to(target.device)
 
@@ -210,8 +270,8 @@ def test_gradients_of_any_size(target, capability, dtype, layout, size):
     [
         {"dtype": torch.float32},
         {"features": (1, 68, 5, 5)},
-        {"features": (1, 2056, 2, 2)},
-        {"features": (1, 512, 30, 30)},
+        {"features": (1, 4104, 2, 2)},
+        {"features": (1, 512, 40, 40)},
         {"maps": 33},
         {"size": (3, 4)},
         {"offset": 1},

@@ -232,20 +232,25 @@ __global__ void blocks_in_order(const float* in, float* out) {
   for (unsigned i = 0; i <= b; ++i) out[b] += in[i];
 }
 
-// A cluster of three blocks, each with a third of `out`. Kernels are called as kernel(in, out).
-constexpr int kBlocks = 3;
-bool one_cluster(Kernel kernel, const std::function<float(int)>& wanted) {
-  const std::vector<float> in = ramp(kThreads);
-  std::vector<float> out(kThreads, -1.0f);
-  simt::launch({kBlocks, kThreads / kBlocks, 64, kBlocks}, [&] { kernel(in.data(), out.data()); });
-  for (int i = 0; i < kThreads; ++i) {
-    if (out[i] != wanted(i)) return false;
+// Clusters of three blocks and of eight, each with its part of `out`, called as kernel(in, out);
+// whether out[i] is what lies `further` on, around the cluster.
+constexpr int kBlockThreads = 32, kHere = 0, kNextBlock = kBlockThreads;
+bool one_cluster(Kernel kernel, int further) {
+  for (const int blocks : {3, simt::kMostClusterBlocks}) {
+    const int threads = blocks * kBlockThreads;
+    const std::vector<float> in = ramp(threads);
+    std::vector<float> out(threads, -1.0f);
+    simt::launch({dim3(static_cast<unsigned>(blocks)), kBlockThreads, 64, blocks},
+                 [&] { kernel(in.data(), out.data()); });
+    for (int i = 0; i < threads; ++i) {
+      if (out[i] != in[(i + further) % threads]) return false;
+    }
   }
   return true;
 }
 int cluster_index() { return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
-int next_rank() { return static_cast<int>((simt::position().cluster_rank + 1) % kBlocks); }
-float next_block(int i) { return static_cast<float>((i + kThreads / kBlocks) % kThreads); }
+int cluster_blocks() { return static_cast<int>(simt::position().cluster_size); }
+int next_rank() { return static_cast<int>(simt::position().cluster_rank + 1) % cluster_blocks(); }
 
 void cluster_arrive(simt::Line line = simt::Line::of_call()) {
   simt::cluster_arrive({"cluster_arrive", line.number});
@@ -281,7 +286,8 @@ __global__ void peer_read_behind_a_barrier_of_the_block(const float* in, float* 
   } else {
     cluster_barrier();
   }
-  out[i] = t < 16 ? at_peer(tile[t], next_rank()) : next_block(i);
+  const int next = (i + kNextBlock) % static_cast<int>(gridDim.x * blockDim.x);
+  out[i] = t < 16 ? at_peer(tile[t], next_rank()) : in[next];
   cluster_barrier();
 }
 
@@ -300,11 +306,12 @@ __global__ void peer_write_after_read(const float* in, float* out) {
   MAGSD_SHARED(float, tile, [kThreads]);
   const int t = threadIdx.x, i = cluster_index();
   float value = in[i];
-  for (int round = 0; round < 4; ++round) {
+  const int rounds = cluster_blocks() + 1;  // around the cluster and one block on
+  for (int round = 0; round < rounds; ++round) {
     tile[t] = value;
     cluster_barrier();
     value = at_peer(tile[t], next_rank());
-    if (!kFault || round == 3) cluster_barrier();
+    if (!kFault || round == rounds - 1) cluster_barrier();
   }
   out[i] = value;
 }
@@ -316,7 +323,7 @@ __global__ void peer_out_of_range(const float* in, float* out) {
   tile[t] = in[i];
   cluster_barrier();
   const int rank = static_cast<int>(simt::position().cluster_rank) + 1;
-  out[i] = at_peer(tile[t], kFault ? rank : rank % kBlocks);
+  out[i] = at_peer(tile[t], kFault ? rank : rank % cluster_blocks());
   cluster_barrier();
 }
 
@@ -332,7 +339,7 @@ __global__ void peer_of_global_memory(const float* in, float* out) {
 
 template <bool kFault>
 __global__ void peer_read_past_the_end(const float* in, float* out) {
-  MAGSD_SHARED(float, tile, [kThreads / kBlocks]);
+  MAGSD_SHARED(float, tile, [kBlockThreads]);
   const int t = threadIdx.x, i = cluster_index();
   tile[t] = in[i];
   cluster_barrier();
@@ -490,8 +497,9 @@ bool everything_offered() {
 }
 
 // Row r of matrix i holds 64 i + 8 r + column; and what a cluster is told of itself.
-__global__ void offers_of_newer_gpus(int* wrong) {
+__global__ void offers_of_newer_gpus(unsigned cluster, int* wrong) {
   MAGSD_SHARED(uint16_t, rows, [32][8]);
+  MAGSD_SHARED(unsigned, rank, [1]);
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
   const auto require = [&](bool holds) { *wrong += !holds; };
   for (int column = 0; column < 8; ++column) {
@@ -507,15 +515,21 @@ __global__ void offers_of_newer_gpus(int* wrong) {
       require(matrices[i] / 65536 == static_cast<unsigned>(first + (transposed ? 8 : 1)));
     }
   }
-  require(simt::position().cluster_size == 2 && simt::position().cluster_rank == blockIdx.x % 2);
-  require(gridDim.x == 6 && gridDim.y == 2 && blockDim.x == 32);
+  rank[0] = blockIdx.x % cluster;
+  require(simt::position().cluster_size == cluster && simt::position().cluster_rank == rank[0]);
+  require(gridDim.x == 3 * cluster && gridDim.y == 2 && blockDim.x == 32);
   // Two barriers, the first of which ends while some have not left it.
   for (int round = 0; round < 2; ++round) cluster_barrier();
+  for (unsigned i = 0; i < cluster; ++i) require(at_peer(rank[0], static_cast<int>(i)) == i);
+  cluster_barrier();
 }
 
 bool everything_of_newer_gpus() {
   int wrong = 0;
-  simt::launch({dim3(6, 2), 32, 0, 2}, [&] { offers_of_newer_gpus(&wrong); });
+  for (const unsigned cluster : {2u, 8u}) {
+    simt::launch({dim3(3 * cluster, 2), 32, 0, static_cast<int>(cluster)},
+                 [&] { offers_of_newer_gpus(cluster, &wrong); });
+  }
   return wrong == 0 && simt::capability() == 90;
 }
 
@@ -530,8 +544,8 @@ float third_neighbor(int i) { return static_cast<float>((i + 3) % kThreads); }
 #define BOTH(name, wanted) \
   {#name, [](bool fault) { return one_block(fault ? name<true> : name<false>, wanted); }}
 
-#define OF_CLUSTER(name, wanted) \
-  {#name, [](bool fault) { return one_cluster(fault ? name<true> : name<false>, wanted); }}
+#define OF_CLUSTER(name, further) \
+  {#name, [](bool fault) { return one_cluster(fault ? name<true> : name<false>, further); }}
 
 const std::map<std::string, std::function<bool(bool)>> kCases = {
     BOTH(read_after_write, neighbor),
@@ -561,20 +575,20 @@ const std::map<std::string, std::function<bool(bool)>> kCases = {
      }},
     BOTH(misaligned_row_of_ldmatrix, same),
     BOTH(ldmatrix_past_the_end, same),
-    OF_CLUSTER(peer_read_before_a_barrier, next_block),
-    OF_CLUSTER(peer_read_behind_a_barrier_of_the_block, next_block),
-    OF_CLUSTER(peer_that_ends_while_it_is_read, next_block),
-    OF_CLUSTER(peer_write_after_read, next_block),
-    OF_CLUSTER(peer_out_of_range, next_block),
-    OF_CLUSTER(peer_of_global_memory, next_block),
-    OF_CLUSTER(peer_read_past_the_end, next_block),
-    OF_CLUSTER(cluster_barrier_that_a_block_skips, same),
-    OF_CLUSTER(cluster_barrier_that_a_thread_skips, same),
-    OF_CLUSTER(cluster_barriers_at_two_places, same),
-    OF_CLUSTER(cluster_wait_without_arrival, same),
-    OF_CLUSTER(cluster_arrival_twice, same),
-    OF_CLUSTER(cluster_arrival_without_wait, same),
-    {"cluster_too_large", [](bool fault) { return launch_of(18, 32, 0, fault ? 9 : 6); }},
+    OF_CLUSTER(peer_read_before_a_barrier, kNextBlock),
+    OF_CLUSTER(peer_read_behind_a_barrier_of_the_block, kNextBlock),
+    OF_CLUSTER(peer_that_ends_while_it_is_read, kNextBlock),
+    OF_CLUSTER(peer_write_after_read, kNextBlock),
+    OF_CLUSTER(peer_out_of_range, kNextBlock),
+    OF_CLUSTER(peer_of_global_memory, kNextBlock),
+    OF_CLUSTER(peer_read_past_the_end, kNextBlock),
+    OF_CLUSTER(cluster_barrier_that_a_block_skips, kHere),
+    OF_CLUSTER(cluster_barrier_that_a_thread_skips, kHere),
+    OF_CLUSTER(cluster_barriers_at_two_places, kHere),
+    OF_CLUSTER(cluster_wait_without_arrival, kHere),
+    OF_CLUSTER(cluster_arrival_twice, kHere),
+    OF_CLUSTER(cluster_arrival_without_wait, kHere),
+    {"cluster_too_large", [](bool fault) { return launch_of(72, 32, 0, fault ? 9 : 8); }},
     {"cluster_that_does_not_divide_the_grid",
      [](bool fault) { return launch_of(fault ? 10 : 12, 32, 0, 4); }},
     {"cluster_on_an_older_gpu",
@@ -600,10 +614,10 @@ const std::map<std::string, std::function<bool(bool)>> kCases = {
     {"launch_after_a_refused_cluster",
      [](bool fault) {
        try {
-         if (fault) one_cluster(cluster_barrier_that_a_thread_skips<true>, same);
+         if (fault) one_cluster(cluster_barrier_that_a_thread_skips<true>, kHere);
        } catch (const std::runtime_error&) {
        }
-       return one_cluster(peer_write_after_read<false>, next_block) &&
+       return one_cluster(peer_write_after_read<false>, kNextBlock) &&
               one_block(write_after_read<false>, third_neighbor);
      }},
     {"everything_offered", [](bool) { return everything_offered(); }},

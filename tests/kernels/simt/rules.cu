@@ -222,12 +222,28 @@ bool clusters_run_where_they_are_compiled_and_find_room() {
   return right;
 }
 
+// Clusters of four blocks find room, those of eight do not.
+bool clusters_of_each_size_are_asked_for() {
+  static const char kernel = 0;
+  driver::kernels[&kernel].ptx = {90, 90};
+  driver::kernels[&kernel].clusters = {33, 33};
+  driver::kernels[&kernel].most_blocks = 4;
+  bool right = true;
+  for (const int blocks : {4, 8, 4, 8}) {
+    bool runs = blocks == 8;
+    right &= runs_clusters(&kernel, {blocks, 256, 120 * 1024}, &runs) == cudaSuccess;
+    right &= runs == (blocks == 4);
+  }
+  return right;
+}
+
 const std::map<std::string, std::function<bool()>> kCases = {
     {"product", [] { return product(true); }},
     {"product_of_longer_numbers", [] { return product(false); }},
     {"values_are_cut_in_two", values_are_cut_in_two},
     {"clusters_run_where_they_are_compiled_and_find_room",
      clusters_run_where_they_are_compiled_and_find_room},
+    {"clusters_of_each_size_are_asked_for", clusters_of_each_size_are_asked_for},
     {"the_last_block_adds_up", the_last_block_adds_up},
     {"calls_that_may_meet_share_no_counter", calls_that_may_meet_share_no_counter},
     {"parts_have_equal_loads", parts_have_equal_loads},

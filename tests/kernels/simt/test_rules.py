@@ -23,6 +23,7 @@ HOLD = (
     "parts_cover_every_map",
     "shared_memory_is_asked_for",
     "clusters_run_where_they_are_compiled_and_find_room",
+    "clusters_of_each_size_are_asked_for",
 )
 REFUSED = {"product_of_longer_numbers": "more than the 11 significant bits of TF32"}
 

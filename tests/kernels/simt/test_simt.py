@@ -70,7 +70,7 @@ FAULTS = {
     "cluster_wait_without_arrival": "waits at the barrier of its cluster where it did not arrive",
     "cluster_arrival_twice": "arrives twice at the barrier of its cluster",
     "cluster_arrival_without_wait": "arrives at its cluster's barrier and ends",
-    "cluster_too_large": "a cluster must hold 1 to 8 blocks and divide the grid; got 9 of 18",
+    "cluster_too_large": "a cluster must hold 1 to 8 blocks and divide the grid; got 9 of 72",
     "cluster_that_does_not_divide_the_grid": "divide the grid; got 4 of 10",
     "cluster_on_an_older_gpu": "this GPU has no clusters",
     "misaligned_row_of_ldmatrix": "a row of ldmatrix is not aligned",

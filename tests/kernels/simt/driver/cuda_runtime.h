@@ -36,6 +36,7 @@ struct Kernel {
   std::array<std::size_t, 2> granted{};
   std::array<int, 2> ptx{};       // by device: the architecture of the code that it loaded
   std::array<int, 2> clusters{};  // that find room; -1: the question fails
+  unsigned most_blocks = 8;       // of a cluster that finds room
 };
 inline std::map<const void*, Kernel> kernels;
 inline int device = 0;
@@ -69,6 +70,7 @@ inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* ker
                                                   const cudaLaunchConfig_t* config) {
   ++driver::calls;
   *clusters = driver::kernels[kernel].clusters[driver::device];
+  if (config->gridDim.x > driver::kernels[kernel].most_blocks) *clusters = 0;
   const bool asked = config->numAttrs == 1 &&
                      config->attrs->val.clusterDim.x == config->gridDim.x &&
                      driver::starts(kernel, config->dynamicSmemBytes);
