@@ -206,7 +206,7 @@ def fresh_python(code: str, **environment: str) -> subprocess.CompletedProcess[s
         capture_output=True,
         text=True,
         env=clean | environment,
-        timeout=120,
+        timeout=300,
         check=False,
         cwd=root,
     )
@@ -287,7 +287,7 @@ class Library:
             variables[environment.EMULATE_CUDA] = "1"
         code = f"from tests.kernels.support import Library\nlibrary = {self!r}\n{code}"
         result = fresh_python(with_tests(code), **variables)
-        assert result.returncode == 0, result.stderr[-4000:]
+        assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-4000:]
         return result.stdout
 
 

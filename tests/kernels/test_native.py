@@ -31,6 +31,8 @@ for case in compare.CASES:
 
 @every_library
 def test_the_library_agrees_with_the_reference(library: Library):
+    if library == CPU:
+        pytest.skip("each of its instruction sets is compared below")
     assert library.run(_COMPARE) == ""
 
 
@@ -50,16 +52,6 @@ def test_unknown_capability_is_reported():
     result = fresh_python(code, MAGSD_CPU_CAPABILITY="sse9")
     assert "MAGSD_CPU_CAPABILITY must be one of baseline, avx2, avx512" in result.stdout
     assert "'sse9'" in result.stdout
-
-
-def test_importing_loads_no_library():
-    code = """
-import magsd_kernels
-print('libmagsd' in open('/proc/self/maps').read())
-"""
-    if not Path("/proc/self/maps").exists():
-        pytest.skip("no /proc")
-    assert fresh_python(code).stdout.split() == ["False"]
 
 
 @pytest.mark.parametrize(

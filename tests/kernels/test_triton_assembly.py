@@ -252,11 +252,10 @@ def test_tuning_is_asked_for():
 @pytest.mark.parametrize(
     ("environment", "kind"),
     [
-        ({}, "Tunable"),
         ({"MAGSD_TRITON_AUTOTUNE": "0"}, "Tunable"),
         ({"MAGSD_TRITON_AUTOTUNE": "1"}, "Autotuner"),
     ],
-    ids=["not set", "0", "1"],
+    ids=["0", "1"],
 )
 def test_the_environment_asks_for_tuning(environment, kind):
     code = """

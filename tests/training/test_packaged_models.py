@@ -10,9 +10,8 @@ import pytest
 
 from magsd.config import Config, packaged_models
 from magsd.data import open_source
-from magsd.evaluation import predict_images
+from magsd.evaluation import evaluate, predict_images
 from magsd.training.checkpoint import load_checkpoint
-from magsd.training.report import finish_run
 from magsd.training.run import load_run, train_run
 
 # Models with a backbone of their own are large, and need images for their strides.
@@ -34,9 +33,10 @@ def test_trains_evaluates_and_predicts(
         "epochs=1",
     )
     trained = train_run(config, tmp_path / "run", console=console)
-    report = finish_run(trained, console)
-    assert report.raw.images == report.refined.images == 4
     loaded = load_run(trained.folder.root)
+    images = trained.data.validation_loader(loaded.config)
+    report = evaluate(loaded.model, *images, classes=loaded.classes)
+    assert report.raw.images == report.refined.images == 4
     source = open_source(config.data.source)
     file = tmp_path / "image.png"
     cv2.imwrite(str(file), source.read_image(source.records[0]))
