@@ -145,7 +145,8 @@ def test_multiscale_published_number_of_maps(target, training, layout, dtype):
 @pytest.mark.parametrize("channels", [2, 40])
 def test_multiscale_maps_of_many_blocks(target, training, layout, channels):
     """Planes past a block's threads, even and odd, and vectors of maps that end inside a group."""
-    inputs = scale_inputs(((24, 26), (37, 19), (6, 8)), batch=5, channels=channels)
+    batch = 1 if target.interpreted else 5
+    inputs = scale_inputs(((24, 26), (37, 19), (6, 8)), batch=batch, channels=channels)
     check_multiscale(
         target, torch.float32, training=training, inputs=inputs, layout=layout, size=(19, 18)
     )
@@ -156,7 +157,8 @@ def test_multiscale_maps_of_many_blocks(target, training, layout, channels):
 @pytest.mark.parametrize("channels", [5, 40])
 def test_multiscale_parts_of_a_large_device(target, layout, dtype, channels):
     """More parts of a channel than a warp has lanes, of maps of very different sizes."""
-    inputs = scale_inputs(((28, 28), (14, 14), (7, 7)), batch=6, channels=channels)
+    batch = 2 if target.interpreted else 6
+    inputs = scale_inputs(((28, 28), (14, 14), (7, 7)), batch=batch, channels=channels)
     with multiprocessors(target, 132):
         check_multiscale(target, dtype, training=True, inputs=inputs, layout=layout)
 
