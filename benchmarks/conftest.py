@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.harness.comparison import Comparison
 from benchmarks.harness.device import Device
 from benchmarks.harness.machine import describe
-from benchmarks.harness.recording import Entry, Recorder, rounded
-from benchmarks.harness.session import Session
+from benchmarks.harness.recording import rounded
+from benchmarks.harness.session import Entry, Recorder, Session
 from benchmarks.harness.sizes import PRECISIONS
 from magsd_kernels import environment
 
@@ -42,11 +43,13 @@ def pytest_configure(config: pytest.Config) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     quick = config.getoption("--quick")
     batches = _listed(config, "--batches") or (["4"] if quick else [])
+    # A GPU has more sizes to measure, and less noise.
+    seconds = 0.3 if quick else 6.0 if device == "cpu" else 2.0
     config.stash[_SESSION] = Session(
         Device(device),
-        seconds=config.getoption("--seconds") or _seconds(device, quick),
+        seconds=config.getoption("--seconds") or seconds,
         batches=tuple(int(batch) for batch in batches) or None,
-        precisions=tuple(PRECISIONS[name] for name in _listed(config, "--precisions")) or None,
+        precisions=tuple(_listed(config, "--precisions")) or None,
         quick=quick,
         autotuned=config.getoption("--max-autotune"),
     )
@@ -56,24 +59,22 @@ def _listed(config: pytest.Config, option: str) -> list[str]:
     return [part for part in (config.getoption(option) or "").split(",") if part]
 
 
-def _seconds(device: str, quick: bool) -> float:
-    """A GPU has more sizes to measure, and less noise."""
-    if quick:
-        return 0.3
-    return 6.0 if device == "cpu" else 2.0
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The rows of a module's SUBJECTS, or its own groups."""
     if "entry" not in metafunc.fixturenames:
         return
-    session = metafunc.config.stash[_SESSION]
+    session, module = metafunc.config.stash[_SESSION], metafunc.module
+    if hasattr(module, "groups"):
+        groups = module.groups(session)
+    else:
+        groups = [Comparison(row) for row in session.rows(module.SUBJECTS)]
     entries = [
         pytest.param(
             Entry(group, member),
             id=f"{group}-{member}",
             marks=pytest.mark.benchmark(group=str(group), timer=session.clock.read),
         )
-        for group in metafunc.module.groups(session)
+        for group in groups
         for member in group.members()
     ]
     metafunc.parametrize("entry", entries)
@@ -81,8 +82,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest, benchmark: Any) -> Recorder:
-    """Call it with the test's entry."""
-    return Recorder(request.config.stash[_SESSION], benchmark, request.session.items)
+    """The first call for a group measures all its collected members."""
+    session = request.config.stash[_SESSION]
+
+    def record(entry: Entry) -> None:
+        specs = [getattr(item, "callspec", None) for item in request.session.items]
+        entries = [spec.params.get("entry") for spec in specs if spec is not None]
+        members = [other.member for other in entries if other and other.group is entry.group]
+        outcome = session.outcomes(entry.group, members)[entry.member]
+        if outcome.absent is not None:
+            pytest.skip(outcome.absent)
+        if outcome.error is not None:
+            raise outcome.error
+        assert outcome.samples is not None
+        seconds = iter(outcome.samples.seconds)
+        benchmark.pedantic(
+            session.clock.advance,
+            setup=lambda: ((next(seconds),), {}),
+            rounds=len(outcome.samples.seconds),
+        )
+        benchmark.extra_info.update(outcome.facts, iterations=outcome.samples.iterations)
+
+    return record
 
 
 def pytest_benchmark_update_machine_info(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -11,17 +10,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness.device import command_line
 from magsd_kernels import native
-
-_ROOT = Path(__file__).parents[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 0 where the library loads in the end."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.library", description=__doc__)
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    parser = command_line("library", __doc__)
     parser.add_argument("--no-build", action="store_true", help="only look")
     options = parser.parse_args(arguments)
     why = native.why_not(options.device)
@@ -34,9 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         major, minor = torch.cuda.get_device_capability()
         limits = {"MAGSD_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    subprocess.run(build, cwd=_ROOT, env={**os.environ, **limits}, check=True)
+    root = Path(__file__).parents[1]
+    subprocess.run(build, cwd=root, env={**os.environ, **limits}, check=True)
     again = [sys.executable, "-m", "benchmarks.library", f"--device={options.device}", "--no-build"]
-    return subprocess.run(again, cwd=_ROOT, check=False).returncode
+    return subprocess.run(again, cwd=root, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -11,39 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import report
-from benchmarks.harness.device import Device
+from benchmarks.harness.device import Device, command_line
 from benchmarks.harness.machine import RESTRICTIONS, folder, restricted
-
-_HERE = Path(__file__).parent
+from benchmarks.harness.recording import RESULTS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit status is pytest's, or 1 where --strict finds a row behind a rival."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options, others = _parser().parse_known_args(arguments)
-    environment = restricted(options.capability) if options.capability else None
-    if environment is not None:  # the libraries read it when they are loaded
-        again = [sys.executable, "-m", "benchmarks.run", *arguments]
-        return subprocess.run(again, env=environment, check=False).returncode
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    command = [f"--device={device}", *([f"-k={options.k}"] if options.k else []), *others]
-    if options.out is None and options.k:  # a part must not replace the whole
-        with tempfile.TemporaryDirectory() as scratch:
-            out = Path(scratch) / "results.json"
-            return _measure(out, command, options.strict, kept=False)
-    out = options.out or _HERE / "results" / folder(Device(device)) / "results.json"
-    return _measure(out, command, options.strict)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run",
-        description=f"{__doc__} Further options go to pytest: see `pytest benchmarks --help`.",
+    parser = command_line(
+        "run", f"{__doc__} Further options go to pytest: see `pytest benchmarks --help`."
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument(
         "--out",
         type=Path,
@@ -57,13 +36,25 @@ def _parser() -> argparse.ArgumentParser:
         help="hold torch, its libraries and our kernels back to this instruction set",
     )
     parser.add_argument("--strict", action="store_true", help=report.STRICT)
-    return parser
+    options, others = parser.parse_known_args(arguments)
+    environment = restricted(options.capability) if options.capability else None
+    if environment is not None:  # the libraries read it when they are loaded
+        again = [sys.executable, "-m", "benchmarks.run", *arguments]
+        return subprocess.run(again, env=environment, check=False).returncode
+    command = [f"--device={options.device}", *([f"-k={options.k}"] if options.k else []), *others]
+    if options.out is None and options.k:  # a part must not replace the whole
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "results.json"
+            return _measure(out, command, options.strict, kept=False)
+    out = options.out or RESULTS / folder(Device(options.device)) / "results.json"
+    return _measure(out, command, options.strict)
 
 
 def _measure(out: Path, options: Sequence[str], strict: bool, kept: bool = True) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
-    command = [str(_HERE), f"--benchmark-json={out}", "--benchmark-quiet", "--no-header", "-q"]
+    here = str(Path(__file__).parent)
+    command = [here, f"--benchmark-json={out}", "--benchmark-quiet", "--no-header", "-q"]
     status = int(pytest.main([*command, *options]))
     if not out.is_file():
         return status or int(strict)

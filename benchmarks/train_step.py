@@ -12,21 +12,18 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from cpuinfo import get_cpu_info
-from pytest_benchmark.utils import get_commit_info
 
 from benchmarks.harness.check import WrongResult
-from benchmarks.harness.device import Device, HostReads
-from benchmarks.harness.machine import describe, folder
-from benchmarks.harness.recording import rounded, write
-from benchmarks.harness.sizes import CLASSES, MAGSD, PRECISIONS, Draw
+from benchmarks.harness.device import Device, HostReads, command_line
+from benchmarks.harness.machine import folder
+from benchmarks.harness.recording import RESULTS, provenance, rounded, write
+from benchmarks.harness.sizes import CLASSES, MAGSD
 from benchmarks.harness.steps import (
     BASELINE,
     FLOOR,
@@ -35,6 +32,7 @@ from benchmarks.harness.steps import (
     Contender,
     GraphPool,
     Member,
+    draw_batch,
     floor_of,
     groups,
     members,
@@ -42,7 +40,7 @@ from benchmarks.harness.steps import (
     no_tf32,
     published_network,
 )
-from benchmarks.harness.timing import Samples, interleave, quartiles
+from benchmarks.harness.timing import Samples, interleave, quartiles, ratios
 from benchmarks.published_step import HostDraws, PublishedNetwork, published_step
 from benchmarks.reporting.train_step import render
 from magsd.config import Config
@@ -51,53 +49,15 @@ from magsd.models import MAGSD as Network
 from magsd.torch_settings import cudnn_benchmark
 from magsd_kernels import AttentionViews, environment
 
-_HERE = Path(__file__).parent
 _BATCHES = 2
 _TOLERANCE = 1e-5
 _CHECKED_IMAGES = 4  # a loss of so few is as wrong as one of many
-
 _PROFILER_SECONDS = 10.0  # of which the profiler's own work may be most
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    options = _options(arguments)
-    if environment.value(environment.BACKEND):
-        raise SystemExit(f"{environment.BACKEND} is set: what is measured is the automatic choice")
-    device = Device(options.device)
-    commit = get_commit_info()  # of what runs, whatever is committed meanwhile
-    saved: dict[str, Any] = {
-        "machine_info": describe(device, get_cpu_info().get("brand_raw", "unknown")),
-        "commit_info": {name: commit.get(name) for name in ("id", "dirty")},
-        "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "backbone": options.backbone,
-        "side": options.side,
-        "steps": [],
-    }
-    out = options.out or _HERE / "results" / folder(device) / "train_step.json"
-    for batch in options.batch:
-        saved["steps"].append(rounded(measure(device, batch, options)))
-        save(saved, out)  # a larger batch may not fit, or not end in time
-    return 0
-
-
-def save(saved: dict[str, Any], out: Path) -> None:
-    """JSON, and the report beside it."""
-    write(out, json.dumps(saved, indent=1) + "\n")
-    report = out.parent / "train_step.md"
-    write(report, render(saved))
-    sys.stdout.write(f"{report}\n")
-    sys.stdout.flush()
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: a GPU if there is one",
-    )
+    parser = command_line("train_step", __doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[16], metavar="B")
     parser.add_argument("--backbone", default="resnet50", help="any of timm's with feature maps")
     parser.add_argument("--side", type=int, default=MAGSD.side, help="of the images, in pixels")
@@ -110,26 +70,44 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: results/<machine>/train_step.json"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if environment.value(environment.BACKEND):
+        raise SystemExit(f"{environment.BACKEND} is set: what is measured is the automatic choice")
+    device = Device(options.device)
+    steps: list[dict[str, Any]] = []
+    saved = provenance(device) | {
+        "backbone": options.backbone,
+        "side": options.side,
+        "steps": steps,
+    }
+    out = options.out or RESULTS / folder(device) / "train_step.json"
+    report = out.parent / "train_step.md"
+    for batch in options.batch:
+        steps.append(rounded(measure(device, batch, options)))
+        # Here already: a larger batch may not fit, or not end in time.
+        write(out, json.dumps(saved, indent=1) + "\n")
+        write(report, render(saved))
+        sys.stdout.write(f"{report}\n")
+        sys.stdout.flush()
+    return 0
 
 
 def measure(device: Device, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """Check, run and time all members at one batch size."""
     model = network(options.backbone, CLASSES, device.type)
     batches = [draw_batch(device, batch, options.side, seed) for seed in range(_BATCHES)]
-    few = Batch(*(x[:_CHECKED_IMAGES] for x in batches[0]))
+    images, labels = batches[0]
+    few = images[:_CHECKED_IMAGES], labels[:_CHECKED_IMAGES]
     difference = check(model, options.backbone, few)
     everyone = members(device.type)
     pool = GraphPool() if device.type == "cuda" else None
     handle = None if pool is None else pool.handle
+
+    def build(member: Member) -> Contender:
+        return Contender(member, model, options.backbone, batches, handle)
+
     with cudnn_benchmark():  # as in a run; for every member
-        entries = time_members(
-            everyone,
-            device,
-            lambda member: Contender(member, model, options.backbone, batches, handle),
-            options,
-            batch,
-        )
+        entries = time_members(everyone, device, build, options, batch)
     return {
         "batch": batch,
         "loss_difference": difference,
@@ -171,12 +149,6 @@ def time_members(
     return entries
 
 
-def draw_batch(device: Device, batch: int, side: int, seed: int) -> Batch:
-    """Random images as smooth as photographs, and random labels."""
-    draw = Draw(replace(MAGSD, side=side), batch, PRECISIONS["float32"], device.type, seed)
-    return Batch(draw.images(), draw.integers(CLASSES, batch))
-
-
 def check(model: Network, backbone: str, batch: Batch) -> float:
     """Relative difference of our loss from the published one: same weights, same draws, float32.
 
@@ -196,19 +168,19 @@ def both_losses(
     theirs: PublishedNetwork, ours: Network, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The published loss and ours, from the same draws; the networks have the same weights."""
-    device = batch.images.device
+    device = batch[0].device
+
+    def generator() -> torch.Generator:
+        return torch.Generator(device).manual_seed(0)
+
     with torch.no_grad():
-        attention = copy.deepcopy(ours)(batch.images).attention
+        attention = copy.deepcopy(ours)(batch[0]).attention
     assert attention is not None
-    drawn = AttentionViews().draw(attention, _generator(device))
+    drawn = AttentionViews().draw(attention, generator())
     replayed = HostDraws(drawn.index, drawn.theta.tolist(), drawn.offsets.tolist())
     published = published_step(theirs, *batch, lambda _: replayed)
     step = method("magsd").objective(Config(), None)
-    return published, step(ours, *batch, _generator(device)).loss
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(0)
+    return published, step(ours, *batch, generator()).loss
 
 
 def read_off(contender: Contender, device: Device) -> tuple[dict[str, Any], float]:
@@ -238,24 +210,20 @@ def _entry(
     member: Member, everyone: Sequence[Member], times: Mapping[str, Samples], batch: int
 ) -> dict[str, Any]:
     """Times and their ratios within rounds: the published step's over ours, ours over the floor."""
-    own = times[str(member)].seconds
-    seconds = quartiles(own)
+    own = times[str(member)]
+    seconds = quartiles(own.seconds)
     entry: dict[str, Any] = {
         "name": str(member),
         **asdict(member),
         "seconds": seconds,
-        "rounds": len(own),
+        "rounds": len(own.seconds),
         "images_per_second": batch / seconds[1],
-        "speedup": _ratios(times[str(BASELINE)].seconds, own),
+        "speedup": ratios(times[str(BASELINE)], own),
     }
     if member.who != FLOOR:
-        floor = floor_of(member, everyone)
-        entry |= {"floor": str(floor), "over_floor": _ratios(own, times[str(floor)].seconds)}
+        floor = str(floor_of(member, everyone))
+        entry |= {"floor": floor, "over_floor": ratios(own, times[floor])}
     return entry
-
-
-def _ratios(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
-    return quartiles([a / b for a, b in zip(above, below, strict=True)])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from cpuinfo import get_cpu_info
 
 import magsd_kernels
 from benchmarks.harness.device import Device
@@ -61,22 +62,21 @@ def instruction_set() -> str:
     return theirs
 
 
-def _restriction() -> str | None:
+def _restriction() -> dict[str, str]:
     """That the processor can do more than what runs, and what was set to hold it back."""
     runs = instruction_set()
     able = "avx2" if torch.cpu._is_avx2_supported() else runs
     able = "avx512" if torch.cpu._is_avx512_supported() else able
     if runs == able:
-        return None
+        return {}
     switches = [f"{name}={os.environ[name]}" for name in RESTRICTIONS["avx2"] if name in os.environ]
-    return (
-        f"{_WRITTEN[able]} processor restricted to {_WRITTEN.get(runs, runs)} "
-        f"({', '.join(switches)})"
-    )
+    less = f"{_WRITTEN[able]} processor restricted to {_WRITTEN.get(runs, runs)}"
+    return {"instruction set": f"{less} ({', '.join(switches)})"}
 
 
-def describe(device: Device, processor: str) -> dict[str, str]:
+def describe(device: Device, processor: str | None = None) -> dict[str, str]:
     """Name and value of everything that a figure depends on."""
+    processor = processor or get_cpu_info().get("brand_raw", "unknown")
     facts = {
         "machine": folder(device),
         "processor": f"{processor}, {os.cpu_count()} logical cores",
@@ -88,9 +88,7 @@ def describe(device: Device, processor: str) -> dict[str, str]:
     }
     if native.why_not("cpu") is None:
         facts["C++ kernels run"] = native.instruction_set()
-    restriction = _restriction()
-    if restriction is not None:
-        facts["instruction set"] = restriction
+    facts |= _restriction()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(0)
         facts["gpu"] = (

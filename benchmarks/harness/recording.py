@@ -1,49 +1,38 @@
-"""From the samples of a group to one pytest-benchmark entry per member."""
+"""Where results lie, and how they are written."""
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import pytest
+from pytest_benchmark.utils import get_commit_info
 from torch.utils import _pytree as pytree
 
-from benchmarks.harness.session import Group, Session
+from benchmarks.harness.device import Device
+from benchmarks.harness.machine import describe
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 
-class Entry(NamedTuple):
-    """One test: a member of a group."""
+def provenance(device: Device) -> dict[str, Any]:
+    """What was run, where and when; commit_info is of what runs, whatever is committed later."""
+    return {
+        "machine_info": describe(device),
+        "commit_info": commit(),
+        "datetime": now(),
+    }
 
-    group: Group
-    member: str
+
+def now() -> str:
+    """The time of a run; of another row another one."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
-class Recorder:
-    """Puts a member's samples and facts into pytest-benchmark, or fails, or skips."""
-
-    def __init__(self, session: Session, benchmark: Any, items: list[pytest.Item]) -> None:
-        self._session = session
-        self._benchmark = benchmark
-        self._items = items
-
-    def __call__(self, entry: Entry) -> None:
-        """Record; the first call for a group measures all its collected members."""
-        specs = [getattr(item, "callspec", None) for item in self._items]
-        entries = [spec.params.get("entry") for spec in specs if spec is not None]
-        members = [other.member for other in entries if other and other.group is entry.group]
-        outcome = self._session.outcomes(entry.group, members)[entry.member]
-        if outcome.absent is not None:
-            pytest.skip(outcome.absent)
-        if outcome.error is not None:
-            raise outcome.error
-        assert outcome.samples is not None
-        seconds = iter(outcome.samples.seconds)
-        self._benchmark.pedantic(
-            self._session.clock.advance,
-            setup=lambda: ((next(seconds),), {}),
-            rounds=len(outcome.samples.seconds),
-        )
-        self._benchmark.extra_info.update(outcome.facts, iterations=outcome.samples.iterations)
+def commit() -> dict[str, Any]:
+    """Its id, and whether there are uncommitted changes."""
+    found = get_commit_info()
+    return {name: found.get(name) for name in ("id", "dirty")}
 
 
 def rounded(facts: dict[str, Any]) -> dict[str, Any]:

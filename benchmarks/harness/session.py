@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from benchmarks.harness.device import Device
-from benchmarks.harness.sizes import PRECISIONS, Network, Precision
+from benchmarks.harness.sizes import Network
 from benchmarks.harness.subject import Row, Subject
 from benchmarks.harness.timing import Replay, Samples
 
@@ -21,6 +22,14 @@ class Outcome:
     absent: str | None = None
     error: Exception | None = None
 
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """What is raised inside is raised again by the test of this member."""
+        try:
+            yield
+        except Exception as error:
+            self.error = error
+
 
 class Group(Protocol):
     """Members that are timed in turn; `str` names it."""
@@ -30,6 +39,17 @@ class Group(Protocol):
 
     def measure(self, members: Sequence[str], session: Session) -> dict[str, Outcome]:
         """Check and time some of them together."""
+
+
+class Entry(NamedTuple):
+    """One test: a member of a group."""
+
+    group: Group
+    member: str
+
+
+#: Puts what an entry came to into pytest-benchmark, or fails, or skips.
+Recorder = Callable[[Entry], None]
 
 
 @dataclass
@@ -46,8 +66,8 @@ class Session:
 
     device: Device
     seconds: float
-    batches: tuple[int, ...] | None
-    precisions: tuple[Precision, ...] | None
+    batches: tuple[int, ...] | None = None
+    precisions: tuple[str, ...] | None = None
     quick: bool = False
     autotuned: bool = False
     clock: Replay = field(default_factory=Replay)
@@ -66,20 +86,12 @@ class Session:
     def rows(self, subjects: Iterable[Subject]) -> list[Row]:
         """Every size, precision and direction of some subjects."""
         return [
-            Row(
-                subject,
-                network,
-                batch,
-                precision,
-                self.device.type,
-                backward,
-                autotuned=self.autotuned,
-            )
+            Row(subject, network, batch, precision, self.device.type, backward, self.autotuned)
             for subject in subjects
             for network in subject.networks
             for batch in self.batches or self._batches(subject, network)
             for precision in self.precisions or self._precisions(subject)
-            if precision.name in subject.precisions
+            if precision in subject.precisions
             for backward in ((False, True) if subject.differentiable else (False,))
         ]
 
@@ -89,7 +101,6 @@ class Session:
             return network.batches[:1]
         return network.batches if subject.central else network.batches[-1:]
 
-    def _precisions(self, subject: Subject) -> tuple[Precision, ...]:
-        if self.device.type == "cuda" and subject.central:
-            return (PRECISIONS["float32"], PRECISIONS["bfloat16"])
-        return (PRECISIONS["float32"],)
+    def _precisions(self, subject: Subject) -> tuple[str, ...]:
+        both = self.device.type == "cuda" and subject.central
+        return ("float32", "bfloat16") if both else ("float32",)

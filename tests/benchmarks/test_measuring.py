@@ -21,12 +21,14 @@ from benchmarks.harness.comparison import Comparison
 from benchmarks.harness.device import Device, count_activity
 from benchmarks.harness.machine import RESTRICTIONS, restricted
 from benchmarks.harness.session import Session
-from benchmarks.harness.sizes import MAGSD, PRECISIONS, WSDAN, Draw
+from benchmarks.harness.sizes import MAGSD
 from benchmarks.harness.subject import Row
 from benchmarks.harness.timing import interleave, quartiles
 from magsd_kernels import native
 
 ROOT = Path(__file__).parents[2]
+#: Thresholds of mix-up, dim and patch.
+VIEWS = ((0.4, 0.6), (0.2, 0.5), (0.4, 0.6))
 WRONG = """
 from dataclasses import replace
 from benchmarks import published, soft_distance
@@ -46,11 +48,11 @@ def test_wrong(entry, record):
 
 
 def cpu_session() -> Session:
-    return Session(Device("cpu"), seconds=0.01, batches=None, precisions=None, quick=True)
+    return Session(Device("cpu"), seconds=0.01, quick=True)
 
 
 def row_of(subject, network=MAGSD, batch=2, backward=False) -> Row:
-    return Row(subject, network, batch, PRECISIONS["float32"], "cpu", backward)
+    return Row(subject, network, batch, "float32", "cpu", backward)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -179,19 +181,24 @@ def test_only_the_maps_that_an_index_names_must_be_read():
     assert moved == 3 * (4 * 49 + index + theta + box)
 
 
-@pytest.mark.parametrize("network", [MAGSD, WSDAN], ids=lambda network: network.name)
-def test_no_pixel_lies_on_a_threshold(network):
-    guide = Draw(network, 8, PRECISIONS["float32"], "cpu").guide()
-    maps = guide["attention"][torch.arange(8), guide["index"]]
+@pytest.mark.parametrize(
+    ("name", "ranges"), [("attention_views", VIEWS), ("attention_crop", VIEWS[:1])]
+)
+def test_no_pixel_lies_on_a_threshold(name, ranges):
+    (subject,) = (s for s in attention_augment.SUBJECTS if s.name == name)
+    (network,) = subject.networks
+    arguments = row_of(subject, network, batch=8).draw(0)
     size = (network.side, network.side)
-    upsampled = F.interpolate(
-        maps[:, None].double(), size, mode="bilinear", align_corners=network.align_corners
-    )
-    threshold = guide["theta"] * maps.amax((1, 2))
-    gap = (upsampled[:, 0] / threshold[:, None, None] - 1).abs().amin((1, 2))
-    assert gap.min() > 4e-6
-    assert guide["theta"].min() > 0.39
-    assert guide["theta"].max() < 0.61
+    views = zip(*(arguments[n].view(8, -1).unbind(1) for n in ("index", "theta")), strict=True)
+    for (index, theta), (low, high) in zip(views, ranges, strict=True):
+        maps = arguments["attention"][torch.arange(8), index]
+        upsampled = F.interpolate(
+            maps[:, None].double(), size, mode="bilinear", align_corners=network.align_corners
+        )
+        threshold = theta * maps.amax((1, 2))
+        gap = (upsampled[:, 0] / threshold[:, None, None] - 1).abs().amin((1, 2))
+        assert gap.min() > 4e-6
+        assert low - 0.01 < theta.min() < theta.max() < high + 0.01
 
 
 MACHINE = """

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.call_overhead import SUBJECTS
 from benchmarks.harness.check import check, definition
-from benchmarks.harness.sizes import PRECISIONS, Network
+from benchmarks.harness.sizes import Network
 from benchmarks.harness.subject import PUBLISHED, Contender, Row, Subject
+from benchmarks.operations import SUBJECTS
 
 all_subjects = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 
@@ -22,7 +22,7 @@ def small_row(subject: Subject, batch: int = 8, backward: bool | None = None) ->
     )
     if backward is None:
         backward = bool(subject.differentiable)
-    return Row(subject, network, batch, PRECISIONS["float32"], "cpu", backward)
+    return Row(subject, network, batch, "float32", "cpu", backward)
 
 
 @all_subjects

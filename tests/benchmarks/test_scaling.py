@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("timm", reason="needs the train extra")
 pytest.importorskip("pytest_benchmark", reason="needs the bench extra")
 
-from benchmarks.reporting.scaling import Constants, bandwidth_of, predict
+from benchmarks.scaling import Constants, bandwidth_of, predict
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTED = {8: 400e9, 64: 50e9, 1024: 50e9}

@@ -30,8 +30,10 @@ from benchmarks.harness.steps import (
     FLOOR,
     OURS,
     PUBLISHED,
+    Batch,
     Contender,
     Member,
+    draw_batch,
     floor_of,
     members,
     network,
@@ -55,8 +57,8 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def small_batch(seed: int, batch: int = IMAGES) -> train_step.Batch:
-    return train_step.draw_batch(Device("cpu"), batch, 64, seed)
+def small_batch(seed: int, batch: int = IMAGES) -> Batch:
+    return draw_batch(Device("cpu"), batch, 64, seed)
 
 
 def distance(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
