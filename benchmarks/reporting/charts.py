@@ -72,14 +72,8 @@ def draw(results: Results, folder: Path) -> dict[str, str]:
 
 
 def _operation(rows: dict[Key, Row], caption: str, path: Path) -> None:
-    """Every row a line, every competitor a mark at its median, on a line between its quartiles.
-
-    Beside it what ours gains: time over ours.
-    """
-    figure, (axes, gains) = plt.subplots(
-        1, 2, sharey=True, width_ratios=(2, 1), layout="constrained",
-        figsize=(10, 1.6 + 0.3 * len(rows)),
-    )  # fmt: skip
+    """Every row a line, every competitor a mark at its median, on a line between its quartiles."""
+    figure, axes = plt.subplots(layout="constrained", figsize=(10, 1.4 + 0.3 * len(rows)))
     for name, (color, marker) in _LOOK.items():
         points = [
             (y, *row.members[name].seconds)
@@ -101,19 +95,7 @@ def _operation(rows: dict[Key, Row], caption: str, path: Path) -> None:
     axes.tick_params(axis="y", length=0)
     _logarithmic(axes, "x", seconds)
     axes.set_xlabel("time per call, log scale")
-    columns = [name for name in _LOOK if any(name in row.rivals for row in rows.values())]
-    gains.axis("off")
-    gains.set_xlim(-0.5, len(columns) - 0.5)
-    for x, name in enumerate(columns):
-        gains.text(x, -0.6, f"{name}\n/ ours", ha="center", va="bottom", fontsize=8)
-        for line, row in enumerate(rows.values()):
-            gain = row.speedup(name)
-            if gain is not None:
-                gains.text(x, line, f"{gain[1]:.3g}x", ha="center", va="center", fontsize=8)
-    axes.legend(
-        ncols=len(_LOOK), loc="lower left", bbox_to_anchor=(-0.01, 1.0),
-        handletextpad=0.2, columnspacing=1.4, borderaxespad=0.2,
-    )  # fmt: skip
+    figure.legend(ncols=len(_LOOK), loc="outside upper left", handletextpad=0.2)
     _save(figure, caption, path)
 
 
