@@ -9,8 +9,7 @@ import torch
 
 from benchmarks.harness.comparison import Comparison
 from benchmarks.harness.device import Device
-from benchmarks.harness.machine import describe
-from benchmarks.harness.recording import rounded
+from benchmarks.harness.machine import describe, rounded
 from benchmarks.harness.session import Entry, Recorder, Session
 from benchmarks.harness.sizes import PRECISIONS
 from magsd_kernels import environment

@@ -24,9 +24,8 @@ from typing import Any
 
 from benchmarks.harness import pieces
 from benchmarks.harness.device import Device, command_line
-from benchmarks.harness.machine import folder
+from benchmarks.harness.machine import commit, folder, write
 from benchmarks.harness.pieces import Piece, unpacked
-from benchmarks.harness.recording import commit, write
 
 ROOT = Path(__file__).parents[1]
 _CUDA_TOOLS = Path("/usr/local/cuda/bin")

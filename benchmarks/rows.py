@@ -15,8 +15,8 @@ from typing import Any
 from benchmarks import call_overhead, growth
 from benchmarks.harness.comparison import Comparison
 from benchmarks.harness.device import Device, command_line
+from benchmarks.harness.machine import now, provenance, rounded, write
 from benchmarks.harness.pieces import AGAIN
-from benchmarks.harness.recording import now, provenance, rounded, write
 from benchmarks.harness.session import Group, Outcome, Session
 from benchmarks.harness.sizes import MAGSD
 from benchmarks.harness.timing import quartiles

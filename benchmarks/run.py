@@ -13,8 +13,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.harness.device import Device, command_line
-from benchmarks.harness.machine import RESTRICTIONS, folder, restricted
-from benchmarks.harness.recording import RESULTS
+from benchmarks.harness.machine import RESTRICTIONS, RESULTS, folder, restricted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

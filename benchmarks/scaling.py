@@ -22,8 +22,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness.device import Device, command_line
-from benchmarks.harness.machine import describe, folder
-from benchmarks.harness.recording import RESULTS
+from benchmarks.harness.machine import RESULTS, describe, folder
 from benchmarks.harness.sizes import CLASSES, MAGSD
 from benchmarks.harness.steps import BFLOAT16, FLOAT32, draw_batch, network, train_step
 from benchmarks.harness.timing import quartiles

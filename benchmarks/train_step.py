@@ -19,27 +19,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import steps
 from benchmarks.harness.check import WrongResult
 from benchmarks.harness.device import Device, HostReads, command_line
-from benchmarks.harness.machine import folder
-from benchmarks.harness.recording import RESULTS, provenance, rounded, write
+from benchmarks.harness.machine import RESULTS, folder, provenance, rounded, write
 from benchmarks.harness.sizes import CLASSES, MAGSD
-from benchmarks.harness.steps import (
-    BASELINE,
-    FLOOR,
-    OURS,
-    Batch,
-    Contender,
-    GraphPool,
-    Member,
-    draw_batch,
-    floor_of,
-    groups,
-    members,
-    network,
-    no_tf32,
-    published_network,
-)
+from benchmarks.harness.steps import BASELINE, FLOOR, OURS, Batch, Contender, Member
 from benchmarks.harness.timing import Samples, interleave, quartiles, ratios
 from benchmarks.published_step import HostDraws, PublishedNetwork, published_step
 from benchmarks.reporting.train_step import render
@@ -74,16 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if environment.value(environment.BACKEND):
         raise SystemExit(f"{environment.BACKEND} is set: what is measured is the automatic choice")
     device = Device(options.device)
-    steps: list[dict[str, Any]] = []
-    saved = provenance(device) | {
-        "backbone": options.backbone,
-        "side": options.side,
-        "steps": steps,
-    }
+    measured: list[dict[str, Any]] = []
+    size = {"backbone": options.backbone, "side": options.side}
+    saved = provenance(device) | size | {"steps": measured}
     out = options.out or RESULTS / folder(device) / "train_step.json"
     report = out.parent / "train_step.md"
     for batch in options.batch:
-        steps.append(rounded(measure(device, batch, options)))
+        measured.append(rounded(measure(device, batch, options)))
         # Here already: a larger batch may not fit, or not end in time.
         write(out, json.dumps(saved, indent=1) + "\n")
         write(report, render(saved))
@@ -94,13 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(device: Device, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """Check, run and time all members at one batch size."""
-    model = network(options.backbone, CLASSES, device.type)
-    batches = [draw_batch(device, batch, options.side, seed) for seed in range(_BATCHES)]
+    model = steps.network(options.backbone, CLASSES, device.type)
+    batches = [steps.draw_batch(device, batch, options.side, seed) for seed in range(_BATCHES)]
     images, labels = batches[0]
     few = images[:_CHECKED_IMAGES], labels[:_CHECKED_IMAGES]
     difference = check(model, options.backbone, few)
-    everyone = members(device.type)
-    pool = GraphPool() if device.type == "cuda" else None
+    everyone = steps.members(device.type)
+    pool = steps.GraphPool() if device.type == "cuda" else None
     handle = None if pool is None else pool.handle
 
     def build(member: Member) -> Contender:
@@ -127,7 +109,7 @@ def time_members(
     facts: dict[Member, dict[str, Any]] = {}
     expected: dict[Member, float] = {}
     entries = {}
-    together = groups(everyone, device.type)
+    together = steps.groups(everyone, device.type)
     for group, told in together.items():
         for member in set(alive) - set(group):
             del alive[member]
@@ -155,8 +137,8 @@ def check(model: Network, backbone: str, batch: Batch) -> float:
     Gradients are not compared here: the last digit of a resized image can turn a rectifier over,
     and the gradient jumps. Raises WrongResult where rounding does not explain it.
     """
-    with no_tf32(), torch.no_grad():
-        networks = published_network(model, backbone), copy.deepcopy(model)
+    with steps.no_tf32(), torch.no_grad():
+        networks = steps.published_network(model, backbone), copy.deepcopy(model)
         theirs, ours = both_losses(*networks, batch)
     difference = float(abs(ours - theirs) / abs(theirs))
     if not difference <= _TOLERANCE:  # NaN is wrong too
@@ -221,7 +203,7 @@ def _entry(
         "speedup": ratios(times[str(BASELINE)], own),
     }
     if member.who != FLOOR:
-        floor = str(floor_of(member, everyone))
+        floor = str(steps.floor_of(member, everyone))
         entry |= {"floor": floor, "over_floor": ratios(own, times[floor])}
     return entry
 

@@ -1,4 +1,4 @@
-"""What stands beside every figure: machine, versions, threads."""
+"""What stands beside every figure (machine, versions, threads, commit), and how it is written."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import os
 import platform
 import tempfile
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from cpuinfo import get_cpu_info
+from pytest_benchmark.utils import get_commit_info
+from torch.utils import _pytree as pytree
 
 import magsd_kernels
 from benchmarks.harness.device import Device
 from magsd_kernels import environment, native
 
+RESULTS = Path(__file__).parents[1] / "results"
 #: What holds torch's own kernels and compiled code, ours, oneDNN and MKL back to AVX2.
 RESTRICTIONS: Mapping[str, Mapping[str, str]] = {
     "avx2": {
@@ -98,3 +103,37 @@ def describe(device: Device, processor: str | None = None) -> dict[str, str]:
         facts["cuda"] = str(torch.version.cuda)
         facts["tf32"] = f"matmul precision {torch.get_float32_matmul_precision()}"
     return facts
+
+
+def provenance(device: Device) -> dict[str, Any]:
+    """What was run, where and when; commit_info is of what runs, whatever is committed later."""
+    return {
+        "machine_info": describe(device),
+        "commit_info": commit(),
+        "datetime": now(),
+    }
+
+
+def now() -> str:
+    """The time of a run; of another row another one."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def commit() -> dict[str, Any]:
+    """Its id, and whether there are uncommitted changes."""
+    found = get_commit_info()
+    return {name: found.get(name) for name in ("id", "dirty")}
+
+
+def rounded(facts: dict[str, Any]) -> dict[str, Any]:
+    """Five digits are more than any figure here is good for."""
+    found: dict[str, Any] = pytree.tree_map_only(float, lambda x: float(f"{x:.5g}"), facts)
+    return found
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing: a reader never finds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begun = path.with_name(f"{path.name}.begun")
+    begun.write_text(text)
+    begun.replace(path)
