@@ -38,9 +38,9 @@ class Comparison:
         sets = [first, *(row.draw(seed) for seed in range(1, count))]
         expected = definition(row, first)
         outcomes = {name: Outcome(facts=self._facts(name)) for name in members}
-        contenders = {}
+        contenders, competitors = {}, row.competitors()
         for name in (name for name in members if name != LIMIT):
-            outcomes[name].absent = row.why_absent(name)
+            outcomes[name].absent = competitors[name].why_not()
             if outcomes[name].absent is None:
                 with outcomes[name].failing():
                     contender = Contender(name, row, sets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,8 @@ PUBLISHED, EAGER, COMPILED, AUTOTUNED = "published", "eager", "compiled", "compi
 _CASES = {case.name: case for case in CASES}
 
 
-@dataclass(frozen=True)
-class Rival:
-    """Somebody else's calls that compute the same, named after the call that matters.
+class Rival(NamedTuple):
+    """Somebody's calls that compute the same, named after the call that matters.
 
     build: gives the function; called once for a row. precisions: in which it competes. why_not:
     reason why it cannot run here, or None. tolerance: largest relative error in float32.
@@ -116,10 +115,6 @@ class Row:
         """Of the activations."""
         return PRECISIONS[self.precision]
 
-    def rival(self, name: str) -> Rival | None:
-        """The rival of a name."""
-        return next((rival for rival in self.subject.rivals if rival.name == name), None)
-
     def backend(self, asked: str = "auto") -> str:
         """The backend that runs where one is asked for."""
         like = torch.empty(0, device=self.device, dtype=self.dtype)
@@ -142,24 +137,32 @@ class Row:
             moved += sum(nbytes(arguments[name]) for name in self.subject.differentiable)
         return moved
 
-    def competitors(self) -> tuple[str, ...]:
-        """Who competes, ours last."""
-        largest = self.subject.central and self.batch == self.network.batches[-1]
-        tuned = self.autotuned and self.device == "cuda" and largest
-        rivals = [r.name for r in self.subject.rivals if self.precision in r.precisions]
-        ours = preference(self.device)
-        return (PUBLISHED, EAGER, COMPILED, *((AUTOTUNED,) if tuned else ()), *rivals, *ours)
+    def competitors(self) -> dict[str, Rival]:
+        """Who competes, by name, ours last."""
+        subject = self.subject
 
-    def why_absent(self, name: str) -> str | None:
-        """Reason why a competitor cannot run, or None."""
-        if name in (COMPILED, AUTOTUNED):
-            return self.subject.uncompiled or None
-        if name in (PUBLISHED, EAGER):
-            return None
-        rival = self.rival(name)
-        if rival is not None:
-            return rival.why_not()
-        return why_not(name, self.subject.operation, self.device, self.dtype)
+        def ours(name: str) -> Rival:
+            reason = partial(why_not, name, subject.operation, self.device, self.dtype)
+            return Rival(name, lambda: partial(subject.function, backend=name), why_not=reason)
+
+        def compiled(name: str, mode: str) -> Rival:
+            return Rival(
+                name,
+                partial(_compiled, subject.reference, mode),
+                why_not=lambda: subject.uncompiled or None,
+            )
+
+        largest = subject.central and self.batch == self.network.batches[-1]
+        tuned = self.autotuned and self.device == "cuda" and largest
+        found = [
+            Rival(PUBLISHED, lambda: subject.published),
+            ours("reference")._replace(name=EAGER),
+            compiled(COMPILED, "default"),
+            *([compiled(AUTOTUNED, "max-autotune")] if tuned else []),
+            *(rival for rival in subject.rivals if self.precision in rival.precisions),
+            *map(ours, preference(self.device)),
+        ]
+        return {rival.name: rival for rival in found}
 
 
 def _read(name: str, arguments: Arguments) -> int:
@@ -182,23 +185,13 @@ class Contender:
     def __init__(self, name: str, row: Row, sets: Sequence[Arguments]) -> None:
         self.name = name
         self.row = row
-        rival = row.rival(name)
+        rival = row.competitors().get(name)
         self.tolerance = 1e-5 if rival is None else rival.tolerance
-        self._function = self._build() if rival is None else rival.build()
+        self._function: Function = partial(row.subject.function, backend=name)
+        if rival is not None:
+            self._function = rival.build()
         self._sets = [self._own(arguments) for arguments in sets]
         self._directions: list[list[Tensor]] = []
-
-    def _build(self) -> Function:
-        subject = self.row.subject
-        if self.name == PUBLISHED:
-            return subject.published
-        if self.name not in (COMPILED, AUTOTUNED):
-            backend = "reference" if self.name == EAGER else self.name
-            return partial(subject.function, backend=backend)
-        mode = "max-autotune" if self.name == AUTOTUNED else "default"
-        definition = partial(_first, subject.reference)
-        compiled = torch.compile(definition, fullgraph=True, dynamic=False, mode=mode)
-        return partial(_new_step, compiled) if self.name == AUTOTUNED else compiled
 
     def _own(self, arguments: Arguments) -> Arguments:
         """Leaves of its own; the data is shared, but for what is written."""
@@ -268,10 +261,15 @@ class Contender:
                 yield name, value
 
 
-def _first(function: Function, **arguments: Any) -> Any:
-    """torch.compile drops what is not returned."""
-    result = function(**arguments)
-    return result[0] if isinstance(result, tuple) else result
+def _compiled(reference: Function, mode: str) -> Function:
+    """torch.compile of the definition, which drops what is not returned."""
+
+    def definition(**arguments: Any) -> Any:
+        result = reference(**arguments)
+        return result[0] if isinstance(result, tuple) else result
+
+    compiled = torch.compile(definition, fullgraph=True, dynamic=False, mode=mode)
+    return partial(_new_step, compiled) if mode == "max-autotune" else compiled
 
 
 def _new_step(tuned: Function, **arguments: Any) -> Any:

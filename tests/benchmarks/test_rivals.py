@@ -46,7 +46,7 @@ def compare(row: Row, rival: str) -> None:
 def test_a_rival_agrees(name, rival, precision):
     row = row_of(name, precision)
     assert rival in row.competitors()
-    why = row.why_absent(rival)
+    why = row.competitors()[rival].why_not()
     if why is not None:
         pytest.skip(why)
     compare(row, rival)
@@ -77,7 +77,7 @@ def test_without_aligned_corners_roi_align_reads_beside_the_box():
 
 def test_roi_align_is_skipped_where_torchvision_is_not(monkeypatch):
     monkeypatch.setattr(rivals, "find_spec", lambda name: None)
-    why = row_of("attention_crop", "float32").why_absent("roi_align")
+    why = row_of("attention_crop", "float32").competitors()["roi_align"].why_not()
     assert why == "torchvision is not installed"
 
 
