@@ -1,7 +1,8 @@
-"""`pytest benchmarks`: options, one test per group and member, and what the saved JSON holds."""
+"""`pytest benchmarks`: options, and one test per group and member."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from benchmarks.harness.comparison import Comparison
 from benchmarks.harness.device import Device
-from benchmarks.harness.machine import describe, rounded
+from benchmarks.harness.pieces import AGAIN
 from benchmarks.harness.session import Entry, Recorder, Session
 from benchmarks.harness.sizes import PRECISIONS
 from magsd_kernels import environment
@@ -17,7 +18,6 @@ from magsd_kernels import environment
 _SESSION = pytest.StashKey[Session]()
 #: Not for pytest, and with needs of their own: the train extra.
 collect_ignore = ["published_step.py", "train_step.py"]
-_STATISTICS = ("min", "q1", "median", "q3", "rounds")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +32,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--max-autotune", action="store_true", help="on a GPU, of the central rows: takes minutes"
     )
+    group.addoption(
+        "--rows",
+        type=Path,
+        metavar="FOLDER",
+        help="for a file of each row as soon as it is measured; a row that has one is left out",
+    )
+    group.addoption("--again", action="store_true", help="measure rows that failed once more")
+    group.addoption("--central", action="store_true", help="MAG-SD's central operations alone")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,6 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
         precisions=tuple(_listed(config, "--precisions")) or None,
         quick=quick,
         autotuned=config.getoption("--max-autotune"),
+        folder=config.getoption("--rows"),
+        again=config.getoption("--again"),
     )
 
 
@@ -59,21 +69,22 @@ def _listed(config: pytest.Config, option: str) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The rows of a module's SUBJECTS, or its own groups."""
+    """The rows of a module's SUBJECTS, or its own groups, but for those that have a file."""
     if "entry" not in metafunc.fixturenames:
         return
     session, module = metafunc.config.stash[_SESSION], metafunc.module
-    if hasattr(module, "groups"):
+    groups: list[Any] = [Comparison(row) for row in session.rows(getattr(module, "SUBJECTS", ()))]
+    if metafunc.config.getoption("--central"):
+        groups = [group for group in groups if group.is_central]
+    elif hasattr(module, "groups"):
         groups = module.groups(session)
-    else:
-        groups = [Comparison(row) for row in session.rows(module.SUBJECTS)]
     entries = [
         pytest.param(
             Entry(group, member),
             id=f"{group}-{member}",
             marks=pytest.mark.benchmark(group=str(group), timer=session.clock.read),
         )
-        for group in groups
+        for group in filter(session.wants, groups)
         for member in group.members()
     ]
     metafunc.parametrize("entry", entries)
@@ -92,6 +103,8 @@ def record(request: pytest.FixtureRequest, benchmark: Any) -> Recorder:
         if outcome.absent is not None:
             pytest.skip(outcome.absent)
         if outcome.error is not None:
+            if session.folder is not None and _broke_the_device(outcome.error):
+                pytest.exit(str(outcome.error), AGAIN)
             raise outcome.error
         assert outcome.samples is not None
         seconds = iter(outcome.samples.seconds)
@@ -105,22 +118,8 @@ def record(request: pytest.FixtureRequest, benchmark: Any) -> Recorder:
     return record
 
 
-def pytest_benchmark_update_machine_info(
-    config: pytest.Config, machine_info: dict[str, Any]
-) -> None:
-    processor = machine_info.get("cpu", {}).get("brand_raw", machine_info.get("machine", ""))
-    machine_info.clear()
-    machine_info.update(describe(config.stash[_SESSION].device, processor))
-
-
-def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Statistics, not samples; what is said once is not said per entry."""
-    output_json["commit_info"] = {k: output_json["commit_info"].get(k) for k in ("id", "dirty")}
-    output_json["benchmarks"] = [
-        {
-            "name": bench["name"],
-            "stats": rounded({name: bench["stats"][name] for name in _STATISTICS}),
-            "extra_info": rounded(bench["extra_info"]),
-        }
-        for bench in output_json["benchmarks"]
-    ]
+def _broke_the_device(error: Exception) -> bool:
+    """After an error of a kernel nothing runs on the device in the same process."""
+    text = str(error)
+    broken = "CUDA error" in text or "Triton Error [CUDA]" in text
+    return broken and "out of memory" not in text

@@ -22,10 +22,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 from benchmarks.harness import pieces
 from benchmarks.harness.device import Device, command_line
 from benchmarks.harness.machine import commit, folder, write
 from benchmarks.harness.pieces import Piece, unpacked
+from magsd_kernels import native
 
 ROOT = Path(__file__).parents[1]
 _CUDA_TOOLS = Path("/usr/local/cuda/bin")
@@ -139,8 +142,20 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _build(plan: Plan) -> list[Piece]:
-    """In every run: it may be on another machine."""
-    return [Piece("build", "library", plan.module("benchmarks.library"), repeated=True)]
+    """Of what was carried here, unless it loads; in every run: it may be on another machine."""
+    build = (sys.executable, "setup.py", "build_ext", "--inplace")
+    limits = {"MAGSD_BUILD_CUDA": "0"}
+    if plan.gpu:
+        major, minor = torch.cuda.get_device_capability()
+        limits = {"MAGSD_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+    absent = "" if native.why_not(plan.device) else "the library loads"
+    look = (
+        f"import sys; from magsd_kernels import native; sys.exit(native.why_not({plan.device!r}))"
+    )
+    return [
+        Piece("build", "library", build, environment=limits, absent=absent, repeated=True),
+        Piece("build", "loads", (sys.executable, "-c", look), repeated=True),
+    ]
 
 
 def _tests(stage: str, plan: Plan) -> list[Piece]:
@@ -220,14 +235,15 @@ def _rest(plan: Plan) -> list[Piece]:
 
 def _rows(stage: str, plan: Plan, *chosen: str) -> list[Piece]:
     """Rows are written one by one, so that the deadline alone ends them; and a report of them."""
+    chosen = ("--seconds=2", "-p", "no:cacheprovider", *chosen)
     rows, report = (plan.work / plan.machine / name for name in ("rows", "report"))
     if plan.options.quick:
-        chosen = ("--central", "--batches=4", "--quick", "--seconds=0.1")
+        chosen = (*chosen, "--central", "--quick", "--seconds=0.1")
     if plan.options.max_autotune:
         chosen = (*chosen, "--max-autotune")
     if plan.options.again:
         chosen = (*chosen, "--again")
-    command = plan.module("benchmarks.rows", f"--into={rows}", *chosen)
+    command = plan.module("benchmarks.run", f"--rows={rows}", *chosen)
     joined = (sys.executable, "-m", "benchmarks.report", str(rows), f"--out={report}")
     return [Piece(stage, "rows", command), Piece(stage, "report", joined, repeated=True)]
 

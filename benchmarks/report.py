@@ -33,6 +33,12 @@ def judge(paths: Sequence[Path]) -> int:
     return int(bool(found))
 
 
+def in_order(folder: Path) -> list[Path]:
+    """The JSON in a folder, as it was measured."""
+    times = {path: json.loads(path.read_text())["datetime"] for path in folder.glob("*.json")}
+    return sorted(times, key=times.__getitem__)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit status is 1 where --strict finds a row that falls short."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
@@ -42,13 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder; default: that of the first file")
     parser.add_argument("--strict", action="store_true", help=STRICT)
     options = parser.parse_args(arguments)
-    files: list[Path] = []
-    for path in options.files:
-        if path.is_dir():  # in the order in which they were measured
-            times = {file: json.loads(file.read_text())["datetime"] for file in path.glob("*.json")}
-            files += sorted(times, key=times.__getitem__)
-        else:
-            files.append(path)
+    files = [
+        file for path in options.files for file in (in_order(path) if path.is_dir() else [path])
+    ]
     if not files:
         parser.error("no JSON is there")
     report = write(files, options.out or files[0].parent)

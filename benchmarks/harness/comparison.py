@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.harness.check import check, definition
 from benchmarks.harness.session import Outcome, Session
+from benchmarks.harness.sizes import MAGSD
 from benchmarks.harness.subject import AUTOTUNED, PUBLISHED, Contender, Row, nbytes
 from benchmarks.harness.timing import Samples, interleave, ratios
 
@@ -24,6 +25,11 @@ class Comparison:
 
     def __str__(self) -> str:
         return str(self.row)
+
+    @property
+    def is_central(self) -> bool:
+        """Whether it is of MAG-SD's central operations."""
+        return self.row.subject.central and self.row.network.name == MAGSD.name
 
     def members(self) -> Sequence[str]:
         """Competitors, ours last, and the limit."""

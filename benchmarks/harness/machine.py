@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import os
 import platform
@@ -106,17 +107,16 @@ def describe(device: Device, processor: str | None = None) -> dict[str, str]:
 
 
 def provenance(device: Device) -> dict[str, Any]:
-    """What was run, where and when; commit_info is of what runs, whatever is committed later."""
-    return {
-        "machine_info": describe(device),
-        "commit_info": commit(),
-        "datetime": now(),
+    """What was run, where and when."""
+    return _constant(device) | {
+        "datetime": datetime.now(timezone.utc).isoformat(timespec="milliseconds")
     }
 
 
-def now() -> str:
-    """The time of a run; of another row another one."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+@functools.cache
+def _constant(device: Device) -> dict[str, Any]:
+    """The commit is that of what runs, whatever is committed meanwhile."""
+    return {"machine_info": describe(device), "commit_info": commit()}
 
 
 def commit() -> dict[str, Any]:

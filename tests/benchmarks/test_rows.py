@@ -1,4 +1,4 @@
-"""Rows are measured one by one, each is saved whole, and what is saved is not measured again."""
+"""Rows are saved one by one, each whole, and what is saved is not measured again."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs the bench extra")
 pytest.importorskip("pytest_benchmark", reason="needs the bench extra")
 
-from benchmarks import report, rows
+from benchmarks import report, run, soft_distance
+from benchmarks.harness.comparison import Comparison
+from benchmarks.harness.device import Device
 from benchmarks.harness.pieces import AGAIN
-from benchmarks.harness.session import Outcome
+from benchmarks.harness.session import Outcome, Session
 from benchmarks.harness.timing import Samples
 
 
 class Group:
     """Two members; ours takes a second, or fails."""
+
+    is_central = True
 
     def __init__(self, name: str, error: Exception | None = None) -> None:
         self.name = name
@@ -47,9 +51,13 @@ class Group:
         return Outcome(Samples([1.0, 2.0, 3.0], 1), facts)
 
 
-def measure(monkeypatch, into, groups: list[Group], *options: str) -> int:
-    monkeypatch.setattr(rows, "groups", lambda session, central: iter(groups))
-    return rows.main(["--device=cpu", f"--into={into}", *options])
+def measure(monkeypatch, rows, groups: list[Group], *options: str) -> int:
+    """`python -m benchmarks.run`, were these groups all that there is."""
+    monkeypatch.delenv("MAGSD_BACKEND", raising=False)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr(soft_distance, "groups", lambda session: groups, raising=False)
+    alone = ["-k", "test_soft_distance", "-p", "no:cacheprovider"]
+    return run.main(["--device=cpu", f"--rows={rows}", *alone, *options])
 
 
 def test_rows_are_saved_and_not_measured_again(tmp_path, monkeypatch, capsys):
@@ -86,3 +94,8 @@ def test_after_an_error_of_the_device_another_process_goes_on(tmp_path, monkeypa
     assert after.measured == 0
     assert measure(monkeypatch, tmp_path, [broken, after]) == 1
     assert (broken.measured, after.measured) == (1, 1)
+
+
+def test_central_rows_are_those_of_magsd():
+    rows = Session(Device("cpu"), 1.0, batches=(256,)).rows(soft_distance.SUBJECTS)
+    assert all(Comparison(row).is_central for row in rows)
