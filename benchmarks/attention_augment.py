@@ -44,43 +44,31 @@ def _view(name: str, reference: Function, *ranges: tuple[float, float], **option
     )
 
 
+_mixup = partial(reference.attention_mixup, padding=PADDING, weight=WEIGHT, align_corners=False)
 _dim = partial(reference.attention_dim, floor=FLOOR, align_corners=False)
-_drop = partial(reference.attention_dim, floor=0.0, align_corners=True)
-_boxes = partial(reference.attention_boxes, padding=PADDING, align_corners=False)
-_mixup = partial(reference.attention_mixup, padding=PADDING)
 _patch = partial(reference.attention_patch, padding=PADDING, align_corners=False)
 _views = partial(
     reference.attention_views, padding=PADDING, weight=WEIGHT, floor=FLOOR, align_corners=False
 )
+_crop = partial(reference.attention_mixup, padding=PADDING, weight=1.0, align_corners=True)
+_drop = partial(reference.attention_dim, floor=0.0, align_corners=True)
+_boxes = partial(reference.attention_boxes, padding=PADDING, align_corners=False)
+
+_grid_sample = partial(Rival, "grid_sample", tolerance=_COORDINATES)
+_sampled_views = _grid_sample(rivals.grid_sample_views)
+_sampled_mixup = _grid_sample(rivals.grid_sample_mixup)
+_sampled_crop = _grid_sample(rivals.grid_sample_crop)
+_roi_align = Rival(
+    "roi_align", rivals.roi_align, why_not=rivals.why_no_torchvision, tolerance=_COORDINATES
+)
+
 SUBJECTS = (
-    _view(
-        *("attention_views", _views, _BOX, _MASK, _BOX),
-        rivals=(Rival("grid_sample", rivals.grid_sample_views, tolerance=_COORDINATES),),
-        central=True,
-    ),
-    _view(
-        *("attention_mixup", partial(_mixup, weight=WEIGHT, align_corners=False), _BOX),
-        rivals=(Rival("grid_sample", rivals.grid_sample_mixup, tolerance=_COORDINATES),),
-    ),
+    _view("attention_views", _views, _BOX, _MASK, _BOX, rivals=(_sampled_views,), central=True),
+    _view("attention_mixup", _mixup, _BOX, rivals=(_sampled_mixup,)),
     _view("attention_dim", _dim, _MASK),
     _view("attention_patch", _patch, _BOX),
-    _view(
-        *("attention_crop", partial(_mixup, weight=1.0, align_corners=True), _BOX),
-        networks=(WSDAN,),
-        rivals=(
-            Rival("grid_sample", rivals.grid_sample_crop, tolerance=_COORDINATES),
-            Rival(
-                "roi_align",
-                rivals.roi_align,
-                why_not=rivals.why_no_torchvision,
-                tolerance=_COORDINATES,
-            ),
-        ),
-    ),
-    _view(
-        *("attention_drop", _drop, _MASK),
-        networks=(WSDAN,),
-    ),
+    _view("attention_crop", _crop, _BOX, networks=(WSDAN,), rivals=(_sampled_crop, _roi_align)),
+    _view("attention_drop", _drop, _MASK, networks=(WSDAN,)),
     _view("attention_boxes", _boxes, _BOX),
 )
 

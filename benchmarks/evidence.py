@@ -44,6 +44,7 @@ _PROFILED = (
     ("attention_views", "float32"),
     ("bilinear_attention_pool", "float32"),
 )
+_LOOK = "import sys; from magsd_kernels import native; sys.exit(native.why_not(sys.argv[1]))"
 _PACKING_SECONDS = 5.0
 _LIMIT = 400.0  # of one piece that does not write its results as it goes
 
@@ -149,12 +150,10 @@ def _build(plan: Plan) -> list[Piece]:
         major, minor = torch.cuda.get_device_capability()
         limits = {"MAGSD_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
     absent = "" if native.why_not(plan.device) else "the library loads"
-    look = (
-        f"import sys; from magsd_kernels import native; sys.exit(native.why_not({plan.device!r}))"
-    )
+    look = (sys.executable, "-c", _LOOK, plan.device)
     return [
         Piece("build", "library", build, environment=limits, absent=absent, repeated=True),
-        Piece("build", "loads", (sys.executable, "-c", look), repeated=True),
+        Piece("build", "loads", look, repeated=True),
     ]
 
 
