@@ -13,7 +13,7 @@ import magsd_kernels as mk
 from benchmarks import published, rivals
 from benchmarks.harness.session import Entry, Recorder
 from benchmarks.harness.sizes import MAGSD, WSDAN, Draw
-from benchmarks.harness.subject import Function, Rival, Subject
+from benchmarks.harness.subject import CASE, Function, Rival, Subject
 from benchmarks.rivals import FLOOR, PADDING, WEIGHT
 from magsd_kernels.cases import Arguments
 from magsd_kernels.reference import attention_augment as reference
@@ -31,7 +31,7 @@ def _view(name: str, reference: Function, *ranges: tuple[float, float], **option
     def prepare(draw: Draw, arguments: Arguments) -> Arguments:
         return draw.guided(arguments, *ranges)
 
-    case = name.removeprefix("attention_")
+    case = CASE[name.removeprefix("attention_")]
     corners = {"align_corners": True} if options.get("networks") == (WSDAN,) else {}
     settings: dict[str, Any] = {
         "function": partial(getattr(mk, name), **corners),

@@ -8,14 +8,14 @@ import magsd_kernels as mk
 from benchmarks import published
 from benchmarks.harness.session import Entry, Recorder
 from benchmarks.harness.sizes import MAGSD, WSDAN
-from benchmarks.harness.subject import Subject
+from benchmarks.harness.subject import CASE, Subject
 from magsd_kernels.reference import attention_sampling as reference
 
 SUBJECTS = (
     Subject(
         name="sample_attention",
         operation="attention_sampling",
-        case="sample",
+        case=CASE["sample"],
         function=mk.sample_attention,
         reference=partial(reference.sample_attention, eps=1e-12),
         published=published.sample_attention,

@@ -9,7 +9,7 @@ import magsd_kernels as mk
 from benchmarks import published, rivals
 from benchmarks.harness.session import Entry, Recorder
 from benchmarks.harness.sizes import MAGSD, WSDAN
-from benchmarks.harness.subject import Rival, Subject
+from benchmarks.harness.subject import CASE, Rival, Subject
 from magsd_kernels.reference import bilinear_pool as reference
 
 _pool = partial(
@@ -19,7 +19,7 @@ _pool = partial(
 _AVERAGE = Subject(
     name="bilinear_attention_pool",
     operation="bilinear_pool",
-    case="pool_same_size",
+    case=CASE["pool_same_size"],
     function=partial(mk.bilinear_attention_pool, scale=100.0),
     reference=partial(_pool, pool="avg"),
     published=published.bilinear_attention_pool,

@@ -45,10 +45,10 @@ class Overhead:
         where = "float32", self.device
         return {
             subject.name: Row(
-                subject, _ONE, subject.least_batch, *where, bool(subject.differentiable)
+                subject, _ONE, subject.least_batch, *where, bool(subject.case.differentiable)
             )
             for subject in SUBJECTS
-            if subject.differentiable or not self.backward
+            if subject.case.differentiable or not self.backward
         }
 
     def measure(self, members: Sequence[str], session: Session) -> dict[str, Outcome]:

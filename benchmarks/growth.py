@@ -65,7 +65,10 @@ class Growth:
     @property
     def _backward(self) -> bool:
         """In training the images ask for no gradient."""
-        return bool(self.subject.differentiable) and "images" not in self.subject.differentiable
+        return (
+            bool(self.subject.case.differentiable)
+            and "images" not in self.subject.case.differentiable
+        )
 
     def _row(self, size: int) -> Row:
         network, batch = self.subject.networks[0], size

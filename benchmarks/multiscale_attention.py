@@ -11,7 +11,7 @@ import magsd_kernels as mk
 from benchmarks import published
 from benchmarks.harness.session import Entry, Recorder
 from benchmarks.harness.sizes import MAGSD, WSDAN
-from benchmarks.harness.subject import Subject
+from benchmarks.harness.subject import CASE, Subject
 from magsd_kernels.reference import multiscale_attention as reference
 
 _definition = partial(
@@ -22,7 +22,7 @@ SUBJECTS = (
     Subject(
         name="multiscale_attention",
         operation="multiscale_attention",
-        case="multiscale_train",
+        case=CASE["multiscale_train"],
         function=partial(mk.multiscale_attention, training=True),
         reference=_definition,
         published=published.multiscale_attention,
@@ -34,7 +34,7 @@ SUBJECTS = (
     Subject(
         name="resample_attention",
         operation="multiscale_attention",
-        case="resample_area",
+        case=CASE["resample_area"],
         function=mk.resample_attention,
         reference=partial(reference.resample_attention, mode="area", align_corners=False),
         published=published.resample_attention,

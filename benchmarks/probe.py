@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subject = subjects[options.function]
     batch = max(options.batch, subject.least_batch)
     where = options.precision, options.device
-    row = Row(subject, subject.networks[0], batch, *where, bool(subject.differentiable))
+    row = Row(subject, subject.networks[0], batch, *where, bool(subject.case.differentiable))
     backend = row.backend(options.backend)
     if backend == "reference":
         sys.stderr.write(f"no compiled backend of {subject.name} runs here\n")

@@ -12,7 +12,7 @@ import magsd_kernels as mk
 from benchmarks import published
 from benchmarks.harness.session import Entry, Recorder
 from benchmarks.harness.sizes import CLASSES, MAGSD, Draw
-from benchmarks.harness.subject import Subject
+from benchmarks.harness.subject import CASE, Subject
 from magsd_kernels.cases import Arguments
 from magsd_kernels.reference import soft_distance as reference
 
@@ -35,7 +35,7 @@ SUBJECTS = (
     Subject(
         name="soft_distance_loss",
         operation="soft_distance",
-        case="loss",
+        case=CASE["loss"],
         function=_loss,
         reference=_definition,
         published=published.soft_distance_loss,

@@ -109,7 +109,7 @@ class Session:
             for batch in self.batches or self._batches(subject, network)
             for precision in self.precisions or self._precisions(subject)
             if precision in subject.precisions
-            for backward in ((False, True) if subject.differentiable else (False,))
+            for backward in ((False, True) if subject.case.differentiable else (False,))
         ]
 
     def _batches(self, subject: Subject, network: Network) -> tuple[int, ...]:

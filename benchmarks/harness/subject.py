@@ -22,7 +22,7 @@ Call = Callable[[], Any]
 DRAWS = ("theta", "offsets", "uniforms")
 _ON_HOST = (*DRAWS, "index")
 PUBLISHED, EAGER, COMPILED, AUTOTUNED = "published", "eager", "compiled", "compiled-max"
-_CASES = {case.name: case for case in CASES}
+CASE = {case.name: case for case in CASES}
 
 
 class Rival(NamedTuple):
@@ -46,7 +46,7 @@ class Subject:
     Attributes:
         name: of the function, with the variant.
         operation: its row in the table of backends.
-        case: of `magsd_kernels.cases`, which makes the arguments and knows the gradients.
+        case: makes the arguments and knows the gradients.
         function: the public function; takes `backend`, returns one tensor.
         reference: the definition without the dispatcher, for torch.compile; of several results
             the first counts.
@@ -64,7 +64,7 @@ class Subject:
 
     name: str
     operation: str
-    case: str
+    case: Case
     function: Function
     reference: Function
     published: Function
@@ -76,16 +76,6 @@ class Subject:
     central: bool = False
     least_batch: int = 1
     precisions: tuple[str, ...] = tuple(PRECISIONS)
-
-    @property
-    def made(self) -> Case:
-        """The case itself."""
-        return _CASES[self.case]
-
-    @property
-    def differentiable(self) -> tuple[str, ...]:
-        """Arguments that get a gradient; empty for an operation without."""
-        return self.made.differentiable
 
 
 @dataclass(frozen=True)
@@ -123,7 +113,7 @@ class Row:
     def draw(self, seed: int) -> Arguments:
         """Random arguments; different seeds give different ones."""
         draw = Draw(self.network, self.precision, self.device, seed)
-        made = self.subject.made.build(self.network.size(self.batch), draw)
+        made = self.subject.case.build(self.network.size(self.batch), draw)
         return self.subject.prepare(draw, made)
 
     def moved_bytes(self, arguments: Arguments, result: Tensor) -> int:
@@ -134,7 +124,7 @@ class Row:
         moved = sum(_read(name, arguments) for name in arguments) + nbytes(result)
         if self.backward:
             moved += nbytes(result) + sum(_read(name, arguments) for name in self.subject.saved)
-            moved += sum(nbytes(arguments[name]) for name in self.subject.differentiable)
+            moved += sum(nbytes(arguments[name]) for name in self.subject.case.differentiable)
         return moved
 
     def competitors(self) -> dict[str, Rival]:
@@ -196,10 +186,10 @@ class Contender:
     def _own(self, arguments: Arguments) -> Arguments:
         """Leaves of its own; the data is shared, but for what is written."""
         own = {n: pytree.tree_map_only(Tensor, Tensor.detach, x) for n, x in arguments.items()}
-        for name in self.row.subject.made.written:
+        for name in self.row.subject.case.written:
             own[name] = pytree.tree_map_only(Tensor, Tensor.clone, own[name])
         if self.row.backward:
-            for leaf in self.row.subject.made.leaves(own):
+            for leaf in self.row.subject.case.leaves(own):
                 leaf.requires_grad_()
         if self.name == PUBLISHED:
             own |= {
@@ -219,7 +209,7 @@ class Contender:
         if not self._directions:
             direction = self._direction(result)
             self._directions = [[part.clone() for part in direction] for _ in self._sets]
-        leaves = self.row.subject.made.leaves(self._sets[i])
+        leaves = self.row.subject.case.leaves(self._sets[i])
         return torch.autograd.grad(outputs, leaves, self._directions[i])
 
     def _direction(self, result: Any) -> list[Tensor]:
@@ -256,7 +246,7 @@ class Contender:
         yield "result", result.detach()
         for i, gradient in enumerate(gradients):
             yield f"gradient {i}", gradient
-        for name in self.row.subject.made.written:
+        for name in self.row.subject.case.written:
             for value in self._sets[0][name]:
                 yield name, value
 

@@ -21,7 +21,7 @@ def small_row(subject: Subject, batch: int = 8, backward: bool | None = None) ->
         subject.networks[0], side=30, features=((5, 12), (6, 6), (7, 3)), maps=5
     )
     if backward is None:
-        backward = bool(subject.differentiable)
+        backward = bool(subject.case.differentiable)
     return Row(subject, network, batch, "float32", "cpu", backward)
 
 
