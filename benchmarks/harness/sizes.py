@@ -59,11 +59,7 @@ WSDAN = Network("wsdan", 3, 448, ((2048, 14),), (16, 64), align_corners=True, dr
 
 
 #: dtypes of activations, in half precision channels_last; parameters and draws are float32.
-PRECISIONS = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def photograph(shape: Sequence[int], generator: torch.Generator) -> Tensor:
