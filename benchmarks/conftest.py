@@ -13,6 +13,7 @@ from benchmarks.harness.device import Device
 from benchmarks.harness.pieces import AGAIN
 from benchmarks.harness.session import Entry, Recorder, Session
 from benchmarks.harness.sizes import PRECISIONS
+from benchmarks.operations import SUBJECTS
 from magsd_kernels import environment
 
 _SESSION = pytest.StashKey[Session]()
@@ -68,16 +69,20 @@ def _listed(config: pytest.Config, option: str) -> list[str]:
     return [part for part in (config.getoption(option) or "").split(",") if part]
 
 
+def groups_of(module: Any, session: Session, central: bool) -> list[Any]:
+    """A module's own groups, or the rows of its SUBJECTS."""
+    if hasattr(module, "groups"):
+        return [] if central else list(module.groups(session))
+    rows = [Comparison(row) for row in session.rows(module.SUBJECTS)]
+    return [row for row in rows if row.is_central or not central]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The rows of a module's SUBJECTS, or its own groups, but for those that have a file."""
+    """A test for each member of the groups that have no file yet."""
     if "entry" not in metafunc.fixturenames:
         return
-    session, module = metafunc.config.stash[_SESSION], metafunc.module
-    groups: list[Any] = [Comparison(row) for row in session.rows(getattr(module, "SUBJECTS", ()))]
-    if metafunc.config.getoption("--central"):
-        groups = [group for group in groups if group.is_central]
-    elif hasattr(module, "groups"):
-        groups = module.groups(session)
+    session = metafunc.config.stash[_SESSION]
+    groups = groups_of(metafunc.module, session, metafunc.config.getoption("--central"))
     entries = [
         pytest.param(
             Entry(group, member),
@@ -88,6 +93,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for member in group.members()
     ]
     metafunc.parametrize("entry", entries)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Rows in the order of worth, then the rest."""
+    order = [*dict.fromkeys(subject.operation for subject in SUBJECTS), "call_overhead", "growth"]
+    items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else -1)
 
 
 @pytest.fixture

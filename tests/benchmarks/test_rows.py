@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs the bench extra")
 pytest.importorskip("pytest_benchmark", reason="needs the bench extra")
 
-from benchmarks import report, run, soft_distance
-from benchmarks.harness.comparison import Comparison
+from benchmarks import bilinear_pool, call_overhead, growth, report, run, soft_distance
+from benchmarks.conftest import groups_of
 from benchmarks.harness.device import Device
 from benchmarks.harness.pieces import AGAIN
 from benchmarks.harness.session import Outcome, Session
@@ -96,6 +96,14 @@ def test_after_an_error_of_the_device_another_process_goes_on(tmp_path, monkeypa
     assert (broken.measured, after.measured) == (1, 1)
 
 
-def test_central_rows_are_those_of_magsd():
-    rows = Session(Device("cpu"), 1.0, batches=(256,)).rows(soft_distance.SUBJECTS)
-    assert all(Comparison(row).is_central for row in rows)
+@pytest.mark.parametrize("central", [False, True])
+def test_central_rows_are_those_of_magsd(central):
+    session = Session(Device("cpu"), 1.0)
+    found = {
+        module.__name__.rpartition(".")[2]: set(map(str, groups_of(module, session, central)))
+        for module in (bilinear_pool, call_overhead, growth)
+    }
+    assert bool(found["growth"]) == bool(found["call_overhead"]) == (not central)
+    assert {"bilinear_attention_pool-magsd-b16-float32-forward"} <= found["bilinear_pool"]
+    others = {name for name in found["bilinear_pool"] if "wsdan" in name or "max" in name}
+    assert bool(others) == (not central)
