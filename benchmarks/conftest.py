@@ -18,7 +18,7 @@ from magsd_kernels import environment
 
 _SESSION = pytest.StashKey[Session]()
 #: Not for pytest, and with needs of their own: the train extra.
-collect_ignore = ["published_step.py", "train_step.py"]
+collect_ignore = ["published_step.py", "scaling.py", "train_step.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

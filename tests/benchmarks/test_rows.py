@@ -56,8 +56,9 @@ def measure(monkeypatch, rows, groups: list[Group], *options: str) -> int:
     monkeypatch.delenv("MAGSD_BACKEND", raising=False)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     monkeypatch.setattr(soft_distance, "groups", lambda session: groups, raising=False)
-    alone = ["-k", "test_soft_distance", "-p", "no:cacheprovider"]
-    return run.main(["--device=cpu", f"--rows={rows}", *alone, *options])
+    # The plugin collects garbage again and again.
+    fast = ["-p", "no:cacheprovider", "-p", "no:unraisableexception"]
+    return run.main(["--device=cpu", f"--rows={rows}", "-k", "test_soft_distance", *fast, *options])
 
 
 def test_rows_are_saved_and_not_measured_again(tmp_path, monkeypatch, capsys):
