@@ -17,8 +17,8 @@ from benchmarks.operations import SUBJECTS
 from magsd_kernels import environment
 
 _SESSION = pytest.StashKey[Session]()
-#: Not for pytest, and with needs of their own: the train extra.
-collect_ignore = ["published_step.py", "scaling.py", "train_step.py"]
+#: Not for pytest, and some with needs of their own: the train extra.
+collect_ignore = ["harness", "reporting", "published_step.py", "scaling.py", "train_step.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
