@@ -122,7 +122,7 @@ def test_the_tests_of_the_operations_need_nothing_that_a_rented_machine_lacks(tm
     paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "blocker", "-p", "no:cacheprovider"]
     done = subprocess.run(  # all are collected, and one that looks into torch is run
-        [*command, "tests/kernels", "-k", "opcheck and reference and sample_attention"],
+        [*command, "tests/kernels", "-k", "opcheck and reference and ::sample_attention"],
         capture_output=True,
         text=True,
         check=False,

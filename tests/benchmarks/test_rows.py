@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs the bench extra")
 pytest.importorskip("pytest_benchmark", reason="needs the bench extra")
 
-from benchmarks import bilinear_pool, call_overhead, growth, report, run, soft_distance
+from benchmarks import bilinear_pool, call_overhead, conftest, growth, report, run, soft_distance
 from benchmarks.conftest import groups_of
 from benchmarks.harness.device import Device
 from benchmarks.harness.pieces import AGAIN
@@ -108,3 +110,13 @@ def test_central_rows_are_those_of_magsd(central):
     assert {"bilinear_attention_pool-magsd-b16-float32-forward"} <= found["bilinear_pool"]
     others = {name for name in found["bilinear_pool"] if "wsdan" in name or "max" in name}
     assert bool(others) == (not central)
+
+
+def test_what_pytest_collects_needs_no_train_extra():
+    """Of what is imported by way of others, those that need it are kept out as well."""
+    needing = {"timm", "magsd", *(Path(name).stem for name in conftest.collect_ignore)}
+    needing = needing - {"harness", "reporting"} | {"steps"}
+    for path in sorted(Path(conftest.__file__).parent.glob("*.py")):
+        if path.name not in conftest.collect_ignore:
+            words = re.findall(r"^(?:from|import) (.*)$", path.read_text(), re.MULTILINE)
+            assert not needing & set(re.findall(r"\w+", " ".join(words))), path
