@@ -61,15 +61,16 @@ def backward(key: Key, over: str, at_least: float) -> Target:
     """Kernel time of both directions less that of the forward."""
 
     def judge(results: Results) -> Verdict | None:
-        rows = [results.rows.get(key._replace(direction=d)) for d in (BOTH, "forward")]
-        both, forward = rows
+        both, forward = (results.rows.get(key._replace(direction=d)) for d in (BOTH, "forward"))
         if both is None or forward is None:
             return None
-        times = [row.kernel(name) for name in (over, both.ours) for row in (both, forward)]
-        if None in times:
-            return None
-        theirs, their_forward, mine, my_forward = (time or 0.0 for time in times)
-        found = (theirs - their_forward) / (mine - my_forward)
+        spent = []
+        for name in (over, both.ours):
+            together, first = both.kernel(name), forward.kernel(name)
+            if together is None or first is None or together == first:
+                return None
+            spent.append(together - first)
+        found = spent[0] / spent[1]
         return f"{found:.3g}x", found >= at_least
 
     work = f"{key.function} backward, {key.size}"
