@@ -12,30 +12,15 @@ from functools import partial
 
 import torch
 
-from benchmarks import (
-    attention_augment,
-    attention_sampling,
-    bilinear_pool,
-    multiscale_attention,
-    soft_distance,
-)
 from benchmarks.harness.check import check, definition
-from benchmarks.harness.recording import Entry, Recorder
-from benchmarks.harness.session import Outcome, Session
-from benchmarks.harness.sizes import PRECISIONS, Network
-from benchmarks.harness.subject import Contender, Row, Subject
-from benchmarks.harness.timing import Call, interleave, quartiles
-from magsd_kernels.backends import select
+from benchmarks.harness.session import Entry, Outcome, Recorder, Session
+from benchmarks.harness.sizes import Network
+from benchmarks.harness.subject import Contender, Row
+from benchmarks.harness.timing import Call, interleave, ratios
+from benchmarks.operations import SUBJECTS
 
 BASELINE = "torch.lerp"
-SUBJECTS: tuple[Subject, ...] = (
-    *multiscale_attention.SUBJECTS,
-    *bilinear_pool.SUBJECTS,
-    *attention_sampling.SUBJECTS,
-    *attention_augment.SUBJECTS,
-    *soft_distance.SUBJECTS,
-)
-_ONE = Network("one", channels=1, side=1, features=((4, 1),) * 3, batches=(1,), maps=2)
+_ONE = Network("one", channels=1, side=1, features=((4, 1),) * 3, batches=(1,), maps=2, draws=2)
 
 
 @dataclass(frozen=True)
@@ -46,52 +31,45 @@ class Overhead:
     backward: bool
 
     def __str__(self) -> str:
-        return "call_overhead-" + ("forward+backward" if self.backward else "forward")
+        return f"call_overhead-{self._direction}"
+
+    @property
+    def _direction(self) -> str:
+        return "forward+backward" if self.backward else "forward"
 
     def members(self) -> Sequence[str]:
         """The baseline and the subjects' names."""
         return (BASELINE, *self._rows())
 
     def _rows(self) -> dict[str, Row]:
+        where = "float32", self.device
         return {
             subject.name: Row(
-                subject,
-                _ONE,
-                subject.least_batch,
-                PRECISIONS["float32"],
-                self.device,
-                backward=bool(subject.differentiable),
+                subject, _ONE, subject.least_batch, *where, bool(subject.case.differentiable)
             )
             for subject in SUBJECTS
-            if subject.differentiable or not self.backward
+            if subject.case.differentiable or not self.backward
         }
 
     def measure(self, members: Sequence[str], session: Session) -> dict[str, Outcome]:
         """Time the backend that "auto" takes."""
-        outcomes = {BASELINE: Outcome(facts=self._facts(BASELINE))}
+        facts = {"kind": "overhead", "direction": self._direction}
+        outcomes = {name: Outcome(facts=facts | {"member": name}) for name in self.members()}
         calls = {BASELINE: [self._baseline()]}
         for name, row in self._rows().items():
-            outcomes[name] = Outcome(facts=self._facts(name))
-            backend = select(row.subject.operation, "auto", torch.empty(0, device=self.device))
+            backend = row.backend()
             if backend == "reference":
                 outcomes[name].absent = "no compiled backend runs here"
                 continue
-            try:
+            with outcomes[name].failing():
                 contender = Contender(backend, row, [row.draw(0)])
                 check(contender, definition(row, row.draw(0)))
                 calls[name] = contender.calls() if self.backward else contender.forwards()
-            except Exception as error:  # the test of this member raises it
-                outcomes[name].error = error
         times = interleave(calls, session.device.synchronize, session.seconds)
         for name, samples in times.items():
-            pairs = zip(samples.seconds, times[BASELINE].seconds, strict=True)
             outcomes[name].samples = samples
-            outcomes[name].facts["times_baseline"] = quartiles([mine / its for mine, its in pairs])
+            outcomes[name].facts["times_baseline"] = ratios(samples, times[BASELINE])
         return outcomes
-
-    def _facts(self, name: str) -> dict[str, str]:
-        direction = "forward+backward" if self.backward else "forward"
-        return {"kind": "overhead", "direction": direction, "member": name}
 
     def _baseline(self) -> Call:
         start, end = (torch.rand(1, device=self.device, requires_grad=True) for _ in range(2))

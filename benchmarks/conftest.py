@@ -1,23 +1,24 @@
-"""`pytest benchmarks`: options, one test per group and member, and what the saved JSON holds."""
+"""`pytest benchmarks`: options, and one test per group and member."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.harness.comparison import Comparison
 from benchmarks.harness.device import Device
-from benchmarks.harness.machine import describe
-from benchmarks.harness.recording import Entry, Recorder, rounded
-from benchmarks.harness.session import Session
+from benchmarks.harness.pieces import AGAIN
+from benchmarks.harness.session import Entry, Recorder, Session
 from benchmarks.harness.sizes import PRECISIONS
+from benchmarks.operations import SUBJECTS
 from magsd_kernels import environment
 
 _SESSION = pytest.StashKey[Session]()
-#: Not for pytest, and with needs of their own: the train extra.
-collect_ignore = ["published_step.py", "train_step.py"]
-_STATISTICS = ("min", "q1", "median", "q3", "rounds")
+#: Not for pytest, and some with needs of their own: the train extra.
+collect_ignore = ["harness", "reporting", "published_step.py", "scaling.py", "train_step.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +33,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--max-autotune", action="store_true", help="on a GPU, of the central rows: takes minutes"
     )
+    group.addoption(
+        "--rows",
+        type=Path,
+        metavar="FOLDER",
+        help="for a file of each row as soon as it is measured; a row that has one is left out",
+    )
+    group.addoption("--again", action="store_true", help="measure rows that failed once more")
+    group.addoption("--central", action="store_true", help="MAG-SD's central operations alone")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,13 +51,17 @@ def pytest_configure(config: pytest.Config) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     quick = config.getoption("--quick")
     batches = _listed(config, "--batches") or (["4"] if quick else [])
+    # A GPU has more sizes to measure, and less noise.
+    seconds = 0.3 if quick else 6.0 if device == "cpu" else 2.0
     config.stash[_SESSION] = Session(
         Device(device),
-        seconds=config.getoption("--seconds") or _seconds(device, quick),
+        seconds=config.getoption("--seconds") or seconds,
         batches=tuple(int(batch) for batch in batches) or None,
-        precisions=tuple(PRECISIONS[name] for name in _listed(config, "--precisions")) or None,
+        precisions=tuple(_listed(config, "--precisions")) or None,
         quick=quick,
         autotuned=config.getoption("--max-autotune"),
+        folder=config.getoption("--rows"),
+        again=config.getoption("--again"),
     )
 
 
@@ -56,51 +69,68 @@ def _listed(config: pytest.Config, option: str) -> list[str]:
     return [part for part in (config.getoption(option) or "").split(",") if part]
 
 
-def _seconds(device: str, quick: bool) -> float:
-    """A GPU has more sizes to measure, and less noise."""
-    if quick:
-        return 0.3
-    return 6.0 if device == "cpu" else 2.0
+def groups_of(module: Any, session: Session, central: bool) -> list[Any]:
+    """A module's own groups, or the rows of its SUBJECTS."""
+    if hasattr(module, "groups"):
+        return [] if central else list(module.groups(session))
+    rows = [Comparison(row) for row in session.rows(module.SUBJECTS)]
+    return [row for row in rows if row.is_central or not central]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test for each member of the groups that have no file yet."""
     if "entry" not in metafunc.fixturenames:
         return
     session = metafunc.config.stash[_SESSION]
+    groups = groups_of(metafunc.module, session, metafunc.config.getoption("--central"))
     entries = [
         pytest.param(
             Entry(group, member),
             id=f"{group}-{member}",
             marks=pytest.mark.benchmark(group=str(group), timer=session.clock.read),
         )
-        for group in metafunc.module.groups(session)
+        for group in filter(session.wants, groups)
         for member in group.members()
     ]
     metafunc.parametrize("entry", entries)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Rows in the order of worth, then the rest."""
+    order = [*dict.fromkeys(subject.operation for subject in SUBJECTS), "call_overhead", "growth"]
+    items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else -1)
+
+
 @pytest.fixture
 def record(request: pytest.FixtureRequest, benchmark: Any) -> Recorder:
-    """Call it with the test's entry."""
-    return Recorder(request.config.stash[_SESSION], benchmark, request.session.items)
+    """The first call for a group measures all its collected members."""
+    session = request.config.stash[_SESSION]
+
+    def record(entry: Entry) -> None:
+        specs = [getattr(item, "callspec", None) for item in request.session.items]
+        entries = [spec.params.get("entry") for spec in specs if spec is not None]
+        members = [other.member for other in entries if other and other.group is entry.group]
+        outcome = session.outcomes(entry.group, members)[entry.member]
+        if outcome.absent is not None:
+            pytest.skip(outcome.absent)
+        if outcome.error is not None:
+            if session.folder is not None and _broke_the_device(outcome.error):
+                pytest.exit(str(outcome.error), AGAIN)
+            raise outcome.error
+        assert outcome.samples is not None
+        seconds = iter(outcome.samples.seconds)
+        benchmark.pedantic(
+            session.clock.advance,
+            setup=lambda: ((next(seconds),), {}),
+            rounds=len(outcome.samples.seconds),
+        )
+        benchmark.extra_info.update(outcome.facts, iterations=outcome.samples.iterations)
+
+    return record
 
 
-def pytest_benchmark_update_machine_info(
-    config: pytest.Config, machine_info: dict[str, Any]
-) -> None:
-    processor = machine_info.get("cpu", {}).get("brand_raw", machine_info.get("machine", ""))
-    machine_info.clear()
-    machine_info.update(describe(config.stash[_SESSION].device, processor))
-
-
-def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Statistics, not samples; what is said once is not said per entry."""
-    output_json["commit_info"] = {k: output_json["commit_info"].get(k) for k in ("id", "dirty")}
-    output_json["benchmarks"] = [
-        {
-            "name": bench["name"],
-            "stats": rounded({name: bench["stats"][name] for name in _STATISTICS}),
-            "extra_info": rounded(bench["extra_info"]),
-        }
-        for bench in output_json["benchmarks"]
-    ]
+def _broke_the_device(error: Exception) -> bool:
+    """After an error of a kernel nothing runs on the device in the same process."""
+    text = str(error)
+    broken = "CUDA error" in text or "Triton Error [CUDA]" in text
+    return broken and "out of memory" not in text

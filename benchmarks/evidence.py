@@ -17,17 +17,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
-from pytest_benchmark.utils import get_commit_info
 
 from benchmarks.harness import pieces
-from benchmarks.harness.device import Device
-from benchmarks.harness.machine import folder
+from benchmarks.harness.device import Device, command_line
+from benchmarks.harness.machine import commit, folder, write
 from benchmarks.harness.pieces import Piece, unpacked
-from benchmarks.harness.recording import write
+from magsd_kernels import native
 
 ROOT = Path(__file__).parents[1]
 _CUDA_TOOLS = Path("/usr/local/cuda/bin")
@@ -38,6 +39,12 @@ _WATCHED = (
     "attention_views",
     "soft_distance_loss",
 )
+_PROFILED = (
+    ("bilinear_attention_pool", "bfloat16"),
+    ("attention_views", "float32"),
+    ("bilinear_attention_pool", "float32"),
+)
+_LOOK = "import sys; from magsd_kernels import native; sys.exit(native.why_not(sys.argv[1]))"
 _PACKING_SECONDS = 5.0
 _LIMIT = 400.0  # of one piece that does not write its results as it goes
 
@@ -67,8 +74,13 @@ class Plan:
     def pytest(self, *arguments: str) -> tuple[str, ...]:
         """Every test's line as it passes, so that a log that ends says where."""
         quick = ("--co", "-q") if self.options.quick else ("-v",)
-        command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, *quick)
-        return command
+        return (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, *quick)
+
+    def tool(self, name: str, *arguments: str) -> tuple[tuple[str, ...], str]:
+        """A program of the CUDA toolkit, and why it is absent."""
+        found = shutil.which(name) or shutil.which(name, path=_CUDA_TOOLS)
+        absent = "" if found else f"there is no {name}"
+        return (found or name, *arguments), absent if self.gpu else "needs a GPU"
 
 
 def main(arguments: Sequence[str] | None = None, start: float | None = None) -> int:
@@ -80,8 +92,8 @@ def main(arguments: Sequence[str] | None = None, start: float | None = None) -> 
     options = _options(arguments)
     signal.signal(signal.SIGTERM, _terminated)
     deadline = start + options.deadline - min(_PACKING_SECONDS, options.deadline / 10)
-    commit = get_commit_info()
-    facts = {"commit": commit.get("id"), "dirty": commit.get("dirty")}
+    found = commit()
+    facts = {"commit": found["id"], "dirty": found["dirty"]}
     out = options.out.resolve()
     with unpacked(out / "evidence.zip", options.resume) as archive:
         plan = Plan(options, archive.folder, folder(Device(options.device)))
@@ -89,12 +101,11 @@ def main(arguments: Sequence[str] | None = None, start: float | None = None) -> 
         planned = {name: stage(plan) for name, stage in STAGES.items()}
         done = True
         for name in names:
-            jobs = options.jobs if name in _PARALLEL else 1
             done &= pieces.run(
                 planned[name],
                 archive,
                 deadline=deadline,
-                jobs=jobs,
+                jobs=options.jobs if name in ("native", "triton") else 1,
                 facts=facts,
                 folder=ROOT,
                 again=options.again,
@@ -114,136 +125,99 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True)
-    parser.add_argument(
-        "--stage", nargs="+", choices=("all", *STAGES), default=["all"], metavar="NAME"
-    )
-    parser.add_argument(
-        "--deadline", type=float, metavar="SECONDS", default=float("inf"), help="of the whole"
-    )
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="archive of an earlier run")
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: a GPU if there is one",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=max(1, min(8, (os.cpu_count() or 1) // 2)),
-        help="files of tests that run at once",
-    )
-    parser.add_argument("--again", action="store_true", help="run what failed once more")
-    parser.add_argument("--max-autotune", action="store_true", help="let it compete: takes minutes")
-    parser.add_argument("--quick", action="store_true", help="does everything work?")
-    parser.add_argument("--data", metavar="SOURCE", help="of the comparison, which is absent else")
-    parser.add_argument(
-        "--weights", metavar="FILE", help="of tf_efficientnet_lite0; default: timm's"
-    )
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where trained runs go")
+    parser = command_line("evidence", __doc__)
+    add = parser.add_argument
+    add("--out", type=Path, metavar="DIR", required=True)
+    add("--stage", nargs="+", choices=("all", *STAGES), default=["all"], metavar="NAME")
+    add("--deadline", type=float, metavar="SECONDS", default=float("inf"), help="of the whole")
+    add("--resume", type=Path, metavar="FILE", help="archive of an earlier run")
+    jobs = max(1, min(8, (os.cpu_count() or 1) // 2))
+    add("--jobs", type=int, default=jobs, help="files of tests that run at once")
+    add("--again", action="store_true", help="run what failed once more")
+    add("--max-autotune", action="store_true", help="let it compete: takes minutes")
+    add("--quick", action="store_true", help="does everything work?")
+    add("--data", metavar="SOURCE", help="of the comparison, which is absent else")
+    add("--weights", metavar="FILE", help="of tf_efficientnet_lite0; default: timm's")
+    add("--runs", type=Path, default=Path("runs"), help="where trained runs go")
     return parser.parse_args(arguments)
 
 
 def _build(plan: Plan) -> list[Piece]:
-    """In every run: it may be on another machine."""
-    return [Piece("build", "library", plan.module("benchmarks.library"), repeated=True)]
+    """Of what was carried here, unless it loads; in every run: it may be on another machine."""
+    build = (sys.executable, "setup.py", "build_ext", "--inplace")
+    limits = {"MAGSD_BUILD_CUDA": "0"}
+    if plan.gpu:
+        major, minor = torch.cuda.get_device_capability()
+        limits = {"MAGSD_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+    absent = "" if native.why_not(plan.device) else "the library loads"
+    look = (sys.executable, "-c", _LOOK, plan.device)
+    return [
+        Piece("build", "library", build, environment=limits, absent=absent, repeated=True),
+        Piece("build", "loads", look, repeated=True),
+    ]
 
 
-def _native(plan: Plan) -> list[Piece]:
-    """The C++ kernels of the device."""
-    return _tests(plan, "native", f"{plan.device}-{plan.device}", {})
+def _tests(stage: str, plan: Plan) -> list[Piece]:
+    """A piece for every file with tests of targets: native are the C++ kernels of the device.
 
-
-def _triton(plan: Plan) -> list[Piece]:
-    """Compiled on a GPU, interpreted on a CPU."""
-    environment = {} if plan.gpu else {"TRITON_INTERPRET": "1"}
-    return _tests(plan, "triton", f"triton-{plan.device}", environment)
-
-
-def _tests(plan: Plan, stage: str, target: str, environment: dict[str, str]) -> list[Piece]:
-    """A piece for every file with tests of targets."""
-    files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
+    Triton is compiled on a GPU, interpreted on a CPU.
+    """
+    target = f"{plan.device if stage == 'native' else stage}-{plan.device}"
+    environment = {"OMP_NUM_THREADS": "1"}
+    if stage == "triton" and not plan.gpu:
+        environment["TRITON_INTERPRET"] = "1"
     return [
         Piece(
             stage,
             path.stem,
             plan.pytest(str(path.relative_to(ROOT)), "-k", target),
             _LIMIT,
-            {"OMP_NUM_THREADS": "1", **environment},
+            environment,
         )
-        for path in files
+        for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
         if re.search(r"^def test_\w+\([^)]*\btarget\b", path.read_text(), re.MULTILINE)
     ]
 
 
 def _sanitizer(plan: Plan) -> list[Piece]:
     """Our kernels alone; each tensor is an allocation, so that a step beyond its end shows."""
-    tool, absent = _tool("compute-sanitizer", plan)
-    return [
-        Piece(
-            "sanitizer",
-            f"{check}-{function}",
-            (
-                *(tool, "--tool", check, "--error-exitcode", "9", "--kernel-name", "kns=magsd"),
-                # torch asks what fails where there is nothing to find.
-                *(("--report-api-errors", "no") if check == "memcheck" else ()),
-                *plan.module("benchmarks.probe", function, "--backend=cuda"),
-            ),
-            _LIMIT,
-            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            absent=absent,
-        )
-        for check in ("memcheck", "racecheck")
-        for function in _WATCHED
-    ]
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    found = []
+    for check in ("memcheck", "racecheck"):
+        words = ["--tool", check, "--error-exitcode", "9", "--kernel-name", "kns=magsd"]
+        if check == "memcheck":  # torch asks what fails where there is nothing to find
+            words += ["--report-api-errors", "no"]
+        tool, absent = plan.tool("compute-sanitizer", *words)
+        for function in _WATCHED:
+            command = (*tool, *plan.module("benchmarks.probe", function, "--backend=cuda"))
+            name = f"{check}-{function}"
+            found.append(Piece("sanitizer", name, command, _LIMIT, environment, absent))
+    return found
 
 
 def _ncu(plan: Plan) -> list[Piece]:
-    tool, absent = _tool("ncu", plan)
     sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy")
-    return [
-        Piece(
-            "ncu",
-            f"{function}-{precision}",
-            (
-                *(tool, "--profile-from-start", "off", "--clock-control", "none", "--csv"),
-                *("--kernel-name-base", "demangled", "--kernel-name", "regex:magsd"),
-                *(word for section in sections for word in ("--section", section)),
-                *plan.module("benchmarks.probe", function, "--backend=cuda", "--batch=256"),
-                f"--precision={precision}",
-            ),
-            _LIMIT,
-            absent=absent,
-        )
-        for function, precision in (
-            ("bilinear_attention_pool", "bfloat16"),
-            ("attention_views", "float32"),
-            ("bilinear_attention_pool", "float32"),
-        )
-    ]
+    tool, absent = plan.tool(
+        *("ncu", "--profile-from-start", "off", "--clock-control", "none", "--csv"),
+        *("--kernel-name-base", "demangled", "--kernel-name", "regex:magsd"),
+        *(word for section in sections for word in ("--section", section)),
+    )
+    found = []
+    for function, precision in _PROFILED:
+        call = plan.module("benchmarks.probe", function, "--backend=cuda", "--batch=256")
+        command = (*tool, *call, f"--precision={precision}")
+        found.append(Piece("ncu", f"{function}-{precision}", command, _LIMIT, absent=absent))
+    return found
 
 
-def _tool(name: str, plan: Plan) -> tuple[str, str]:
-    """A program of the CUDA toolkit, and why it is absent."""
-    found = shutil.which(name) or shutil.which(name, path=_CUDA_TOOLS)
-    absent = "" if found else f"there is no {name}"
-    return found or name, absent if plan.gpu else "needs a GPU"
-
-
-def _step(batch: int) -> Callable[[Plan], list[Piece]]:
+def _step(batch: int, plan: Plan) -> list[Piece]:
     """The whole training step at one batch size."""
-
-    def stage(plan: Plan) -> list[Piece]:
-        name = f"step{batch}"
-        out = f"--out={plan.work / plan.machine / name / 'train_step.json'}"
-        size = [f"--batch={batch}", "--seconds=60"]
-        if plan.options.quick:
-            size = ["--batch=4", "--side=64", "--backbone=test_resnet", "--seconds=0", "--rounds=2"]
-        return [Piece(name, "train_step", plan.module("benchmarks.train_step", out, *size), _LIMIT)]
-
-    return stage
+    name = f"step{batch}"
+    out = f"--out={plan.work / plan.machine / name / 'train_step.json'}"
+    size = [f"--batch={batch}", "--seconds=60"]
+    if plan.options.quick:
+        size = ["--batch=4", "--side=64", "--backbone=test_resnet", "--seconds=0", "--rounds=2"]
+    return [Piece(name, "train_step", plan.module("benchmarks.train_step", out, *size), _LIMIT)]
 
 
 def _central(plan: Plan) -> list[Piece]:
@@ -253,23 +227,22 @@ def _central(plan: Plan) -> list[Piece]:
 
 def _rest(plan: Plan) -> list[Piece]:
     """All other rows, growth and call overhead, and the tests of this device not yet run."""
-    native, triton = f"{plan.device}-{plan.device}", f"triton-{plan.device}"
-    others = f"{plan.device} and not {native} and not {triton}"
-    return [
-        *_rows("rest", plan),
-        Piece("rest", "kernels", plan.pytest("tests/kernels", "-k", others), 2 * _LIMIT),
-    ]
+    others = f"{plan.device} and not {plan.device}-{plan.device} and not triton-{plan.device}"
+    tests = plan.pytest("tests/kernels", "-k", others)
+    return [*_rows("rest", plan), Piece("rest", "kernels", tests, 2 * _LIMIT)]
 
 
 def _rows(stage: str, plan: Plan, *chosen: str) -> list[Piece]:
     """Rows are written one by one, so that the deadline alone ends them; and a report of them."""
+    chosen = ("--seconds=2", "-p", "no:cacheprovider", *chosen)
     rows, report = (plan.work / plan.machine / name for name in ("rows", "report"))
     if plan.options.quick:
-        chosen = ("--central", "--batches=4", "--quick", "--seconds=0.1")
-    for option in ("max-autotune", "again"):
-        if getattr(plan.options, option.replace("-", "_")):
-            chosen = (*chosen, f"--{option}")
-    command = plan.module("benchmarks.rows", f"--into={rows}", *chosen)
+        chosen = (*chosen, "--central", "--quick", "--seconds=0.1")
+    if plan.options.max_autotune:
+        chosen = (*chosen, "--max-autotune")
+    if plan.options.again:
+        chosen = (*chosen, "--again")
+    command = plan.module("benchmarks.run", f"--rows={rows}", *chosen)
     joined = (sys.executable, "-m", "benchmarks.report", str(rows), f"--out={report}")
     return [Piece(stage, "rows", command), Piece(stage, "report", joined, repeated=True)]
 
@@ -279,55 +252,45 @@ def _training(plan: Plan) -> list[Piece]:
     return [Piece("training", "device", test, _LIMIT)]
 
 
-def _comparison(name: str, backbone: str) -> Callable[[Plan], list[Piece]]:
+def _comparison(name: str, backbone: str, plan: Plan) -> list[Piece]:
     """MAG-SD against its backbone, five folds by patient."""
-
-    def stage(plan: Plan) -> list[Piece]:
-        options = plan.options
-        runs = (options.runs / f"evidence-{name}").resolve()
-        weights = "false" if name == "resnet50" else options.weights or "true"
-        pairs = [
-            f"model.backbone={backbone}",
-            f"model.pretrained={weights}",
-            f"train.device={options.device}",
-            "channels_last=true",
-            "overlays=0",
-            *(["precision=bfloat16"] if plan.gpu else []),
-        ]
-        if options.quick:
-            pairs += ["folds=2", "epochs=1", "image_size=64", "data.augment.enabled=false"]
-        command = ("magsd", "crossval", "--config=finetune", f"--data={options.data}")
-        return [
-            Piece(
-                f"crossval-{name}",
-                "crossval",
-                (
-                    *(sys.executable, "-m", *command, f"--out={runs}"),
-                    *("--model=plain", "--model=magsd", *pairs),
-                ),
-                absent="" if options.data else "--data names no images",
-                kept={runs / file: f"{plan.machine}/crossval-{name}/{file}" for file in _SUMMARY},
-            )
-        ]
-
-    return stage
+    options = plan.options
+    runs = (options.runs / f"evidence-{name}").resolve()
+    weights = "false" if name == "resnet50" else options.weights or "true"
+    pairs = [
+        f"model.backbone={backbone}",
+        f"model.pretrained={weights}",
+        f"train.device={options.device}",
+        "channels_last=true",
+        "overlays=0",
+    ]
+    if plan.gpu:
+        pairs.append("precision=bfloat16")
+    if options.quick:
+        pairs += ["folds=2", "epochs=1", "image_size=64", "data.augment.enabled=false"]
+    command = (
+        *(sys.executable, "-m", "magsd", "crossval", "--config=finetune"),
+        *(f"--data={options.data}", f"--out={runs}", "--model=plain", "--model=magsd", *pairs),
+    )
+    absent = "" if options.data else "--data names no images"
+    kept = {runs / file: f"{plan.machine}/crossval-{name}/{file}" for file in _SUMMARY}
+    return [Piece(f"crossval-{name}", "crossval", command, absent=absent, kept=kept)]
 
 
-STAGES: dict[str, Callable[[Plan], list[Piece]]] = {
+STAGES: dict[str, Callable[[Any], list[Piece]]] = {
     "build": _build,
-    "native": _native,
-    "triton": _triton,
+    "native": partial(_tests, "native"),
+    "triton": partial(_tests, "triton"),
     "sanitizer": _sanitizer,
-    "step16": _step(16),
+    "step16": partial(_step, 16),
     "central": _central,
     "ncu": _ncu,
     "training": _training,
-    "step64": _step(64),
+    "step64": partial(_step, 64),
     "rest": _rest,
-    "lite0": _comparison("lite0", "tf_efficientnet_lite0"),
-    "resnet50": _comparison("resnet50", "resnet50"),
+    "lite0": partial(_comparison, "lite0", "tf_efficientnet_lite0"),
+    "resnet50": partial(_comparison, "resnet50", "resnet50"),
 }
-_PARALLEL = ("native", "triton")
 
 
 if __name__ == "__main__":

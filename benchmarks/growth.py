@@ -9,14 +9,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.call_overhead import SUBJECTS
 from benchmarks.harness.check import check, definition
-from benchmarks.harness.recording import Entry, Recorder
-from benchmarks.harness.session import Outcome, Session
-from benchmarks.harness.sizes import PRECISIONS
+from benchmarks.harness.session import Entry, Outcome, Recorder, Session
 from benchmarks.harness.subject import Contender, Row, Subject
 from benchmarks.harness.timing import interleave
-from magsd_kernels.backends import select
+from benchmarks.operations import SUBJECTS
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _SIDES = (1, 2, 4, 8)  # times the published side, so 64 times the pixels
@@ -42,7 +39,7 @@ class Growth:
 
     def measure(self, members: Sequence[str], session: Session) -> dict[str, Outcome]:
         """Time the backend that "auto" takes, up to the size that still fits in the time."""
-        outcomes, contenders = {}, {}
+        outcomes, calls = {}, {}
         budget = session.seconds / 2  # many groups, and a line through many points needs less
         seconds = 0.0
         for size in map(int, members):
@@ -51,12 +48,13 @@ class Growth:
             if 2 * seconds > _CALL_SHARE * budget:
                 outcome.absent = f"one call takes longer than {_CALL_SHARE * budget:g} s"
                 continue
-            try:
-                contender, seconds = self._prepared(size, row, session)
-                contenders[str(size)] = contender
-            except Exception as error:  # the test of this member raises it
-                outcome.error = error
-        calls = {name: contender.calls() for name, contender in contenders.items()}
+            with outcome.failing():
+                arguments = row.draw(0)
+                contender = Contender(row.backend(), row, [arguments])
+                if size <= _CHECKED:
+                    check(contender, definition(row, arguments))
+                seconds = _second_call(contender, session)
+                calls[str(size)] = contender.calls()
         with torch.set_grad_enabled(self._backward):
             times = interleave(calls, session.device.synchronize, budget)
             for name, samples in times.items():
@@ -67,14 +65,16 @@ class Growth:
     @property
     def _backward(self) -> bool:
         """In training the images ask for no gradient."""
-        return bool(self.subject.differentiable) and "images" not in self.subject.differentiable
+        return (
+            bool(self.subject.case.differentiable)
+            and "images" not in self.subject.case.differentiable
+        )
 
     def _row(self, size: int) -> Row:
         network, batch = self.subject.networks[0], size
         if self.axis == "side":
             network, batch = network.scaled(size), 1
-        precision = PRECISIONS["float32"]
-        return Row(self.subject, network, batch, precision, self.device, self._backward)
+        return Row(self.subject, network, batch, "float32", self.device, self._backward)
 
     def _facts(self, size: int, row: Row) -> dict[str, Any]:
         return {
@@ -87,24 +87,17 @@ class Growth:
             "member": str(size),
         }
 
-    def _prepared(self, size: int, row: Row, session: Session) -> tuple[Contender, float]:
-        """The contender, checked where that is cheap, and the seconds of one call."""
-        arguments = row.draw(0)
-        main = next(iter(arguments.values()))
-        backend = select(
-            self.subject.operation, "auto", main[0] if isinstance(main, list) else main
-        )
-        contender = Contender(backend, row, [arguments])
-        if size <= _CHECKED:
-            check(contender, definition(row, arguments))
-        with torch.set_grad_enabled(self._backward):
-            call = contender.calls()[0]
-            call()
-            session.device.synchronize()
-            start = perf_counter()
-            call()
-            session.device.synchronize()
-        return contender, perf_counter() - start
+
+def _second_call(contender: Contender, session: Session) -> float:
+    """Seconds of it."""
+    call = contender.calls()[0]
+    with torch.set_grad_enabled(contender.row.backward):
+        call()
+        session.device.synchronize()
+        start = perf_counter()
+        call()
+        session.device.synchronize()
+    return perf_counter() - start
 
 
 def groups(session: Session) -> list[Growth]:

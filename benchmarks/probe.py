@@ -6,42 +6,31 @@ between cudaProfilerStart and cudaProfilerStop has been called before.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 import torch
 
-from benchmarks.call_overhead import SUBJECTS
+from benchmarks.harness.device import command_line
 from benchmarks.harness.sizes import PRECISIONS
 from benchmarks.harness.subject import Contender, Row
-from magsd_kernels.backends import select
+from benchmarks.operations import SUBJECTS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 1 where no compiled backend runs."""
     subjects = {subject.name: subject for subject in SUBJECTS}
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.probe", description=__doc__)
+    parser = command_line("probe", __doc__)
     parser.add_argument("function", choices=subjects)
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--backend", default="auto")
     options = parser.parse_args(arguments)
     subject = subjects[options.function]
-    precision = PRECISIONS[options.precision]
-    row = Row(
-        subject,
-        subject.networks[0],
-        max(options.batch, subject.least_batch),
-        precision,
-        options.device,
-        backward=bool(subject.differentiable),
-    )
-    empty = torch.empty(0, device=options.device, dtype=precision.dtype)
-    backend = select(subject.operation, options.backend, empty)
+    batch = max(options.batch, subject.least_batch)
+    where = options.precision, options.device
+    row = Row(subject, subject.networks[0], batch, *where, bool(subject.case.differentiable))
+    backend = row.backend(options.backend)
     if backend == "reference":
         sys.stderr.write(f"no compiled backend of {subject.name} runs here\n")
         return 1

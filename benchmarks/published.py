@@ -12,7 +12,7 @@ Maps and logits are taken in float32, in which the released code runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from torch import Tensor
 
 _EPSILON = 1e-12
 Box = tuple[int, int, int, int]
+Floats = Sequence[float]
+Ints = Sequence[int]
+Size = tuple[int, int]
 
 
 def multiscale_attention(
@@ -30,9 +33,9 @@ def multiscale_attention(
     biases: Sequence[Tensor],
     running_means: Sequence[Tensor],
     running_vars: Sequence[Tensor],
+    size: Size,
 ) -> Tensor:
     """Batch norm, rectifier and average pooling to the coarsest size, each scale by itself."""
-    size = (projections[-1].shape[2], projections[-1].shape[3])
     total = None
     for x, weight, bias, mean, var in zip(
         projections, weights, biases, running_means, running_vars, strict=True
@@ -44,9 +47,8 @@ def multiscale_attention(
     return total
 
 
-def resample_attention(maps: Sequence[Tensor]) -> Tensor:
+def resample_attention(maps: Sequence[Tensor], size: Size) -> Tensor:
     """Average pooling of every map to the size of the last, and the sum."""
-    size = (maps[-1].shape[2], maps[-1].shape[3])
     total = maps[-1]
     for x in maps[:-1]:
         total = total + F.adaptive_avg_pool2d(x, size)
@@ -81,66 +83,46 @@ def sample_attention(attention: Tensor, uniforms: NDArray[np.float64]) -> Tensor
 
 
 def attention_boxes(
-    attention: Tensor,
-    theta: Sequence[float],
-    index: Sequence[int],
-    size: tuple[int, int],
-    align_corners: bool = False,
+    attention: Tensor, theta: Floats, index: Ints, size: Size, align_corners: bool = False
 ) -> Tensor:
     """(B, 4) int32: the box of every image, found on the device and read back number by number."""
-    boxes = [
-        _box(attention[b : b + 1, m : m + 1], theta[b], size, align_corners)
-        for b, m in enumerate(index)
-    ]
+    boxes = list(_boxes(attention, theta, index, size, align_corners))
     return torch.tensor(boxes, dtype=torch.int32, device=attention.device)
 
 
 def attention_crop(
-    images: Tensor,
-    attention: Tensor,
-    theta: Sequence[float],
-    index: Sequence[int],
-    align_corners: bool = False,
+    images: Tensor, attention: Tensor, theta: Floats, index: Ints, align_corners: bool = False
 ) -> Tensor:
     """The box of every image, resized to the whole image."""
-    height, width = images.shape[2:]
-    crops = []
-    for b, m in enumerate(index):
-        top, left, bottom, right = _box(
-            attention[b : b + 1, m : m + 1], theta[b], (height, width), align_corners
+    size = (images.shape[2], images.shape[3])
+    crops = [
+        F.interpolate(
+            images[b : b + 1, :, top:bottom, left:right],
+            size=size,
+            mode="bilinear",
+            align_corners=align_corners,
         )
-        crops.append(
-            F.interpolate(
-                images[b : b + 1, :, top:bottom, left:right],
-                size=(height, width),
-                mode="bilinear",
-                align_corners=align_corners,
-            )
+        for b, (top, left, bottom, right) in enumerate(
+            _boxes(attention, theta, index, size, align_corners)
         )
+    ]
     return torch.cat(crops, dim=0)
 
 
-def attention_mixup(
-    images: Tensor, attention: Tensor, theta: Sequence[float], index: Sequence[int]
-) -> Tensor:
+def attention_mixup(images: Tensor, attention: Tensor, theta: Floats, index: Ints) -> Tensor:
     """0.6 image + 0.4 crop."""
     return images * 0.6 + attention_crop(images, attention, theta, index) * 0.4
 
 
 def attention_patch(
-    images: Tensor,
-    attention: Tensor,
-    theta: Sequence[float],
-    index: Sequence[int],
-    offsets: Sequence[Sequence[float]],
+    images: Tensor, attention: Tensor, theta: Floats, index: Ints, offsets: Sequence[Floats]
 ) -> Tensor:
     """The content of the box pasted at another place of its image."""
     height, width = images.shape[2:]
     patched = []
-    for b, m in enumerate(index):
-        top, left, bottom, right = _box(
-            attention[b : b + 1, m : m + 1], theta[b], (height, width), False
-        )
+    for b, (top, left, bottom, right) in enumerate(
+        _boxes(attention, theta, index, (height, width), False)
+    ):
         rows, columns = bottom - top, right - left
         y = math.floor(offsets[b][0] * (height - rows + 1))
         x = math.floor(offsets[b][1] * (width - columns + 1))
@@ -153,8 +135,8 @@ def attention_patch(
 def attention_dim(
     images: Tensor,
     attention: Tensor,
-    theta: Sequence[float],
-    index: Sequence[int],
+    theta: Floats,
+    index: Ints,
     floor: float = 0.001,
     align_corners: bool = False,
 ) -> Tensor:
@@ -170,11 +152,7 @@ def attention_dim(
 
 
 def attention_drop(
-    images: Tensor,
-    attention: Tensor,
-    theta: Sequence[float],
-    index: Sequence[int],
-    align_corners: bool = False,
+    images: Tensor, attention: Tensor, theta: Floats, index: Ints, align_corners: bool = False
 ) -> Tensor:
     """Images times the mask of the pixels below the threshold."""
     return attention_dim(images, attention, theta, index, 0.0, align_corners)
@@ -183,9 +161,9 @@ def attention_drop(
 def attention_views(
     images: Tensor,
     attention: Tensor,
-    theta: Sequence[Sequence[float]],
-    index: Sequence[Sequence[int]],
-    offsets: Sequence[Sequence[float]],
+    theta: Sequence[Floats],
+    index: Sequence[Ints],
+    offsets: Sequence[Floats],
 ) -> list[Tensor]:
     """Mix-up, dim and patch, one loop over the images after the other."""
     thetas, maps = list(zip(*theta, strict=True)), list(zip(*index, strict=True))
@@ -223,13 +201,18 @@ def _threshold(
     return upsampled, theta * attention.max()
 
 
-def _box(attention: Tensor, theta: float, size: tuple[int, int], align_corners: bool) -> Box:
-    """(top, left, bottom, right) on the host, padded by a tenth of the image."""
-    upsampled, threshold = _threshold(attention, theta, size, align_corners)
-    found = torch.nonzero((upsampled >= threshold)[0, 0])
-    bounds = []
-    for axis, length in enumerate(size):
-        first, last = found[:, axis].min().item(), found[:, axis].max().item()
-        bounds.append((max(int(first - 0.1 * length), 0), min(int(last + 0.1 * length), length)))
-    (top, bottom), (left, right) = bounds
-    return top, left, bottom, right
+def _boxes(
+    attention: Tensor, theta: Floats, index: Ints, size: Size, align_corners: bool
+) -> Iterator[Box]:
+    """(top, left, bottom, right) of each image on the host, padded by a tenth of the image."""
+    for b, m in enumerate(index):
+        upsampled, threshold = _threshold(
+            attention[b : b + 1, m : m + 1], theta[b], size, align_corners
+        )
+        found = torch.nonzero((upsampled >= threshold)[0, 0])
+        bounds = []
+        for axis, length in enumerate(size):
+            low, high = found[:, axis].min().item(), found[:, axis].max().item()
+            bounds.append((max(int(low - 0.1 * length), 0), min(int(high + 0.1 * length), length)))
+        (top, bottom), (left, right) = bounds
+        yield top, left, bottom, right

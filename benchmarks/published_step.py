@@ -32,10 +32,6 @@ class HostDraws(NamedTuple):
     offsets: list[list[float]]
 
 
-#: From attention (B, M, h, w) to what is drawn.
-Drawing = Callable[[Tensor], HostDraws]
-
-
 class _Scale(nn.Module):
     """1x1 convolution, batch norm and rectifier: (B, C, h, w) -> (B, M, h, w)."""
 
@@ -109,8 +105,13 @@ def draw(attention: Tensor, generator: np.random.Generator) -> HostDraws:
     return HostDraws(index, theta, offsets)
 
 
-def published_step(model: nn.Module, images: Tensor, labels: Tensor, drawing: Drawing) -> Tensor:
-    """Loss of the raw images (B, 1, H, W) and their three views, labels (B,) int64; a scalar."""
+def published_step(
+    model: nn.Module, images: Tensor, labels: Tensor, drawing: Callable[[Tensor], HostDraws]
+) -> Tensor:
+    """Loss of the raw images (B, 1, H, W) and their three views, labels (B,) int64; a scalar.
+
+    drawing: from attention (B, M, h, w).
+    """
     logits, attention = model(images)
     draws = drawing(attention)
     chosen = torch.stack([attention[b, maps] for b, maps in enumerate(draws.index)])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.reporting.charts import draw
-from benchmarks.reporting.results import Results
-from benchmarks.reporting.rivals import AHEAD, shortfalls
+from benchmarks.reporting.results import AHEAD, Results
 from benchmarks.reporting.tables import render
 
 STRICT = f"fail where a rival takes less than {AHEAD:g}x our time (lower quartile of the ratio)"
@@ -28,15 +27,16 @@ def write(paths: Sequence[Path], folder: Path) -> Path:
 
 def judge(paths: Sequence[Path]) -> int:
     """Print the rows where ours is not ahead of every rival; 1 where there are any, else 0."""
-    found = shortfalls(Results(paths))
+    found = Results(paths).shortfalls()
     for line in found:
         sys.stdout.write(f"short of {AHEAD:g}x: {line}\n")
     return int(bool(found))
 
 
-def _in_order(paths: Iterable[Path]) -> list[Path]:
-    """As they were measured."""
-    return sorted(paths, key=lambda path: str(json.loads(path.read_text())["datetime"]))
+def in_order(folder: Path) -> list[Path]:
+    """The JSON in a folder, as it was measured."""
+    times = {path: json.loads(path.read_text())["datetime"] for path in folder.glob("*.json")}
+    return sorted(times, key=times.__getitem__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,9 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--strict", action="store_true", help=STRICT)
     options = parser.parse_args(arguments)
     files = [
-        file
-        for path in options.files
-        for file in (_in_order(path.glob("*.json")) if path.is_dir() else [path])
+        file for path in options.files for file in (in_order(path) if path.is_dir() else [path])
     ]
     if not files:
         parser.error("no JSON is there")

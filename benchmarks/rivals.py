@@ -31,10 +31,10 @@ def bmm() -> Function:
     """The product in half precision on matrix units, rounded once; the rest compiled."""
     rest = _compiled(_pooled)
 
-    def pool(features: Tensor, attention: Tensor) -> Tensor:
+    def pool(features: Tensor, attention: Tensor) -> Any:
         flat = features.flatten(2)
         product = torch.bmm(attention.flatten(2), flat.transpose(1, 2))
-        return rest(product, flat.shape[2])  # type: ignore[no-any-return]
+        return rest(product, flat.shape[2])
 
     return pool
 
@@ -46,16 +46,24 @@ def _pooled(product: Tensor, pixels: int) -> Tensor:
     return (F.normalize(matrix, dim=1) * 100.0).to(product.dtype)
 
 
-def grid_sample(weight: float, align_corners: bool) -> Function:
-    """`weight` times the crop by grid_sample, on the rest of the image."""
-    grid = _compiled(partial(_grid, align_corners=align_corners))
-    blend = _compiled(partial(_blend, weight=weight))
+def grid_sample_crop() -> Function:
+    """The crop of WS-DAN, whose corners are aligned."""
+    grid = _compiled(partial(_grid, align_corners=True))
 
-    def mixup(images: Tensor, attention: Tensor, index: Tensor, theta: Tensor) -> Tensor:
-        crop = _sampled(images, grid(attention, index, theta, images.shape[2:]))
-        if weight == 1:
-            return crop.to(images.dtype)
-        return blend(images, crop)  # type: ignore[no-any-return]
+    def crop(images: Tensor, attention: Tensor, index: Tensor, theta: Tensor) -> Tensor:
+        found = grid(attention, index, theta, images.shape[2:])
+        return _sampled(images, found).to(images.dtype)
+
+    return crop
+
+
+def grid_sample_mixup() -> Function:
+    """The crop of MAG-SD on the rest of the image."""
+    grid = _compiled(partial(_grid, align_corners=False))
+    blend = _compiled(_blend)
+
+    def mixup(images: Tensor, attention: Tensor, index: Tensor, theta: Tensor) -> Any:
+        return blend(images, _sampled(images, grid(attention, index, theta, images.shape[2:])))
 
     return mixup
 
@@ -65,11 +73,9 @@ def grid_sample_views() -> Function:
     grid = _compiled(partial(_grid, align_corners=False))
     rest = _compiled(_views)
 
-    def views(
-        images: Tensor, attention: Tensor, index: Tensor, theta: Tensor, offsets: Tensor
-    ) -> Tensor:
+    def views(images: Tensor, attention: Tensor, index: Tensor, theta: Tensor, **rests: Any) -> Any:
         crop = _sampled(images, grid(attention, index[:, 0], theta[:, 0], images.shape[2:]))
-        return rest(images, crop, attention, index, theta, offsets)  # type: ignore[no-any-return]
+        return rest(images, crop, attention, index, theta, **rests)
 
     return views
 
@@ -102,8 +108,8 @@ def _grid(
     return torch.stack([x, y], 3)
 
 
-def _blend(images: Tensor, crop: Tensor, weight: float) -> Tensor:
-    return ((1 - weight) * images.float() + weight * crop).to(images.dtype)
+def _blend(images: Tensor, crop: Tensor) -> Tensor:
+    return ((1 - WEIGHT) * images.float() + WEIGHT * crop).to(images.dtype)
 
 
 def _views(
@@ -114,7 +120,7 @@ def _views(
     patch, _ = reference.attention_patch(
         images, attention, maps[2], thetas[2], offsets, PADDING, False
     )
-    return torch.stack([_blend(images, crop, WEIGHT), dim, patch])
+    return torch.stack([_blend(images, crop), dim, patch])
 
 
 def roi_align() -> Function:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -11,44 +10,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import report
-from benchmarks.harness.device import Device
-from benchmarks.harness.machine import RESTRICTIONS, folder, restricted
-
-_HERE = Path(__file__).parent
+from benchmarks.harness.device import Device, command_line
+from benchmarks.harness.machine import RESTRICTIONS, RESULTS, folder, restricted, write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit status is pytest's, or 1 where --strict finds a row behind a rival."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options, others = _parser().parse_known_args(arguments)
-    environment = restricted(options.capability) if options.capability else None
-    if environment is not None:  # the libraries read it when they are loaded
-        again = [sys.executable, "-m", "benchmarks.run", *arguments]
-        return subprocess.run(again, env=environment, check=False).returncode
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    command = [f"--device={device}", *([f"-k={options.k}"] if options.k else []), *others]
-    if options.out is None and options.k:  # a part must not replace the whole
-        with tempfile.TemporaryDirectory() as scratch:
-            out = Path(scratch) / "results.json"
-            return _measure(out, command, options.strict, kept=False)
-    out = options.out or _HERE / "results" / folder(Device(device)) / "results.json"
-    return _measure(out, command, options.strict)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run",
-        description=f"{__doc__} Further options go to pytest: see `pytest benchmarks --help`.",
+    parser = command_line(
+        "run", f"{__doc__} Further options go to pytest: see `pytest benchmarks --help`."
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
         help="JSON; default: results/<machine>/results.json, and with -k none",
+    )
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        metavar="FOLDER",
+        help="a file for each row as soon as it is measured, instead of all that; rows that have "
+        "one are left out",
     )
     parser.add_argument("-k", metavar="EXPRESSION", help="a part of the benchmarks, as in pytest")
     parser.add_argument(
@@ -57,29 +42,44 @@ def _parser() -> argparse.ArgumentParser:
         help="hold torch, its libraries and our kernels back to this instruction set",
     )
     parser.add_argument("--strict", action="store_true", help=report.STRICT)
-    return parser
+    options, others = parser.parse_known_args(arguments)
+    environment = restricted(options.capability) if options.capability else None
+    if environment is not None:  # the libraries read it when they are loaded
+        again = [sys.executable, "-m", "benchmarks.run", *arguments]
+        return subprocess.run(again, env=environment, check=False).returncode
+    selected = [f"-k={options.k}"] if options.k else []
+    command = [str(Path(__file__).parent), f"--device={options.device}", *selected, *others]
+    if options.rows:
+        status = _measure(options.rows, command)
+        failed = (json.loads(path.read_text())["failed"] for path in options.rows.glob("*.json"))
+        return status or int(any(failed))
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = Path(scratch)
+        status = _measure(rows, command)
+        files = report.in_order(rows)
+        if not files:
+            return status or int(options.strict)
+        part = options.k and not options.out  # which must not replace the whole
+        results = rows if part else RESULTS / folder(Device(options.device))
+        out = options.out or results / "results.json"
+        join(files, out)
+        written = report.write([out], out.parent)
+        sys.stdout.write(written.read_text() if part else f"{written}\n")
+        return status or (report.judge([out]) if options.strict else 0)
 
 
-def _measure(out: Path, options: Sequence[str], strict: bool, kept: bool = True) -> int:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.unlink(missing_ok=True)
-    command = [str(_HERE), f"--benchmark-json={out}", "--benchmark-quiet", "--no-header", "-q"]
-    status = int(pytest.main([*command, *options]))
-    if not out.is_file():
-        return status or int(strict)
-    compact(out)
-    written = report.write([out], out.parent)
-    sys.stdout.write(f"{written}\n" if kept else written.read_text())
-    behind = report.judge([out]) if strict else 0
-    return status or behind
+def _measure(rows: Path, command: Sequence[str]) -> int:
+    options = [f"--rows={rows}", "--benchmark-quiet", "--no-header", "-q"]
+    return int(pytest.main([*command, *options]))
 
 
-def compact(path: Path) -> None:
+def join(files: Sequence[Path], out: Path) -> None:
     """One line per entry, so that a saved run is small and its differences can be read."""
-    saved = json.loads(path.read_text())
-    entries = ",\n".join(json.dumps(entry) for entry in saved.pop("benchmarks"))
-    head = json.dumps(saved, indent=1).removesuffix("\n}")
-    path.write_text(f'{head},\n "benchmarks": [\n{entries}\n]}}\n')
+    rows = [json.loads(path.read_text()) for path in files]
+    entries = ",\n".join(json.dumps(entry) for row in rows for entry in row["benchmarks"])
+    shared = {name: rows[0][name] for name in ("machine_info", "commit_info", "datetime")}
+    head = json.dumps(shared, indent=1).removesuffix("\n}")
+    write(out, f'{head},\n "benchmarks": [\n{entries}\n]}}\n')
 
 
 if __name__ == "__main__":

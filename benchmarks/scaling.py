@@ -9,24 +9,25 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from cpuinfo import get_cpu_info
 
-from benchmarks.harness.device import Device
-from benchmarks.harness.machine import describe, folder
+from benchmarks.harness.device import Device, command_line
+from benchmarks.harness.machine import RESULTS, describe, folder
 from benchmarks.harness.sizes import CLASSES, MAGSD
-from benchmarks.harness.steps import BFLOAT16, FLOAT32, network, train_step
+from benchmarks.harness.steps import BFLOAT16, FLOAT32, draw_batch, network, train_step
 from benchmarks.harness.timing import quartiles
-from benchmarks.reporting.scaling import Constants, bandwidth_of, hops, render
-from benchmarks.train_step import draw_batch
+from benchmarks.reporting.tables import heading
+from benchmarks.reporting.text import seconds, table
 from magsd.config import TrainConfig
 from magsd.data import Part
 from magsd.distributed import ALONE, Team, team_of
@@ -34,21 +35,89 @@ from magsd.models import MAGSD as Network
 from magsd.runtime import Runtime
 from magsd.training.step import BatchShard
 
-_HERE = Path(__file__).parent
 _BUCKET = 25 << 20  # DistributedDataParallel's default
 _WARM_UP = 2
+#: Processes, and images of each, for which the model is asked.
+PROCESSES, IMAGES = (8, 64, 1024), (16, 64, 256)
+#: Processes of one machine; more are on several.
+MACHINE = 8
+#: Assumed, where nothing was measured: bytes a second each way of a network adapter.
+BETWEEN_MACHINES = 50e9
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What the model knows of a machine and a network.
+
+    gradient: bytes. buckets: parts in which it is exchanged. rate: images a second of a process,
+    one forward and backward each. bandwidth: bytes a second of a process each way. latency: seconds
+    a hop.
+    """
+
+    gradient: float
+    buckets: int
+    rate: float
+    bandwidth: float
+    latency: float
+    passes: int = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a step and of what it is made of."""
+
+    compute: float
+    exchange: float
+    exposed: float
+
+    @property
+    def step(self) -> float:
+        """The whole step."""
+        return self.compute + self.exposed
+
+
+def predict(constants: Constants, processes: int, images: int) -> Cost:
+    """What a step with so many images in each of so many processes costs."""
+    compute = constants.passes * images / constants.rate
+    if processes == 1:
+        return Cost(compute, 0.0, 0.0)
+    moved = 2 * (processes - 1) / processes * constants.gradient
+    waiting = constants.buckets * hops(processes) * constants.latency
+    exchange = moved / constants.bandwidth + waiting
+    # Only the raw image's backward, the last of all, is left to hide behind.
+    exposed = max(exchange - compute / 6, exchange / constants.buckets)
+    return Cost(compute, exchange, exposed)
+
+
+def hops(processes: int) -> float:
+    """Messages after one another in the exchange of a bucket."""
+    return 2 * math.log2(processes)
+
+
+def bandwidth_of(
+    exchange: float, processes: int, gradient: float, buckets: int, latency: float
+) -> float:
+    """The bandwidth with which the model explains a measured exchange."""
+    waiting = buckets * hops(processes) * latency
+    return 2 * (processes - 1) / processes * gradient / max(exchange - waiting, 1e-9)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line, in each process."""
-    options = _options(arguments)
-    train = TrainConfig(device=options.device, batch_size=1 << 20)
-    with team_of(train) as team:
+    parser = command_line("scaling", __doc__)
+    parser.add_argument("--images", type=int, default=16, help="of each process")
+    parser.add_argument("--backbone", default="resnet50", help="any of timm's with feature maps")
+    parser.add_argument("--side", type=int, default=MAGSD.side, help="of the images, in pixels")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=(FLOAT32, BFLOAT16), default=BFLOAT16)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: results/<machine>")
+    options = parser.parse_args(arguments)
+    with team_of(TrainConfig(device=options.device, batch_size=1 << 20)) as team:
         if team.size < 2:
             raise SystemExit("one process exchanges nothing: torchrun --nproc-per-node=2 or more")
         saved = measure(team, options)
         if team.is_main:
-            out = options.out or _HERE / "results" / folder(Device(options.device))
+            out = options.out or RESULTS / folder(Device(options.device))
             out.mkdir(parents=True, exist_ok=True)
             (out / "scaling.json").write_text(json.dumps(saved, indent=1) + "\n")
             (out / "scaling.md").write_text(render(saved))
@@ -56,24 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="torchrun -m benchmarks.scaling", description=__doc__)
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: GPUs if there are any",
-    )
-    parser.add_argument("--images", type=int, default=16, help="of each process")
-    parser.add_argument("--backbone", default="resnet50", help="any of timm's with feature maps")
-    parser.add_argument("--side", type=int, default=MAGSD.side, help="of the images, in pixels")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--precision", choices=(FLOAT32, BFLOAT16), default=BFLOAT16)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: results/<machine>")
-    return parser.parse_args(arguments)
-
-
-def measure(team: Team, options: argparse.Namespace) -> dict[str, object]:
+def measure(team: Team, options: argparse.Namespace) -> dict[str, Any]:
     """Constants of the model, and what they were read off."""
     device = Device(options.device)
     model = network(options.backbone, CLASSES, options.device)
@@ -86,48 +138,38 @@ def measure(team: Team, options: argparse.Namespace) -> dict[str, object]:
         for work in [dist.all_reduce(part, async_op=True) for part in parts]:
             work.wait()
 
-    alone, joined = _steps(team, model, options)
     calls = {
-        "alone": alone,
-        "joined": joined,
+        "alone": _step(ALONE, team, model, options),
+        "joined": _step(team, team, model, options),
         "exchange": exchange,
         "small": lambda: dist.all_reduce(one),
     }
     times = {name: _seconds(call, device, options.rounds) for name, call in calls.items()}
     latency = times["small"] / hops(team.size)
     bandwidth = bandwidth_of(times["exchange"], team.size, gradient, buckets, latency)
-    passes = Constants.passes
-    constants = Constants(
-        gradient, buckets, passes * options.images / times["alone"], bandwidth, latency
-    )
+    rate = Constants.passes * options.images / times["alone"]
     return {
-        "machine_info": describe(device, get_cpu_info().get("brand_raw", "unknown")),
+        "machine_info": describe(device),
         "processes": team.size,
         "images": options.images,
         "backbone": options.backbone,
         "side": options.side,
         "arithmetic": options.precision,
         "measured": times,
-        "constants": asdict(constants),
+        "constants": asdict(Constants(gradient, buckets, rate, bandwidth, latency)),
     }
 
 
-def _steps(
-    team: Team, model: Network, options: argparse.Namespace
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Training steps, without and with the exchange."""
+def _step(
+    among: Team, team: Team, model: Network, options: argparse.Namespace
+) -> Callable[[], object]:
+    """A training step whose gradients are exchanged among some processes of the team."""
     runtime = Runtime(torch.device(options.device), options.precision, channels_last=True)
     batch = draw_batch(Device(options.device), options.images, options.side, team.rank)
     generator = torch.Generator(options.device).manual_seed(0)
     part = Part(team.rank * options.images, team.size * options.images)
-    shard = BatchShard(part, 1.0, 1.0, team.all_reduce)
-
-    def step_of(processes: Team) -> Callable[[], object]:
-        own = runtime.model(copy.deepcopy(model))
-        step = train_step(own, runtime, processes)
-        return partial(step, *batch, generator, shard)
-
-    return step_of(ALONE), step_of(team)
+    step = train_step(runtime.model(copy.deepcopy(model)), runtime, among)
+    return partial(step, *batch, generator, BatchShard(part, 1.0, 1.0, team.all_reduce))
 
 
 def _seconds(call: Callable[[], object], device: Device, rounds: int) -> float:
@@ -144,6 +186,49 @@ def _seconds(call: Callable[[], object], device: Device, rounds: int) -> float:
         if number >= _WARM_UP:
             times.append(float(taken))
     return quartiles(times)[1]
+
+
+def render(saved: dict[str, Any]) -> str:
+    """Markdown from the saved JSON."""
+    known = Constants(**saved["constants"])
+    here = predict(known, saved["processes"], saved["images"])
+    measured = saved["measured"]
+    constants = [
+        ("gradient", f"{known.gradient / 1e6:.0f} MB"),
+        ("buckets", str(known.buckets)),
+        ("rate", f"{known.rate:.4g} images/s, one forward and backward each"),
+        ("bandwidth", f"{known.bandwidth / 1e9:.3g} GB/s each way"),
+        ("latency", f"{known.latency * 1e6:.3g} us a hop"),
+    ]
+    step = [
+        ("step without exchange", seconds(measured["alone"]), seconds(here.compute)),
+        ("exchange by itself", seconds(measured["exchange"]), seconds(here.exchange)),
+        ("step with exchange", seconds(measured["joined"]), seconds(here.step)),
+    ]
+    head = ("processes", "images of each", "compute", "exchange", "exposed", "step")
+    predictions = [_prediction(known, p, n) for p in PROCESSES for n in IMAGES]
+    parts = [
+        heading("Several processes", saved["machine_info"]),
+        f"Measured with {saved['processes']} processes of {saved['images']} images each,"
+        f" {saved['backbone']}, {saved['side']}², {saved['arithmetic']}, channels_last: whole"
+        " steps of training. Medians; of the processes the slowest.",
+        table(("constant", "measured"), constants),
+        "The first two lines made the constants; the third tests the model.",
+        table(("", "measured", "the model"), step),
+        "What the model makes of these constants, were there so many such processes, with"
+        f" {BETWEEN_MACHINES / 1e9:.0f} GB/s each way between machines of {MACHINE} at most"
+        " (assumed, not measured):",
+        table((*head, "compute / step"), predictions),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _prediction(known: Constants, processes: int, images: int) -> Sequence[str]:
+    if processes > MACHINE:
+        known = replace(known, bandwidth=min(known.bandwidth, BETWEEN_MACHINES))
+    cost = predict(known, processes, images)
+    parts = map(seconds, (cost.compute, cost.exchange, cost.exposed, cost.step))
+    return (str(processes), str(images), *parts, f"{cost.compute / cost.step:.0%}")
 
 
 if __name__ == "__main__":

@@ -12,37 +12,20 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from cpuinfo import get_cpu_info
-from pytest_benchmark.utils import get_commit_info
 
+from benchmarks.harness import steps
 from benchmarks.harness.check import WrongResult
-from benchmarks.harness.device import Device, HostReads
-from benchmarks.harness.machine import describe, folder
-from benchmarks.harness.recording import rounded, write
-from benchmarks.harness.sizes import CLASSES, MAGSD, PRECISIONS, Draw
-from benchmarks.harness.steps import (
-    BASELINE,
-    FLOOR,
-    OURS,
-    Batch,
-    Contender,
-    GraphPool,
-    Member,
-    floor_of,
-    groups,
-    members,
-    network,
-    no_tf32,
-    published_network,
-)
-from benchmarks.harness.timing import Samples, interleave, quartiles
+from benchmarks.harness.device import Device, HostReads, command_line
+from benchmarks.harness.machine import RESULTS, folder, provenance, rounded, write
+from benchmarks.harness.sizes import CLASSES, MAGSD
+from benchmarks.harness.steps import BASELINE, FLOOR, OURS, Batch, Contender, Member
+from benchmarks.harness.timing import Samples, interleave, quartiles, ratios
 from benchmarks.published_step import HostDraws, PublishedNetwork, published_step
 from benchmarks.reporting.train_step import render
 from magsd.config import Config
@@ -51,53 +34,15 @@ from magsd.models import MAGSD as Network
 from magsd.torch_settings import cudnn_benchmark
 from magsd_kernels import AttentionViews, environment
 
-_HERE = Path(__file__).parent
 _BATCHES = 2
 _TOLERANCE = 1e-5
 _CHECKED_IMAGES = 4  # a loss of so few is as wrong as one of many
-
 _PROFILER_SECONDS = 10.0  # of which the profiler's own work may be most
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    options = _options(arguments)
-    if environment.value(environment.BACKEND):
-        raise SystemExit(f"{environment.BACKEND} is set: what is measured is the automatic choice")
-    device = Device(options.device)
-    commit = get_commit_info()  # of what runs, whatever is committed meanwhile
-    saved: dict[str, Any] = {
-        "machine_info": describe(device, get_cpu_info().get("brand_raw", "unknown")),
-        "commit_info": {name: commit.get(name) for name in ("id", "dirty")},
-        "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "backbone": options.backbone,
-        "side": options.side,
-        "steps": [],
-    }
-    out = options.out or _HERE / "results" / folder(device) / "train_step.json"
-    for batch in options.batch:
-        saved["steps"].append(rounded(measure(device, batch, options)))
-        save(saved, out)  # a larger batch may not fit, or not end in time
-    return 0
-
-
-def save(saved: dict[str, Any], out: Path) -> None:
-    """JSON, and the report beside it."""
-    write(out, json.dumps(saved, indent=1) + "\n")
-    report = out.parent / "train_step.md"
-    write(report, render(saved))
-    sys.stdout.write(f"{report}\n")
-    sys.stdout.flush()
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: a GPU if there is one",
-    )
+    parser = command_line("train_step", __doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[16], metavar="B")
     parser.add_argument("--backbone", default="resnet50", help="any of timm's with feature maps")
     parser.add_argument("--side", type=int, default=MAGSD.side, help="of the images, in pixels")
@@ -110,26 +55,41 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: results/<machine>/train_step.json"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if environment.value(environment.BACKEND):
+        raise SystemExit(f"{environment.BACKEND} is set: what is measured is the automatic choice")
+    device = Device(options.device)
+    measured: list[dict[str, Any]] = []
+    size = {"backbone": options.backbone, "side": options.side}
+    saved = provenance(device) | size | {"steps": measured}
+    out = options.out or RESULTS / folder(device) / "train_step.json"
+    report = out.parent / "train_step.md"
+    for batch in options.batch:
+        measured.append(rounded(measure(device, batch, options)))
+        # Here already: a larger batch may not fit, or not end in time.
+        write(out, json.dumps(saved, indent=1) + "\n")
+        write(report, render(saved))
+        sys.stdout.write(f"{report}\n")
+        sys.stdout.flush()
+    return 0
 
 
 def measure(device: Device, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """Check, run and time all members at one batch size."""
-    model = network(options.backbone, CLASSES, device.type)
-    batches = [draw_batch(device, batch, options.side, seed) for seed in range(_BATCHES)]
-    few = Batch(*(x[:_CHECKED_IMAGES] for x in batches[0]))
+    model = steps.network(options.backbone, CLASSES, device.type)
+    batches = [steps.draw_batch(device, batch, options.side, seed) for seed in range(_BATCHES)]
+    images, labels = batches[0]
+    few = images[:_CHECKED_IMAGES], labels[:_CHECKED_IMAGES]
     difference = check(model, options.backbone, few)
-    everyone = members(device.type)
-    pool = GraphPool() if device.type == "cuda" else None
+    everyone = steps.members(device.type)
+    pool = steps.GraphPool() if device.type == "cuda" else None
     handle = None if pool is None else pool.handle
+
+    def build(member: Member) -> Contender:
+        return Contender(member, model, options.backbone, batches, handle)
+
     with cudnn_benchmark():  # as in a run; for every member
-        entries = time_members(
-            everyone,
-            device,
-            lambda member: Contender(member, model, options.backbone, batches, handle),
-            options,
-            batch,
-        )
+        entries = time_members(everyone, device, build, options, batch)
     return {
         "batch": batch,
         "loss_difference": difference,
@@ -149,7 +109,7 @@ def time_members(
     facts: dict[Member, dict[str, Any]] = {}
     expected: dict[Member, float] = {}
     entries = {}
-    together = groups(everyone, device.type)
+    together = steps.groups(everyone, device.type)
     for group, told in together.items():
         for member in set(alive) - set(group):
             del alive[member]
@@ -171,20 +131,14 @@ def time_members(
     return entries
 
 
-def draw_batch(device: Device, batch: int, side: int, seed: int) -> Batch:
-    """Random images as smooth as photographs, and random labels."""
-    draw = Draw(replace(MAGSD, side=side), batch, PRECISIONS["float32"], device.type, seed)
-    return Batch(draw.images(), draw.integers(CLASSES, batch))
-
-
 def check(model: Network, backbone: str, batch: Batch) -> float:
     """Relative difference of our loss from the published one: same weights, same draws, float32.
 
     Gradients are not compared here: the last digit of a resized image can turn a rectifier over,
     and the gradient jumps. Raises WrongResult where rounding does not explain it.
     """
-    with no_tf32(), torch.no_grad():
-        networks = published_network(model, backbone), copy.deepcopy(model)
+    with steps.no_tf32(), torch.no_grad():
+        networks = steps.published_network(model, backbone), copy.deepcopy(model)
         theirs, ours = both_losses(*networks, batch)
     difference = float(abs(ours - theirs) / abs(theirs))
     if not difference <= _TOLERANCE:  # NaN is wrong too
@@ -196,19 +150,19 @@ def both_losses(
     theirs: PublishedNetwork, ours: Network, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The published loss and ours, from the same draws; the networks have the same weights."""
-    device = batch.images.device
+    device = batch[0].device
+
+    def generator() -> torch.Generator:
+        return torch.Generator(device).manual_seed(0)
+
     with torch.no_grad():
-        attention = copy.deepcopy(ours)(batch.images).attention
+        attention = copy.deepcopy(ours)(batch[0]).attention
     assert attention is not None
-    drawn = AttentionViews().draw(attention, _generator(device))
+    drawn = AttentionViews().draw(attention, generator())
     replayed = HostDraws(drawn.index, drawn.theta.tolist(), drawn.offsets.tolist())
     published = published_step(theirs, *batch, lambda _: replayed)
     step = method("magsd").objective(Config(), None)
-    return published, step(ours, *batch, _generator(device)).loss
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(0)
+    return published, step(ours, *batch, generator()).loss
 
 
 def read_off(contender: Contender, device: Device) -> tuple[dict[str, Any], float]:
@@ -238,24 +192,20 @@ def _entry(
     member: Member, everyone: Sequence[Member], times: Mapping[str, Samples], batch: int
 ) -> dict[str, Any]:
     """Times and their ratios within rounds: the published step's over ours, ours over the floor."""
-    own = times[str(member)].seconds
-    seconds = quartiles(own)
+    own = times[str(member)]
+    seconds = quartiles(own.seconds)
     entry: dict[str, Any] = {
         "name": str(member),
         **asdict(member),
         "seconds": seconds,
-        "rounds": len(own),
+        "rounds": len(own.seconds),
         "images_per_second": batch / seconds[1],
-        "speedup": _ratios(times[str(BASELINE)].seconds, own),
+        "speedup": ratios(times[str(BASELINE)], own),
     }
     if member.who != FLOOR:
-        floor = floor_of(member, everyone)
-        entry |= {"floor": str(floor), "over_floor": _ratios(own, times[str(floor)].seconds)}
+        floor = str(steps.floor_of(member, everyone))
+        entry |= {"floor": floor, "over_floor": ratios(own, times[floor])}
     return entry
-
-
-def _ratios(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
-    return quartiles([a / b for a, b in zip(above, below, strict=True)])
 
 
 if __name__ == "__main__":

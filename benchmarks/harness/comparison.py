@@ -10,18 +10,9 @@ import torch
 
 from benchmarks.harness.check import check, definition
 from benchmarks.harness.session import Outcome, Session
-from benchmarks.harness.subject import (
-    AUTOTUNED,
-    PUBLISHED,
-    Arguments,
-    Contender,
-    Row,
-    competitor_names,
-    nbytes,
-    why_absent,
-)
-from benchmarks.harness.timing import Samples, interleave, quartiles
-from magsd_kernels.backends import select
+from benchmarks.harness.sizes import MAGSD
+from benchmarks.harness.subject import AUTOTUNED, PUBLISHED, Contender, Row, nbytes
+from benchmarks.harness.timing import Samples, interleave, ratios
 
 LIMIT = "limit"
 
@@ -35,9 +26,14 @@ class Comparison:
     def __str__(self) -> str:
         return str(self.row)
 
+    @property
+    def is_central(self) -> bool:
+        """Whether it is of MAG-SD's central operations."""
+        return self.row.subject.central and self.row.network.name == MAGSD.name
+
     def members(self) -> Sequence[str]:
         """Competitors, ours last, and the limit."""
-        return (*competitor_names(self.row), LIMIT)
+        return (*self.row.competitors(), LIMIT)
 
     def measure(self, members: Sequence[str], session: Session) -> dict[str, Outcome]:
         """Check every member against the definition, and time those that are right."""
@@ -47,21 +43,16 @@ class Comparison:
         count = 2 if session.quick else session.device.input_sets(nbytes(first))
         sets = [first, *(row.draw(seed) for seed in range(1, count))]
         expected = definition(row, first)
-        outcomes, contenders = {}, {}
-        for name in members:
-            outcomes[name] = Outcome(facts=self._facts(name, first))
-            if name == LIMIT:
-                continue
-            outcomes[name].absent = why_absent(name, row)
-            if outcomes[name].absent is not None:
-                continue
-            try:
-                contenders[name] = Contender(name, row, sets)
-                check(contenders[name], expected)
-            except Exception as error:  # the test of this member raises it
-                outcomes[name].error = error
-                contenders.pop(name, None)
-        moved = row.moved_bytes(first, expected[0].value.to(row.precision.dtype))
+        outcomes = {name: Outcome(facts=self._facts(name)) for name in members}
+        contenders, competitors = {}, row.competitors()
+        for name in (name for name in members if name != LIMIT):
+            outcomes[name].absent = competitors[name].why_not()
+            if outcomes[name].absent is None:
+                with outcomes[name].failing():
+                    contender = Contender(name, row, sets)
+                    check(contender, expected)
+                    contenders[name] = contender
+        moved = row.moved_bytes(first, expected[0][0].to(row.dtype))
         del expected
         for name, samples in self._times(contenders, session, moved).items():
             if name in outcomes:
@@ -70,26 +61,22 @@ class Comparison:
             outcomes[LIMIT].facts["bytes"] = moved
         for name, contender in contenders.items():
             outcomes[name].facts["speedup"] = _speedups(name, outcomes)
-            try:
+            with outcomes[name].failing():
                 outcomes[name].facts |= _read_off(contender, session)
-            except Exception as error:  # likewise
-                outcomes[name].error = error
         return outcomes
 
-    def _facts(self, name: str, arguments: Arguments) -> dict[str, Any]:
+    def _facts(self, name: str) -> dict[str, Any]:
         row = self.row
-        main = next(iter(arguments.values()))
-        main = main[0] if isinstance(main, list) else main
         return {
             "kind": "comparison",
             "function": row.subject.name,
             "operation": row.subject.operation,
             "network": row.network.name,
             "batch": row.batch,
-            "precision": row.precision.name,
+            "precision": row.precision,
             "direction": row.direction,
             "member": name,
-            "ours": name == select(row.subject.operation, "auto", main),
+            "ours": name == row.backend(),
         }
 
     def _times(
@@ -122,7 +109,7 @@ def _read_off(contender: Contender, session: Session) -> dict[str, Any]:
         held.clear()
         # The one waits for the host, the other replays graphs of its own.
         if contender.name not in (PUBLISHED, AUTOTUNED):
-            facts["kernel"] = quartiles(device.kernel_seconds(contender.calls()))
+            facts["kernel"] = device.kernel_seconds(contender.calls())
     return facts
 
 
@@ -130,9 +117,8 @@ def _speedups(name: str, outcomes: dict[str, Outcome]) -> dict[str, tuple[float,
     """Quartiles of how many times as long as this member the others take in the same round."""
     mine = outcomes[name].samples
     assert mine is not None
-    found = {}
-    for other, outcome in outcomes.items():
-        if other != name and outcome.samples is not None:
-            pairs = zip(outcome.samples.seconds, mine.seconds, strict=True)
-            found[other] = quartiles([theirs / own for theirs, own in pairs])
-    return found
+    return {
+        other: ratios(outcome.samples, mine)
+        for other, outcome in outcomes.items()
+        if other != name and outcome.samples is not None
+    }

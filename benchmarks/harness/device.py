@@ -1,12 +1,14 @@
-"""What is read off a device: copy bandwidth, peak memory, kernel time, launches, waits."""
+"""The device, and what is read off: copy bandwidth, peak memory, kernel time, launches, waits."""
 
 from __future__ import annotations
 
+import argparse
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,9 +16,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-Call = Callable[[], object]
+from benchmarks.harness.timing import Call, Quartiles, quartiles
+from magsd_kernels.cases import tensors_of
 
 _GRAPH_REPLAYS = 30
 _LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset", "cudaGraphLaunch")
@@ -76,11 +78,13 @@ class Device:
             held = call()
         del held
         events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        changes: list[tuple[int, int]]
         changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-        return _highest(size for _, size in sorted(changes, key=lambda change: change[0]))
+        ordered = sorted(changes, key=lambda change: change[0])
+        return max(accumulate((size for _, size in ordered), initial=0))
 
-    def kernel_seconds(self, calls: Sequence[Call]) -> list[float]:
-        """Seconds per call of a CUDA graph that holds all calls, one entry per replay.
+    def kernel_seconds(self, calls: Sequence[Call]) -> Quartiles:
+        """Seconds per call of a CUDA graph that holds all calls, over replays.
 
         The results are held while the graph is captured, so that each call writes memory of its
         own, as its inputs are its own.
@@ -104,7 +108,7 @@ class Device:
             stop.synchronize()
             seconds.append(start.elapsed_time(stop) / 1e3 / len(calls))
         del held
-        return seconds
+        return quartiles(seconds)
 
     def activity(self, call: Call) -> tuple[int, int]:
         """Launches (kernels, copies, fills) and waits of the host in one call."""
@@ -123,6 +127,16 @@ class Device:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return None
+
+
+def command_line(module: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser of a module's options, with --device."""
+    program = f"python -m benchmarks.{module}"
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    help_ = "default: a GPU if there is one"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help=help_)
+    return parser
 
 
 class HostReads(TorchDispatchMode):
@@ -161,9 +175,8 @@ class HostReads(TorchDispatchMode):
             self.count += _waits(args[0], device, bool(kwargs.get("non_blocking")))
         elif operation is torch.ops.aten.copy_:
             free = bool(args[2] if len(args) > 2 else kwargs.get("non_blocking"))
-            free &= (
-                args[0].device.type != "cpu" or args[0].is_pinned()
-            )  # torch pins no given result
+            # torch pins no given result
+            free &= args[0].device.type != "cpu" or args[0].is_pinned()
             self.count += _waits(args[1], args[0].device, free)
         else:
             self.count += _mixes(args)
@@ -180,7 +193,6 @@ class _Factories(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Count and pass on."""
         made = func(*args, **(kwargs or {}))
         if func in _FROM_NUMBERS and made.device.type != "cpu":
             copied = func is not Tensor.new_tensor and isinstance(args[0], Tensor)
@@ -197,7 +209,7 @@ def _waits(source: Tensor, device: torch.device, non_blocking: bool) -> bool:
 
 def _mixes(arguments: Any) -> bool:
     """Whether an operation on a device takes more than a number from the host, as an index is."""
-    tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
+    tensors = tensors_of(arguments)
     on_host = [x.device.type == "cpu" and x.ndim > 0 for x in tensors]
     return any(on_host) and any(x.device.type != "cpu" for x in tensors)
 
@@ -210,11 +222,3 @@ def count_activity(names: Iterable[str]) -> tuple[int, int]:
     counts = Counter(names)
     launches = sum(n for name, n in counts.items() if name.startswith(_LAUNCHES))
     return launches, sum(counts[name] for name in _WAITS)
-
-
-def _highest(changes: Iterable[int]) -> int:
-    held = peak = 0
-    for change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak

@@ -1,20 +1,27 @@
-"""What stands beside every figure: machine, versions, threads."""
+"""What stands beside every figure (machine, versions, threads, commit), and how it is written."""
 
 from __future__ import annotations
 
+import functools
 import getpass
 import os
 import platform
 import tempfile
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
+from cpuinfo import get_cpu_info
+from pytest_benchmark.utils import get_commit_info
+from torch.utils import _pytree as pytree
 
 import magsd_kernels
 from benchmarks.harness.device import Device
 from magsd_kernels import environment, native
 
+RESULTS = Path(__file__).parents[1] / "results"
 #: What holds torch's own kernels and compiled code, ours, oneDNN and MKL back to AVX2.
 RESTRICTIONS: Mapping[str, Mapping[str, str]] = {
     "avx2": {
@@ -61,22 +68,21 @@ def instruction_set() -> str:
     return theirs
 
 
-def _restriction() -> str | None:
+def _restriction() -> dict[str, str]:
     """That the processor can do more than what runs, and what was set to hold it back."""
     runs = instruction_set()
     able = "avx2" if torch.cpu._is_avx2_supported() else runs
     able = "avx512" if torch.cpu._is_avx512_supported() else able
     if runs == able:
-        return None
+        return {}
     switches = [f"{name}={os.environ[name]}" for name in RESTRICTIONS["avx2"] if name in os.environ]
-    return (
-        f"{_WRITTEN[able]} processor restricted to {_WRITTEN.get(runs, runs)} "
-        f"({', '.join(switches)})"
-    )
+    less = f"{_WRITTEN[able]} processor restricted to {_WRITTEN.get(runs, runs)}"
+    return {"instruction set": f"{less} ({', '.join(switches)})"}
 
 
-def describe(device: Device, processor: str) -> dict[str, str]:
+def describe(device: Device, processor: str | None = None) -> dict[str, str]:
     """Name and value of everything that a figure depends on."""
+    processor = processor or get_cpu_info().get("brand_raw", "unknown")
     facts = {
         "machine": folder(device),
         "processor": f"{processor}, {os.cpu_count()} logical cores",
@@ -88,9 +94,7 @@ def describe(device: Device, processor: str) -> dict[str, str]:
     }
     if native.why_not("cpu") is None:
         facts["C++ kernels run"] = native.instruction_set()
-    restriction = _restriction()
-    if restriction is not None:
-        facts["instruction set"] = restriction
+    facts |= _restriction()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(0)
         facts["gpu"] = (
@@ -100,3 +104,36 @@ def describe(device: Device, processor: str) -> dict[str, str]:
         facts["cuda"] = str(torch.version.cuda)
         facts["tf32"] = f"matmul precision {torch.get_float32_matmul_precision()}"
     return facts
+
+
+def provenance(device: Device) -> dict[str, Any]:
+    """What was run, where and when."""
+    return _constant(device) | {
+        "datetime": datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    }
+
+
+@functools.cache
+def _constant(device: Device) -> dict[str, Any]:
+    """The commit is that of what runs, whatever is committed meanwhile."""
+    return {"machine_info": describe(device), "commit_info": commit()}
+
+
+def commit() -> dict[str, Any]:
+    """Its id, and whether there are uncommitted changes."""
+    found = get_commit_info()
+    return {name: found.get(name) for name in ("id", "dirty")}
+
+
+def rounded(facts: dict[str, Any]) -> dict[str, Any]:
+    """Five digits are more than any figure here is good for."""
+    found: dict[str, Any] = pytree.tree_map_only(float, lambda x: float(f"{x:.5g}"), facts)
+    return found
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing: a reader never finds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begun = path.with_name(f"{path.name}.begun")
+    begun.write_text(text)
+    begun.replace(path)

@@ -22,11 +22,11 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 #: Exit status of a command that made progress, cannot go on, and wants to be started again.
 AGAIN = 75
-ABSENT, PASSED, FAILED, OVERRAN, CUT = "absent", "passed", "failed", "overran", "cut"
+PASSED, FAILED, OVERRAN, CUT = "passed", "failed", "overran", "cut"
 EMPTY = "nothing collected"  # the backend is not there; neither passed nor final
 #: What the archive says of a piece that need not be run again.
 _FINAL = (PASSED, FAILED, OVERRAN)
@@ -77,25 +77,25 @@ class Archive:
     def __init__(self, path: Path, folder: Path, earlier: Path | None = None) -> None:
         self.path = path
         self.folder = folder
-        self._packed: dict[str, tuple[int, int]] = {}
+        self._partial = path.with_name(f"{path.name}{_BEGUN}")
+        self._packed: set[tuple[str, int, int]] = set()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._partial.unlink(missing_ok=True)
-        for source in (path, earlier):
-            if source is not None and source.is_file():
-                with zipfile.ZipFile(source) as packed:
-                    packed.extractall(folder)
-                break
+        source = path if path.is_file() else earlier
+        if source is not None and source.is_file():
+            with zipfile.ZipFile(source) as packed:
+                packed.extractall(folder)
 
-    @property
-    def _partial(self) -> Path:
-        return self.path.with_name(f"{self.path.name}{_BEGUN}")
+    def place(self, piece: Piece, suffix: str) -> Path:
+        """A piece's log or outcome."""
+        path = self.folder / piece.stage / f"{piece.name}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def outcome(self, piece: Piece) -> dict[str, Any] | None:
         """What is known of a piece."""
-        path = self.folder / piece.stage / f"{piece.name}.json"
-        if not path.is_file():
-            return None
-        found: dict[str, Any] = json.loads(path.read_text())
+        path = self.place(piece, ".json")
+        found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
         return found
 
     def done(self, piece: Piece, again: bool = False) -> bool:
@@ -104,36 +104,26 @@ class Archive:
         final = (PASSED,) if again else _FINAL
         return not piece.repeated and outcome is not None and outcome["ended"] in final
 
-    def tell(self, piece: Piece, outcome: dict[str, Any]) -> None:
-        """Write down a piece's outcome."""
-        path = self.folder / piece.stage / f"{piece.name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(outcome, indent=1) + "\n")
-
     def pack(self) -> None:
         """Replace the archive where a file has changed; logs that grow do not count by themselves.
 
         What is named *.begun is being written.
         """
-        files = {
-            str(path.relative_to(self.folder)): path
-            for path in sorted(self.folder.rglob("*"))
-            if path.is_file() and path.suffix != _BEGUN
-        }
-        changed = {}
-        for name, path in files.items():
+        files = [path for path in sorted(self.folder.rglob("*")) if path.suffix != _BEGUN]
+        found = set()
+        for path in files:
             with contextlib.suppress(FileNotFoundError):  # replaced at this moment
-                stat = path.stat()
-                if path.suffix != ".log":
-                    changed[name] = (stat.st_mtime_ns, stat.st_size)
-        if changed == self._packed and self.path.is_file():
+                if path.is_file() and path.suffix != ".log":
+                    found.add((str(path), path.stat().st_mtime_ns, path.stat().st_size))
+        if found == self._packed and self.path.is_file():
             return
         with zipfile.ZipFile(self._partial, "w", zipfile.ZIP_DEFLATED) as packed:
-            for name, path in files.items():
+            for path in files:
                 with contextlib.suppress(FileNotFoundError):
-                    packed.write(path, name)
+                    if path.is_file():
+                        packed.write(path, path.relative_to(self.folder))
         self._partial.replace(self.path)
-        self._packed = changed
+        self._packed = found
 
 
 @contextlib.contextmanager
@@ -153,7 +143,9 @@ class _Running:
         self.piece = piece
         self._archive = archive
         self._start = time.monotonic()
-        self._log = self._opened()
+        self._log = archive.place(piece, ".log").open("wb")
+        self._log.write(f"$ {shlex.join(piece.command)}\n".encode())
+        self._log.flush()
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid()), *piece.command],
             cwd=folder,
@@ -164,63 +156,45 @@ class _Running:
             start_new_session=True,
         )
 
-    def _opened(self) -> IO[bytes]:
-        path = self._archive.folder / self.piece.stage / f"{self.piece.name}.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        log = path.open("wb")
-        log.write(f"$ {shlex.join(self.piece.command)}\n".encode())
-        log.flush()
-        return log
-
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._start
 
     def ended(self, deadline: float) -> str | None:
-        """How it ended; kills it where its time or all time is over. None: it runs."""
+        """How it ended, or must end since its time or all time is over. None: it runs."""
         status = self._process.poll()
+        if status == AGAIN:
+            return CUT
+        if status == _NOTHING_COLLECTED and "pytest" in self.piece.command:
+            return EMPTY
         if status is not None:
-            self._kill()  # what it may have left behind
-            if status == AGAIN:
-                return CUT
-            if status == _NOTHING_COLLECTED and "pytest" in self.piece.command:
-                return EMPTY
             return PASSED if status == 0 else FAILED
         if self.seconds > self.piece.limit:
-            self._kill()
             return OVERRAN
-        if time.monotonic() > deadline:
-            self._kill()
-            return CUT
-        return None
+        return CUT if time.monotonic() > deadline else None
 
-    def close(self, ended: str, facts: Mapping[str, Any] | None) -> None:
-        """Put down how it ended, and keep its files."""
-        self._kill()
+    def close(self, ended: str, facts: Mapping[str, Any]) -> None:
+        """Kill it and all that it started in its group, put down how it ended, keep its files."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         self._log.close()
         for source, name in self.piece.kept.items():
             if source.is_file():
                 target = self._archive.folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, target)
-        self._archive.tell(
-            self.piece,
-            {
-                "stage": self.piece.stage,
-                "name": self.piece.name,
-                "command": shlex.join(self.piece.command),
-                "ended": ended,
-                "status": self._process.returncode,
-                "seconds": round(self.seconds, 1),
-                **(facts or {}),
-            },
-        )
-
-    def _kill(self) -> None:
-        """The process and all that it started in its group."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        outcome = {
+            "stage": self.piece.stage,
+            "name": self.piece.name,
+            "command": shlex.join(self.piece.command),
+            "ended": ended,
+            "status": self._process.returncode,
+            "seconds": round(self.seconds, 1),
+            **facts,
+        }
+        told = self._archive.place(self.piece, ".json")
+        told.write_text(json.dumps(outcome, indent=1) + "\n")
 
 
 def run(
@@ -257,24 +231,22 @@ def run(
                 if ended is None:
                     continue
                 running.remove(one)
-                one.close(ended, facts)
-                again = ended == CUT and time.monotonic() < deadline
-                if again:
+                one.close(ended, facts or {})
+                if ended == CUT and time.monotonic() < deadline:
                     waiting.insert(0, one.piece)
-                complete = complete and (ended != CUT or again)
-                sys.stdout.write(
-                    f"{one.piece.stage}/{one.piece.name}: {ended}, {one.seconds:.0f} s\n"
-                )
+                elif ended == CUT:
+                    complete = False
+                name = f"{one.piece.stage}/{one.piece.name}"
+                sys.stdout.write(f"{name}: {ended}, {one.seconds:.0f} s\n")
                 sys.stdout.flush()
-                archive.pack()
-                packed = time.monotonic()
+                packed = float("-inf")
             if time.monotonic() - packed > _PACK_SECONDS:
                 archive.pack()
                 packed = time.monotonic()
             time.sleep(_POLL_SECONDS)
     finally:
         for one in running:
-            one.close(CUT, facts)
+            one.close(CUT, facts or {})
         archive.pack()
     return complete and not waiting
 
@@ -289,10 +261,9 @@ def summary(pieces: Sequence[Piece], archive: Archive) -> str:
             why = f"absent: {piece.absent}" if piece.absent else "not run"
             idle.setdefault((piece.stage, why), []).append(piece.name)
         else:
+            ended, seconds = outcome["ended"], f"{outcome['seconds']:.0f}"
             commit = str(outcome.get("commit") or "")[:12]
-            seconds = f"{outcome['seconds']:.0f}"
-            cells = (piece.stage, piece.name, outcome["ended"], seconds, commit)
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(f"| {piece.stage} | {piece.name} | {ended} | {seconds} | {commit} |")
     for (stage, why), names in idle.items():
         lines.append(f"| {stage} | {', '.join(names)} | {why} | | |")
     return "\n".join(lines) + "\n"

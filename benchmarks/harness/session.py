@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from benchmarks.harness.device import Device
-from benchmarks.harness.sizes import PRECISIONS, Network, Precision
+from benchmarks.harness.machine import provenance, rounded, write
+from benchmarks.harness.sizes import Network
 from benchmarks.harness.subject import Row, Subject
-from benchmarks.harness.timing import Replay, Samples
+from benchmarks.harness.timing import Replay, Samples, quartiles
 
 
 @dataclass
@@ -20,6 +24,14 @@ class Outcome:
     facts: dict[str, Any] = field(default_factory=dict)
     absent: str | None = None
     error: Exception | None = None
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """What is raised inside is raised again by the test of this member."""
+        try:
+            yield
+        except Exception as error:
+            self.error = error
 
 
 class Group(Protocol):
@@ -32,6 +44,17 @@ class Group(Protocol):
         """Check and time some of them together."""
 
 
+class Entry(NamedTuple):
+    """One test: a member of a group."""
+
+    group: Group
+    member: str
+
+
+#: Puts what an entry came to into pytest-benchmark, or fails, or skips.
+Recorder = Callable[[Entry], None]
+
+
 @dataclass
 class Session:
     """Options of a run.
@@ -42,14 +65,18 @@ class Session:
         batches, precisions: for all subjects; None means what the device and the subject suggest.
         quick: small sizes and few rounds, to see that everything works.
         autotuned: whether max-autotune competes, too, which takes minutes for a row.
+        folder: of a file for each group, written as soon as it is measured; None: nowhere.
+        again: whether groups are measured once more whose file tells of a failure.
     """
 
     device: Device
     seconds: float
-    batches: tuple[int, ...] | None
-    precisions: tuple[Precision, ...] | None
+    batches: tuple[int, ...] | None = None
+    precisions: tuple[str, ...] | None = None
     quick: bool = False
     autotuned: bool = False
+    folder: Path | None = None
+    again: bool = False
     clock: Replay = field(default_factory=Replay)
     _measured: dict[str, dict[str, Outcome]] = field(default_factory=dict)
 
@@ -61,26 +88,28 @@ class Session:
                 self._measured[name] = group.measure(members, self)
             except Exception as error:
                 self._measured[name] = {member: Outcome(error=error) for member in members}
+            if self.folder is not None:
+                saved = provenance(self.device) | _saved(self._measured[name])
+                write(self.folder / f"{name}.json", json.dumps(saved, indent=1) + "\n")
         return self._measured[name]
+
+    def wants(self, group: Group) -> bool:
+        """Whether a group has no file yet."""
+        path = self.folder and self.folder / f"{group}.json"
+        if path is None or not path.is_file():
+            return True
+        return self.again and bool(json.loads(path.read_text())["failed"])
 
     def rows(self, subjects: Iterable[Subject]) -> list[Row]:
         """Every size, precision and direction of some subjects."""
         return [
-            Row(
-                subject,
-                network,
-                batch,
-                precision,
-                self.device.type,
-                backward,
-                autotuned=self.autotuned,
-            )
+            Row(subject, network, batch, precision, self.device.type, backward, self.autotuned)
             for subject in subjects
             for network in subject.networks
             for batch in self.batches or self._batches(subject, network)
             for precision in self.precisions or self._precisions(subject)
-            if precision.name in subject.precisions
-            for backward in ((False, True) if subject.differentiable else (False,))
+            if precision in subject.precisions
+            for backward in ((False, True) if subject.case.differentiable else (False,))
         ]
 
     def _batches(self, subject: Subject, network: Network) -> tuple[int, ...]:
@@ -89,7 +118,25 @@ class Session:
             return network.batches[:1]
         return network.batches if subject.central else network.batches[-1:]
 
-    def _precisions(self, subject: Subject) -> tuple[Precision, ...]:
-        if self.device.type == "cuda" and subject.central:
-            return (PRECISIONS["float32"], PRECISIONS["bfloat16"])
-        return (PRECISIONS["float32"],)
+    def _precisions(self, subject: Subject) -> tuple[str, ...]:
+        both = self.device.type == "cuda" and subject.central
+        return ("float32", "bfloat16") if both else ("float32",)
+
+
+def _saved(outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    """Statistics, not samples; and who has none, with the reason."""
+    entries = []
+    for member, outcome in outcomes.items():
+        if outcome.samples is None or outcome.error is not None:
+            continue
+        times = outcome.samples.seconds
+        q1, median, q3 = quartiles(times)
+        stats = {"min": min(times), "q1": q1, "median": median, "q3": q3, "rounds": len(times)}
+        facts = outcome.facts | {"iterations": outcome.samples.iterations}
+        entries.append({"name": member, "stats": rounded(stats), "extra_info": rounded(facts)})
+    failed = {name: o.error for name, o in outcomes.items() if o.error is not None}
+    return {
+        "absent": {name: o.absent for name, o in outcomes.items() if o.absent is not None},
+        "failed": {name: f"{type(error).__name__}: {error}" for name, error in failed.items()},
+        "benchmarks": entries,
+    }

@@ -10,15 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from magsd_kernels import cases
+from magsd_kernels.cases import Arguments
+
 CLASSES = 4
-VIEWS = 3
 _NEAREST_PIXELS = 64
 _GRAIN = (28, 28)
 
 
 @dataclass(frozen=True)
 class Network:
-    """What a network feeds to the operations: images, and feature maps from fine to coarse."""
+    """What a network feeds to the operations: images, and feature maps from fine to coarse.
+
+    features: (channels, side) of each. draws: maps that are drawn for an image.
+    """
 
     name: str
     channels: int
@@ -27,36 +32,34 @@ class Network:
     batches: tuple[int, ...]
     align_corners: bool = False
     maps: int = 32
+    draws: int = 3
 
     @property
-    def coarse(self) -> int:
-        """Side of the coarsest feature map, which is that of the attention."""
-        return self.features[-1][1]
+    def image(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.channels, self.side, self.side
 
     def scaled(self, factor: int) -> Network:
         """The same network on images whose side is `factor` times as long."""
         features = tuple((channels, side * factor) for channels, side in self.features)
         return replace(self, side=self.side * factor, features=features)
 
+    def size(self, batch: int) -> cases.Size:
+        """Of a call; the attention is as large as the coarsest features."""
+        channels, side = self.features[-1]
+        return cases.Size(
+            *(batch, self.maps, CLASSES, self.draws), image=self.image[1:], planes=self.channels,
+            low=(side, side), features=(side, side), channels=channels,
+            scales=tuple((side, side) for _, side in self.features), output=(side, side),
+        )  # fmt: skip
+
 
 MAGSD = Network("magsd", 1, 224, ((512, 28), (1024, 14), (2048, 7)), (16, 64, 256))
-WSDAN = Network("wsdan", 3, 448, ((2048, 14),), (16, 64), align_corners=True)
+WSDAN = Network("wsdan", 3, 448, ((2048, 14),), (16, 64), align_corners=True, draws=2)
 
 
-@dataclass(frozen=True)
-class Precision:
-    """dtype and memory format of activations; parameters and draws are float32."""
-
-    name: str
-    dtype: torch.dtype
-    channels_last: bool
-
-
-PRECISIONS = {
-    "float32": Precision("float32", torch.float32, channels_last=False),
-    "bfloat16": Precision("bfloat16", torch.bfloat16, channels_last=True),
-    "float16": Precision("float16", torch.float16, channels_last=True),
-}
+#: dtypes of activations, in half precision channels_last; parameters and draws are float32.
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def photograph(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -71,16 +74,12 @@ def photograph(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return smooth + 0.01 * torch.randn(*shape, generator=generator, device=device)
 
 
-class Draw:
-    """Random inputs of one size; the seed decides them."""
+class Draw(cases.Draw):
+    """What `cases` fills arguments with, as in a network, on the device; the seed decides it."""
 
-    def __init__(
-        self, network: Network, batch: int, precision: Precision, device: str, seed: int = 0
-    ) -> None:
+    def __init__(self, network: Network, precision: str, device: str, seed: int = 0) -> None:
+        super().__init__(PRECISIONS[precision], seed, device)
         self.network = network
-        self.batch = batch
-        self.device = device
-        self._precision = precision
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -88,66 +87,47 @@ class Draw:
         values = torch.rand(shape, generator=self._generator, device=self.device)
         return values * (high - low) + low
 
-    def integers(self, high: int, *shape: int) -> Tensor:
-        """int64 in 0..high - 1."""
-        return torch.randint(high, shape, generator=self._generator, device=self.device)
+    def integers(self, count: int, step: int, below: int) -> Tensor:
+        """(count,) int64, whatever the step."""
+        return torch.randint(below, (count,), generator=self._generator, device=self.device)
 
-    def normal(self, *shape: int) -> Tensor:
-        """Normal numbers in the activations' dtype and memory format."""
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Activations; images are photographs, and (channels,) are parameters around 1."""
+        if len(shape) == 1:
+            return self.uniform(*shape, low=0.5, high=1.5)
+        if shape[1:] == self.network.image:
+            return self._activation(photograph(shape, self._generator))
         return self._activation(torch.randn(shape, generator=self._generator, device=self.device))
 
-    def parameter(self, channels: int) -> Tensor:
-        """(channels,) float32 around 1, as batch norm's weights and variances are."""
-        return self.uniform(channels, low=0.5, high=1.5)
-
-    def images(self) -> Tensor:
-        """(B, C, H, W)."""
-        side = self.network.side
-        shape = (self.batch, self.network.channels, side, side)
-        return self._activation(photograph(shape, self._generator))
-
-    def features(self) -> Tensor:
-        """The coarsest feature map, rectified."""
-        channels, side = self.network.features[-1]
-        return self.normal(self.batch, channels, side, side).relu_()
-
-    def attention(self) -> Tensor:
+    def attention(self, *shape: int) -> Tensor:
         """(B, M, h, w): one bump a map on a low noise, as trained maps look."""
-        side = self.network.coarse
+        batch, maps, side, _ = shape
         grid = (torch.arange(side, device=self.device) + 0.5) / side
         distance = torch.zeros((), device=self.device)
-        for shape in ((side, 1), (1, side)):
-            center = self.uniform(self.batch, self.network.maps, 1, 1)
-            distance = distance + (grid.view(shape) - center) ** 2
-        width = self.uniform(self.batch, self.network.maps, 1, 1, low=0.15, high=0.35)
-        noise = self.uniform(self.batch, self.network.maps, side, side, high=0.05)
+        for axis in ((side, 1), (1, side)):
+            distance = distance + (grid.view(axis) - self.uniform(batch, maps, 1, 1)) ** 2
+        width = self.uniform(batch, maps, 1, 1, low=0.15, high=0.35)
+        noise = self.uniform(*shape, high=0.05)
         return self._activation((-distance / (2 * width**2)).exp() + noise)
 
-    def guide(
-        self, low: float = 0.4, high: float = 0.6, attention: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Attention, and for one view the index of each image's map and its theta."""
-        attention = self.attention() if attention is None else attention
-        index = self.integers(self.network.maps, self.batch)
-        theta = self.uniform(self.batch, low=low, high=high)
-        return {
-            "attention": attention,
-            "index": index,
-            "theta": self.settled(theta, attention, index),
-        }
+    def guided(self, arguments: Arguments, *ranges: tuple[float, float]) -> Arguments:
+        """Thresholds of each view in its range, and away from every pixel."""
+        attention, index = arguments["attention"], arguments["index"].view(-1, len(ranges))
+        thetas = [
+            self._settled(self.uniform(len(index), low=low, high=high), attention, maps)
+            for (low, high), maps in zip(ranges, index.unbind(1), strict=True)
+        ]
+        return arguments | {"theta": torch.stack(thetas, 1).view_as(arguments["index"])}
 
-    def settled(self, theta: Tensor, attention: Tensor, index: Tensor) -> Tensor:
+    def _settled(self, theta: Tensor, attention: Tensor, index: Tensor) -> Tensor:
         """Theta moved into the widest gap between the pixels next to its threshold.
 
         A pixel on the threshold would be decided by rounding, and competitors round differently.
         """
-        maps = attention[torch.arange(self.batch, device=self.device), index].float()
-        upsampled = F.interpolate(
-            maps[:, None],
-            (self.network.side, self.network.side),
-            mode="bilinear",
-            align_corners=self.network.align_corners,
-        ).flatten(1)
+        maps = attention[torch.arange(len(index), device=self.device), index].float()
+        size, corners = self.network.image[1:], self.network.align_corners
+        resized = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=corners)
+        upsampled = resized.flatten(1)
         if upsampled.shape[1] == 1:  # far above its threshold
             return theta
         peak = maps.amax((1, 2))
@@ -158,7 +138,7 @@ class Draw:
         return (values.gather(1, at[:, None])[:, 0] + gap / 2) / peak
 
     def _activation(self, values: Tensor) -> Tensor:
-        values = values.to(self._precision.dtype)
-        if self._precision.channels_last and values.dim() == 4:
+        values = values.to(self.dtype)
+        if self.dtype != torch.float32 and values.dim() == 4:
             values = values.contiguous(memory_format=torch.channels_last)
         return values

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks import published_step
+from benchmarks.harness.device import Device
+from benchmarks.harness.sizes import CLASSES, Draw
+from benchmarks.harness.sizes import MAGSD as SIZES
 from benchmarks.published_step import PublishedNetwork
 from magsd.config import Config, OptimConfig
 from magsd.distributed import ALONE, Team
@@ -23,7 +26,6 @@ from magsd.models import MAGSD, ModelConfig, build_model
 from magsd.runtime import Runtime
 from magsd.training.metrics_log import StepSums
 from magsd.training.optim import build_optimizer
-from magsd.training.step import BatchShard
 from magsd.training.train_step import TrainStep
 
 PUBLISHED, OURS, FLOOR = "published", "ours", "floor"
@@ -32,15 +34,9 @@ _PASSES = 4
 _CAPTURED = "magsd.training.captured"
 _REPLAYED_AFTER = 5  # calls: three beside the graph, one that records, one that replays
 
-Body = Callable[[Tensor, Tensor, torch.Generator, BatchShard | None], object]
+#: images (B, C, H, W) float32, labels (B,) int64.
+Batch = tuple[Tensor, Tensor]
 Call = Callable[[], None]
-
-
-class Batch(NamedTuple):
-    """images (B, C, H, W) float32, labels (B,) int64."""
-
-    images: Tensor
-    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -95,12 +91,8 @@ def members(device: str) -> tuple[Member, ...]:
 
 def floor_of(member: Member, among: Sequence[Member]) -> Member:
     """The bare backbone in the member's arithmetic, captured if the member is."""
-    (found,) = (
-        other
-        for other in among
-        if (other.who, other.arithmetic, other.captured)
-        == (FLOOR, member.arithmetic, member.captured)
-    )
+    wanted = (FLOOR, member.arithmetic, member.captured)
+    (found,) = (other for other in among if (other.who, other.arithmetic, other.captured) == wanted)
     return found
 
 
@@ -138,6 +130,13 @@ def published_network(model: MAGSD, backbone: str) -> PublishedNetwork:
     return found.to(device)
 
 
+def draw_batch(device: Device, batch: int, side: int, seed: int) -> Batch:
+    """Random images as smooth as photographs, and random labels."""
+    sizes = replace(SIZES, side=side)
+    draw = Draw(sizes, FLOAT32, device.type, seed)
+    return draw.normal(batch, *sizes.image), draw.integers(batch, 1, CLASSES)
+
+
 class GraphPool:
     """Memory that CUDA graphs share of which one runs at a time.
 
@@ -168,28 +167,27 @@ class Contender:
         pool: Any = None,
     ) -> None:
         self.member = member
-        self._pool = pool
         self._batches = batches
-        device = batches[0].images.device
+        device = batches[0][0].device
         self._runtime = Runtime(device, member.arithmetic, member.channels_last)
         self._generator = torch.Generator(device).manual_seed(0)
         self._numbers = np.random.default_rng(0)
         self._seed = 0
         self._optimizer: torch.optim.Optimizer | None = None
+        self._body: Callable[..., object]
         if member.who == FLOOR:
             self._model: nn.Module = self._runtime.model(copy.deepcopy(model.backbone))
-            body: Body = self._floor
+            self._body = self._floor
         elif member.who == PUBLISHED:
             self._model = self._runtime.model(published_network(model, backbone))
             self._optimizer = published_step.optimizer(self._model)
-            body = self._published
+            self._body = self._published
         else:
             self._model = self._runtime.model(copy.deepcopy(model))
-            body = train_step(self._model, self._runtime, captured=member.captured)
-            self._optimizer = body.optimizer
+            step = train_step(self._model, self._runtime, captured=member.captured)
+            self._body, self._optimizer = step, step.optimizer
         self._settle()
-        self._body = body
-        self._captured = self._capture(device) if member.captured else None
+        self._captured = self._capture(device, pool) if member.captured else None
 
     def calls(self) -> list[Call]:
         """What is timed, one call per batch."""
@@ -202,12 +200,12 @@ class Contender:
         if self._optimizer is not None:
             for state in self._optimizer.state.values():
                 held += [value for value in state.values() if isinstance(value, Tensor)]
-        return sum(x.numel() * x.element_size() for x in held)
+        return sum(x.nbytes for x in held)
 
     def _call(self, batch: Batch) -> None:
         with no_tf32(), self._runtime:
             if self._captured is None:
-                self._body(*batch, self._generator, None)
+                self._body(*batch, self._generator)
             else:
                 self._seed += 1
                 self._captured(*batch, self._seed)
@@ -222,41 +220,29 @@ class Contender:
         if self._optimizer is not None:
             self._optimizer.step()
 
-    def _capture(self, device: torch.device) -> Callable[[Tensor, Tensor, int], object]:
+    def _capture(self, device: torch.device, pool: Any) -> Callable[[Tensor, Tensor, int], object]:
         """The trainer's own recording of the step; a refusal is an error here, not a slow step."""
         from magsd.training.captured import CapturedStep
 
         def refused(reason: str) -> None:
             raise RuntimeError(f"{self.member}: {reason}")
 
-        step = CapturedStep(self._body, device, refused, self._pool)
+        step = CapturedStep(self._body, device, refused, pool)
         with no_tf32(), self._runtime:
             for seed in range(_REPLAYED_AFTER):
                 step(*self._batches[0], seed)
         return step
 
-    def _published(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        generator: torch.Generator,
-        shard: BatchShard | None = None,
-    ) -> None:
+    def _published(self, images: Tensor, labels: Tensor, *_: Any) -> None:
+        assert self._optimizer is not None
         drawing = partial(published_step.draw, generator=self._numbers)
         with self._runtime.autocast():
             loss = published_step.published_step(self._model, images, labels, drawing)
-        assert self._optimizer is not None
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._optimizer.step()
 
-    def _floor(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        generator: torch.Generator,
-        shard: BatchShard | None = None,
-    ) -> None:
+    def _floor(self, images: Tensor, *_: Any) -> None:
         with self._runtime.autocast():
             images = self._runtime.images(images)
             maps = [found for _ in range(_PASSES) for found in self._model(images)]

@@ -5,56 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from benchmarks.harness.sizes import PRECISIONS, Draw, Network, Precision, photograph
-from magsd_kernels.backends import preference, why_not
+from benchmarks.harness.sizes import PRECISIONS, Draw, Network, photograph
+from magsd_kernels.backends import preference, select, why_not
+from magsd_kernels.cases import CASES, Arguments, Case, tensors_of
 
-Arguments = dict[str, Any]
 Function = Callable[..., Any]
 Call = Callable[[], Any]
 
 #: float32 by contract whatever the activations are; the published code holds them on the host.
 DRAWS = ("theta", "offsets", "uniforms")
 _ON_HOST = (*DRAWS, "index")
-
 PUBLISHED, EAGER, COMPILED, AUTOTUNED = "published", "eager", "compiled", "compiled-max"
+CASE = {case.name: case for case in CASES}
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """Largest relative error of a result.
+class Rival(NamedTuple):
+    """Somebody's calls that compute the same, named after the call that matters.
 
-    Attributes:
-        single: in float32.
-        half: in half precision, over the reference's own error.
-    """
-
-    single: float = 1e-5
-    half: float = 2
-
-
-@dataclass(frozen=True)
-class Rival:
-    """Somebody else's calls that compute the same.
-
-    Attributes:
-        name: after the call that matters.
-        build: gives the function; called once for a row.
-        precisions: in which it competes.
-        why_not: reason why it cannot run here, or None.
-        tolerance: that suits its arithmetic.
+    build: gives the function; called once for a row. precisions: in which it competes. why_not:
+    reason why it cannot run here, or None. tolerance: largest relative error in float32.
     """
 
     name: str
     build: Callable[[], Function]
     precisions: tuple[str, ...] = tuple(PRECISIONS)
     why_not: Callable[[], str | None] = lambda: None
-    tolerance: Tolerance = Tolerance()
+    tolerance: float = 1e-5
 
 
 @dataclass(frozen=True)
@@ -64,14 +46,14 @@ class Subject:
     Attributes:
         name: of the function, with the variant.
         operation: its row in the table of backends.
+        case: makes the arguments and knows the gradients.
         function: the public function; takes `backend`, returns one tensor.
-        reference: the definition without the dispatcher, for torch.compile.
+        reference: the definition without the dispatcher, for torch.compile; of several results
+            the first counts.
         published: what the released networks do; returns a tensor, or a list of its slices.
-        inputs: random arguments.
         networks: whose sizes are measured.
-        differentiable: arguments that get a gradient; empty for an operation without.
+        prepare: changes the case's arguments.
         saved: arguments that a backward must read.
-        written: arguments that are updated in place.
         rivals: who else competes.
         uncompiled: why torch.compile does not compete; empty if it does.
         central: on a GPU measured at every batch, in float32 and bfloat16, and autotuned at the
@@ -82,14 +64,13 @@ class Subject:
 
     name: str
     operation: str
+    case: Case
     function: Function
     reference: Function
     published: Function
-    inputs: Callable[[Draw], Arguments]
     networks: tuple[Network, ...]
-    differentiable: tuple[str, ...] = ()
+    prepare: Callable[[Draw, Arguments], Arguments] = lambda draw, arguments: arguments
     saved: tuple[str, ...] = ()
-    written: tuple[str, ...] = ()
     rivals: tuple[Rival, ...] = ()
     uncompiled: str = ""
     central: bool = False
@@ -104,35 +85,36 @@ class Row:
     subject: Subject
     network: Network
     batch: int
-    precision: Precision
+    precision: str
     device: str
     backward: bool
     autotuned: bool = False
 
     def __str__(self) -> str:
-        return "-".join(
-            [
-                self.subject.name.replace(" ", "_"),
-                self.network.name,
-                f"b{self.batch}",
-                self.precision.name,
-                self.direction,
-            ]
-        )
+        name = self.subject.name.replace(" ", "_")
+        size = f"{self.network.name}-b{self.batch}-{self.precision}"
+        return f"{name}-{size}-{self.direction}"
 
     @property
     def direction(self) -> str:
         """What is timed."""
         return "forward+backward" if self.backward else "forward"
 
-    def rival(self, name: str) -> Rival | None:
-        """The rival of a name."""
-        return next((rival for rival in self.subject.rivals if rival.name == name), None)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return PRECISIONS[self.precision]
+
+    def backend(self, asked: str = "auto") -> str:
+        """The backend that runs where one is asked for."""
+        like = torch.empty(0, device=self.device, dtype=self.dtype)
+        return select(self.subject.operation, asked, like)
 
     def draw(self, seed: int) -> Arguments:
         """Random arguments; different seeds give different ones."""
-        draw = Draw(self.network, self.batch, self.precision, self.device, seed)
-        return self.subject.inputs(draw)
+        draw = Draw(self.network, self.precision, self.device, seed)
+        made = self.subject.case.build(self.network.size(self.batch), draw)
+        return self.subject.prepare(draw, made)
 
     def moved_bytes(self, arguments: Arguments, result: Tensor) -> int:
         """Bytes that must move: each input read once, each output written once.
@@ -142,8 +124,35 @@ class Row:
         moved = sum(_read(name, arguments) for name in arguments) + nbytes(result)
         if self.backward:
             moved += nbytes(result) + sum(_read(name, arguments) for name in self.subject.saved)
-            moved += sum(nbytes(arguments[name]) for name in self.subject.differentiable)
+            moved += sum(nbytes(arguments[name]) for name in self.subject.case.differentiable)
         return moved
+
+    def competitors(self) -> dict[str, Rival]:
+        """Who competes, by name, ours last."""
+        subject = self.subject
+
+        def ours(name: str) -> Rival:
+            reason = partial(why_not, name, subject.operation, self.device, self.dtype)
+            return Rival(name, lambda: partial(subject.function, backend=name), why_not=reason)
+
+        def compiled(name: str, mode: str) -> Rival:
+            return Rival(
+                name,
+                partial(_compiled, subject.reference, mode),
+                why_not=lambda: subject.uncompiled or None,
+            )
+
+        largest = subject.central and self.batch == self.network.batches[-1]
+        tuned = self.autotuned and self.device == "cuda" and largest
+        found = [
+            Rival(PUBLISHED, lambda: subject.published),
+            ours("reference")._replace(name=EAGER),
+            compiled(COMPILED, "default"),
+            *([compiled(AUTOTUNED, "max-autotune")] if tuned else []),
+            *(rival for rival in subject.rivals if self.precision in rival.precisions),
+            *map(ours, preference(self.device)),
+        ]
+        return {rival.name: rival for rival in found}
 
 
 def _read(name: str, arguments: Arguments) -> int:
@@ -157,36 +166,7 @@ def _read(name: str, arguments: Arguments) -> int:
 
 def nbytes(tree: Any) -> int:
     """Bytes of all tensors in an argument or in all arguments."""
-    return sum(x.numel() * x.element_size() for x in _tensors(tree))
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def competitor_names(row: Row) -> tuple[str, ...]:
-    """Who competes on a row, ours last."""
-    ours = preference(row.device)
-    largest = row.subject.central and row.batch == row.network.batches[-1]
-    tuned = row.autotuned and row.device == "cuda" and largest
-    rivals = [r.name for r in row.subject.rivals if row.precision.name in r.precisions]
-    return (PUBLISHED, EAGER, COMPILED, *((AUTOTUNED,) if tuned else ()), *rivals, *ours)
-
-
-def why_absent(name: str, row: Row) -> str | None:
-    """Reason why a competitor cannot run a row, or None."""
-    if name in (COMPILED, AUTOTUNED):
-        return row.subject.uncompiled or None
-    if name in (PUBLISHED, EAGER):
-        return None
-    rival = row.rival(name)
-    if rival is not None:
-        return rival.why_not()
-    return why_not(name, row.subject.operation, row.device, row.precision.dtype)
-
-
-#: The published code rounds after every operation.
-_ROUNDED_OFTEN = Tolerance(half=16)
+    return sum(x.nbytes for x in tensors_of(tree))
 
 
 class Contender:
@@ -195,45 +175,21 @@ class Contender:
     def __init__(self, name: str, row: Row, sets: Sequence[Arguments]) -> None:
         self.name = name
         self.row = row
-        self._function = self._build()
+        rival = row.competitors().get(name)
+        self.tolerance = 1e-5 if rival is None else rival.tolerance
+        self._function: Function = partial(row.subject.function, backend=name)
+        if rival is not None:
+            self._function = rival.build()
         self._sets = [self._own(arguments) for arguments in sets]
         self._directions: list[list[Tensor]] = []
 
-    def _build(self) -> Function:
-        subject = self.row.subject
-        if self.name == PUBLISHED:
-            return subject.published
-        if self.name == EAGER:
-            return partial(subject.function, backend="reference")
-        if self.name == COMPILED:
-            return torch.compile(subject.reference, fullgraph=True, dynamic=False)
-        if self.name == AUTOTUNED:
-            tuned = torch.compile(
-                subject.reference, fullgraph=True, dynamic=False, mode="max-autotune"
-            )
-            return partial(_new_step, tuned)
-        rival = self.row.rival(self.name)
-        if rival is not None:
-            return rival.build()
-        return partial(subject.function, backend=self.name)
-
-    @property
-    def tolerance(self) -> Tolerance:
-        """How far it may be off."""
-        if self.name == PUBLISHED:
-            return _ROUNDED_OFTEN
-        rival = self.row.rival(self.name)
-        return Tolerance() if rival is None else rival.tolerance
-
     def _own(self, arguments: Arguments) -> Arguments:
         """Leaves of its own; the data is shared, but for what is written."""
-        own = {
-            name: pytree.tree_map_only(Tensor, Tensor.detach, x) for name, x in arguments.items()
-        }
-        for name in self.row.subject.written:
+        own = {n: pytree.tree_map_only(Tensor, Tensor.detach, x) for n, x in arguments.items()}
+        for name in self.row.subject.case.written:
             own[name] = pytree.tree_map_only(Tensor, Tensor.clone, own[name])
         if self.row.backward:
-            for leaf in self._leaves(own):
+            for leaf in self.row.subject.case.leaves(own):
                 leaf.requires_grad_()
         if self.name == PUBLISHED:
             own |= {
@@ -242,9 +198,6 @@ class Contender:
                 if n in _ON_HOST
             }
         return own
-
-    def _leaves(self, own: Arguments) -> list[Tensor]:
-        return [leaf for name in self.row.subject.differentiable for leaf in _tensors(own[name])]
 
     def forward(self, i: int) -> Any:
         """The result on input set i; records a graph if the row has a backward."""
@@ -256,7 +209,8 @@ class Contender:
         if not self._directions:
             direction = self._direction(result)
             self._directions = [[part.clone() for part in direction] for _ in self._sets]
-        return torch.autograd.grad(outputs, self._leaves(self._sets[i]), self._directions[i])
+        leaves = self.row.subject.case.leaves(self._sets[i])
+        return torch.autograd.grad(outputs, leaves, self._directions[i])
 
     def _direction(self, result: Any) -> list[Tensor]:
         """A random gradient of the result, the same for a tensor and for the list of its slices."""
@@ -267,7 +221,7 @@ class Contender:
             values = torch.randn(result.shape, generator=generator, device=result.device)
         else:
             values = photograph(result.shape, generator)
-        return [torch.empty_like(result).copy_(values.to(self.row.precision.dtype))]
+        return [torch.empty_like(result).copy_(values.to(self.row.dtype))]
 
     def forwards(self) -> list[Call]:
         """Calls of the forward, one per input set, with nothing around them."""
@@ -292,9 +246,20 @@ class Contender:
         yield "result", result.detach()
         for i, gradient in enumerate(gradients):
             yield f"gradient {i}", gradient
-        for name in self.row.subject.written:
-            for value in _tensors(self._sets[0][name]):
+        for name in self.row.subject.case.written:
+            for value in self._sets[0][name]:
                 yield name, value
+
+
+def _compiled(reference: Function, mode: str) -> Function:
+    """torch.compile of the definition, which drops what is not returned."""
+
+    def definition(**arguments: Any) -> Any:
+        result = reference(**arguments)
+        return result[0] if isinstance(result, tuple) else result
+
+    compiled = torch.compile(definition, fullgraph=True, dynamic=False, mode=mode)
+    return partial(_new_step, compiled) if mode == "max-autotune" else compiled
 
 
 def _new_step(tuned: Function, **arguments: Any) -> Any:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 Call = Callable[[], object]
+Quartiles = tuple[float, float, float]
 
 #: A sample lasts at least this long, so that the clock and the synchronization do not count.
 _SAMPLE_SECONDS = 0.01
@@ -52,64 +56,48 @@ def interleave(
     """
     if not competitors:
         return {}
-    timers = {name: _Timer(calls, synchronize) for name, calls in competitors.items()}
-    round_seconds = 0.0
-    for name, timer in timers.items():
-        per_call = timer.warm_up() if expected is None else expected[name]
-        timer.iterations = max(1, math.ceil(sample_seconds / per_call))
-        timer.long = per_call >= _LONG_SECONDS
-        round_seconds += (timer.iterations + (not timer.long)) * per_call
+    turns = {name: itertools.cycle(calls) for name, calls in competitors.items()}
+
+    def timed(name: str, count: int = 1) -> float:
+        """Seconds per call."""
+        calls = list(itertools.islice(turns[name], count))
+        synchronize()
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        synchronize()
+        return (time.perf_counter() - start) / count
+
+    per_call = dict(expected or {})
+    for name in competitors if expected is None else ():
+        timed(name)
+        end = time.perf_counter() + _WARM_UP_SECONDS
+        fastest = timed(name)
+        for _ in competitors[name][2:]:  # until every input set was used
+            if time.perf_counter() < end:
+                fastest = min(fastest, timed(name))
+        per_call[name] = max(fastest, 1e-9)
+    counts = {name: max(1, math.ceil(sample_seconds / per_call[name])) for name in competitors}
+    untimed = {name: per_call[name] < _LONG_SECONDS for name in competitors}
+    round_seconds = sum((counts[name] + untimed[name]) * per_call[name] for name in competitors)
     rounds = min(max(int(seconds / round_seconds), fewest_rounds), _MOST_ROUNDS)
     shuffle = random.Random(0).shuffle
-    order = list(timers.values())
+    order = list(competitors)
+    found: dict[str, list[float]] = {name: [] for name in order}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):
             shuffle(order)
-            for timer in order:
-                timer.sample()
+            for name in order:
+                if untimed[name]:
+                    timed(name)
+                found[name].append(timed(name, counts[name]))
     finally:
         if collecting:
             gc.enable()
-    return {name: Samples(timer.seconds, timer.iterations) for name, timer in timers.items()}
-
-
-class _Timer:
-    def __init__(self, calls: Sequence[Call], synchronize: Callable[[], None]) -> None:
-        self._calls = calls
-        self._next = 0
-        self._synchronize = synchronize
-        self.iterations = 1
-        self.long = False
-        self.seconds: list[float] = []
-
-    def warm_up(self) -> float:
-        """Call until every input set was used or enough time has passed; seconds per call."""
-        self._time(1)
-        end = time.perf_counter() + _WARM_UP_SECONDS
-        fastest = self._time(1)
-        for _ in self._calls[2:]:
-            if time.perf_counter() > end:
-                break
-            fastest = min(fastest, self._time(1))
-        return max(fastest, 1e-9)
-
-    def sample(self) -> None:
-        if not self.long:
-            self._time(1)
-        self.seconds.append(self._time(self.iterations))
-
-    def _time(self, count: int) -> float:
-        calls = [self._calls[(self._next + i) % len(self._calls)] for i in range(count)]
-        self._next += count
-        self._synchronize()
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        self._synchronize()
-        return (time.perf_counter() - start) / count
+    return {name: Samples(times, counts[name]) for name, times in found.items()}
 
 
 class Replay:
@@ -131,13 +119,12 @@ class Replay:
         self._now += seconds
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+def quartiles(values: Sequence[float]) -> Quartiles:
     """First quartile, median, third quartile, by linear interpolation."""
-    ordered = sorted(values)
-    found = []
-    for share in (0.25, 0.5, 0.75):
-        position = share * (len(ordered) - 1)
-        low = math.floor(position)
-        high = min(low + 1, len(ordered) - 1)
-        found.append(ordered[low] + (position - low) * (ordered[high] - ordered[low]))
-    return found[0], found[1], found[2]
+    low, middle, high = np.percentile(values, (25, 50, 75)).tolist()
+    return low, middle, high
+
+
+def ratios(above: Samples, below: Samples) -> Quartiles:
+    """Quartiles of the ratios within rounds."""
+    return quartiles([a / b for a, b in zip(above.seconds, below.seconds, strict=True)])

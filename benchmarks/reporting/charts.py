@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,13 +12,13 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from benchmarks.harness.comparison import LIMIT
-from benchmarks.reporting.results import Entry, Key, Results, Row
-from benchmarks.reporting.rivals import rivals
-from benchmarks.reporting.tables import fit, memory, seconds
+from benchmarks.reporting.results import Key, Results, Row
+from benchmarks.reporting.tables import FEWEST_POINTS, fits
+from benchmarks.reporting.text import memory, seconds
 
 #: Okabe and Ito's colors, told apart with every kind of color vision; shapes say the same.
 _LOOK = {
@@ -35,13 +35,13 @@ _LOOK = {
     LIMIT: ("#000000", "|"),
 }
 _LIMIT_WITHIN = 30
-_DRAWN_GROWTH = (
-    "attention_views",
-    "bilinear_attention_pool",
-    "multiscale_attention",
-    "soft_distance_loss",
-    "sample_attention",
-)
+_DRAWN_GROWTH = {
+    "attention_views": ("#009E73", "o"),
+    "bilinear_attention_pool": ("#D55E00", "s"),
+    "multiscale_attention": ("#0072B2", "^"),
+    "soft_distance_loss": ("#CC79A7", "D"),
+    "sample_attention": ("#E69F00", "v"),
+}
 _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -57,98 +57,55 @@ _STYLE = {
 
 def draw(results: Results, folder: Path) -> dict[str, str]:
     """Write the charts; names of the files by operation, and of "growth"."""
+    machine = results.machine
+    device = machine.get("gpu", f"{machine['processor']}, {machine['threads']} threads")
+    caption = f"{device}; torch {machine['torch']}; {results.runs[-1]}"
     names = {}
     with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
         for operation, rows in results.operations():
             names[operation] = f"{operation}.png"
-            _operation(rows, _caption(results), folder / names[operation])
+            _operation(rows, caption, folder / names[operation])
         if any((function, "batch") in results.growth for function in _DRAWN_GROWTH):
             names["growth"] = "growth.png"
-            _growth(results, folder / names["growth"])
+            _growth(results, f"lines: fitted a + b batch. {caption}", folder / names["growth"])
     return names
 
 
-def _caption(results: Results) -> str:
-    machine = results.machine
-    device = machine.get("gpu", f"{machine['processor']}, {machine['threads']} threads")
-    return f"{device}; torch {machine['torch']}; {results.runs[-1]}"
-
-
 def _operation(rows: dict[Key, Row], caption: str, path: Path) -> None:
-    """Every row a line, every competitor a mark at its time; beside it what ours gains."""
-    figure, (axes, table) = plt.subplots(
-        1, 2, sharey=True, width_ratios=(2, 1), layout="constrained",
-        figsize=(10, 1.6 + 0.3 * len(rows)),
-    )  # fmt: skip
-    shown = [
-        [name for name in _LOOK if name in row.members and not _far_below(name, row)]
-        for row in rows.values()
-    ]
-    drawn = [name for name in _LOOK if any(name in names for names in shown)]
-    for y, (row, names) in enumerate(zip(rows.values(), shown, strict=True)):
-        for name in names:
-            _mark(axes, y, row.members[name], name)
-        axes.axhline(y, color="#f0f0f0", linewidth=0.6, zorder=0)
+    """Every row a line, every competitor a mark at its median, on a line between its quartiles."""
+    figure, axes = plt.subplots(layout="constrained", figsize=(10, 1.4 + 0.3 * len(rows)))
+    for name, (color, marker) in _LOOK.items():
+        points = [
+            (y, *row.members[name].seconds)
+            for y, row in enumerate(rows.values())
+            if name in row.members and not (name == LIMIT and _far_below(row))
+        ]
+        if not points:
+            continue
+        y, low, middle, high = zip(*points, strict=True)
+        bar = marker == "|"
+        axes.hlines(y, low, high, colors=color, linewidth=1.2, alpha=0.6)
+        axes.plot(
+            middle, y, linestyle="none", marker=marker, color=color, label=name, zorder=3,
+            markersize=11 if bar else 6.5, markeredgewidth=1.6 if bar else 0.6,
+            markeredgecolor=color if bar else "white",
+        )  # fmt: skip
     axes.set_yticks(range(len(rows)), _labels(list(rows)))
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     _logarithmic(axes, "x", seconds)
     axes.set_xlabel("time per call, log scale")
-    _gains(table, rows)
-    handles = [_handle(name) for name in drawn]
-    axes.legend(
-        handles, drawn, ncols=len(drawn), loc="lower left", bbox_to_anchor=(-0.01, 1.0),
-        handletextpad=0.2, columnspacing=1.4, borderaxespad=0.2,
-    )  # fmt: skip
-    figure.supxlabel(caption, fontsize=7, color="#666666")
-    figure.savefig(path)
-    plt.close(figure)
+    figure.legend(ncols=len(_LOOK), loc="outside upper left", handletextpad=0.2)
+    _save(figure, caption, path)
 
 
-def _mark(axes: Axes, y: int, entry: Entry, name: str) -> None:
-    """The median, on a line from the first to the third quartile."""
-    low, middle, high = entry.seconds
-    axes.plot([low, high], [y, y], color=_LOOK[name][0], linewidth=1.2, alpha=0.6)
-    axes.add_line(_handle(name, [middle], [y]))
-
-
-def _handle(name: str, x: Sequence[float] = (), y: Sequence[float] = ()) -> Line2D:
-    color, marker = _LOOK[name]
-    bar = marker == "|"
-    return Line2D(
-        x, y, linestyle="none", marker=marker, color=color, markersize=11 if bar else 6.5,
-        markeredgewidth=1.6 if bar else 0.6, markeredgecolor=color if bar else "white", zorder=3,
-    )  # fmt: skip
-
-
-def _far_below(name: str, row: Row) -> bool:
+def _far_below(row: Row) -> bool:
     """A limit far under all times says only that the size is small, and squeezes the rest."""
     fastest = min(entry.median for other, entry in row.members.items() if other != LIMIT)
-    return name == LIMIT and row.members[LIMIT].median < fastest / _LIMIT_WITHIN
+    return row.members[LIMIT].median < fastest / _LIMIT_WITHIN
 
 
-def _gains(table: Axes, rows: dict[Key, Row]) -> None:
-    """Columns beside the chart: time over ours."""
-    columns = [name for name in _LOOK if any(name in rivals(row) for row in rows.values())]
-    table.axis("off")
-    table.set_xlim(-0.5, len(columns) - 0.5)
-    for column, name in enumerate(columns):
-        head = f"{name}\n/ ours"
-        table.annotate(
-            head, (column, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom",
-            fontsize=8, color="#444444",
-        )  # fmt: skip
-        for y, row in enumerate(rows.values()):
-            table.annotate(_gain(row, name), (column, y), ha="center", va="center", fontsize=8)
-
-
-def _gain(row: Row, other: str) -> str:
-    found = row.members[row.ours].speedup(other) if row.ours else None
-    return "" if found is None else f"{found[1]:.3g}x"
-
-
-def _labels(keys: Sequence[Key]) -> list[str]:
+def _labels(keys: list[Key]) -> list[str]:
     """Function, size, and what else is not the same for all."""
     parts = [
         (key.function, f"{key.network} B {key.batch}", key.precision, key.direction) for key in keys
@@ -161,18 +118,21 @@ def _labels(keys: Sequence[Key]) -> list[str]:
     ]
 
 
-def _growth(results: Results, path: Path) -> None:
+def _growth(results: Results, caption: str, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 4.0), layout="constrained")
-    colors = ["#009E73", "#D55E00", "#0072B2", "#CC79A7", "#E69F00"]
-    markers = ["o", "s", "^", "D", "v"]
-    for function, color, marker in zip(_DRAWN_GROWTH, colors, markers, strict=True):
+    for function, (color, marker) in _DRAWN_GROWTH.items():
         entries = results.growth.get((function, "batch"), [])
-        if len(entries) < 3:
+        if len(entries) < FEWEST_POINTS:
             continue
+        amounts = [entry.facts["amount"] for entry in entries]
+        values = [e.median for e in entries], [max(e.facts["memory"], 1) for e in entries]
+        x = np.geomspace(amounts[0], amounts[-1], 100)
         label = f"{function}, {entries[0].facts['direction']}"
-        _points(left, entries, [e.median for e in entries], color, marker, label)
-        held = [max(entry.facts["memory"], 1) for entry in entries]
-        _points(right, entries, held, color, marker, label)
+        lines = zip((left, right), values, fits(entries), strict=True)
+        for axes, points, (fixed, slope, _) in lines:
+            y = fixed + slope * x
+            axes.plot(x, np.where(y > 0, y, np.nan), color=color, linewidth=1)
+            axes.plot(amounts, points, marker, color=color, markersize=5, label=label)
     for axes, label, form, base in (
         (left, "time per call", seconds, 10),
         (right, "peak memory", memory, 1024),
@@ -183,26 +143,7 @@ def _growth(results: Results, path: Path) -> None:
         axes.set_ylabel(label)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, ncols=2, loc="outside upper left")
-    caption = f"lines: fitted a + b batch. {_caption(results)}"
-    figure.supxlabel(caption, fontsize=7, color="#666666")
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def _points(
-    axes: Axes,
-    entries: Sequence[Entry],
-    values: Sequence[float],
-    color: str,
-    marker: str,
-    label: str,
-) -> None:
-    amounts = [entry.facts["amount"] for entry in entries]
-    line = fit(amounts, values)
-    x = np.geomspace(amounts[0], amounts[-1], 100)
-    y = line.fixed + line.slope * x
-    axes.plot(x, np.where(y > 0, y, np.nan), color=color, linewidth=1)
-    axes.plot(amounts, values, marker, color=color, markersize=5, label=label, linestyle="none")
+    _save(figure, caption, path)
 
 
 def _logarithmic(axes: Axes, which: str, form: Callable[[float], str], base: int = 10) -> None:
@@ -213,3 +154,9 @@ def _logarithmic(axes: Axes, which: str, form: Callable[[float], str], base: int
     axis.set_minor_formatter(NullFormatter())
     if base != 10:
         axis.set_minor_locator(NullLocator())
+
+
+def _save(figure: Figure, caption: str, path: Path) -> None:
+    figure.supxlabel(caption, fontsize=7, color="#666666")
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,4 +1,4 @@
-"""Saved runs of `pytest benchmarks`, read back."""
+"""Saved runs of `pytest benchmarks`, read back, and how far ours is ahead of everybody else."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.harness.comparison import LIMIT
+from benchmarks.harness.timing import Quartiles
+from magsd_kernels.backends import BACKENDS
 
-Quartiles = tuple[float, float, float]
+#: At least so many times as long every rival must take.
+AHEAD = 1.1
 
 
 class Key(NamedTuple):
@@ -27,6 +30,9 @@ class Key(NamedTuple):
         """Network, batch and precision, to be read."""
         return f"{self.network} B {self.batch} {self.precision}"
 
+    def __str__(self) -> str:
+        return f"{self.function} {self.direction}, {self.size}"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -39,11 +45,6 @@ class Entry:
     def median(self) -> float:
         """Seconds."""
         return self.seconds[1]
-
-    def speedup(self, other: str) -> Quartiles | None:
-        """How many times as long as this one the other takes, within a round."""
-        found = self.facts.get("speedup", {}).get(other)
-        return None if found is None else (found[0], found[1], found[2])
 
 
 @dataclass
@@ -58,15 +59,26 @@ class Row:
         """The backend that "auto" takes."""
         return next((name for name, e in self.members.items() if e.facts["ours"]), None)
 
-    def kernel(self, name: str) -> float | None:
+    @property
+    def rivals(self) -> list[str]:
+        """Members that are not ours."""
+        return [name for name in self.members if name not in (*BACKENDS, LIMIT)]
+
+    def fact(self, name: str) -> Any:
+        """Of ours, or None."""
+        return self.members[self.ours].facts.get(name) if self.ours else None
+
+    def speedup(self, other: str) -> Quartiles | None:
+        """How many times as long as ours the other takes, within a round."""
+        found = (self.fact("speedup") or {}).get(other)
+        return None if found is None else (found[0], found[1], found[2])
+
+    def kernel(self, name: str | None) -> float | None:
         """Median seconds of a member in a CUDA graph; for the limit those of the copy."""
-        entry = self.members.get(name)
-        if entry is None:
-            return None
-        if name == LIMIT:
-            return entry.median
-        kernel = entry.facts.get("kernel")
-        return None if kernel is None else float(kernel[1])
+        entry = self.members.get(name or "")
+        if entry is None or name == LIMIT:
+            return None if entry is None else entry.median
+        return float(entry.facts["kernel"][1]) if "kernel" in entry.facts else None
 
 
 class Results:
@@ -88,21 +100,16 @@ class Results:
         if self.machine and saved["machine_info"] != self.machine:
             raise ValueError(f"{path} is of another machine or of other versions")
         self.machine = saved["machine_info"]
-        commit = saved["commit_info"]
-        dirty = ", with uncommitted changes" if commit["dirty"] else ""
-        run = f"{saved['datetime'][:10]}, commit {(commit['id'] or '?')[:12]}{dirty}"
-        if run not in self.runs:
-            self.runs.append(run)
+        if run_of(saved) not in self.runs:
+            self.runs.append(run_of(saved))
         for bench in saved["benchmarks"]:
             stats, facts = bench["stats"], bench["extra_info"]
             entry = Entry((stats["q1"], stats["median"], stats["q3"]), facts)
             if facts["kind"] == "comparison":
                 key = Key(*(facts[name] for name in Key._fields))
-                row = self.rows.setdefault(key, Row(facts["operation"]))
-                row.members[facts["member"]] = entry
+                self.rows.setdefault(key, Row(facts["operation"])).members[facts["member"]] = entry
             elif facts["kind"] == "overhead":
-                members = self.overhead.setdefault(facts["direction"], {})
-                members[facts["member"]] = entry
+                self.overhead.setdefault(facts["direction"], {})[facts["member"]] = entry
             else:
                 kept = self.growth.setdefault((facts["function"], facts["axis"]), [])
                 kept[:] = [e for e in kept if e.facts["amount"] != facts["amount"]] + [entry]
@@ -111,3 +118,32 @@ class Results:
         """Rows by operation, in the order in which they were measured."""
         for operation in dict.fromkeys(row.operation for row in self.rows.values()):
             yield operation, {k: r for k, r in self.rows.items() if r.operation == operation}
+
+    def rivalries(self) -> Iterator[tuple[Key, str, Quartiles]]:
+        """Rows and rivals, and quartiles of the rival's time over ours."""
+        for key, row in self.rows.items():
+            for rival in row.rivals:
+                found = row.speedup(rival)
+                if found is not None:
+                    yield key, rival, found
+
+    def shortfalls(self) -> list[str]:
+        """What keeps a run from passing strictly, one line each."""
+        if not self.rows:
+            return ["no row was measured"]
+        found = list(self.rivalries())
+        compared = {key for key, _, _ in found}
+        missing = [f"{k}: ours was compared with no rival" for k in self.rows if k not in compared]
+        return missing + [told(*rivalry) for rivalry in found if rivalry[2][0] < AHEAD]
+
+
+def told(key: Key, rival: str, ratio: Quartiles) -> str:
+    """A rivalry in words."""
+    return f"{key}: {ratio[1]:.3g}x ({ratio[0]:.3g} to {ratio[2]:.3g}) {rival}"
+
+
+def run_of(saved: dict[str, Any]) -> str:
+    """Date and commit."""
+    commit = saved["commit_info"]
+    dirty = ", with uncommitted changes" if commit["dirty"] else ""
+    return f"{saved['datetime'][:10]}, commit {(commit['id'] or '?')[:12]}{dirty}"

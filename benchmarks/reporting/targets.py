@@ -3,114 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from benchmarks.harness.comparison import LIMIT
-from benchmarks.reporting.results import Key, Results, Row
-from benchmarks.reporting.rivals import AHEAD, rivalries
+from benchmarks.reporting.results import AHEAD, Key, Results, Row, told
+from benchmarks.reporting.text import ratio
 
 BOTH = "forward+backward"
+#: A measured figure, to be read, and whether it suffices.
+Verdict = tuple[str, bool]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A measured figure, to be read, and whether it suffices."""
-
-    measured: str
-    met: bool
-
-
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Some work and what it must reach; `judge` gives None where nothing was measured."""
 
     work: str
     required: str
-    judge: Callable[[Results], Verdict | None]
+    judge: Callable[[Any], Verdict | None]
 
 
-def faster(
-    key: Key, over: str, at_least: float, *, kernel: bool = False, backward: bool = False
+def of_row(
+    key: Key, required: str, judge: Callable[[Row], Verdict | None], direction: str = ""
 ) -> Target:
-    """Ours in less time than a competitor, by wall clock or by kernel time.
+    """A target of one row."""
 
-    backward: both less forward, which only kernel time allows to subtract.
-    """
+    def find(results: Results) -> Verdict | None:
+        return judge(results.rows[key]) if key in results.rows else None
 
-    def judge(results: Results) -> Verdict | None:
-        row = results.rows.get(key)
-        if row is None or row.ours is None:
-            return None
-        if not kernel:
-            found = row.members[row.ours].speedup(over)
-            if found is None:
-                return None
-            low, middle, high = found
-            return Verdict(f"{middle:.3g}x ({low:.3g} to {high:.3g})", middle >= at_least)
+    return Target(f"{key.function} {direction or key.direction}, {key.size}", required, find)
+
+
+def faster(key: Key, over: str, at_least: float) -> Target:
+    """Ours in less time than a competitor."""
+
+    def judge(row: Row) -> Verdict | None:
+        found = row.speedup(over)
+        return None if found is None else (ratio(found), found[1] >= at_least)
+
+    return of_row(key, f">= {at_least:g}x {over}", judge)
+
+
+def kernel(key: Key, over: str, at_least: float) -> Target:
+    """The same by kernel time; a share of the limit, where that is the competitor."""
+
+    def judge(row: Row) -> Verdict | None:
         theirs, mine = row.kernel(over), row.kernel(row.ours)
-        if backward:
-            forward = results.rows.get(key._replace(direction="forward"))
-            theirs, mine = _less(theirs, forward, over), _less(mine, forward, row.ours)
         if not theirs or not mine:
             return None
-        return Verdict(f"{theirs / mine:.3g}x", theirs / mine >= at_least)
+        text = f"{theirs / mine:.0%}" if over == LIMIT else f"{theirs / mine:.3g}x"
+        return text, theirs / mine >= at_least
 
-    work = f"{key.function} {'backward' if backward else key.direction}, {key.size}"
-    clock = " (kernel time)" if kernel else ""
-    return Target(work, f">= {at_least:g}x {over}{clock}", judge)
+    limit = f">= {at_least:.0%} of the limit"
+    return of_row(key, limit if over == LIMIT else f">= {at_least:g}x {over} (kernel time)", judge)
 
 
-def of_limit(key: Key, at_least: float) -> Target:
-    """Kernel time as a share of the limit."""
+def backward(key: Key, over: str, at_least: float) -> Target:
+    """Kernel time of both directions less that of the forward."""
 
     def judge(results: Results) -> Verdict | None:
-        row = results.rows.get(key)
-        if row is None or row.ours is None:
+        both, forward = (results.rows.get(key._replace(direction=d)) for d in (BOTH, "forward"))
+        if both is None or forward is None:
             return None
-        limit, mine = row.kernel(LIMIT), row.kernel(row.ours)
-        if not limit or not mine:
-            return None
-        return Verdict(f"{limit / mine:.0%}", limit / mine >= at_least)
+        spent = []
+        for name in (over, both.ours):
+            together, first = both.kernel(name), forward.kernel(name)
+            if together is None or first is None or together == first:
+                return None
+            spent.append(together - first)
+        found = spent[0] / spent[1]
+        return f"{found:.3g}x", found >= at_least
 
-    return Target(
-        f"{key.function} {key.direction}, {key.size}", f">= {at_least:.0%} of the limit", judge
-    )
+    work = f"{key.function} backward, {key.size}"
+    return Target(work, f">= {at_least:g}x {over} (kernel time)", judge)
 
 
-def launches(key: Key, at_most: int, *, backward: bool = False) -> Target:
+def launches(key: Key, at_most: int, direction: str = "forward") -> Target:
     """Launches of one call."""
-    fact = "backward_launches" if backward else "launches"
+    fact = "launches" if direction == "forward" else "backward_launches"
 
-    def judge(results: Results) -> Verdict | None:
-        row = results.rows.get(key)
-        if row is None or row.ours is None or fact not in row.members[row.ours].facts:
-            return None
-        count = row.members[row.ours].facts[fact]
-        return Verdict(str(count), count <= at_most)
+    def judge(row: Row) -> Verdict | None:
+        count = row.fact(fact)
+        return None if count is None else (str(count), count <= at_most)
 
-    work = f"{key.function} {'backward' if backward else 'forward'}, {key.size}"
-    return Target(work, f"<= {at_most} launch{'es' if at_most > 1 else ''}", judge)
+    required = f"<= {at_most} launch{'es' if at_most > 1 else ''}"
+    return of_row(key, required, judge, direction)
 
 
-def ahead(at_least: float) -> Target:
+def _ahead(results: Results) -> Verdict | None:
     """Every row against every rival, by the lower quartile of the ratio."""
-
-    def judge(results: Results) -> Verdict | None:
-        found = list(rivalries(results))
-        if not found:
-            return None
-        worst = min(found, key=lambda rivalry: rivalry.low)
-        behind = {r.key for r in found if r.low < at_least}
-        rows = len({r.key for r in found})
-        text = f"{rows - len(behind)} of {rows} rows; least: {worst}"
-        return Verdict(text, not behind)
-
-    return Target("every row", f">= {at_least:g}x every rival (lower quartile)", judge)
-
-
-def _less(seconds: float | None, forward: Row | None, name: str) -> float | None:
-    kernel = forward.kernel(name) if forward is not None else None
-    return None if seconds is None or kernel is None else seconds - kernel
+    found = list(results.rivalries())
+    if not found:
+        return None
+    rows = {key for key, _, _ in found}
+    behind = {key for key, _, (low, _, _) in found if low < AHEAD}
+    worst = min(found, key=lambda rivalry: rivalry[2][0])
+    return f"{len(rows - behind)} of {len(rows)} rows; least: {told(*worst)}", not behind
 
 
 def _magsd(function: str, direction: str, batch: int = 16, precision: str = "float32") -> Key:
@@ -128,25 +115,20 @@ CPU = (
     faster(_magsd("bilinear_attention_pool", BOTH), "eager", 2.5),
     faster(_magsd("multiscale_attention", BOTH), "eager", 2),
     faster(_LOSS, "published", 3),
-    ahead(AHEAD),
+    Target("every row", f">= {AHEAD:g}x every rival (lower quartile)", _ahead),
 )
 GPU = (
-    of_limit(_VIEWS, 0.85),
+    kernel(_VIEWS, LIMIT, 0.85),
     faster(_VIEWS, "published", 1000),
-    faster(_VIEWS, "compiled", 2, kernel=True),
-    of_limit(_POOL, 0.6),
-    faster(_POOL, "compiled", 2, kernel=True),
-    faster(_POOL, "eager", 4, kernel=True),
-    faster(_POOL._replace(direction=BOTH), "compiled", 2, kernel=True, backward=True),
+    kernel(_VIEWS, "compiled", 2),
+    kernel(_POOL, LIMIT, 0.6),
+    kernel(_POOL, "compiled", 2),
+    kernel(_POOL, "eager", 4),
+    backward(_POOL, "compiled", 2),
     launches(_SCALES._replace(batch=16), 2),
-    launches(_SCALES._replace(batch=16), 2, backward=True),
-    faster(_SCALES, "compiled", 2, kernel=True),
+    launches(_SCALES._replace(batch=16), 2, "backward"),
+    kernel(_SCALES, "compiled", 2),
     launches(_LOSS, 1),
-    launches(_LOSS, 1, backward=True),
+    launches(_LOSS, 1, "backward"),
     launches(_magsd("sample_attention", "forward"), 1),
 )
-
-
-def targets(results: Results) -> tuple[Target, ...]:
-    """Those of the machine's kind."""
-    return GPU if "gpu" in results.machine else CPU

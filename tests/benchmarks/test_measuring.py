@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,43 +12,35 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import magsd_kernels
-from benchmarks import attention_augment, bilinear_pool, published, soft_distance
+from benchmarks import attention_augment, bilinear_pool, published, run, soft_distance
+from benchmarks.harness import machine
 from benchmarks.harness.check import WrongResult
 from benchmarks.harness.comparison import Comparison
 from benchmarks.harness.device import Device, count_activity
-from benchmarks.harness.machine import RESTRICTIONS, restricted
+from benchmarks.harness.machine import RESTRICTIONS, describe, restricted
 from benchmarks.harness.session import Session
-from benchmarks.harness.sizes import MAGSD, PRECISIONS, WSDAN, Draw
+from benchmarks.harness.sizes import MAGSD
 from benchmarks.harness.subject import Row
 from benchmarks.harness.timing import interleave, quartiles
-from magsd_kernels import native
 
 ROOT = Path(__file__).parents[2]
-WRONG = """
-from dataclasses import replace
-from benchmarks import published, soft_distance
-from benchmarks.harness.comparison import Comparison
-
-def wrong(**arguments):
-    return 1.001 * published.soft_distance_loss(**arguments)
-
-SUBJECT = replace(soft_distance.SUBJECTS[0], published=wrong)
-
-def groups(session):
-    return [Comparison(row) for row in session.rows([SUBJECT])]
-
-def test_wrong(entry, record):
-    record(entry)
+(SUBJECT,) = soft_distance.SUBJECTS
+#: Thresholds of mix-up, dim and patch.
+VIEWS = ((0.4, 0.6), (0.2, 0.5), (0.4, 0.6))
+MACHINE = """
+import json, sys
+from benchmarks.harness.device import Device
+from benchmarks.harness.machine import describe
+json.dump(describe(Device("cpu"), "a processor"), sys.stdout)
 """
 
 
 def cpu_session() -> Session:
-    return Session(Device("cpu"), seconds=0.01, batches=None, precisions=None, quick=True)
+    return Session(Device("cpu"), seconds=0.01, quick=True)
 
 
 def row_of(subject, network=MAGSD, batch=2, backward=False) -> Row:
-    return Row(subject, network, batch, PRECISIONS["float32"], "cpu", backward)
+    return Row(subject, network, batch, "float32", "cpu", backward)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -60,7 +50,7 @@ def test_a_wrong_competitor_is_found_and_not_timed(backward):
         # Right, but for its gradient.
         return loss + (loss - loss.detach()) if backward else 1.001 * loss
 
-    subject = replace(soft_distance.SUBJECTS[0], published=wrong)
+    subject = replace(SUBJECT, published=wrong)
     group = Comparison(row_of(subject, backward=backward))
     outcomes = group.measure(("published", "eager", "limit"), cpu_session())
     assert isinstance(outcomes["published"].error, WrongResult)
@@ -71,43 +61,39 @@ def test_a_wrong_competitor_is_found_and_not_timed(backward):
 
 
 def test_a_competitor_that_gives_nan_is_wrong():
-    subject = replace(soft_distance.SUBJECTS[0], published=lambda **_: torch.tensor(float("nan")))
+    subject = replace(SUBJECT, published=lambda **_: torch.tensor(float("nan")))
     outcomes = Comparison(row_of(subject)).measure(("published",), cpu_session())
     assert isinstance(outcomes["published"].error, WrongResult)
 
 
-def test_the_run_fails_with_a_wrong_competitor(tmp_path):
-    """Through pytest and pytest-benchmark, as `pytest benchmarks` runs."""
-    (tmp_path / "test_wrong.py").write_text(WRONG)
-    saved = tmp_path / "saved.json"
-    packages = Path(magsd_kernels.__file__).parents[1]
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("MAGSD_", "PYTEST_XDIST"))
-    }
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(packages), str(ROOT), environment.get("PYTHONPATH", "")]
+def test_the_run_fails_with_a_wrong_competitor(tmp_path, monkeypatch, capsys):
+    """Through pytest and pytest-benchmark; what was right is saved and reported."""
+
+    def wrong(**arguments):
+        return 1.001 * published.soft_distance_loss(**arguments)
+
+    monkeypatch.setattr(soft_distance, "SUBJECTS", (replace(SUBJECT, published=wrong),))
+    for name in [n for n in os.environ if n.startswith(("MAGSD_", "PYTEST_XDIST"))]:
+        monkeypatch.delenv(name)
+    out = tmp_path / "run" / "results.json"
+    chosen = "soft_distance_loss-magsd and not compiled"
+    options = ["--device=cpu", "--quick", "--seconds=0.01", "-k", chosen, f"--out={out}"]
+    assert (
+        run.main([*options, "-p", "no:cacheprovider", "-p", "no:unraisableexception"])
+        == pytest.ExitCode.TESTS_FAILED
     )
-    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.conftest", "test_wrong.py"]
-    options = ["--device=cpu", "--quick", f"--benchmark-json={saved}", "-k", "not compiled"]
-    run = subprocess.run(
-        [*command, *options],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
-    assert "2 failed" in run.stdout
-    assert "WrongResult: soft_distance_loss-magsd-b4-float32-forward, published" in run.stdout
-    entries = json.loads(saved.read_text())["benchmarks"]
+    said = capsys.readouterr().out
+    assert "2 failed" in said
+    assert "WrongResult: soft_distance_loss-magsd-b4-float32-forward, published" in said
+    entries = json.loads(out.read_text())["benchmarks"]
     members = Counter(entry["extra_info"]["member"] for entry in entries)
     assert members["eager"] == members["limit"] == 2
     assert "published" not in members
     for entry in entries:
         assert entry["stats"]["min"] <= entry["stats"]["median"] <= entry["stats"]["q3"]
         assert "data" not in entry["stats"]
+    assert "| magsd B 4 float32 | forward+backward |" in (out.parent / "report.md").read_text()
+    assert (out.parent / "soft_distance.png").is_file()
 
 
 def test_competitors_take_turns_in_changing_order():
@@ -179,50 +165,35 @@ def test_only_the_maps_that_an_index_names_must_be_read():
     assert moved == 3 * (4 * 49 + index + theta + box)
 
 
-@pytest.mark.parametrize("network", [MAGSD, WSDAN], ids=lambda network: network.name)
-def test_no_pixel_lies_on_a_threshold(network):
-    guide = Draw(network, 8, PRECISIONS["float32"], "cpu").guide()
-    maps = guide["attention"][torch.arange(8), guide["index"]]
+@pytest.mark.parametrize(
+    ("name", "ranges"), [("attention_views", VIEWS), ("attention_crop", VIEWS[:1])]
+)
+def test_no_pixel_lies_on_a_threshold(name, ranges):
+    (subject,) = (s for s in attention_augment.SUBJECTS if s.name == name)
+    (network,) = subject.networks
+    arguments = row_of(subject, network, batch=8).draw(0)
     size = (network.side, network.side)
-    upsampled = F.interpolate(
-        maps[:, None].double(), size, mode="bilinear", align_corners=network.align_corners
-    )
-    threshold = guide["theta"] * maps.amax((1, 2))
-    gap = (upsampled[:, 0] / threshold[:, None, None] - 1).abs().amin((1, 2))
-    assert gap.min() > 4e-6
-    assert guide["theta"].min() > 0.39
-    assert guide["theta"].max() < 0.61
-
-
-MACHINE = """
-import json, sys
-from benchmarks.harness.device import Device
-from benchmarks.harness.machine import describe
-json.dump(describe(Device("cpu"), "a processor"), sys.stdout)
-"""
-
-
-def machine_with(**limits: str) -> subprocess.CompletedProcess[str]:
-    packages = Path(magsd_kernels.__file__).parents[1]
-    known = {name for limits in RESTRICTIONS.values() for name in limits}
-    environment = {k: v for k, v in os.environ.items() if k not in known}
-    environment["PYTHONPATH"] = os.pathsep.join([str(packages), str(ROOT)])
-    return subprocess.run(
-        [sys.executable, "-c", MACHINE],
-        capture_output=True, text=True, env=environment | limits, timeout=120, check=False,
-        # -c looks in its working directory first, where a checkout may have no compiled library.
-        cwd=packages,
-    )  # fmt: skip
+    views = zip(*(arguments[n].view(8, -1).unbind(1) for n in ("index", "theta")), strict=True)
+    for (index, theta), (low, high) in zip(views, ranges, strict=True):
+        maps = arguments["attention"][torch.arange(8), index]
+        upsampled = F.interpolate(
+            maps[:, None].double(), size, mode="bilinear", align_corners=network.align_corners
+        )
+        threshold = theta * maps.amax((1, 2))
+        gap = (upsampled[:, 0] / threshold[:, None, None] - 1).abs().amin((1, 2))
+        assert gap.min() > 4e-6
+        assert low - 0.01 < theta.min() < theta.max() < high + 0.01
 
 
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a processor with AVX-512"
 )
-def test_results_tell_a_restricted_processor_from_a_small_one():
-    whole = json.loads(machine_with().stdout)
+def test_results_tell_a_restricted_processor_from_a_small_one(run_python):
+    whole = describe(Device("cpu"), "a processor")
     assert whole["machine"] == "cpu-avx512"
     assert "instruction set" not in whole
-    less = json.loads(machine_with(**RESTRICTIONS["avx2"]).stdout)
+    done = run_python("-c", MACHINE, **RESTRICTIONS["avx2"], PYTHONPATH=ROOT)
+    less = json.loads(done.stdout)
     assert less["machine"] == "cpu-avx2"
     assert less["instruction set"].startswith("AVX-512 processor restricted to AVX2 (ATEN_CPU_")
     for name, value in RESTRICTIONS["avx2"].items():
@@ -240,12 +211,11 @@ def test_a_restricted_process_shares_no_compiled_code_and_is_not_restricted_twic
     assert restricted("avx2") is None
 
 
-@pytest.mark.skipif(
-    native.why_not("cpu") is not None or torch.backends.cpu.get_cpu_capability() != "AVX512",
-    reason="needs the C++ kernels and a processor with AVX-512",
-)
-@pytest.mark.parametrize("name", ["ATEN_CPU_CAPABILITY", "MAGSD_CPU_CAPABILITY"])
-def test_one_side_alone_cannot_be_restricted(name):
-    done = machine_with(**{name: "avx2"})
-    assert done.returncode == 1
-    assert "restrict both or none" in done.stderr
+@pytest.mark.parametrize("runs", [("AVX2", "avx512"), ("AVX512", "avx2")], ids=str)
+def test_one_side_alone_cannot_be_restricted(runs, monkeypatch):
+    theirs, ours = runs
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: theirs)
+    monkeypatch.setattr(machine.native, "why_not", lambda backend: None)
+    monkeypatch.setattr(machine.native, "instruction_set", lambda: ours)
+    with pytest.raises(ValueError, match="restrict both or none"):
+        describe(Device("cpu"), "a processor")

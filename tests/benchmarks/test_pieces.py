@@ -132,10 +132,10 @@ def test_a_kill_costs_the_running_row_and_half_a_row_is_not_believed(tmp_path):
 
 
 def test_a_deadline_counts_from_the_start_of_the_process():
-    code = "import time; time.sleep(1); from benchmarks.harness import pieces; " \
+    code = "import time; time.sleep(0.3); from benchmarks.harness import pieces; " \
         "print(time.monotonic() - pieces.process_start())"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, check=True)
-    assert 1 <= float(done.stdout) < 200
+    assert 0.3 <= float(done.stdout) < 200
 
 
 def test_half_an_archive_is_not_believed(tmp_path):
@@ -152,7 +152,7 @@ def test_half_an_archive_is_not_believed(tmp_path):
 @needs_proc
 def test_a_piece_over_its_limit_is_killed_with_all_it_started_and_not_tried_again(tmp_path):
     pid = tmp_path / "pid"
-    slow = shell("one", "slow", f"sleep 600 & echo $! > {pid}; echo said; wait", limit=6)
+    slow = shell("one", "slow", f"sleep 600 & echo $! > {pid}; echo said; wait", limit=2)
     path = tmp_path / "out" / "evidence.zip"
     with unpacked(path) as archive:
         begin = time.monotonic()
@@ -179,7 +179,7 @@ def test_what_the_deadline_cuts_is_run_again(tmp_path):
     with unpacked(path) as archive:
         assert run(archive, made[0])
         begin = time.monotonic()
-        assert not run(archive, *made, seconds=2)
+        assert not run(archive, *made, seconds=1)
         assert time.monotonic() - begin < 200
         assert archive.outcome(made[1])["ended"] == CUT
         assert archive.outcome(made[2]) is None

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.call_overhead import SUBJECTS
 from benchmarks.harness.check import check, definition
-from benchmarks.harness.sizes import PRECISIONS, Network
+from benchmarks.harness.sizes import Network
 from benchmarks.harness.subject import PUBLISHED, Contender, Row, Subject
+from benchmarks.operations import SUBJECTS
 
 all_subjects = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 
@@ -21,8 +21,8 @@ def small_row(subject: Subject, batch: int = 8, backward: bool | None = None) ->
         subject.networks[0], side=30, features=((5, 12), (6, 6), (7, 3)), maps=5
     )
     if backward is None:
-        backward = bool(subject.differentiable)
-    return Row(subject, network, batch, PRECISIONS["float32"], "cpu", backward)
+        backward = bool(subject.case.differentiable)
+    return Row(subject, network, batch, "float32", "cpu", backward)
 
 
 @all_subjects

@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="needs the bench extra")
 
-from benchmarks import report
-from benchmarks.reporting.tables import fit, memory, seconds
-from benchmarks.run import compact
+from benchmarks import report, run
+from benchmarks.reporting.tables import fit
+from benchmarks.reporting.text import memory, seconds
 
 MACHINE = {"machine": "cpu-avx2", "processor": "a processor", "threads": "2", "torch": "2.14"}
 GPU = {**MACHINE, "machine": "h200", "gpu": "a GPU"}
@@ -36,16 +36,16 @@ def competitor(member: str, median: float, ours: bool = False, **facts: Any) -> 
     return entry(median, member=member, ours=ours, **(settings | facts))
 
 
-def save(path: Path, *entries: dict[str, Any], machine: dict[str, str] = MACHINE) -> Path:
+def save(
+    path: Path, *entries: dict[str, Any], machine: dict[str, str] = MACHINE, second: int = 5
+) -> Path:
     saved = {
         "machine_info": machine,
         "commit_info": {"id": "0123456789abcdef", "dirty": False},
-        "datetime": "2026-01-02T03:04:05",
+        "datetime": f"2026-01-02T03:04:{second:02}",
         "benchmarks": list(entries),
     }
     path.write_text(json.dumps(saved))
-    compact(path)
-    assert json.loads(path.read_text()) == saved
     return path
 
 
@@ -184,11 +184,11 @@ def test_runs_of_one_machine_are_joined_and_the_last_counts(tmp_path):
 
 
 def test_fit_and_how_far_the_farthest_point_is():
-    line = fit([1, 2, 4, 8], [3.0, 5.0, 9.0, 17.0])
-    assert (line.fixed, line.slope) == (pytest.approx(1), pytest.approx(2))
-    assert line.off < 1e-9
+    fixed, slope, off = fit([1, 2, 4, 8], [3.0, 5.0, 9.0, 17.0])
+    assert (fixed, slope) == (pytest.approx(1), pytest.approx(2))
+    assert off < 1e-9
     # Quadratic growth shows.
-    assert fit([1, 2, 4, 8, 16], [1.0, 4.0, 16.0, 64.0, 256.0]).off > 0.5
+    assert fit([1, 2, 4, 8, 16], [1.0, 4.0, 16.0, 64.0, 256.0])[2] > 0.5
 
 
 @pytest.mark.parametrize(
@@ -205,16 +205,22 @@ def test_memory(value, text):
 
 @pytest.mark.parametrize("part", [False, True])
 def test_a_part_does_not_replace_the_whole(part, tmp_path, monkeypatch, capsys):
-    from benchmarks import run
+    entries = [competitor("eager", 3.0), competitor("cpu", 1.0, ours=True)]
 
     def measure(arguments):
-        (out,) = (Path(a.partition("=")[2]) for a in arguments if a.startswith("--benchmark-json"))
-        save(out, competitor("eager", 3.0), competitor("cpu", 1.0, ours=True))
+        (rows,) = (Path(a.partition("=")[2]) for a in arguments if a.startswith("--rows="))
+        save(rows / "b.json", entries[0], second=1)
+        save(rows / "a.json", entries[1], second=2)
         return 0
 
-    monkeypatch.setattr(run, "_HERE", tmp_path)
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(run, "folder", lambda device: "cpu-avx2")
     monkeypatch.setattr(run.pytest, "main", measure)
     assert run.main(["--device=cpu", *(["-k", "views"] if part else [])]) == 0
-    assert (tmp_path / "results" / "cpu-avx2" / "report.md").is_file() == (not part)
+    results = tmp_path / "results" / "cpu-avx2"
+    assert (results / "report.md").is_file() == (not part)
+    if not part:
+        found = json.loads((results / "results.json").read_text())
+        assert found["machine_info"] == MACHINE
+        assert found["benchmarks"] == entries
     assert ("# Benchmarks: cpu-avx2" in capsys.readouterr().out) == part

@@ -12,7 +12,7 @@ from benchmarks import attention_augment, bilinear_pool, rivals
 from benchmarks.harness.check import WrongResult, check, definition
 from benchmarks.harness.session import Session
 from benchmarks.harness.sizes import MAGSD, PRECISIONS, WSDAN
-from benchmarks.harness.subject import Contender, Row, competitor_names, why_absent
+from benchmarks.harness.subject import Contender, Row
 
 SUBJECTS = {s.name: s for s in (*attention_augment.SUBJECTS, *bilinear_pool.SUBJECTS)}
 SMALL = replace(MAGSD, side=80, features=((16, 20), (16, 10), (24, 5)), maps=3)
@@ -34,7 +34,7 @@ def _uncompiled(monkeypatch):
 def row_of(name: str, precision: str, backward: bool = True) -> Row:
     subject = SUBJECTS[name]
     network = SMALL if subject.networks[0] == MAGSD else SMALL_WSDAN
-    return Row(subject, network, 3, PRECISIONS[precision], "cpu", backward)
+    return Row(subject, network, 3, precision, "cpu", backward)
 
 
 def compare(row: Row, rival: str) -> None:
@@ -45,8 +45,8 @@ def compare(row: Row, rival: str) -> None:
 @pytest.mark.parametrize(("name", "rival", "precision"), CASES)
 def test_a_rival_agrees(name, rival, precision):
     row = row_of(name, precision)
-    assert rival in competitor_names(row)
-    why = why_absent(rival, row)
+    assert rival in row.competitors()
+    why = row.competitors()[rival].why_not()
     if why is not None:
         pytest.skip(why)
     compare(row, rival)
@@ -77,12 +77,12 @@ def test_without_aligned_corners_roi_align_reads_beside_the_box():
 
 def test_roi_align_is_skipped_where_torchvision_is_not(monkeypatch):
     monkeypatch.setattr(rivals, "find_spec", lambda name: None)
-    why = why_absent("roi_align", row_of("attention_crop", "float32"))
+    why = row_of("attention_crop", "float32").competitors()["roi_align"].why_not()
     assert why == "torchvision is not installed"
 
 
 def test_bmm_competes_in_half_precision_alone():
-    names = {p: competitor_names(row_of("bilinear_attention_pool", p)) for p in PRECISIONS}
+    names = {p: row_of("bilinear_attention_pool", p).competitors() for p in PRECISIONS}
     assert [p for p, found in names.items() if "bmm" in found] == ["bfloat16", "float16"]
 
 
@@ -91,10 +91,10 @@ def test_max_autotune_competes_on_request(asked):
     class GPU:
         type = "cuda"
 
-    session = Session(GPU(), 1.0, None, None, autotuned=asked)
+    session = Session(GPU(), 1.0, autotuned=asked)
     rows = session.rows(SUBJECTS.values())
-    tuned = [row for row in rows if "compiled-max" in competitor_names(row)]
+    tuned = [row for row in rows if "compiled-max" in row.competitors()]
     assert {(row.batch, row.network.name) for row in tuned} == (
         {(256, "magsd"), (64, "wsdan")} if asked else set()
     )
-    assert {row.precision.name for row in rows} == {"float32", "bfloat16"}
+    assert {row.precision for row in rows} == {"float32", "bfloat16"}

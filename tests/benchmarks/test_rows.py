@@ -1,8 +1,10 @@
-"""Rows are measured one by one, each is saved whole, and what is saved is not measured again."""
+"""Rows are saved one by one, each whole, and what is saved is not measured again."""
 
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,14 +12,18 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs the bench extra")
 pytest.importorskip("pytest_benchmark", reason="needs the bench extra")
 
-from benchmarks import report, rows
+from benchmarks import bilinear_pool, call_overhead, conftest, growth, report, run, soft_distance
+from benchmarks.conftest import groups_of
+from benchmarks.harness.device import Device
 from benchmarks.harness.pieces import AGAIN
-from benchmarks.harness.session import Outcome
+from benchmarks.harness.session import Outcome, Session
 from benchmarks.harness.timing import Samples
 
 
 class Group:
     """Two members; ours takes a second, or fails."""
+
+    is_central = True
 
     def __init__(self, name: str, error: Exception | None = None) -> None:
         self.name = name
@@ -47,9 +53,14 @@ class Group:
         return Outcome(Samples([1.0, 2.0, 3.0], 1), facts)
 
 
-def measure(monkeypatch, into, groups: list[Group], *options: str) -> int:
-    monkeypatch.setattr(rows, "groups", lambda session, central: iter(groups))
-    return rows.main(["--device=cpu", f"--into={into}", *options])
+def measure(monkeypatch, rows, groups: list[Group], *options: str) -> int:
+    """`python -m benchmarks.run`, were these groups all that there is."""
+    monkeypatch.delenv("MAGSD_BACKEND", raising=False)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr(soft_distance, "groups", lambda session: groups, raising=False)
+    # The plugin collects garbage again and again.
+    fast = ["-p", "no:cacheprovider", "-p", "no:unraisableexception"]
+    return run.main(["--device=cpu", f"--rows={rows}", "-k", "test_soft_distance", *fast, *options])
 
 
 def test_rows_are_saved_and_not_measured_again(tmp_path, monkeypatch, capsys):
@@ -86,3 +97,26 @@ def test_after_an_error_of_the_device_another_process_goes_on(tmp_path, monkeypa
     assert after.measured == 0
     assert measure(monkeypatch, tmp_path, [broken, after]) == 1
     assert (broken.measured, after.measured) == (1, 1)
+
+
+@pytest.mark.parametrize("central", [False, True])
+def test_central_rows_are_those_of_magsd(central):
+    session = Session(Device("cpu"), 1.0)
+    found = {
+        module.__name__.rpartition(".")[2]: set(map(str, groups_of(module, session, central)))
+        for module in (bilinear_pool, call_overhead, growth)
+    }
+    assert bool(found["growth"]) == bool(found["call_overhead"]) == (not central)
+    assert {"bilinear_attention_pool-magsd-b16-float32-forward"} <= found["bilinear_pool"]
+    others = {name for name in found["bilinear_pool"] if "wsdan" in name or "max" in name}
+    assert bool(others) == (not central)
+
+
+def test_what_pytest_collects_needs_no_train_extra():
+    """Of what is imported by way of others, those that need it are kept out as well."""
+    needing = {"timm", "magsd", *(Path(name).stem for name in conftest.collect_ignore)}
+    needing = needing - {"harness", "reporting"} | {"steps"}
+    for path in sorted(Path(conftest.__file__).parent.glob("*.py")):
+        if path.name not in conftest.collect_ignore:
+            words = re.findall(r"^(?:from|import) (.*)$", path.read_text(), re.MULTILINE)
+            assert not needing & set(re.findall(r"\w+", " ".join(words))), path

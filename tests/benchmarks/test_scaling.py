@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import main as torchrun
 
 pytest.importorskip("timm", reason="needs the train extra")
 pytest.importorskip("pytest_benchmark", reason="needs the bench extra")
 
-from benchmarks.reporting.scaling import Constants, bandwidth_of, predict
+from benchmarks.scaling import Constants, bandwidth_of, predict
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTED = {8: 400e9, 64: 50e9, 1024: 50e9}
@@ -47,21 +45,15 @@ def test_bandwidth_explains_the_exchange_it_was_read_off() -> None:
     assert bandwidth_of(exchange, 4, 102e6, 5, 20e-6) == pytest.approx(3e9)
 
 
-def test_two_processes_measure_themselves(tmp_path: Path) -> None:
-    done = subprocess.run(
+def test_two_processes_measure_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    torchrun(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *("-m", "benchmarks.scaling", "--device=cpu", "--images=2", "--backbone=test_resnet"),
-            *("--side=64", "--rounds=1", f"--out={tmp_path}"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+            *("--standalone", "--nproc-per-node=2", "-m", "benchmarks.scaling", "--device=cpu"),
+            *("--images=2", "--backbone=test_resnet", "--side=64", "--rounds=1"),
+            f"--out={tmp_path}",
+        ]
     )
-    assert done.returncode == 0, done.stdout + done.stderr
     saved = json.loads((tmp_path / "scaling.json").read_text())
     assert saved["processes"] == 2
     assert all(value > 0 for value in saved["measured"].values())
