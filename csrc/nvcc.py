@@ -11,8 +11,8 @@ from pathlib import Path
 from commands import NotBuilt, output
 from setuptools.errors import PlatformError
 
-#: Where neither TORCH_CUDA_ARCH_LIST nor a visible GPU says what to compile for. GPUs of 8.6, 8.7 and
-#: 8.9 run the code of 8.0; most of a build's time goes by architectures.
+#: Where neither TORCH_CUDA_ARCH_LIST nor a visible GPU says what to compile for. GPUs of 8.6 to 8.9
+#: run the code of 8.0; most of a build's time goes by architectures.
 ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0+PTX")
 OLDEST_ARCHITECTURE = 80  # the first with TF32 products
 _OLDEST = f"the CUDA kernels need at least {OLDEST_ARCHITECTURE / 10}"

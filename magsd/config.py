@@ -459,8 +459,10 @@ def _get(config: Any, key: str) -> Any:
     return config
 
 
-#: Evaluating a section's annotations takes milliseconds.
-_hints = functools.cache(get_type_hints)
+@functools.cache
+def _hints(section: type) -> dict[str, Any]:
+    """Types of a section's settings; evaluating annotations takes milliseconds."""
+    return get_type_hints(section)
 
 
 def _set(config: Config, full: str, said: _Said) -> None:
