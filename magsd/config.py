@@ -467,7 +467,8 @@ def _hints(section: type) -> dict[str, Any]:
 
 def _set(config: Config, full: str, said: _Said) -> None:
     section, _, leaf = full.rpartition(".")
-    hint = _hints(type(_get(config, section)))[leaf]
+    section_type: type = type(_get(config, section))
+    hint = _hints(section_type)[leaf]
     wrong = f"{said.where}: {full}={said.value!r}"
     try:
         value = coerce(said.value, hint, from_text=said.is_text)
