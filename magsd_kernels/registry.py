@@ -98,15 +98,25 @@ def _autograd(
     """
     kinds = _arguments(schema)
     differentiable = [i for i, (kind, _) in enumerate(kinds) if kind.startswith("Tensor")]
+    lists = [i for i in differentiable if kinds[i][0].endswith("[]")]
+    single = [i for i in differentiable if i not in lists]
     names = [kinds[i][1] for i in differentiable]
     gives_lists = "[]" in schema.partition("->")[2]
 
     def call(below: Any, arguments: Any) -> Any:
         # Where no mode, transform or special tensor comes between, the dispatcher would only turn
         # all arguments into its own values and back.
-        if _device_alone(below):
-            return run(*arguments)
-        return overload.redispatch(below, *arguments)
+        return run(*arguments) if below is None else overload.redispatch(below, *arguments)
+
+    def asks_for_gradients(arguments: Any) -> bool:
+        for i in single:
+            if arguments[i] is not None and arguments[i].requires_grad:
+                return True
+        for i in lists:
+            for tensor in arguments[i]:
+                if tensor.requires_grad:
+                    return True
+        return False
 
     class Formula(torch.autograd.Function):
         @staticmethod
@@ -139,30 +149,29 @@ def _autograd(
             return tuple(flat)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        below = keyset.remove(keyset.highestPriorityTypeId())
-        if torch.is_grad_enabled():
-            groups = [_tensors(arguments[i]) for i in differentiable]
-            tensors = [tensor for group in groups for tensor in group]
-            if any(tensor.requires_grad for tensor in tensors):
-                structure: list[Any] = []
-                results = Formula.apply(below, arguments, [*map(len, groups)], structure, *tensors)
-                return pytree.tree_unflatten(results, structure[0]) if gives_lists else results
-        return call(below, arguments)
+        below = _below(keyset)
+        if not torch.is_grad_enabled() or not asks_for_gradients(arguments):
+            return call(below, arguments)
+        groups = [_tensors(arguments[i]) for i in differentiable]
+        tensors = [tensor for group in groups for tensor in group]
+        structure: list[Any] = []
+        results = Formula.apply(below, arguments, [*map(len, groups)], structure, *tensors)
+        return pytree.tree_unflatten(results, structure[0]) if gives_lists else results
 
     return kernel
 
 
-_alone: dict[int, bool] = {}
+_known_below: dict[int, Any] = {}
 
 
-def _device_alone(keys: Any) -> bool:
-    """Whether a set of dispatch keys holds nothing but a device that a backend serves."""
+def _below(keys: Any) -> Any:
+    """The dispatch keys below autograd's; None if all that is left is a device of some backend."""
     number = keys.raw_repr()
-    answer = _alone.get(number)
-    if answer is None:
-        names = [f"DispatchKeySet({device})" for device in ("CPU", "CUDA", "XPU")]
-        answer = _alone[number] = str(keys) in names
-    return answer
+    if number not in _known_below:
+        below = keys.remove(keys.highestPriorityTypeId())
+        alone = [f"DispatchKeySet({device})" for device in ("CPU", "CUDA", "XPU")]
+        _known_below[number] = None if str(below) in alone else below
+    return _known_below[number]
 
 
 def _tensors(argument: Any) -> list[torch.Tensor]:
