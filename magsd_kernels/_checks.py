@@ -67,7 +67,7 @@ def tensors(
     from `first`.
     """
     device = like.device
-    for i, value in enumerate(values, first):
+    for value in values:
         # What is right passes at one look; `tensor` has the words for what is not.
         if not (
             isinstance(value, torch.Tensor)
@@ -75,7 +75,11 @@ def tensors(
             and value.shape == shape
             and value.device == device
         ):
-            tensor(op, f"{name}[{i}]", value, shape, dtypes, like)
+            break
+    else:
+        return
+    for i, value in enumerate(values, first):
+        tensor(op, f"{name}[{i}]", value, shape, dtypes, like)
 
 
 def sequence(op: str, name: str, value: Any, length: int | None = None) -> None:

@@ -20,6 +20,7 @@ from magsd_kernels.registry import define
 _OPERATION = "multiscale_attention"
 _MODES = ("area", "bilinear", "nearest")
 _MOST_MAPS = 8
+_PARAMETERS = ("weights", "biases", "running_means", "running_vars")
 
 Tensors = Sequence[torch.Tensor]
 
@@ -90,14 +91,9 @@ def multiscale_attention(
     op = "multiscale_attention"
     _check_maps(op, "projections", projections)
     main = projections[0]
-    lists = {
-        "weights": weights,
-        "biases": biases,
-        "running_means": running_means,
-        "running_vars": running_vars,
-    }
+    lists = (weights, biases, running_means, running_vars)
     shape, dtypes = (main.shape[1],), (main.dtype, torch.float32)
-    for name, values in lists.items():
+    for name, values in zip(_PARAMETERS, lists, strict=True):
         check.sequence(op, name, values, len(projections))
         check.tensors(op, name, values, shape, dtypes, main)
     height, width = _output_size(op, size, projections)
@@ -109,7 +105,7 @@ def multiscale_attention(
         raise ValueError(f"{op}: eps must be above 0, got {eps}")
     if training:
         for i, x in enumerate(projections):
-            if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+            if x.numel() == shape[0]:
                 raise ValueError(
                     f"{op}: projections[{i}] must have more than one value per channel in "
                     f"training, got shape {tuple(x.shape)}"

@@ -12,12 +12,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from magsd_kernels.backends import implementation
 
 _library = torch.library.Library("magsd", "DEF")
-_natives = [torch.library.Library(f"magsd_{backend}", "DEF") for backend in ("cpu", "cuda")]
+_NATIVE = ("cpu", "cuda")
+_natives = [torch.library.Library(f"magsd_{backend}", "DEF") for backend in _NATIVE]
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 #: Keeps what the backward needs: (ctx, arguments by name, results).
@@ -37,7 +41,10 @@ def define(
     check: Callable[[Any], None] | None = None,
     written: Callable[[Any], Sequence[torch.Tensor]] | None = None,
 ) -> Any:
-    """Register one operator and return it.
+    """Register one operator and return what calls it.
+
+    The call of a compiled library that nothing records, for a gradient or otherwise, goes to the
+    library's own operator at once: the way there through Python takes as long as small kernels.
 
     Args:
         operation: whose functions it belongs to, one of `backends.OPERATIONS`.
@@ -70,13 +77,25 @@ def define(
     overload = getattr(torch.ops.magsd, name).default
     if backward is None and name.endswith("_backward"):
         backward = _refusal(name.removesuffix("_backward"))
+    tensors = _Tensors(schema)
     if backward is not None:
-        formula = setup_context or _keep_nothing, backward
-        _library.impl(
-            name, _autograd(overload, kernel, schema, by_name, *formula), "Autograd",
-            with_keyset=True,
-        )  # fmt: skip
-    return overload
+        formula = _autograd(
+            overload, kernel, tensors, by_name, setup_context or _keep_nothing, backward
+        )
+        _library.impl(name, formula, "Autograd", with_keyset=True)
+
+    def operator(*arguments: Any, **named: Any) -> Any:
+        arguments += tuple(named[each] for each in names[len(arguments) :])
+        if arguments[-1] in _NATIVE and not _recorded() and tensors.are_plain(arguments):
+            return kernel(*arguments)
+        return overload(*arguments)
+
+    return operator
+
+
+def _recorded() -> bool:
+    """Whether something takes down the operators that are called."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or is_tracing()
 
 
 def call_backend(backend: str, operation: str, name: str, arguments: Sequence[Any]) -> Any:
@@ -87,8 +106,44 @@ def call_backend(backend: str, operation: str, name: str, arguments: Sequence[An
     return function(*arguments)
 
 
+class _Tensors:
+    """Which arguments of a schema are tensors."""
+
+    def __init__(self, schema: str) -> None:
+        kinds = _arguments(schema)
+        self.places = [i for i, (kind, _) in enumerate(kinds) if kind.startswith("Tensor")]
+        self.names = [kinds[i][1] for i in self.places]
+        self.lists = [i for i in self.places if kinds[i][0].endswith("[]")]
+        self.single = [i for i in self.places if i not in self.lists]
+        self.in_lists_of_results = "[]" in schema.partition("->")[2]
+
+    def ask_for_gradients(self, arguments: Sequence[Any]) -> bool:
+        """Whether one of them does."""
+        for i in self.single:
+            if arguments[i] is not None and arguments[i].requires_grad:
+                return True
+        for i in self.lists:
+            for tensor in arguments[i]:
+                if tensor.requires_grad:
+                    return True
+        return False
+
+    def are_plain(self, arguments: Sequence[Any]) -> bool:
+        """Whether they are of no class that torch treats in its own way, and without gradients."""
+        if torch.is_grad_enabled() and self.ask_for_gradients(arguments):
+            return False
+        for i in self.single:
+            if arguments[i] is not None and type(arguments[i]) not in _PLAIN:
+                return False
+        for i in self.lists:
+            for tensor in arguments[i]:
+                if type(tensor) not in _PLAIN:
+                    return False
+        return True
+
+
 def _autograd(
-    overload: Any, run: Callable[..., Any], schema: str, by_name: Any,
+    overload: Any, run: Callable[..., Any], tensors: _Tensors, by_name: Any,
     setup_context: SetupContext, backward: Backward,
 ) -> Callable[..., Any]:  # fmt: skip
     """The autograd kernel of an operator; `run` is the kernel below it.
@@ -96,36 +151,22 @@ def _autograd(
     `torch.library.register_autograd` takes no operator that writes to its arguments, and a call of
     one element that goes through it took 1.4 to 1.9 times as long.
     """
-    kinds = _arguments(schema)
-    differentiable = [i for i, (kind, _) in enumerate(kinds) if kind.startswith("Tensor")]
-    lists = [i for i in differentiable if kinds[i][0].endswith("[]")]
-    single = [i for i in differentiable if i not in lists]
-    names = [kinds[i][1] for i in differentiable]
-    gives_lists = "[]" in schema.partition("->")[2]
+    names = tensors.names
+    gives_lists = tensors.in_lists_of_results
 
     def call(below: Any, arguments: Any) -> Any:
         # Where no mode, transform or special tensor comes between, the dispatcher would only turn
         # all arguments into its own values and back.
         return run(*arguments) if below is None else overload.redispatch(below, *arguments)
 
-    def asks_for_gradients(arguments: Any) -> bool:
-        for i in single:
-            if arguments[i] is not None and arguments[i].requires_grad:
-                return True
-        for i in lists:
-            for tensor in arguments[i]:
-                if tensor.requires_grad:
-                    return True
-        return False
-
     class Formula(torch.autograd.Function):
         @staticmethod
         def forward(
             ctx: Any, below: Any, arguments: Any, counts: list[int], structure: list[Any],
-            *tensors: torch.Tensor,
+            *leaves: torch.Tensor,
         ) -> Any:  # fmt: skip
-            # `tensors` are those of the arguments once more, so many of each: autograd sees none
-            # in lists, and none in lists of results, whose `structure` is left for the caller.
+            # `leaves` are the arguments' tensors once more, so many of each: autograd sees none in
+            # lists, and none in lists of results, whose `structure` is left for the caller.
             results = call(below, arguments)
             ctx.counts = counts
             setup_context(ctx, by_name(*arguments), results)
@@ -150,12 +191,12 @@ def _autograd(
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         below = _below(keyset)
-        if not torch.is_grad_enabled() or not asks_for_gradients(arguments):
+        if not torch.is_grad_enabled() or not tensors.ask_for_gradients(arguments):
             return call(below, arguments)
-        groups = [_tensors(arguments[i]) for i in differentiable]
-        tensors = [tensor for group in groups for tensor in group]
+        groups = [_tensors(arguments[i]) for i in tensors.places]
+        leaves = [leaf for group in groups for leaf in group]
         structure: list[Any] = []
-        results = Formula.apply(below, arguments, [*map(len, groups)], structure, *tensors)
+        results = Formula.apply(below, arguments, [*map(len, groups)], structure, *leaves)
         return pytree.tree_unflatten(results, structure[0]) if gives_lists else results
 
     return kernel

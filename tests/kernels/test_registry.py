@@ -70,6 +70,23 @@ def test_a_mode_sees_the_backward_operator(target, inputs):
     assert any("magsd.bilinear_attention_pool_backward" in name for name in log.names)
 
 
+def test_what_records_a_call_without_gradients_sees_the_operator(target, inputs):
+    """And not that of a library, to which such a call goes where nothing records it."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    inputs = [x.detach() for x in inputs]
+
+    def pool(features, attention):
+        return target.call(mk.bilinear_attention_pool, features, attention)
+
+    with DispatchLog() as log:
+        pool(*inputs)
+    name = "magsd.bilinear_attention_pool"
+    assert [each.removesuffix(".default") for each in log.names] == [name]
+    assert name in make_fx(pool)(*inputs).code
+    assert name.replace(".", "::") in str(torch.jit.trace(pool, inputs).graph)
+
+
 def test_a_subclass_sees_the_operator(target, inputs):
     features, attention = inputs
     Subclass.names.clear()
