@@ -84,8 +84,10 @@ def test_an_epoch_between_two_reports_waits_for_nothing(
     trainer = make_trainer(config, tmp_path, said)
     one_epoch(trainer)  # what happens once: libraries' choices, the optimizer's state
     trainer.epoch, trainer.step = 1, 0
+    before = torch.get_rng_state()
     with no_waits(device):
         one_epoch(trainer)
+    assert torch.equal(torch.get_rng_state(), before), "drawn from torch's own generator"
     assert trainer.read_sums()["train_loss"] > 0
 
 
