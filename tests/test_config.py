@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,7 @@ def test_ambiguous_short_key_lists_both() -> None:
         ("lr=-1", "more than 0"),
         ("precision=fp8", "float32 or tf32 or bfloat16"),
         ("optim.name=adam", "sgd or adamw"),
-        ("model.name=other", "magsd or plain or wsdan"),
+        ("model.name=other", f"expected {' or '.join(sorted(methods()))}"),
         ("refine_weight=1.5", "0 to 1"),
         ("fusion=sum", "down or up or shuffle or cascade"),
         ("mixup_theta=[0.6,0.4]", "low <= high"),
@@ -285,8 +286,16 @@ def test_crop_model_has_no_mixup() -> None:
             "loss.smoothing=0.1",
             "only loss.name=published or soft_distance reads it",
         ),
-        (["model=plain", "loss.name=published"], "loss.name=published", "magsd and wsdan read it"),
-        (["model=plain", "train.views=merged"], "train.views=merged", "magsd and wsdan read it"),
+        (
+            ["model=plain", "loss.name=published"],
+            "loss.name=published",
+            r"magsd and (.* and )?wsdan read it",
+        ),
+        (
+            ["model=plain", "train.views=merged"],
+            "train.views=merged",
+            r"magsd and (.* and )?wsdan read it",
+        ),
         (["dropout=0.2"], "model.dropout=0.2", "model.regularizer is l2"),
         (["optim.name=adamw", "momentum=0.8"], "optim.momentum=0.8", "optim.name is adamw"),
         (["optim.name=adamw", "nesterov=true"], "optim.nesterov=true", "only optim.name=sgd"),
@@ -300,7 +309,7 @@ def test_a_key_that_nothing_reads_is_refused(pairs: list[str], key: str, why: st
     with pytest.raises(ConfigError) as caught:
         load_config("phantom", pairs)
     assert f"{key} has no effect: " in str(caught.value)
-    assert why in str(caught.value)
+    assert re.search(why, str(caught.value))
 
 
 def test_a_key_of_a_users_file_that_nothing_reads_is_refused(tmp_path: Path) -> None:

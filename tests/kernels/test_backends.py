@@ -318,6 +318,13 @@ print("done")
 # ---------------------------------------------------------------- backends() and info
 
 
+def test_every_operation_is_named():
+    """Also one whose module nothing else tells of."""
+    names = [path.stem for path in PACKAGE.glob("[a-z]*.py")]
+    modules = [importlib.import_module(f"magsd_kernels.{name}") for name in names]
+    assert {m._OPERATION for m in modules if hasattr(m, "_OPERATION")} == set(OPERATIONS)
+
+
 def test_backends_says_available_or_why_not():
     states = mk.backends()
     assert list(states) == [name for name in NAMES if name != "auto"]

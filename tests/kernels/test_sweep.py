@@ -8,8 +8,10 @@ nothing about a kernel (sums that cancel, a maximum that two pixels share) and i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -24,10 +26,17 @@ import magsd_kernels as mk
 
 from . import oracles
 from . import strategies as draw
+from .cases import CASES
 from .strategies import SWEEP
 from .support import Target, assert_agrees, error_bound, identical, make_strided, random
 
 Run = Callable[..., Tensor]
+
+
+def test_no_public_function_is_left_out() -> None:
+    called = {*re.findall(r"\bmk\.(\w+)", Path(__file__).read_text())}
+    called |= {f"attention_{view}" for view in VIEWS}
+    assert {case.function.__name__ for case in CASES} - {"sampled_views"} <= called
 
 
 def with_gradients(

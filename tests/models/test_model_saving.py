@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from magsd.config import load_config
 from magsd.errors import ConfigError, MagsdError
+from magsd.methods import methods
 from magsd.methods.magsd import MAGSDConfig
 from magsd.models import (
     MAGSD,
@@ -136,7 +137,7 @@ def test_damaged_folders(model, tmp_path):
 
 
 def test_unknown_model_name():
-    with pytest.raises(ConfigError, match="'magsdd'; known: magsd, plain, wsdan"):
+    with pytest.raises(ConfigError, match=f"'magsdd'; known: {', '.join(methods())}"):
         build_model(ModelConfig(name="magsdd", pretrained=False), 3)
 
 

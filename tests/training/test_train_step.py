@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import math
 import subprocess
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from magsd.config import Config, OptimConfig
 from magsd.runtime import CPU, Runtime
@@ -69,6 +72,77 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor, None]:
 
 def weights(step: TrainStep) -> Tensor:
     return torch.cat([p.detach().flatten() for p in step.model.parameters()])
+
+
+#: Every setting of the step itself, switched on.
+SETTINGS: list[dict[str, Any]] = [{}, {"name": "adamw"}, {"clip_norm": 0.1}]
+in_every_way = pytest.mark.parametrize(
+    ("settings", "runtime"), list(itertools.product(SETTINGS, (CPU, FLOAT16)))
+)
+
+
+def own_state(step: TrainStep) -> dict[str, Any]:
+    """What a step holds beside what it is given, and beside the scaler."""
+    given = inspect.signature(TrainStep).parameters
+    return {k: v for k, v in vars(step).items() if k not in given and k != "scaler"}
+
+
+def test_every_setting_is_tried() -> None:
+    parameters = inspect.signature(TrainStep).parameters.values()
+    settings = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+    assert settings - {"sums", "team", "sync_batchnorm"} <= {name for s in SETTINGS for name in s}
+
+
+@in_every_way
+def test_a_step_neither_reads_nor_draws(settings: dict[str, Any], runtime: Runtime) -> None:
+    """The host waits for nothing; what is random comes from the generator that is given."""
+    # The script of two processes below imports this file without the benchmarks.
+    from benchmarks.harness.device import HostReads
+
+    step = make_step(runtime, **settings)
+    step(*batch())
+    before = torch.get_rng_state()
+    with HostReads() as reads:
+        step(*batch(1))
+    assert reads.count == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@in_every_way
+def test_a_step_changes_the_memory_that_it_has(settings: dict[str, Any], runtime: Runtime) -> None:
+    """A CUDA graph repeats it with the addresses and with the host's numbers of one step."""
+    step = make_step(runtime, **settings)
+
+    def seen() -> Any:
+        return pytree.tree_map_only(Tensor, Tensor.data_ptr, own_state(step))
+
+    step(*batch())
+    before = seen()
+    step(*batch(1))
+    assert seen() == before
+
+
+@in_every_way
+def test_a_resumed_step_has_all_that_it_had(
+    settings: dict[str, Any], runtime: Runtime, same_state: Callable[[Any, Any], None]
+) -> None:
+    step, resumed = make_step(runtime, **settings), make_step(runtime, **settings)
+    for seed in range(3):
+        step(*batch(seed))
+    resumed.model.load_state_dict(step.model.state_dict())
+    resumed.load_state_dict(deepcopy(step.state_dict()))
+    for each in (step, resumed):
+        each(*batch(3))
+    assert torch.equal(weights(step), weights(resumed))
+    same_state(own_state(step), own_state(resumed))
+    same_state(step.state_dict(), resumed.state_dict())
+
+
+def test_a_checkpoint_from_before_later_additions_is_taken_over() -> None:
+    step, saved = make_step(CPU), make_step(CPU)
+    saved(*batch())
+    step.load_state_dict({"optimizer": saved.state_dict()["optimizer"]})
+    step(*batch(1))
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

@@ -17,6 +17,7 @@ from benchmarks.harness.device import HostReads
 from magsd.config import Config
 from magsd.data import split_by_patient
 from magsd.data.run_data import open_images, plain_loader, training_loader
+from magsd.methods import methods
 from magsd.models import build_model
 from magsd.runtime import Runtime
 from magsd.training.metrics_log import MetricsLog
@@ -65,7 +66,7 @@ def no_waits(device: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("model", ["magsd", "magsd-cascade", "wsdan", "plain"])
+@pytest.mark.parametrize("model", ["magsd-cascade", *methods()])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_an_epoch_between_two_reports_waits_for_nothing(
     device: str, model: str, precision: str, small_config: Callable[..., Config], tmp_path: Path
@@ -84,8 +85,10 @@ def test_an_epoch_between_two_reports_waits_for_nothing(
     trainer = make_trainer(config, tmp_path, said)
     one_epoch(trainer)  # what happens once: libraries' choices, the optimizer's state
     trainer.epoch, trainer.step = 1, 0
+    before = torch.get_rng_state()
     with no_waits(device):
         one_epoch(trainer)
+    assert torch.equal(torch.get_rng_state(), before), "drawn from torch's own generator"
     assert trainer.read_sums()["train_loss"] > 0
 
 

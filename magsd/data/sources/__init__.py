@@ -48,9 +48,8 @@ def open_source(
 
     spec: ``folder:DIR`` (one subfolder per class), ``csv:FILE`` (columns file, label and optional
         patient, mask), ``v7:DIR`` (images with Darwin JSON), a public set in its published layout
-        (``nih:``, ``cohen:``, ``covidx:``, ``cub:``, ``aircraft:``, ``cars:``, ``dogs:``, each with
-        DIR), ``phantom`` or ``phantom:n=480,seed=0,size=224`` (drawn). Options follow a path as
-        ``,name=value``.
+        (``cub:DIR`` and others, see docs/data.md), ``phantom`` or
+        ``phantom:n=480,seed=0,size=224`` (drawn). Options follow a path as ``,name=value``.
     classes: the classes that labels must come from, in the order of a model's outputs; None
         takes those found, sorted.
     limit: keep at most so many images, taken in turn from every class.
