@@ -20,6 +20,16 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
+def _fits(sizes: Sequence[int], shape: Sequence[Any]) -> bool:
+    """Whether a tensor's sizes are those of a shape, see `tensor`."""
+    if len(sizes) != len(shape):
+        return False
+    for have, want in zip(sizes, shape, strict=True):
+        if have == 0 if want is FILLED else want is not None and have != want:
+            return False
+    return True
+
+
 def tensor(
     op: str,
     name: str,
@@ -66,20 +76,28 @@ def tensors(
     """Require tensors of one shape and of `dtypes`, on the device of `like`; they are counted
     from `first`.
     """
+    if not are(values, shape, dtypes, like):
+        for i, value in enumerate(values, first):
+            tensor(op, f"{name}[{i}]", value, shape, dtypes, like)
+
+
+def are(
+    values: Sequence[Any],
+    shape: Sequence[Any],
+    dtypes: Sequence[torch.dtype],
+    like: torch.Tensor,
+) -> bool:
+    """Whether `tensors` requires nothing that is not so; it has the words for what is wrong."""
     device = like.device
     for value in values:
-        # What is right passes at one look; `tensor` has the words for what is not.
         if not (
             isinstance(value, torch.Tensor)
             and value.dtype in dtypes
-            and value.shape == shape
             and value.device == device
+            and ((sizes := value.shape) == shape or _fits(sizes, shape))
         ):
-            break
-    else:
-        return
-    for i, value in enumerate(values, first):
-        tensor(op, f"{name}[{i}]", value, shape, dtypes, like)
+            return False
+    return True
 
 
 def sequence(op: str, name: str, value: Any, length: int | None = None) -> None:

@@ -95,7 +95,9 @@ def multiscale_attention(
     shape, dtypes = (main.shape[1],), (main.dtype, torch.float32)
     for name, values in zip(_PARAMETERS, lists, strict=True):
         check.sequence(op, name, values, len(projections))
-        check.tensors(op, name, values, shape, dtypes, main)
+    if not check.are([x for values in lists for x in values], shape, dtypes, main):
+        for name, values in zip(_PARAMETERS, lists, strict=True):
+            check.tensors(op, name, values, shape, dtypes, main)
     height, width = _output_size(op, size, projections)
     _check_mode(op, mode, align_corners)
     check.flag(op, "training", training)
@@ -212,9 +214,9 @@ def _check_maps(op: str, name: str, maps: Any) -> None:
         raise ValueError(f"{op}: {name} must have 1 to {_MOST_MAPS} entries, got {len(maps)}")
     main = maps[0]
     check.tensor(op, f"{name}[0]", main, check.IMAGES)
-    batch, channels = main.shape[:2]
-    shape = (batch, channels, *check.IMAGES[2:])
-    check.tensors(op, name, maps[1:], shape, (main.dtype,), main, first=1)
+    if len(maps) > 1:
+        shape = (*main.shape[:2], *check.IMAGES[2:])
+        check.tensors(op, name, maps[1:], shape, (main.dtype,), main, first=1)
 
 
 def _check_mode(op: str, mode: Any, align_corners: Any) -> None:

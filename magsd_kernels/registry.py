@@ -69,8 +69,7 @@ def define(
             check(by_name(*arguments))
         if written is not None:
             torch.autograd.graph.increment_version(written(by_name(*arguments)))
-        *given, backend = arguments
-        return call_backend(backend, operation, name, given)
+        return call_backend(arguments[-1], operation, name, arguments[:-1])
 
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"magsd::{name}", fake, lib=_library)
@@ -85,7 +84,8 @@ def define(
         _library.impl(name, formula, "Autograd", with_keyset=True)
 
     def operator(*arguments: Any, **named: Any) -> Any:
-        arguments += tuple(named[each] for each in names[len(arguments) :])
+        if named:
+            arguments += tuple(named[each] for each in names[len(arguments) :])
         if arguments[-1] in _NATIVE and not _recorded() and tensors.are_plain(arguments):
             return kernel(*arguments)
         return overload(*arguments)
@@ -130,14 +130,16 @@ class _Tensors:
 
     def are_plain(self, arguments: Sequence[Any]) -> bool:
         """Whether they are of no class that torch treats in its own way, and without gradients."""
-        if torch.is_grad_enabled() and self.ask_for_gradients(arguments):
-            return False
+        recording = torch.is_grad_enabled()
         for i in self.single:
-            if arguments[i] is not None and type(arguments[i]) not in _PLAIN:
+            tensor = arguments[i]
+            if tensor is not None and (
+                type(tensor) not in _PLAIN or (recording and tensor.requires_grad)
+            ):
                 return False
         for i in self.lists:
             for tensor in arguments[i]:
-                if type(tensor) not in _PLAIN:
+                if type(tensor) not in _PLAIN or (recording and tensor.requires_grad):
                     return False
         return True
 
