@@ -3,6 +3,7 @@
 // The memory format of a result is that of magsd_kernels/_layout.py, in which the fakes are too.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
@@ -18,10 +19,14 @@ struct MapSize {
 
 // Dense uninitialized (B, C, H, W) tensor.
 inline Tensor empty_map(const MapSize& size, ScalarType dtype, bool channels_last) {
-  return torch::stable::empty({size.batch, size.channels, size.height, size.width}, dtype,
-                              std::nullopt, torch::stable::Device(kDevice), std::nullopt,
-                              channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
-                                            : torch::headeronly::MemoryFormat::Contiguous);
+  const std::array<int64_t, 4> sizes = {size.batch, size.channels, size.height, size.width};
+  const auto at_least_1 = [](int64_t n) { return n > 0 ? n : 1; };  // as torch counts strides
+  const int64_t channels = at_least_1(size.channels), width = at_least_1(size.width);
+  const int64_t pixels = at_least_1(size.height) * width;
+  const std::array<int64_t, 4> strides = {
+      channels * pixels, channels_last ? 1 : pixels, channels_last ? width * channels : width,
+      channels_last ? channels : 1};
+  return empty_strided(4, sizes.data(), strides.data(), dtype);
 }
 
 inline Tensor empty_map_like(const Tensor& images) {

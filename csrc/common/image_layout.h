@@ -44,19 +44,6 @@ inline Tensor with_dense_rows(const Tensor& images, bool channels_last) {
                                                : torch::headeronly::MemoryFormat::Contiguous);
 }
 
-inline int32_t dtype_code(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return aoti_torch_dtype_float64();
-    case ScalarType::BFloat16:
-      return aoti_torch_dtype_bfloat16();
-    case ScalarType::Half:
-      return aoti_torch_dtype_float16();
-    default:
-      return aoti_torch_dtype_float32();
-  }
-}
-
 // Uninitialized (B, C, H, W), or (views, B, C, H, W) for views > 0, dense, in the format asked for.
 inline Tensor empty_images(int64_t views, const ImageLayout& layout, ScalarType dtype) {
   const int64_t channels = layout.planes * layout.inner;
@@ -67,11 +54,7 @@ inline Tensor empty_images(int64_t views, const ImageLayout& layout, ScalarType 
       layout.batch * channels * pixels, channels * pixels, last ? 1 : pixels,
       last ? layout.width * channels : layout.width, last ? channels : 1};
   const int64_t skip = views > 0 ? 0 : 1;
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      5 - skip, sizes.data() + skip, strides.data() + skip, dtype_code(dtype),
-      static_cast<int32_t>(kDevice), current_device(), &handle));
-  return Tensor(handle);
+  return empty_strided(5 - skip, sizes.data() + skip, strides.data() + skip, dtype);
 }
 
 }  // namespace magsd::MAGSD_ISA

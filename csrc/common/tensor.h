@@ -99,9 +99,40 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Uninitialized dense tensor on the current device.
+inline int32_t dtype_code(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
+    default:
+      return aoti_torch_dtype_float32();
+  }
+}
+
+// Uninitialized tensor on the current device. torch::stable::empty goes through the dispatcher,
+// which takes as long as a small kernel.
+inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides,
+                            ScalarType dtype) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype_code(dtype),
+                                                  static_cast<int32_t>(kDevice), current_device(),
+                                                  &handle));
+  return Tensor(handle);
+}
+
+// The same, dense.
 inline Tensor uninitialized(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, torch::stable::Device(kDevice));
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  for (size_t d = sizes.size(); d-- > 0; step *= sizes[d] > 0 ? sizes[d] : 1) strides[d] = step;
+  return empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype);
 }
 
 // `is_channels_last` of magsd_kernels/_layout.py, which the fakes follow too.

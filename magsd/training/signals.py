@@ -30,6 +30,16 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
+    def outlast_the_others(self) -> None:
+        """Ignore SIGTERM from now on, after the context as well.
+
+        For a process that is about to end: torchrun sends SIGTERM to all processes as soon as one
+        has ended, and this one may still have to save the state and to say how to resume.
+        """
+        self._restore()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     def __bool__(self) -> bool:
         return self.signum is not None
 

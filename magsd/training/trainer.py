@@ -154,6 +154,8 @@ class Trainer:
                 self._train_epoch(log, progress, stop)
                 self._finish_epoch(log, progress, stop)
         except _Stop as request:
+            if self.team.size > 1:
+                stop.outlast_the_others()
             self.save_last()
             raise Interrupted(request.signum, self.folder.last) from None
 

@@ -177,17 +177,28 @@ def assert_matches_oracle(
     return actual
 
 
+#: glibc's mallopt(M_PERTURB, byte): memory that is handed out holds the byte's complement.
+_PERTURB = -6
+
+
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory handed out by torch.empty holds NaN (floats) or the largest integer inside."""
+    """Uninitialized memory holds no sensible numbers inside, whoever hands it out.
+
+    From torch.empty it holds NaN (floats) or the largest integer. The C++ kernels ask torch's
+    allocator past that: with glibc every byte that it gives is 0x7f, in float32 3e38.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
     algorithms = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    mallopt(_PERTURB, 0x80)
     try:
         yield
     finally:
+        mallopt(_PERTURB, 0)
         torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 

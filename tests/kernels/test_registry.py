@@ -70,6 +70,7 @@ def test_a_mode_sees_the_backward_operator(target, inputs):
     assert any("magsd.bilinear_attention_pool_backward" in name for name in log.names)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning:torch.jit")
 def test_what_records_a_call_without_gradients_sees_the_operator(target, inputs):
     """And not that of a library, to which such a call goes where nothing records it."""
     from torch.fx.experimental.proxy_tensor import make_fx

@@ -291,6 +291,23 @@ def test_two_go_on_where_one_stopped(
     check_rows(out)
 
 
+@pytest.mark.parametrize("came", [False, True], ids=["to another process", "to this one"])
+def test_who_is_about_to_end_outlasts_the_others(came: bool) -> None:
+    """Whether the signal came to it or not; an impatient SIGINT still ends it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with StopRequest() as stop:
+            if came:
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert bool(stop) == came
+            stop.outlast_the_others()
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGINT) == before[signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+
+
 def check_rows(out: Path) -> None:
     """Both epochs are whole: every image counted once, whoever counted it."""
     rows = read_metrics(out / "metrics.csv")
