@@ -187,7 +187,7 @@ def evaluate(
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG, JPEG or DICOM.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG, JPEG, DICOM ...")],
     overlay: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write a heat map over each image.")
     ] = None,

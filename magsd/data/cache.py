@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ from magsd.data.record import Record
 from magsd.data.sources.base import Source
 from magsd.errors import DataError
 
-_FORMAT = 1  # part of the key: raise it when what is stored changes
+_FORMAT = 2  # part of the key: raise it when what is stored changes
+#: What decodes images; another version may decode them otherwise, or decode more of them.
+_DECODERS = ("opencv-python-headless", "pillow", "pydicom", "pylibjpeg-openjpeg", "python-gdcm")
 _NAMED_BAD = 10
 _log = logging.getLogger(__name__)
 
@@ -145,11 +149,11 @@ def load_cache(
     settings = _Settings(image_size, channels, (float(clahe[0]), int(clahe[1])) if clahe else None)
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     folder = root / _cache_key(source, settings)
-    if not _is_complete(folder, settings):
+    if not _is_current(source, settings, folder):
         with _disk_errors(root, _bytes_needed(source, settings)):
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / f"{folder.name}.lock"):
-                if not _is_complete(folder, settings):
+                if not _is_current(source, settings, folder):
                     _fill(source, settings, folder, progress)
     return _open(source, settings, folder, skip_bad)
 
@@ -168,13 +172,20 @@ class _Settings:
 
 def _cache_key(source: Source, settings: _Settings) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr((_FORMAT, settings)).encode())
+    digest.update(repr((_FORMAT, settings, [_version(name) for name in _DECODERS])).encode())
     with _pool() as pool:
         for record, content in zip(
             source.records, pool.map(source.fingerprint, source.records), strict=True
         ):
             digest.update(repr((record.key, record.mask_kind, content)).encode())
     return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _bytes_needed(source: Source, settings: _Settings) -> int:
@@ -223,6 +234,12 @@ def _fill(
         raise
 
 
+def _read(source: Source, record: Record) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+    """The image and its mask, if it has one."""
+    image = source.read_image(record)
+    return image, source.read_mask(record) if record.mask_kind else None
+
+
 def _write_files(
     source: Source,
     settings: _Settings,
@@ -238,8 +255,7 @@ def _write_files(
 
     def prepare(record: Record) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None] | str:
         try:
-            image = source.read_image(record)
-            mask = source.read_mask(record) if record.mask_kind else None
+            image, mask = _read(source, record)
         except DataError as error:
             return str(error)
         image = prepare_image(image, size, settings.channels, settings.clahe)
@@ -287,6 +303,19 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.
 def _shrink(path: Path, array: np.memmap[Any, np.dtype[np.uint8]], rows: int) -> None:
     array.flush()
     os.truncate(path, rows * int(np.prod(array.shape[1:])))
+
+
+def _is_current(source: Source, settings: _Settings, folder: Path) -> bool:
+    """Whether the cache is complete, and none of the images that it lacks can be read by now."""
+    if not _is_complete(folder, settings):
+        return False
+    bad = {key for key, _ in json.loads((folder / "meta.json").read_text(encoding="utf-8"))["bad"]}
+    for record in source.records if bad else ():
+        if record.key in bad:
+            with contextlib.suppress(DataError):
+                _read(source, record)
+                return False
+    return True
 
 
 def _is_complete(folder: Path, settings: _Settings) -> bool:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from magsd.data import cache as cache_module
 from magsd.data import load_cache, open_source
 from magsd.data.cache import default_cache_dir, prepare_image, prepare_mask
+from magsd.data.record import Record
 from magsd.data.sources import PhantomSource, Source
 from magsd.errors import DataError
 
@@ -162,6 +164,35 @@ class TestBadImages:
             cv2.imwrite(str(damaged / name), np.zeros((9, 9), np.uint8))
         source = open_source(f"folder:{damaged}")
         assert len(load_cache(source, image_size=32, cache_dir=tmp_path / "c")) == 6
+
+    def test_what_can_be_read_by_now_is_tried_again(
+        self, tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Files as they were: a decoder was lacking, say."""
+        source = open_source(f"folder:{files}")
+        read = source.read_image
+        first = source.records[0]
+
+        def lacking(record: Record) -> np.ndarray:
+            if record == first:
+                raise DataError("reading it needs a package")
+            return read(record)
+
+        options: dict[str, Any] = {"image_size": 32, "cache_dir": tmp_path / "c", "skip_bad": True}
+        monkeypatch.setattr(source, "read_image", lacking)
+        assert [key for key, _ in load_cache(source, **options).bad] == [first.key]
+        assert [key for key, _ in load_cache(source, **options).bad] == [first.key]
+        monkeypatch.setattr(source, "read_image", read)
+        cache = load_cache(source, **options)
+        assert (len(cache), cache.bad) == (len(source), [])
+
+    def test_another_decoder_is_another_cache(
+        self, tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = open_source(f"folder:{files}")
+        before = load_cache(source, image_size=32, cache_dir=tmp_path)
+        monkeypatch.setattr(cache_module, "version", lambda package: "99")
+        assert load_cache(source, image_size=32, cache_dir=tmp_path).path != before.path
 
     def test_ten_are_named(self, tmp_path: Path) -> None:
         rows = ["file,label"] + [f"none{i:02d}.png,{'ab'[i % 2]}" for i in range(14)]

@@ -129,11 +129,179 @@ def test_dicom_without_a_suffix(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image_file(named.rename(tmp_path / "IM0001")), image)
 
 
-def test_dicom_with_a_palette_is_refused(tmp_path: Path) -> None:
-    stored = np.arange(1000, dtype=np.uint16).reshape(20, 50)
-    path = _write_dicom(tmp_path / "a.dcm", stored, PhotometricInterpretation="PALETTE COLOR")
-    with pytest.raises(DataError, match="PALETTE COLOR pixels"):
+def test_dicom_with_a_palette(tmp_path: Path) -> None:
+    stored = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    palette = {"PhotometricInterpretation": "PALETTE COLOR"}
+    path = _write_dicom(tmp_path / "a.dcm", stored, **palette)
+    with pytest.raises(DataError, match=r"a\.dcm: .*Palette"):
         read_image_file(path)
+    for place, name in enumerate(("Red", "Green", "Blue")):
+        table = (np.arange(256) * (place + 1) % 256).astype(np.uint16) << 8
+        palette[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        palette[f"{name}PaletteColorLookupTableData"] = table.tobytes()
+    image = read_image_file(_write_dicom(tmp_path / "a.dcm", stored, **palette))
+    for place in range(3):
+        np.testing.assert_array_equal(image[..., place], stored * (place + 1) % 256)
+
+
+RAMP = np.arange(0, 4000, 40, dtype=np.uint16).reshape(10, 10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shares"),
+    [
+        # The second window is the first that is valid.
+        (
+            {"WindowCenter": [900, 1000], "WindowWidth": [0, 1001]},
+            np.clip((RAMP - 999.5) / 1000 + 0.5, 0, 1),
+        ),
+        (
+            {"WindowCenter": 1000, "WindowWidth": 800, "VOILUTFunction": "LINEAR_EXACT"},
+            np.clip((RAMP - 1000.0) / 800 + 0.5, 0, 1),
+        ),
+        (
+            {"WindowCenter": 1000, "WindowWidth": 800, "VOILUTFunction": "SIGMOID"},
+            1 / (1 + np.exp(-4 * (RAMP - 1000.0) / 800)),
+        ),
+        # No pixel lies in the window: the percentiles.
+        ({"WindowCenter": 50000, "WindowWidth": 100}, to_uint8(RAMP) / 255),
+    ],
+    ids=["second window", "linear exact", "sigmoid", "outside"],
+)
+def test_windows(tmp_path: Path, settings: dict[str, object], shares: np.ndarray) -> None:
+    image = read_image_file(_write_dicom(tmp_path / "a.dcm", RAMP, **settings))
+    np.testing.assert_allclose(image, shares * 255, atol=1)
+
+
+@pytest.mark.parametrize("last", [None, 65000])
+def test_padding_counts_in_no_percentile(tmp_path: Path, last: int | None) -> None:
+    stored = np.pad(RAMP, 20, constant_values=65535)
+    stored[0] = 65100
+    settings = {"PixelPaddingValue": 65535, "PixelPaddingRangeLimit": last or 65100}
+    image = read_image_file(_write_dicom(tmp_path / "a.dcm", stored, **settings))
+    np.testing.assert_array_equal(image[20:-20, 20:-20], to_uint8(RAMP))
+    assert image[0].max() == image[:, 0].max() == 0
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_a_table_is_scaled_by_its_largest_entry(tmp_path: Path, bits: int) -> None:
+    from pydicom import DataElement, Dataset, Sequence
+
+    table = Dataset()
+    table.add_new("LUTDescriptor", "US", [4096, 0, bits])
+    # Twelve bits, whatever it says.
+    entries = np.arange(4096, dtype="<u2").tobytes()
+    table.add(DataElement("LUTData", "OW", entries, already_converted=True))
+    tables = Sequence([table])
+    image = read_image_file(_write_dicom(tmp_path / "a.dcm", RAMP, VOILUTSequence=tables))
+    np.testing.assert_allclose(image, RAMP / 4095 * 255, atol=1)
+
+
+def test_dicom_without_preamble_and_what_is_none(tmp_path: Path, ramp: np.ndarray) -> None:
+    path = _write_dicom(tmp_path / "a.dcm", RAMP)
+    expected, data = read_image_file(path), path.read_bytes()
+    path.write_bytes(data[132:])
+    np.testing.assert_array_equal(read_image_file(path), expected)
+    cv2.imwrite(str(tmp_path / "b.png"), ramp)
+    named = (tmp_path / "b.png").rename(tmp_path / "b.dcm")
+    with pytest.raises(DataError, match="named as DICOM, but its content is PNG"):
+        read_image_file(named)
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=r"a\.dcm"):
+        read_image_file(path)
+
+
+def test_what_cannot_be_seen_or_may_be_inverted_is_said(tmp_path: Path, caplog) -> None:
+    flat = np.full((4, 4), 7, np.uint16)
+    assert read_image_file(_write_dicom(tmp_path / "a.dcm", flat)).max() == 0
+    assert "all pixels are equal" in caplog.text
+    read_image_file(_write_dicom(tmp_path / "b.dcm", RAMP, PresentationLUTShape="INVERSE"))
+    assert "INVERSE" in caplog.text
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_alpha_counts_in_no_percentile(tmp_path: Path, channels: int) -> None:
+    from PIL import Image
+
+    if channels == 2:
+        Image.fromarray(np.dstack([np.uint8(RAMP // 16), np.full((10, 10), 9, np.uint8)])).save(
+            tmp_path / "a.png"
+        )
+        np.testing.assert_array_equal(read_image_file(tmp_path / "a.png"), RAMP // 16)
+        return
+    deep = np.dstack([RAMP, RAMP, RAMP, np.full((10, 10), 65535, np.uint16)])
+    cv2.imwrite(str(tmp_path / "a.png"), deep)
+    # Percentiles of three channels lie a little elsewhere between the values than those of one.
+    np.testing.assert_allclose(read_image_file(tmp_path / "a.png"), to_uint8(RAMP), atol=3)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path: Path, turn: int) -> None:
+    from PIL import Image, ImageOps
+
+    image = Image.fromarray(np.uint8(np.arange(48).reshape(6, 8) * 5))
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    image.save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as saved:
+        expected = np.asarray(ImageOps.exif_transpose(saved))
+    np.testing.assert_array_equal(read_image_file(tmp_path / "a.png"), expected)
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".tif", ".webp", ".jfif", ".gif", ".png", ".jpg"])
+def test_other_formats_and_bytes_after_the_end(
+    tmp_path: Path, ramp: np.ndarray, suffix: str
+) -> None:
+    from PIL import Image
+
+    kind = {".jfif": "JPEG", ".jpg": "JPEG", ".tif": "TIFF"}.get(suffix, suffix[1:].upper())
+    options = {"lossless": True} if kind == "WEBP" else {}
+    Image.fromarray(ramp).save(tmp_path / f"a{suffix}", kind, **options)
+    image = read_image_file(tmp_path / f"a{suffix}")
+    assert np.abs(image.astype(int) - ramp).max() < 6
+    if kind in ("PNG", "JPEG"):
+        with (tmp_path / f"a{suffix}").open("ab") as file:
+            file.write(bytes(5000))
+        np.testing.assert_array_equal(read_image_file(tmp_path / f"a{suffix}"), image)
+
+
+def test_white_is_zero_in_a_deep_tiff(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    cv2.imwrite(str(path), RAMP, [cv2.IMWRITE_TIFF_COMPRESSION, 1])
+    black = read_image_file(path)
+    entry = (262).to_bytes(2, "little") + (3).to_bytes(2, "little") + (1).to_bytes(4, "little")
+    data = path.read_bytes()
+    at = data.index(entry) + len(entry)
+    assert data[at] == 1
+    path.write_bytes(data[:at] + b"\0" + data[at + 1 :])
+    np.testing.assert_allclose(read_image_file(path), 255 - black, atol=1)
+
+
+def test_a_large_deep_image_takes_little_memory(tmp_path: Path) -> None:
+    import tracemalloc
+
+    deep = np.arange(4280 * 3520, dtype=np.uint32).reshape(4280, 3520).astype(np.uint16)
+    tracemalloc.start()
+    levels = to_uint8(deep)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60 << 20
+    assert (levels.min(), levels.max()) == (0, 255)
+
+
+def test_the_made_files_that_failed(shared_dir: Path) -> None:
+    """Gray levels of each, in ../shared/trials."""
+    trials = shared_dir / "trials"
+    if not trials.is_dir():
+        pytest.skip(f"no made files under {trials}")
+    whole = ("no_preamble", "padding_65535", "window_outside_data", "window_width_0", "plain")
+    for name in (*whole, "voilut_says16_holds12"):
+        assert len(np.unique(read_image_file(trials / "dicom" / f"{name}.dcm"))) == 96, name
+    for name in ("rgba16.png", "grey16_ok.png", "grey16_tRNS.png", "miniswhite8.tif"):
+        assert len(np.unique(read_image_file(trials / "image" / name))) == 96, name
+    ok, trailer = (read_image_file(trials / "image" / f"{n}.jpg") for n in ("ok", "trailer_5000"))
+    np.testing.assert_array_equal(ok, trailer)
+    assert read_image_file(trials / "image" / "exif_orientation_6.jpg").shape == (90, 60)
 
 
 def test_damaged_dicom(tmp_path: Path) -> None:

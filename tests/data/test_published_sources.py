@@ -194,6 +194,15 @@ class TestCovidx:
         patients = [r.patient for r in source.records[:3]]
         assert patients == ["cohen/1", "cohen/1", "fig1/1"]  # numbers are the source's own
 
+    def test_patients_of_several_words_and_images_listed_twice(self, tmp_path: Path) -> None:
+        self.make(tmp_path, "train.txt", "test.txt")
+        lines = ("COVID 1 a.png COVID-19 sirm", "x b.png normal rsna", "y b.png normal rsna")
+        write(tmp_path / "train.txt", *lines, "y c.png pneumonia rsna")
+        records = open_source(f"covidx:{tmp_path}").records[:3]
+        assert [Path(r.key).name for r in records] == ["a.png", "b.png", "c.png"]
+        assert records[0].patient == "sirm/COVID 1"
+        assert records[1].patient == records[2].patient == "rsna/x"
+
     def test_versions(self, tmp_path: Path) -> None:
         self.make(tmp_path, "labels/train_COVIDx9A.txt", "labels/test_COVIDx8A.txt")
         assert len(open_source(f"covidx:{tmp_path}")) == 7

@@ -98,6 +98,33 @@ class TestFolder:
         assert source.read_image(source.records[0]).shape == (40, 60)
         assert source.read_mask(source.records[0]) is None
 
+    def test_what_is_left_out_is_counted(self, tmp_path: Path, caplog) -> None:
+        for name in ("sick/a.bmp", "sick/b.tif", "well/a.webp"):
+            write_image(tmp_path / name)
+        for name in ("sick/a.xyz", "sick/b.xyz", "odd/notes"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        (tmp_path / "well" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+        assert len(open_source(f"folder:{tmp_path}")) == 3
+        assert "left out: 1 of .png, 2 of .xyz, 1 of no suffix" in caplog.text
+        assert "no image in the folders of classes odd" in caplog.text
+
+    @pytest.mark.parametrize("sides", [("train", "test"), ("train", "val", "test")], ids=str)
+    def test_folders_of_a_published_split(
+        self, tmp_path: Path, sides: tuple[str, ...], caplog
+    ) -> None:
+        for side in sides:
+            write_image(tmp_path / side / "NORMAL" / f"IM-0115-{side}.png")
+            write_image(tmp_path / side / "PNEUMONIA" / f"person3_virus_{side}.png")
+        source = open_source(f"folder:{tmp_path}")
+        assert source.classes == ("NORMAL", "PNEUMONIA")
+        other = sides[1]
+        assert {(r.key.partition("/")[0], r.split) for r in source.records} == {
+            ("train", "train"), (other, "validation"),
+        }  # fmt: skip
+        assert {r.patient for r in source.records} == {"IM-0115", "person3"}
+        assert ("the images of test are left out" in caplog.text) == (len(sides) == 3)
+
     def test_unknown_label_is_named(self, tmp_path: Path) -> None:
         write_image(tmp_path / "sick" / "a.png")
         write_image(tmp_path / "odd" / "a.png")
@@ -187,6 +214,34 @@ class TestTable:
         source = open_source(f"csv:{write_table(tmp_path / 't.csv', rows)}")
         with pytest.raises(DataError, match="mask of 20x20 pixels for an image of 60x40"):
             source.read_mask(source.records[0])
+
+    @pytest.mark.parametrize(
+        "column", ["patient_id", "PatientID", "patientid", "Patient ID", "subject", "subject_id"]
+    )
+    def test_spellings_of_the_patient(self, tmp_path: Path, column: str, caplog) -> None:
+        rows = [
+            {"file": f"{i}.png", "label": "ab"[i % 2], column: patient}
+            for i, patient in enumerate(["p1", "p1", "", "NaN", "N/A", "p2"])
+        ]
+        records = open_source(f"csv:{write_table(tmp_path / 'l.csv', rows)}").records
+        found = [r.patient for r in records]
+        assert found == ["p1", "p1", "2.png", "3.png", "4.png", "p2"]
+        assert f"patients are taken from the column {column.lower()}" in caplog.text
+
+    def test_columns_that_look_like_a_patient_are_named(self, tmp_path: Path, caplog) -> None:
+        row = {"file": "1.png", "label": "a", "patient_age": "3", "MRN": "7"}
+        open_source(f"csv:{write_table(tmp_path / 'l.csv', [row])}")
+        assert "each image is its own patient; not used: patient_age, mrn" in caplog.text
+        caplog.clear()
+        open_source(f"csv:{write_table(tmp_path / 'm.csv', [row | {'patient': 'x'}])}")
+        assert "from the column patient; not used: patient_age, mrn" in caplog.text
+
+    def test_the_made_table_that_leaked(self, shared_dir: Path) -> None:
+        table = shared_dir / "trials" / "csv" / "patient_id.csv"
+        if not table.is_file():
+            pytest.skip(f"no made table at {table}")
+        records = open_source(f"csv:{table}").records
+        assert len({r.patient for r in records}) < len(records)
 
     def test_lungs_folder_and_patients_joined_by_tag(self, tmp_path: Path) -> None:
         rows = [

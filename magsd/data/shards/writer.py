@@ -14,7 +14,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from magsd.data.images import IMAGE_SUFFIXES, decode_image, is_dicom
+from magsd.data.dicom import is_dicom
+from magsd.data.images import IMAGE_SUFFIXES, decode_image
 from magsd.data.record import Record
 from magsd.data.shards.index import INDEX, webdataset
 from magsd.data.sources.base import FileSource, Source

@@ -61,7 +61,8 @@ class CovidxSource(PublishedSource):
 
     def _read(self, path: Path, folder: str, side: Side) -> Iterator[Record]:
         for words in read_words(path, 3):
-            # "patient file class source"; the first lists have no source.
-            patient, *file, label, source = words if len(words) > 3 else [*words, "unnamed"]
-            image = self.folder / folder / " ".join(file)
-            yield self._record(image, label, patient=f"{source}/{patient}", split=side)
+            # "patient file class source", the patient perhaps of several words; the first lists
+            # have no source.
+            *patient, file, label, source = words if len(words) > 3 else [*words, "unnamed"]
+            name = f"{source}/{' '.join(patient)}"
+            yield self._record(self.folder / folder / file, label, patient=name, split=side)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from magsd.data.darwin import DarwinAnnotation, read_darwin
 from magsd.data.record import MaskKind, Record
 from magsd.data.sources.base import FileSource, Options, merge_patients
-from magsd.data.sources.folder import find_files, find_images
+from magsd.data.sources.folder import PATIENT_IN_NAME, find_files, find_images
 from magsd.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -30,10 +29,6 @@ CLASS_OF_TAG = {
     "Healthy": "Healthy",
     "No Pneumonia (healthy)": "Healthy",
 }
-
-
-# The set's radiographs of children (Kermany et al., 2018) name the patient in the file's name.
-_PATIENT_IN_NAME = re.compile(r"(person\d+)_|((?:NORMAL2-)?IM-\d+)-")
 
 
 class DarwinSource(FileSource):
@@ -109,7 +104,7 @@ def class_of(annotation: DarwinAnnotation) -> str | None:
 
 
 def _patients_in_names(annotation: DarwinAnnotation) -> tuple[str, ...]:
-    found = (_PATIENT_IN_NAME.match(PurePosixPath(name).name) for name in annotation.names)
+    found = (PATIENT_IN_NAME.match(PurePosixPath(name).name) for name in annotation.names)
     return tuple(match[1] or match[2] for match in found if match)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from abc import abstractmethod
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magsd.data.record import MaskKind, Record, Side
-from magsd.data.sources.base import FileSource
+from magsd.data.sources.base import FileSource, merge_patients
 from magsd.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class PublishedSource(FileSource):
         self._boxes: dict[str, tuple[Box, ...]] = {}
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; {self._where()}")
-        records = tuple(dict.fromkeys(self._find()))  # some lists name an image twice
+        records = _one_per_image(self._find())
         self._report_missing(records)
         self._set_records(records, origin=str(folder), classes=classes, limit=limit)
 
@@ -142,3 +143,20 @@ class PublishedSource(FileSource):
     def fingerprint(self, record: Record) -> str:
         """Identity of the image file and of the boxes."""
         return f"{super().fingerprint(record)}:{self._boxes.get(record.key, ())}"
+
+
+def _one_per_image(records: Iterable[Record]) -> tuple[Record, ...]:
+    """Some lists name an image twice: one record, whose patients are one.
+
+    Records that differ in more than the patient both stay, for the error that names them.
+    """
+    first: dict[str, Record] = {}
+    patients: dict[str, set[str]] = {}
+    others = []
+    for record in records:
+        kept = first.setdefault(record.key, record)
+        patients.setdefault(record.key, set()).add(record.patient)
+        if dataclasses.replace(record, patient=kept.patient) != kept:
+            others.append(record)
+    found = [*first.values(), *others]
+    return merge_patients(found, [patients[record.key] for record in found])

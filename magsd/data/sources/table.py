@@ -18,12 +18,29 @@ from magsd.data.sources.rows import read_rows
 from magsd.errors import DataError
 
 _REQUIRED = ("file", "label")
+#: Spellings of the patient column, without what is neither letter nor digit, the first one found.
+_PATIENT = (
+    "patient",
+    "patientid",
+    "patientno",
+    "patientnumber",
+    "subject",
+    "subjectid",
+    "personid",
+)
+#: A column with one of these in its name may hold patients, too.
+_LIKE_PATIENT = ("patient", "subject", "person", "mrn")
+#: What stands for no patient.
+_NOBODY = {"", "nan", "na", "n/a", "none", "null"}
 _ADVICE = " (file and label are needed, patient and mask may follow)"
 _log = logging.getLogger(__name__)
 
 
 class TableSource(FileSource):
     """Images listed in a CSV with the columns file, label and optional patient, mask.
+
+    patient: under any usual spelling (patient_id, PatientID, subject ...), which is said; nan, NA,
+    None and empty stand for no patient: the image is its own.
 
     file, mask: paths relative to the CSV's folder, or absolute. mask: an image that is above 0
     in the lesion, or Darwin JSON with the lungs. Without a mask column, ``lungs/<stem>.json``
@@ -38,6 +55,7 @@ class TableSource(FileSource):
         rows = read_rows(path, _REQUIRED, advice=_ADVICE)
         self._masks: dict[str, Path] = {}
         self._annotations: dict[str, DarwinAnnotation] = {}
+        self._patient = _patient_column(path, list(rows[0][1]))
         records, identities = [], []
         for line, row in rows:
             record = self._record(path, line, row)
@@ -55,7 +73,9 @@ class TableSource(FileSource):
         if not file or not label:
             raise DataError(f"{table}, line {line}: file or label is empty")
         key = PurePosixPath(file.replace("\\", "/")).as_posix()
-        patient = (row.get("patient") or "").strip() or key
+        patient = row.get(self._patient, "").strip()
+        if patient.lower() in _NOBODY:
+            patient = key
         record = Record(key, label, patient, table.parent / key)
         mask = self._find_mask(table, row, key)
         if mask is None:
@@ -92,3 +112,21 @@ class TableSource(FileSource):
                 f" an image of {width}x{height}"
             )
         return mask
+
+
+def _patient_column(table: Path, columns: Sequence[str]) -> str:
+    """The column of the patients; a warning names it, and columns that look like one."""
+    plain = {"".join(filter(str.isalnum, name)): name for name in reversed(columns)}
+    found = next((plain[name] for name in _PATIENT if name in plain), "patient")
+    others = [
+        name for name in columns if name != found and any(word in name for word in _LIKE_PATIENT)
+    ]
+    if found not in columns:
+        taken = "each image is its own patient"
+    else:
+        taken = f"patients are taken from the column {found}"
+    if others:
+        _log.warning("%s: %s; not used: %s", table, taken, ", ".join(others))
+    elif found in columns and found != "patient":
+        _log.warning("%s: %s", table, taken)
+    return found
