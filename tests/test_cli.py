@@ -321,6 +321,15 @@ def test_folder_that_is_no_run(command: str, tmp_path: Path) -> None:
         run(command, tmp_path, *extra)
 
 
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_json_replaces_no_other_file(command: str, trained: Path, tmp_path: Path) -> None:
+    image = tmp_path / "image.png"
+    image.write_bytes(b"\x89PNG")
+    with pytest.raises(DataError, match=r"image\.png: that is there and no JSON"):
+        run(command, trained, *([image] if command == "predict" else []), "--json", image)
+    assert image.read_bytes() == b"\x89PNG"
+
+
 def test_corrupt_checkpoint_is_said(warm_process: Process, trained: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)

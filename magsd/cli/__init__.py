@@ -11,7 +11,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from magsd.cli.common import SOURCES, make_console, report_bad, select_images, training_config
+from magsd.cli.common import (
+    SOURCES,
+    check_json_file,
+    make_console,
+    report_bad,
+    select_images,
+    training_config,
+)
 from magsd.errors import ConfigError, DataError, MagsdError
 from magsd.launch import launched, process_rank
 
@@ -163,6 +170,7 @@ def evaluate(
     from magsd.training.report import draw_confusion, evaluate_run, evaluate_shards
     from magsd.training.run import load_run
 
+    check_json_file(json_file)
     console = make_console()
     loaded = load_run(run, overrides=tuple(overrides or ()))
     validation = loaded.config.data.validation or loaded.config.data.source
@@ -207,6 +215,7 @@ def predict(
     from magsd.training.checkpoint import disk_full_as_error
     from magsd.training.run import load_run
 
+    check_json_file(json_file)
     console = make_console()
     loaded = load_run(run, overrides=() if device is None else (f"train.device={device}",))
     bad: list[tuple[str, str]] = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from magsd.errors import DataError
@@ -93,6 +95,16 @@ def select_images(
         soft_wrap=True,
     )
     return cache, indices, own
+
+
+def check_json_file(path: Path | None) -> None:
+    """Raise DataError, before long work, where a file is in the way that is no JSON."""
+    if path is None or not path.exists():
+        return
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"--json {path}: that is there and no JSON; it is not replaced") from error
 
 
 def report_bad(console: Console, bad: list[tuple[str, str]]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ OUTLINE = (90, 230, 215)
 BOX = (255, 255, 255)
 # Shorter side of a drawn picture in pixels: outlines of small inputs are smooth in print, too.
 DRAW_SIZE = 672
+# Bytes of a PNG before its first chunk that may be of any kind; a keyword and a text.
+_HEADER, _MARK = 33, b"Software\0magsd"
 # The names that `save_items` gives its pictures.
 _NUMBERED = re.compile(r"\d{3,}_[\w-]*\.png")
 
@@ -171,8 +175,24 @@ def save_overlay(path: str | Path, item: OverlayItem, *, size: int = DRAW_SIZE) 
         raise OSError(f"OpenCV could not encode {path}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.tobytes())
+    path.write_bytes(_marked(buffer.tobytes()))
     return path
+
+
+def is_overlay(path: Path) -> bool:
+    """Whether `save_overlay` wrote a file."""
+    try:
+        with path.open("rb") as file:
+            return _MARK in file.read(_HEADER + len(_MARK) + 12)
+    except OSError:
+        return False
+
+
+def _marked(png: bytes) -> bytes:
+    """A PNG that says in its first chunk what wrote it."""
+    chunk = b"tEXt" + _MARK
+    length, checksum = struct.pack(">I", len(_MARK)), struct.pack(">I", zlib.crc32(chunk))
+    return png[:_HEADER] + length + chunk + checksum + png[_HEADER:]
 
 
 def save_items(

@@ -17,7 +17,7 @@ from magsd.data.images import read_image_file
 from magsd.errors import DataError, RunError
 from magsd.evaluation.evaluate import refined_logits
 from magsd.evaluation.metrics import probabilities_of
-from magsd.evaluation.overlay import OverlayItem, save_overlay
+from magsd.evaluation.overlay import OverlayItem, is_overlay, save_overlay
 from magsd.models.classifier import Classifier
 from magsd.models.config import Preprocessing
 from magsd.runtime import CPU, Runtime
@@ -50,6 +50,7 @@ def predict_images(
     """Probabilities of image files, in their order, and PNG overlays where a folder is given.
 
     classes and preprocessing default to those the model was saved with (RunError without any).
+    No file is replaced that is not such an overlay (DataError, before the first image is read).
     refine: use the mean of the logits of the image and of its mix-up view. A file that cannot be
     read is a DataError that names it; with `on_bad` (called with path and reason) it is left out.
     The model is expected on the runtime's device.
@@ -59,6 +60,12 @@ def predict_images(
     if on_bad is None:
         _check_present(files)
     overlays = _overlay_names(files, Path(overlay_dir)) if overlay_dir is not None else None
+    for path in overlays or ():
+        if path.exists() and not is_overlay(path):
+            raise DataError(
+                f"{path} is there and no overlay of magsd: it is not replaced;"
+                " choose another folder for the overlays"
+            )
     predictions = []
     with runtime.inference(model):
         for rows, originals in _decoded(files, batch_size, on_bad):

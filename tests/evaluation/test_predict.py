@@ -95,6 +95,24 @@ def test_model_without_names(files):
         predict_images(model, files, classes=("a", "b"), preprocessing=Preprocessing(64, None))
 
 
+def test_a_radiograph_is_not_replaced(model, cache, tmp_path):
+    """Nor any other file; overlays of before are."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("x.png", "y.jpg"):
+        cv2.imwrite(str(folder / name), cache.images[0])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(DataError, match=r"x\.png is there and no overlay"):
+        predict_images(model, [folder / "x.png"], overlay_dir=folder)
+    (folder / "y.png").write_bytes(b"somebody's")
+    with pytest.raises(DataError, match=r"y\.png is there and no overlay"):
+        predict_images(model, [folder / "y.jpg"], overlay_dir=folder)
+    assert all((folder / name).read_bytes() == data for name, data in before.items())
+    for _ in range(2):
+        [prediction] = predict_images(model, [folder / "y.jpg"], overlay_dir=tmp_path / "out")
+        assert prediction.overlay.is_file()
+
+
 def test_written_overlays_take_the_classes_in_turn(model, cache, classes, tmp_path):
     model.train()
     sheet = write_overlays(
