@@ -236,6 +236,43 @@ class TestTable:
         open_source(f"csv:{write_table(tmp_path / 'm.csv', [row | {'patient': 'x'}])}")
         assert "from the column patient; not used: patient_age, mrn" in caplog.text
 
+    @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+    def test_delimiters_and_encodings(
+        self, tmp_path: Path, delimiter: str, encoding: str, caplog
+    ) -> None:
+        rows = [("file", "label", "", ""), ("1.png", "neumonía", "", ""), ("2.png", "sano", "", "")]
+        text = "\r\n".join(delimiter.join(row) for row in rows) + "\r\n"
+        for prefix in ("", f"sep={delimiter}\r\n"):
+            (tmp_path / "l.csv").write_bytes((prefix + text).encode(encoding))
+            source = open_source(f"csv:{tmp_path / 'l.csv'}")
+            assert [r.label for r in source.records] == ["neumonía", "sano"]
+        assert ("read as Latin-1" in caplog.text) == (encoding == "latin-1")
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ('1.png,a,p\n2.png,a,"p\n3.png,b,q\n', "line 3: no CSV .*quote"),
+            ('1.png,a,"p"q\n', "line 2: no CSV .*quote"),
+            ("1.png,a,p\n2.png,a,p,x\n", "line 3: 4 cells under 3 columns"),
+            ("1.png,a,p\n\0.png,a,p\n", "line 3: a NUL byte"),
+            ('1.png,"a\nb",p\n', "line 3: file or label has several lines"),
+            ("x/1.png,a,p\nx/../x/1.png,b,q\n", "x/1.png is listed more than once"),
+            (f"{'n' * 300}.png,a,p\n", "line 2: n+: File name too long"),
+        ],
+        ids=["open quote", "stray quote", "long row", "NUL", "two lines", "one file", "long name"],
+    )
+    def test_rows_that_are_wrong(self, tmp_path: Path, rows: str, message: str) -> None:
+        (tmp_path / "l.csv").write_text(f"file,label,patient\n{rows}")
+        (tmp_path / "lungs").mkdir()
+        with pytest.raises(DataError, match=rf"l\.csv.*{message}"):
+            open_source(f"csv:{tmp_path / 'l.csv'}")
+
+    def test_two_columns_of_one_name(self, tmp_path: Path) -> None:
+        (tmp_path / "l.csv").write_text("file,label,Label\n1.png,a,b\n")
+        with pytest.raises(DataError, match="two columns are named 'label'"):
+            open_source(f"csv:{tmp_path / 'l.csv'}")
+
     def test_the_made_table_that_leaked(self, shared_dir: Path) -> None:
         table = shared_dir / "trials" / "csv" / "patient_id.csv"
         if not table.is_file():

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import io
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from magsd.errors import DataError
+
+_DELIMITERS = (",", ";", "\t", "|")
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+_log = logging.getLogger(__name__)
 
 
 def read_rows(
@@ -14,29 +22,88 @@ def read_rows(
 ) -> list[tuple[int, dict[str, str]]]:
     """Line number and columns of every row of a CSV.
 
-    required: columns that must be there. Names of columns are compared, and returned, in lower
-    case without outer spaces. advice: added to the error about a column that is missing. Raises
-    DataError where the file is missing, is no CSV, lacks a column or has no rows.
+    Cells are separated by commas, semicolons, tabs or bars, whichever the header has, or as a first
+    line such as sep=; says; the text is UTF-8, UTF-16, or else Latin-1, with a warning. required:
+    columns that must be there. Names of columns are compared, and returned, in lower case without
+    outer spaces. advice: added to the error about a column that is missing.
+
+    Raises DataError where the file is missing, is no CSV, lacks a column, has two of one name or no
+    rows, or where a row has more cells than the header or a cell that no line ends.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            given = list(reader.fieldnames or [])
-            columns = reader.fieldnames = [name.strip().lower() for name in given]
-            lacking = [name for name in required if name not in columns]
-            if lacking:
-                raise DataError(
-                    f"{path}: no column {' and no column '.join(lacking)}; it has"
-                    f" {', '.join(given) or 'none'}{advice}"
-                )
-            rows = [(reader.line_num, {k: v or "" for k, v in row.items() if k}) for row in reader]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as CSV ({error})") from error
+    lines = list(io.StringIO(_text(path), newline=""))
+    first, delimiter = 0, ""
+    if lines and lines[0].lower().startswith("sep=") and len(lines[0].rstrip("\r\n")) == 5:
+        first, delimiter = 1, lines[0][4]
+    head = lines[first] if len(lines) > first else ""
+    delimiter = delimiter or max(_DELIMITERS, key=head.count)
+    reader = csv.reader(lines[first:], delimiter=delimiter, strict=True)
+    given = _next(path, reader, first)
+    columns = _columns(path, given or [], required, advice)
+    rows = list(_cells(path, reader, columns, first))
     if not rows:
         raise DataError(f"{path}: the table has no rows")
     return rows
+
+
+def _text(path: Path) -> str:
+    """The content of a text file."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        text = data.decode("utf-16" if data.startswith(_UTF_16) else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")
+        _log.warning("%s: not UTF-8; read as Latin-1", path)
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise DataError(f"{path}, line {line}: a NUL byte; save the table as UTF-8 text")
+    return text
+
+
+def _columns(path: Path, given: list[str], required: Sequence[str], advice: str) -> list[str]:
+    """The names of the columns; empty ones at the end are none."""
+    columns = [name.strip().lower() for name in given]
+    while columns and not columns[-1]:
+        columns.pop()
+    lacking = [name for name in required if name not in columns]
+    if lacking:
+        raise DataError(
+            f"{path}: no column {' and no column '.join(lacking)}; it has"
+            f" {', '.join(given) or 'none'}{advice}"
+        )
+    twice = [name for name, count in Counter(columns).items() if count > 1 and name]
+    if twice:
+        raise DataError(f"{path}: two columns are named {twice[0]!r}; rename one of them")
+    return columns
+
+
+def _next(path: Path, reader: Any, first: int) -> list[str] | None:
+    """The next row, or None at the end."""
+    line = first + reader.line_num + 1
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {line}: no CSV ({error}); is a quote stray?") from error
+
+
+def _cells(
+    path: Path, reader: Any, columns: list[str], first: int
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and cells by column, of rows that are not empty."""
+    while (cells := _next(path, reader, first)) is not None:
+        line = first + reader.line_num
+        if any(cells[len(columns) :]):
+            raise DataError(
+                f"{path}, line {line}: {len(cells)} cells under {len(columns)} columns; is one of"
+                " them to be quoted?"
+            )
+        if any(cells):
+            padded = [*cells, *[""] * (len(columns) - len(cells))]
+            yield line, {name: cell for name, cell in zip(columns, padded, strict=False) if name}
 
 
 def read_words(path: Path, at_least: int) -> list[list[str]]:

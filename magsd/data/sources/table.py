@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import posixpath
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -72,12 +73,18 @@ class TableSource(FileSource):
         file, label = row["file"].strip(), row["label"].strip()
         if not file or not label:
             raise DataError(f"{table}, line {line}: file or label is empty")
-        key = PurePosixPath(file.replace("\\", "/")).as_posix()
+        if "\n" in file or "\n" in label:
+            raise DataError(f"{table}, line {line}: file or label has several lines")
+        # One file has one key, however it is written.
+        key = posixpath.normpath(file.replace("\\", "/"))
         patient = row.get(self._patient, "").strip()
         if patient.lower() in _NOBODY:
             patient = key
         record = Record(key, label, patient, table.parent / key)
-        mask = self._find_mask(table, row, key)
+        try:
+            mask = self._find_mask(table, row, key)
+        except OSError as error:
+            raise DataError(f"{table}, line {line}: {file[:50]}: {error.strerror}") from error
         if mask is None:
             return record
         self._masks[key] = mask
