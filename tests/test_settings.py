@@ -196,7 +196,8 @@ def test_trains_evaluates_predicts_and_localizes(
     assert report["raw"]["images"] == report["refined"]["images"] > 0
     images = open_source(config.data.source)
     cv2.imwrite(str(tmp_path / "image.png"), images.read_image(images.records[0]))
-    run("predict", out, tmp_path / "image.png", "--overlay", tmp_path, "--json", tmp_path / "p")
+    overlays = tmp_path / "overlays"
+    run("predict", out, tmp_path / "image.png", "--overlay", overlays, "--json", tmp_path / "p")
     [prediction] = json.loads((tmp_path / "p").read_text())
     assert sum(prediction["probabilities"].values()) == pytest.approx(1, abs=1e-5)
     assert Path(prediction["overlay"]).is_file()

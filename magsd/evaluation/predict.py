@@ -50,7 +50,7 @@ def predict_images(
     """Probabilities of image files, in their order, and PNG overlays where a folder is given.
 
     classes and preprocessing default to those the model was saved with (RunError without any).
-    No file is replaced that is not such an overlay (DataError, before the first image is read).
+    No file is replaced that is not such an overlay (RunError, before the first image is read).
     refine: use the mean of the logits of the image and of its mix-up view. A file that cannot be
     read is a DataError that names it; with `on_bad` (called with path and reason) it is left out.
     The model is expected on the runtime's device.
@@ -62,7 +62,7 @@ def predict_images(
     overlays = _overlay_names(files, Path(overlay_dir)) if overlay_dir is not None else None
     for path in overlays or ():
         if path.exists() and not is_overlay(path):
-            raise DataError(
+            raise RunError(
                 f"{path} is there and no overlay of magsd: it is not replaced;"
                 " choose another folder for the overlays"
             )
