@@ -76,18 +76,18 @@ def tensors(
     """Require tensors of one shape and of `dtypes`, on the device of `like`; they are counted
     from `first`.
     """
-    if not are(values, shape, dtypes, like):
+    if not all_fit(values, shape, dtypes, like):
         for i, value in enumerate(values, first):
             tensor(op, f"{name}[{i}]", value, shape, dtypes, like)
 
 
-def are(
+def all_fit(
     values: Sequence[Any],
     shape: Sequence[Any],
     dtypes: Sequence[torch.dtype],
     like: torch.Tensor,
 ) -> bool:
-    """Whether `tensors` requires nothing that is not so; it has the words for what is wrong."""
+    """Whether `tensors` would accept them; it names what is wrong."""
     device = like.device
     for value in values:
         if not (

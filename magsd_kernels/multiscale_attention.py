@@ -95,7 +95,7 @@ def multiscale_attention(
     shape, dtypes = (main.shape[1],), (main.dtype, torch.float32)
     for name, values in zip(_PARAMETERS, lists, strict=True):
         check.sequence(op, name, values, len(projections))
-    if not check.are([x for values in lists for x in values], shape, dtypes, main):
+    if not check.all_fit([x for values in lists for x in values], shape, dtypes, main):
         for name, values in zip(_PARAMETERS, lists, strict=True):
             check.tensors(op, name, values, shape, dtypes, main)
     height, width = _output_size(op, size, projections)

@@ -76,10 +76,10 @@ def define(
     overload = getattr(torch.ops.magsd, name).default
     if backward is None and name.endswith("_backward"):
         backward = _refusal(name.removesuffix("_backward"))
-    tensors = _Tensors(schema)
+    tensors = _TensorArguments(schema)
     if backward is not None:
         formula = _autograd(
-            overload, kernel, tensors, by_name, setup_context or _keep_nothing, backward
+            overload, kernel, schema, tensors, by_name, setup_context or _keep_nothing, backward
         )
         _library.impl(name, formula, "Autograd", with_keyset=True)
 
@@ -106,7 +106,7 @@ def call_backend(backend: str, operation: str, name: str, arguments: Sequence[An
     return function(*arguments)
 
 
-class _Tensors:
+class _TensorArguments:
     """Which arguments of a schema are tensors."""
 
     def __init__(self, schema: str) -> None:
@@ -115,7 +115,6 @@ class _Tensors:
         self.names = [kinds[i][1] for i in self.places]
         self.lists = [i for i in self.places if kinds[i][0].endswith("[]")]
         self.single = [i for i in self.places if i not in self.lists]
-        self.in_lists_of_results = "[]" in schema.partition("->")[2]
 
     def ask_for_gradients(self, arguments: Sequence[Any]) -> bool:
         """Whether one of them does."""
@@ -145,7 +144,7 @@ class _Tensors:
 
 
 def _autograd(
-    overload: Any, run: Callable[..., Any], tensors: _Tensors, by_name: Any,
+    overload: Any, run: Callable[..., Any], schema: str, tensors: _TensorArguments, by_name: Any,
     setup_context: SetupContext, backward: Backward,
 ) -> Callable[..., Any]:  # fmt: skip
     """The autograd kernel of an operator; `run` is the kernel below it.
@@ -154,7 +153,7 @@ def _autograd(
     one element that goes through it took 1.4 to 1.9 times as long.
     """
     names = tensors.names
-    gives_lists = tensors.in_lists_of_results
+    gives_lists = "[]" in schema.partition("->")[2]
 
     def call(below: Any, arguments: Any) -> Any:
         # Where no mode, transform or special tensor comes between, the dispatcher would only turn

@@ -30,7 +30,7 @@ from magsd.errors import DataError
 
 _FORMAT = 2  # part of the key: raise it when what is stored changes
 #: What decodes images; another version may decode them otherwise, or decode more of them.
-_DECODERS = ("opencv-python-headless", "pillow", "pydicom", "pylibjpeg-openjpeg", "python-gdcm")
+_DECODERS = ("pillow", "pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "python-gdcm")
 _NAMED_BAD = 10
 _log = logging.getLogger(__name__)
 
@@ -172,7 +172,8 @@ class _Settings:
 
 def _cache_key(source: Source, settings: _Settings) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr((_FORMAT, settings, [_version(name) for name in _DECODERS])).encode())
+    decoders = cv2.__version__, *map(_version, _DECODERS)
+    digest.update(repr((_FORMAT, settings, decoders)).encode())
     with _pool() as pool:
         for record, content in zip(
             source.records, pool.map(source.fingerprint, source.records), strict=True

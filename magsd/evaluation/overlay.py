@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,8 @@ from contourpy import LineType, contour_generator
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from magsd.evaluation.localization import Box
 
@@ -29,8 +29,8 @@ OUTLINE = (90, 230, 215)
 BOX = (255, 255, 255)
 # Shorter side of a drawn picture in pixels: outlines of small inputs are smooth in print, too.
 DRAW_SIZE = 672
-# Bytes of a PNG before its first chunk that may be of any kind; a keyword and a text.
-_HEADER, _MARK = 33, b"Software\0magsd"
+# Keyword and text in every picture, by which it is told from others' files.
+_MARK = ("Software", "magsd")
 # The names that `save_items` gives its pictures.
 _NUMBERED = re.compile(r"\d{3,}_[\w-]*\.png")
 
@@ -170,29 +170,22 @@ def fitted(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 def save_overlay(path: str | Path, item: OverlayItem, *, size: int = DRAW_SIZE) -> Path:
     """Write one overlay as PNG and return its path; raises OSError where it cannot be written."""
     picture = overlay_image(item.image, item.saliency, item.mask, boxes=item.boxes, size=size)
-    done, buffer = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    if not done:
-        raise OSError(f"OpenCV could not encode {path}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_marked(buffer.tobytes()))
+    mark = PngInfo()
+    mark.add_text(*_MARK)
+    Image.fromarray(picture).save(path, "PNG", pnginfo=mark)
     return path
 
 
 def is_overlay(path: Path) -> bool:
     """Whether `save_overlay` wrote a file."""
+    keyword, text = _MARK
     try:
-        with path.open("rb") as file:
-            return _MARK in file.read(_HEADER + len(_MARK) + 12)
-    except OSError:
+        with Image.open(path) as image:
+            return image.info.get(keyword) == text
+    except OSError:  # Pillow's, of what is no image, too
         return False
-
-
-def _marked(png: bytes) -> bytes:
-    """A PNG that says in its first chunk what wrote it."""
-    chunk = b"tEXt" + _MARK
-    length, checksum = struct.pack(">I", len(_MARK)), struct.pack(">I", zlib.crc32(chunk))
-    return png[:_HEADER] + length + chunk + checksum + png[_HEADER:]
 
 
 def save_items(

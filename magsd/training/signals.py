@@ -30,7 +30,7 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
-    def outlast_the_others(self) -> None:
+    def ignore_sigterm(self) -> None:
         """Ignore SIGTERM from now on, after the context as well.
 
         For a process that is about to end: torchrun sends SIGTERM to all processes as soon as one

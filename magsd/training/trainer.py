@@ -155,7 +155,7 @@ class Trainer:
                 self._finish_epoch(log, progress, stop)
         except _Stop as request:
             if self.team.size > 1:
-                stop.outlast_the_others()
+                stop.ignore_sigterm()
             self.save_last()
             raise Interrupted(request.signum, self.folder.last) from None
 

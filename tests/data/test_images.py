@@ -197,6 +197,32 @@ def test_a_table_is_scaled_by_its_largest_entry(tmp_path: Path, bits: int) -> No
     np.testing.assert_allclose(image, RAMP / 4095 * 255, atol=1)
 
 
+@pytest.mark.parametrize("kind", ["RLELossless", "JPEG2000Lossless", "JPEGBaseline8Bit"])
+def test_compressed_dicom(tmp_path: Path, kind: str) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.encaps import encapsulate
+
+    stored = RAMP.repeat(8, 0).repeat(8, 1)
+    path = _write_dicom(tmp_path / "a.dcm", stored)
+    expected, dataset = read_image_file(path), pydicom.dcmread(path)
+    syntax = getattr(pydicom.uid, kind)
+    if kind == "JPEGBaseline8Bit":
+        small = np.uint8(stored // 16)
+        _, jpeg = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 100])
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8, 8, 7
+        dataset.file_meta.TransferSyntaxUID = syntax
+        dataset.PixelData = encapsulate([jpeg.tobytes()])
+        dataset["PixelData"].VR = "OB"
+    else:
+        if kind == "JPEG2000Lossless":
+            pytest.importorskip("pylibjpeg")
+            pytest.importorskip("openjpeg")
+        dataset.compress(syntax)
+    dataset.save_as(path)
+    atol = 6 if kind == "JPEGBaseline8Bit" else 0
+    np.testing.assert_allclose(read_image_file(path).astype(int), expected, atol=atol)
+
+
 def test_dicom_without_preamble_and_what_is_none(tmp_path: Path, ramp: np.ndarray) -> None:
     path = _write_dicom(tmp_path / "a.dcm", RAMP)
     expected, data = read_image_file(path), path.read_bytes()

@@ -249,6 +249,11 @@ class TestTable:
             assert [r.label for r in source.records] == ["neumonía", "sano"]
         assert ("read as Latin-1" in caplog.text) == (encoding == "latin-1")
 
+    def test_a_header_with_other_delimiters_in_its_names(self, tmp_path: Path) -> None:
+        (tmp_path / "l.csv").write_text('"file";"label";"a, b, c, d"\n1.png;x;y\n')
+        (record,) = open_source(f"csv:{tmp_path / 'l.csv'}").records
+        assert (record.key, record.label) == ("1.png", "x")
+
     @pytest.mark.parametrize(
         ("rows", "message"),
         [

@@ -292,7 +292,7 @@ def test_two_go_on_where_one_stopped(
 
 
 @pytest.mark.parametrize("came", [False, True], ids=["to another process", "to this one"])
-def test_who_is_about_to_end_outlasts_the_others(came: bool) -> None:
+def test_a_process_about_to_end_ignores_sigterm(came: bool) -> None:
     """Whether the signal came to it or not; an impatient SIGINT still ends it."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -300,7 +300,7 @@ def test_who_is_about_to_end_outlasts_the_others(came: bool) -> None:
             if came:
                 os.kill(os.getpid(), signal.SIGTERM)
             assert bool(stop) == came
-            stop.outlast_the_others()
+            stop.ignore_sigterm()
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert signal.getsignal(signal.SIGINT) == before[signal.SIGINT]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from collections import Counter
@@ -75,7 +76,7 @@ def _find_split(folder: Path, sides: dict[Path, Side]) -> Iterator[Record]:
         for record in _find(path, folder):
             name = PATIENT_IN_NAME.match(Path(record.key).name)
             patient = (name[1] or name[2]) if name else record.key
-            yield Record(record.key, record.label, patient, record.path, split=side)
+            yield dataclasses.replace(record, patient=patient, split=side)
 
 
 def _find(folder: Path, root: Path) -> Iterator[Record]:
@@ -83,27 +84,21 @@ def _find(folder: Path, root: Path) -> Iterator[Record]:
     others: Counter[str] = Counter()
     empty = []
     for child in _subfolders(folder):
-        images = find_images(child)
-        for path in images:
-            key = path.relative_to(root).as_posix()
-            yield Record(key=key, label=child.name, patient=key, path=path)
-        if not images:
+        labeled = 0
+        for path in _visible(child):
+            if _is_file_of(path, IMAGE_SUFFIXES):
+                labeled += 1
+                key = path.relative_to(root).as_posix()
+                yield Record(key=key, label=child.name, patient=key, path=path)
+            elif not path.is_dir():
+                others[path.suffix.lower() or "no suffix"] += 1
+        if not labeled:
             empty.append(child.name)
-        others.update(p.suffix.lower() or "no suffix" for p in _other_files(child))
     if others:
         kinds = ", ".join(f"{count} of {kind}" for kind, count in sorted(others.items()))
         _log.warning("%s: files that are no images are left out: %s", folder, kinds)
     if empty:
         _log.warning("%s: no image in the folders of classes %s", folder, ", ".join(empty))
-
-
-def _other_files(folder: Path) -> Iterator[Path]:
-    """Files, and links that lead nowhere, which are not found as images; hidden ones apart."""
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        image = path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-        if not hidden and not image and not path.is_dir():
-            yield path
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -113,10 +108,17 @@ def find_images(folder: Path) -> list[Path]:
 
 def find_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     """The files under `folder` with one of the suffixes, sorted; hidden ones are left out."""
+    return [path for path in _visible(folder) if _is_file_of(path, suffixes)]
+
+
+def _visible(folder: Path) -> list[Path]:
+    """All that lies under a folder, sorted; what is hidden, or in a hidden folder, is left out."""
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
+
+
+def _is_file_of(path: Path, suffixes: frozenset[str]) -> bool:
+    return path.suffix.lower() in suffixes and path.is_file()

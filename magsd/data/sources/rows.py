@@ -35,7 +35,7 @@ def read_rows(
     if lines and lines[0].lower().startswith("sep=") and len(lines[0].rstrip("\r\n")) == 5:
         first, delimiter = 1, lines[0][4]
     head = lines[first] if len(lines) > first else ""
-    delimiter = delimiter or max(_DELIMITERS, key=head.count)
+    delimiter = delimiter or _delimiter(head, required)
     reader = csv.reader(lines[first:], delimiter=delimiter, strict=True)
     given = _next(path, reader, first)
     columns = _columns(path, given or [], required, advice)
@@ -43,6 +43,16 @@ def read_rows(
     if not rows:
         raise DataError(f"{path}: the table has no rows")
     return rows
+
+
+def _delimiter(head: str, required: Sequence[str]) -> str:
+    """The one under which the header has most of the required columns, else most columns."""
+
+    def columns(delimiter: str) -> tuple[int, int]:
+        names = [name.strip().lower() for name in next(csv.reader([head], delimiter=delimiter), [])]
+        return sum(name in names for name in required), len(names)
+
+    return max(_DELIMITERS, key=columns)
 
 
 def _text(path: Path) -> str:
