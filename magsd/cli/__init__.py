@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -71,8 +72,8 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("magsd: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(": ".join(["magsd: interrupted", *map(str, stopped.args)]), file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except BrokenPipeError:
         # Whoever read the output is gone; Python's own flush at exit must not complain again.
@@ -133,7 +134,7 @@ def train(
     except Interrupted as stopped:
         console.print(
             f"{signal.Signals(stopped.signum).name}: the step was finished and the state saved; "
-            f"resume with: magsd train --resume --out {folder}",
+            f"resume with: magsd train --resume --out {shlex.quote(str(folder))}",
             highlight=False,
             soft_wrap=True,
         )
@@ -166,11 +167,22 @@ def evaluate(
     """Measure a run's best model: raw and refined logits, and attention inside masks."""
     from magsd.data.run_data import same_source
     from magsd.data.shards import is_shards
-    from magsd.training.checkpoint import disk_full_as_error
-    from magsd.training.report import draw_confusion, evaluate_run, evaluate_shards
+    from magsd.outputs import check_folder, disk_errors, has_mark, write_text
+    from magsd.training.report import PLOTS, draw_confusion, evaluate_run, evaluate_shards
     from magsd.training.run import load_run
+    from magsd.training.run_folder import RunFolder
 
-    check_json_file(json_file)
+    check_json_file(json_file, "classes", "raw")
+    if plots is not None:
+        check_folder(
+            plots,
+            "--plots",
+            writes=PLOTS,
+            is_own=lambda folder: has_mark(folder / PLOTS[0]),
+        )
+    else:
+        RunFolder(run).require_run()
+        check_folder(RunFolder(run).plots, "plots:")
     console = make_console()
     loaded = load_run(run, overrides=tuple(overrides or ()))
     validation = loaded.config.data.validation or loaded.config.data.source
@@ -183,12 +195,11 @@ def evaluate(
         cache, indices, own = select_images(console, loaded, data)
         report = evaluate_run(loaded, cache, indices)
     console.print(report)
+    if json_file is not None:
+        write_text(json_file, report.to_json())
     folder = plots or loaded.folder.plots / ("validation" if own else "evaluation")
-    with disk_full_as_error(folder, "free some space and run the command again"):
+    with disk_errors(folder, "free some space and run the command again"):
         draw_confusion(report, folder)
-        if json_file is not None:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            report.to_json(json_file)
     console.print(f"plots: {folder}", highlight=False, soft_wrap=True)
 
 
@@ -212,14 +223,16 @@ def predict(
     """Classify image files: probabilities, and where the model looked."""
     from magsd.data.run_data import preprocessing_of
     from magsd.evaluation import predict_images
-    from magsd.training.checkpoint import disk_full_as_error
+    from magsd.outputs import check_folder, disk_errors, write_text
     from magsd.training.run import load_run
 
-    check_json_file(json_file)
+    check_json_file(json_file, "image", "probabilities")
+    if overlay is not None:
+        check_folder(overlay, "--overlay")
     console = make_console()
     loaded = load_run(run, overrides=() if device is None else (f"train.device={device}",))
     bad: list[tuple[str, str]] = []
-    with disk_full_as_error(overlay or Path(), "free some space and run the command again"):
+    with disk_errors(overlay or Path(), "free some space and run the command again"):
         try:
             predictions = predict_images(
                 loaded.model,
@@ -232,10 +245,12 @@ def predict(
             )
         except DataError as error:
             raise DataError(f"{error}; leave out what cannot be read with --skip-bad") from error
-        report_bad(console, bad)
-        if json_file is not None:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps([_as_json(p) for p in predictions], indent=2) + "\n")
+    report_bad(console, bad)
+    if not predictions:
+        raise DataError(f"none of the {len(images)} images can be read")
+    if json_file is not None:
+        items = [_as_json(prediction) for prediction in predictions]
+        write_text(json_file, json.dumps(items, indent=2, allow_nan=False) + "\n")
     _print_predictions(console, predictions, loaded)
 
 

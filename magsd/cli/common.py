@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from magsd.errors import DataError
+from magsd.outputs import check_file, has_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,14 +97,13 @@ def select_images(
     return cache, indices, own
 
 
-def check_json_file(path: Path | None) -> None:
-    """Raise DataError, before long work, where a file is in the way that is no JSON."""
-    if path is None or not path.exists():
-        return
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"--json {path}: that is there and no JSON; it is not replaced") from error
+def check_json_file(path: Path | None, *keys: str) -> None:
+    """Raise RunError, before long work, where a report cannot be written, or another file is there.
+
+    keys: what a report of the command holds.
+    """
+    if path is not None:
+        check_file(path, "--json", is_own=lambda file: has_json(file, *keys))
 
 
 def report_bad(console: Console, bad: list[tuple[str, str]]) -> None:

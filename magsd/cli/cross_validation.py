@@ -57,7 +57,14 @@ def crossval(
 
     # timm, torchvision and the like take seconds: a wrong key raises its error before that.
     from magsd.crossval.plan import plan_runs
+    from magsd.outputs import check_folder, has_columns
 
+    check_folder(
+        out,
+        "--out",
+        writes=("results.csv", "summary.csv", "summary.md", "summary.tex", "scores.png"),
+        is_own=lambda folder: has_columns(folder / "results.csv", "model", "seed", "fold"),
+    )
     runs = plan_runs(
         out, base, model, seeds=seed_numbers or (), folds=fold_numbers, overrides=pairs
     )
@@ -72,7 +79,7 @@ def _compare(out: Path, runs: list[PlannedRun]) -> None:
     from magsd.crossval.execute import check_images, execute
     from magsd.crossval.report import print_report, write_results, write_summary
     from magsd.crossval.summary import summarize
-    from magsd.training.checkpoint import disk_full_as_error
+    from magsd.outputs import disk_errors
     from magsd.training.run_folder import RunFolder
     from magsd.training.trainer import Interrupted
 
@@ -83,7 +90,7 @@ def _compare(out: Path, runs: list[PlannedRun]) -> None:
     whole.lock()  # a second call would take the first one's runs for failed
     try:
         outcomes = execute(runs, console)
-        with disk_full_as_error(out, "every run is kept; free some space, give the command again"):
+        with disk_errors(out, "every run is kept; free some space, give the command again"):
             write_results(out / "results.csv", outcomes)
             summary = summarize(outcomes)
             write_summary(out, summary)

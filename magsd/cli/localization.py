@@ -45,9 +45,15 @@ def localize(
     from magsd.evaluation.examples import draw_boxes
     from magsd.evaluation.localization import localization_report, localize, write_boxes
     from magsd.evaluation.tables import map_scores_table
-    from magsd.training.checkpoint import disk_full_as_error
+    from magsd.outputs import check_folder, disk_errors, has_json
     from magsd.training.run import load_run
 
+    check_folder(
+        out,
+        "--out",
+        writes=("localization.json", "boxes.csv", "overlays"),
+        is_own=lambda folder: has_json(folder / "localization.json", "threshold", "per_class"),
+    )
     console = make_console()
     loaded = load_run(run, overrides=tuple(overrides or ()))
     cache, indices, _ = select_images(console, loaded, data)
@@ -63,7 +69,7 @@ def localize(
         found, cache.records, loaded.classes, image_size=cache.image_size, **settings
     )
     source = open_source(data or loaded.config.data.source, classes=loaded.classes)
-    with disk_full_as_error(out, "free some space and run the command again"):
+    with disk_errors(out, "free some space and run the command again"):
         out.mkdir(parents=True, exist_ok=True)
         report.to_json(out / "localization.json")
         write_boxes(

@@ -27,14 +27,15 @@ def shards(
     from magsd.data import open_source
     from magsd.data.run_data import split_of
     from magsd.data.shards import write_shards
-    from magsd.training.checkpoint import disk_full_as_error
+    from magsd.outputs import check_folder, disk_errors
 
+    check_folder(out, "--out")
     settings = training_config(list(overrides or ()), None, data, None)
     source = open_source(settings.data.source)
     split = split_of(settings, source.records)
     console = make_console()
     with (
-        disk_full_as_error(out, "free some space and run the command again"),
+        disk_errors(out, "free some space and run the command again"),
         console.status("writing shards") as status,
     ):
         written = write_shards(

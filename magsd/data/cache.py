@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -27,12 +27,14 @@ from magsd.data.images import to_gray
 from magsd.data.record import Record
 from magsd.data.sources.base import Source
 from magsd.errors import DataError
+from magsd.outputs import is_disk_full
 
 _FORMAT = 2  # part of the key: raise it when what is stored changes
 #: What decodes images; another version may decode them otherwise, or decode more of them.
-_DECODERS = ("pillow", "pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "python-gdcm")
+_DECODERS = ("pillow", "simplejpeg", "pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "python-gdcm")
 _NAMED_BAD = 10
 _log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -149,13 +151,13 @@ def load_cache(
     settings = _Settings(image_size, channels, (float(clahe[0]), int(clahe[1])) if clahe else None)
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     folder = root / _cache_key(source, settings)
-    if not _is_current(source, settings, folder):
-        with _disk_errors(root, _bytes_needed(source, settings)):
+    with _disk_errors(root, _bytes_needed(source, settings)):
+        if not _is_current(source, settings, folder):
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / f"{folder.name}.lock"):
                 if not _is_current(source, settings, folder):
                     _fill(source, settings, folder, progress)
-    return _open(source, settings, folder, skip_bad)
+        return _open(source, settings, folder, skip_bad)
 
 
 @dataclass(frozen=True)
@@ -199,17 +201,16 @@ def _bytes_needed(source: Source, settings: _Settings) -> int:
 def _disk_errors(root: Path, needed: int) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, NotImplementedError) as error:  # the latter is filelock's, without locks
+        if is_disk_full(error):
             raise DataError(
                 f"{root}: disk full; the image cache needs {needed:,} bytes there"
                 " (free some, or set MAGSD_CACHE to another folder)"
             ) from error
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            raise DataError(
-                f"{root}: the image cache cannot be written there; set MAGSD_CACHE"
-            ) from error
-        raise
+        raise DataError(
+            f"{root}: the image cache cannot be kept there ({error}); set MAGSD_CACHE to another"
+            " folder"
+        ) from error
 
 
 def _fill(
@@ -220,8 +221,11 @@ def _fill(
 ) -> None:
     """Write the cache next to its final path and rename it; the caller holds its lock."""
     temporary = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
-    shutil.rmtree(folder, ignore_errors=True)
+    for leftover in (temporary, folder):  # of a process that was killed, or damaged
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
     temporary.mkdir()
     try:
         meta = _write_files(source, settings, temporary, progress)
@@ -230,8 +234,12 @@ def _fill(
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(
+                f"images of {source.spec} were being prepared; that starts anew next time"
+            ) from None
         raise
 
 
@@ -266,7 +274,7 @@ def _write_files(
     has_mask: list[bool] = []
     bad: list[tuple[str, str]] = []
     with _pool() as pool:
-        for index, result in enumerate(pool.map(prepare, records)):
+        for index, result in enumerate(_in_order(pool, prepare, records)):
             if isinstance(result, str):
                 bad.append((records[index].key, result))
             else:
@@ -308,9 +316,10 @@ def _shrink(path: Path, array: np.memmap[Any, np.dtype[np.uint8]], rows: int) ->
 
 def _is_current(source: Source, settings: _Settings, folder: Path) -> bool:
     """Whether the cache is complete, and none of the images that it lacks can be read by now."""
-    if not _is_complete(folder, settings):
+    meta = _read_meta(folder)
+    if meta is None or not _is_complete(meta, settings, folder, len(source.records)):
         return False
-    bad = {key for key, _ in json.loads((folder / "meta.json").read_text(encoding="utf-8"))["bad"]}
+    bad = {key for key, _ in meta["bad"]}
     for record in source.records if bad else ():
         if record.key in bad:
             with contextlib.suppress(DataError):
@@ -319,23 +328,41 @@ def _is_current(source: Source, settings: _Settings, folder: Path) -> bool:
     return True
 
 
-def _is_complete(folder: Path, settings: _Settings) -> bool:
-    """Whether the cache is there with files of the right length."""
+def _read_meta(folder: Path) -> dict[str, Any] | None:
+    """What the cache says of itself, or None where it is missing or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        rows = len(meta["kept"])
-        sizes = {"images.bin": rows * int(np.prod(settings.shape))}
-        if meta["masks"]:
-            sizes["masks.bin"] = rows * settings.image_size**2
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+        return {
+            "kept": [int(index) for index in meta["kept"]],
+            "has_mask": [bool(has) for has in meta["has_mask"]],
+            "bad": [(str(key), str(reason)) for key, reason in meta["bad"]],
+            "masks": bool(meta["masks"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_complete(meta: dict[str, Any], settings: _Settings, folder: Path, total: int) -> bool:
+    """Whether all images are accounted for, with files of the right length."""
+    kept = meta["kept"]
+    rows = len(kept)
+    if rows + len(meta["bad"]) != total or not set(kept) <= set(range(total)):
         return False
+    sizes = {"images.bin": rows * int(np.prod(settings.shape))}
+    if meta["masks"]:
+        sizes["masks.bin"] = rows * settings.image_size**2
+    try:
+        found = {name: (folder / name).stat().st_size for name in sizes}
+    except OSError:
+        return False
+    return found == sizes and len(meta["has_mask"]) == rows
 
 
 def _open(source: Source, settings: _Settings, folder: Path, skip_bad: bool) -> ImageCache:
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    bad = [(key, reason) for key, reason in meta["bad"]]
-    kept = meta["kept"]
+    meta = _read_meta(folder)
+    if meta is None:
+        raise OSError(f"{folder} was removed while it was read")
+    bad, kept = meta["bad"], meta["kept"]
     if bad and (not skip_bad or not kept):
         raise DataError(_describe_bad(bad, len(source.records)))
     size = settings.image_size
@@ -373,6 +400,19 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[Record], _Result], records: Sequence[Record]
+) -> Iterator[_Result]:
+    """Results in order; few are ahead of the one that is waited for, however slow the disk is."""
+    running: deque[Future[_Result]] = deque()
+    for record in records:
+        running.append(pool.submit(work, record))
+        if len(running) > 2 * _workers():
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
 
 
 def _workers() -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from magsd.data.jpeg import check_jpeg
 from magsd.data.levels import Values, by_rows, sample_of, scaled, span_of
 from magsd.errors import DataError
 
@@ -39,8 +40,10 @@ def is_dicom(data: bytes) -> bool:
     return data[128:132] == b"DICM"
 
 
-def decode_dicom(data: bytes, name: str) -> Levels:
+def decode_dicom(data: bytes, name: str, notes: list[str] | None = None) -> Levels:
     """(H, W), or (H, W, 3) RGB, uint8, of a file's content; `name` is named in errors.
+
+    notes: what was read and changed on the way is added to it, in words.
 
     Modality table or rescale, then the first VOI table or window that tells pixels apart, else the
     span between the percentiles 0.5 and 99.5; MONOCHROME1 is inverted, so that bone is bright.
@@ -64,7 +67,9 @@ def decode_dicom(data: bytes, name: str) -> Levels:
         if int(dataset.get("NumberOfFrames", 1) or 1) > 1:
             raise DataError(f"{name}: DICOM with several frames is not a radiograph")
         _complete_header(dataset)
-        return _decode(dataset, np.asarray(dataset.pixel_array), name)
+        _check_frames(dataset, name)
+        pixels = np.asarray(dataset.pixel_array)
+        return _decode(dataset, pixels, name, [] if notes is None else notes)
     except DataError:
         raise
     except Exception as error:  # pydicom and its decoders raise many kinds of their own
@@ -84,17 +89,35 @@ def _complete_header(dataset: Dataset) -> None:
         dataset.file_meta.TransferSyntaxUID = syntax
 
 
-def _decode(dataset: Dataset, pixels: Values, name: str) -> Levels:
+def _check_frames(dataset: Dataset, name: str) -> None:
+    """Raise DataError where a frame that is coded as JPEG is damaged."""
+    from pydicom.encaps import generate_frames
+    from pydicom.uid import JPEGBaseline8Bit
+
+    if dataset.file_meta.TransferSyntaxUID == JPEGBaseline8Bit:
+        for frame in generate_frames(dataset.PixelData, number_of_frames=1):
+            check_jpeg(frame, name)
+
+
+def _decode(dataset: Dataset, pixels: Values, name: str, notes: list[str]) -> Levels:
     from pydicom.pixels.processing import apply_color_lut
 
     kind = str(dataset.get("PhotometricInterpretation", "MONOCHROME2"))
+    size = "x".join(map(str, pixels.shape[1::-1]))
+    syntax = dataset.file_meta.TransferSyntaxUID.name
+    notes.append(f"DICOM, {kind}, {syntax}, {size} pixels, {pixels.dtype}")
     if kind == "PALETTE COLOR":
+        notes.append("palette applied")
         colors = np.asarray(apply_color_lut(pixels, dataset))
         return (colors >> 8).astype(np.uint8) if colors.dtype.itemsize > 1 else colors
     if not kind.startswith("MONOCHROME"):
         if pixels.ndim != 3:
             raise DataError(f"{name}: DICOM with {kind} pixels is not supported")
-        return scaled(pixels, span_of(sample_of(pixels)))
+        if pixels.dtype == np.uint8:
+            return pixels.astype(np.uint8, copy=False)
+        low, high = span_of(sample_of(pixels))
+        notes.append(f"levels {low:g} to {high:g} (percentiles 0.5 and 99.5) become 0 to 255")
+        return scaled(pixels, (low, high))
     if kind == "MONOCHROME2" and dataset.get("PresentationLUTShape") == "INVERSE":
         _log.warning(
             "%s: MONOCHROME2 with PresentationLUTShape INVERSE is read without inversion", name
@@ -104,10 +127,15 @@ def _decode(dataset: Dataset, pixels: Values, name: str) -> Levels:
         kept = sample[~padding(sample)]
         # An image of nothing else shows it.
         sample, padding = (kept, padding) if kept.size else (sample, None)
-    window = _window(dataset, sample)
+    if padding is not None:
+        notes.append("padding becomes 0")
+    window = _window(dataset, sample, notes)
     if window is None:
         _log.warning("%s: all pixels are equal", name)
+        notes.append("all pixels are equal")
         return np.zeros(pixels.shape, np.uint8)
+    if kind == "MONOCHROME1":
+        notes.append("MONOCHROME1: inverted, so that bone is bright")
 
     def levels(block: Values) -> NDArray[np.floating]:
         gray = np.nan_to_num(np.clip(window(block), 0, 1))
@@ -129,23 +157,24 @@ def _padding(dataset: Dataset, dtype: np.dtype[Any]) -> Padding | None:
     return lambda pixels: (pixels >= low) & (pixels <= high)
 
 
-def _window(dataset: Dataset, sample: Values) -> Window | None:
+def _window(dataset: Dataset, sample: Values, notes: list[str]) -> Window | None:
     """The first that tells the sample's pixels apart; None where they are all equal."""
     if sample.min() == sample.max():
         return None
-    for window in _windows(dataset, sample):
+    for what, window in _windows(dataset, sample):
         try:
             with np.errstate(over="ignore", invalid="ignore"):
                 shown = np.clip(window(sample), 0, 1)
         except (ValueError, NotImplementedError, IndexError):  # pydicom's, of what is not valid
             continue
         if np.nanmax(shown) > np.nanmin(shown):
+            notes.append(what)
             return window
     return None
 
 
-def _windows(dataset: Dataset, sample: Values) -> Iterator[Window]:
-    """VOI tables, then windows, as the file lists them, then the percentiles."""
+def _windows(dataset: Dataset, sample: Values) -> Iterator[tuple[str, Window]]:
+    """VOI tables, then windows, as the file lists them, then the percentiles; each in words."""
     from pydicom.pixels.processing import apply_modality_lut, apply_voi, apply_windowing
 
     def modality(pixels: Values) -> Values:
@@ -170,12 +199,18 @@ def _windows(dataset: Dataset, sample: Values) -> Iterator[Window]:
 
         return window
 
-    yield from map(by_table, range(len(dataset.get("VOILUTSequence") or ())))
+    for index in range(len(dataset.get("VOILUTSequence") or ())):
+        yield f"VOI LUT {index + 1}", by_table(index)
     if all(dataset.get(name) not in (None, "") for name in ("WindowCenter", "WindowWidth")):
-        yield from map(by_window, range(np.size(dataset.WindowCenter)))
+        centers, widths = np.atleast_1d(dataset.WindowCenter), np.atleast_1d(dataset.WindowWidth)
+        function = dataset.get("VOILUTFunction") or "LINEAR"
+        for index, (center, width) in enumerate(zip(centers, widths, strict=False)):
+            what = f"window {index + 1} of {len(centers)}: center {center}, width {width}"
+            yield f"{what}, {function}", by_window(index)
     low, high = span_of(modality(sample))
     if low < high:
-        yield lambda pixels: (modality(pixels).astype(np.float32) - low) / (high - low)
+        what = f"levels {low:g} to {high:g} (percentiles 0.5 and 99.5) become 0 to 255"
+        yield what, lambda pixels: (modality(pixels).astype(np.float32) - low) / (high - low)
 
 
 def _largest(table: Dataset) -> int:

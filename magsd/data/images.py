@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import struct
+import zlib
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -12,39 +16,54 @@ from numpy.typing import NDArray
 
 from magsd.data.dicom import SUFFIXES as DICOM_SUFFIXES
 from magsd.data.dicom import decode_dicom, is_dicom
+from magsd.data.jpeg import check_jpeg
 from magsd.data.levels import sample_of, scaled, span_of
 from magsd.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 IMAGE_SUFFIXES = DICOM_SUFFIXES | {
     *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
 }
 _ORIENTATION = 0x0112  # of EXIF
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # of TIFF
+_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")  # of PNG
+_EXIF_OF_PNG = re.compile(b"eXIf|Raw profile type")
+_STARTS = {
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"\xff\xd8": "JPEG",
+    b"BM": "BMP",
+    b"GIF8": "GIF",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
+}
 
 
-def read_image_file(path: Path) -> NDArray[np.uint8]:
+def read_image_file(path: Path, notes: list[str] | None = None) -> NDArray[np.uint8]:
     """Decode a PNG, JPEG, BMP, TIFF, WebP, GIF or DICOM file to (H, W) or (H, W, 3) RGB, uint8.
 
     Deeper images are brought to 8 bits between their 0.5th and 99.5th percentiles; an alpha channel
-    is dropped, and the EXIF orientation applied. DICOM: see `decode_dicom`. Raises DataError where
-    the file is missing, truncated or no image.
+    is dropped, and the EXIF orientation applied. DICOM: see `decode_dicom`. notes: what was read
+    and changed on the way is added to it, in words. Raises DataError where the file is missing,
+    truncated, damaged or no image.
     """
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    return decode_image(data, str(path))
+    return decode_image(_content(path), str(path), notes)
 
 
-def decode_image(data: bytes, name: str) -> NDArray[np.uint8]:
+def decode_image(data: bytes, name: str, notes: list[str] | None = None) -> NDArray[np.uint8]:
     """Decode the content of an image file as `read_image_file`; `name` is named in errors."""
+    notes = [] if notes is None else notes
     if not data:
         raise DataError(f"{name}: the file is empty")
     # Archives often name DICOM files without a suffix.
     if PurePath(name).suffix.lower() in DICOM_SUFFIXES or is_dicom(data):
-        return decode_dicom(data, name)
+        return decode_dicom(data, name, notes)
+    kind = _kind(data)
     _check_complete(name, data)
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -52,7 +71,42 @@ def decode_image(data: bytes, name: str) -> NDArray[np.uint8]:
         raise DataError(f"{name}: cannot be decoded ({error.err})") from error
     if image is None:
         raise DataError(f"{name}: not a PNG, JPEG, BMP, TIFF, WebP, GIF or DICOM image, or damaged")
-    return _tidy_channels(to_uint8(_upright(_without_alpha(image), data)))
+    size = "x".join(map(str, image.shape[1::-1]))
+    channels = 1 if image.ndim == 2 else image.shape[2]
+    notes.append(f"{kind}, {size} pixels, {channels} channel(s), {image.dtype}")
+    header = _read_header(data)
+    if header.pages > 1:
+        notes.append(f"the first of {header.pages} pages")
+    if image.ndim == 3 and channels in (2, 4):
+        # Opacity is no brightness: it must not count in the percentiles.
+        image = image[..., : channels - 1]
+        notes.append("alpha channel dropped")
+    if header.white_is_zero and image.dtype != np.uint8:  # opencv inverts 8 bits alone
+        image = image.max() - image
+    if header.white_is_zero:
+        notes.append("WhiteIsZero: inverted")
+    if header.orientation != 1:
+        if kind != "TIFF":  # which opencv turns by itself
+            image = upright(image, header.orientation)
+        notes.append(f"EXIF orientation {header.orientation}: turned upright")
+    if image.dtype != np.uint8:
+        low, high = span_of(sample_of(image))
+        notes.append(f"levels {low:g} to {high:g} (percentiles 0.5 and 99.5) become 0 to 255")
+        image = scaled(image, (low, high))
+    levels = _tidy_channels(np.asarray(image, np.uint8))
+    if channels > 2 and levels.ndim == 2:
+        notes.append("equal channels: gray")
+    return levels
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # a NUL byte in the name is the latter
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{path}: cannot be read ({reason})") from error
 
 
 def to_uint8(image: NDArray[np.bool_ | np.number]) -> NDArray[np.uint8]:
@@ -73,30 +127,63 @@ def to_gray(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
 
 
-def _without_alpha(image: NDArray[np.number]) -> NDArray[np.number]:
-    """Opacity is no brightness: it must not count in the percentiles."""
-    if image.ndim == 3 and image.shape[2] in (2, 4):
-        return image[..., : image.shape[2] - 1]
-    return image
+class _Header(NamedTuple):
+    """What opencv does not say of an image file. pages: images in the file."""
+
+    orientation: int = 1
+    white_is_zero: bool = False
+    pages: int = 1
 
 
-def _upright(image: NDArray[np.number], data: bytes) -> NDArray[np.number]:
-    """The image as its header says that it is to be shown."""
-    from PIL import Image, UnidentifiedImageError
+def _kind(data: bytes) -> str:
+    """The format by the first bytes, "unknown" where it is none of ours."""
+    known = (name for start, name in _STARTS.items() if data.startswith(start))
+    return next(known, "WebP" if data[8:12] == b"WEBP" else "unknown")
 
+
+def _read_header(data: bytes) -> _Header:
+    from PIL import (
+        GifImagePlugin,
+        JpegImagePlugin,
+        PngImagePlugin,
+        TiffImagePlugin,
+        WebPImagePlugin,
+    )
+
+    # Not Image.open, which refuses or warns of images that are large.
+    readers: dict[str, Callable[[BytesIO], ImageFile]] = {
+        "JPEG": JpegImagePlugin.JpegImageFile,
+        "PNG": PngImagePlugin.PngImageFile,
+        "TIFF": TiffImagePlugin.TiffImageFile,
+        "WebP": WebPImagePlugin.WebPImageFile,
+        "GIF": GifImagePlugin.GifImageFile,
+    }
+    reader = readers.get(_kind(data))
+    # Pillow decodes the whole of a PNG that has none.
+    if reader is None or (reader is readers["PNG"] and not _EXIF_OF_PNG.search(data)):
+        return _Header()
     try:
-        with Image.open(BytesIO(data)) as header:
-            turn = header.getexif().get(_ORIENTATION, 1)
+        with reader(BytesIO(data)) as header:
+            orientation = header.getexif().get(_ORIENTATION, 1)
             white = getattr(header, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error):
-        return image  # decoded without it
-    if white and image.dtype != np.uint8:  # opencv inverts 8 bits alone
-        image = image.max() - image
-    if turn in (5, 6, 7, 8):
+            pages = int(getattr(header, "n_frames", 1))
+    except Exception:  # Pillow's readers raise many kinds; opencv decoded it all the same
+        return _Header()
+    return _Header(orientation if orientation in range(1, 9) else 1, white, pages)
+
+
+def read_orientation(path: Path) -> int:
+    """The EXIF orientation of an image file, 1 (upright) where it has none."""
+    return _read_header(_content(path)).orientation
+
+
+def upright(image: NDArray[Scalar], orientation: int) -> NDArray[Scalar]:
+    """The image (H, W, ...) turned as its EXIF orientation (1 to 8) asks."""
+    if orientation in (5, 6, 7, 8):
         image = image.swapaxes(0, 1)
-    if turn in (2, 3, 6, 7):
+    if orientation in (2, 3, 6, 7):
         image = image[:, ::-1]
-    if turn in (3, 4, 7, 8):
+    if orientation in (3, 4, 7, 8):
         image = image[::-1]
     return np.ascontiguousarray(image)
 
@@ -114,38 +201,26 @@ def _tidy_channels(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _check_complete(name: str, data: bytes) -> None:
-    """Raise DataError on a truncated file: opencv fills what is missing with gray, unasked."""
-    if data.startswith(b"\xff\xd8") and not _jpeg_ends(data):
-        raise DataError(f"{name}: truncated JPEG (no end marker)")
-    if data.startswith(b"\x89PNG\r\n\x1a\n") and not _png_ends(data):
-        raise DataError(f"{name}: truncated PNG (no end chunk)")
+    """Raise DataError on a damaged file: opencv fills what is missing with gray, unasked."""
+    if _kind(data) == "JPEG":
+        check_jpeg(data, name)
+    elif _kind(data) == "PNG" and (damage := _damage_of_png(data)):
+        raise DataError(f"{name}: {damage}")
 
 
-def _png_ends(data: bytes) -> bool:
-    """Whether the chunks lead to the last one; anything may follow."""
+def _damage_of_png(data: bytes) -> str:
+    """What is wrong with the chunks up to the last one, in words; anything may follow it."""
     at = 8
     while at + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
-        at += 12 + length
+        end = at + 12 + length
+        if end > len(data):
+            break
+        if kind in _PIXEL_CHUNKS:
+            content = memoryview(data)[at + 4 : end - 4]
+            if zlib.crc32(content) != int.from_bytes(data[end - 4 : end], "big"):
+                return f"damaged PNG (checksum of chunk {kind.decode()})"
         if kind == b"IEND":
-            return bool(at <= len(data))
-    return False
-
-
-def _jpeg_ends(data: bytes) -> bool:
-    """Whether the segments lead to the end marker; anything may follow."""
-    at = 2
-    while (at := data.find(b"\xff", at)) >= 0 and at + 1 < len(data):
-        marker = data[at + 1]
-        if marker == 0xD9:
-            return True
-        # Fill bytes, a 0xff of coded pixels, restarts, and a thumbnail's begin have no length.
-        if marker in (0x00, 0x01, 0xD8) or 0xD0 <= marker <= 0xD7:
-            at += 2
-        elif marker == 0xFF:
-            at += 1
-        elif at + 4 > len(data):
-            return False
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return False
+            return ""
+        at = end
+    return "truncated PNG (no end chunk)"

@@ -18,6 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from magsd.evaluation.localization import Box
+from magsd.outputs import MARK
 
 # Nonzero inside.
 Mask = NDArray[np.bool_ | np.number]
@@ -29,8 +30,6 @@ OUTLINE = (90, 230, 215)
 BOX = (255, 255, 255)
 # Shorter side of a drawn picture in pixels: outlines of small inputs are smooth in print, too.
 DRAW_SIZE = 672
-# Keyword and text in every picture, by which it is told from others' files.
-_MARK = ("Software", "magsd")
 # The names that `save_items` gives its pictures.
 _NUMBERED = re.compile(r"\d{3,}_[\w-]*\.png")
 
@@ -173,19 +172,9 @@ def save_overlay(path: str | Path, item: OverlayItem, *, size: int = DRAW_SIZE) 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     mark = PngInfo()
-    mark.add_text(*_MARK)
+    mark.add_text(*MARK)
     Image.fromarray(picture).save(path, "PNG", pnginfo=mark)
     return path
-
-
-def is_overlay(path: Path) -> bool:
-    """Whether `save_overlay` wrote a file."""
-    keyword, text = _MARK
-    try:
-        with Image.open(path) as image:
-            return image.info.get(keyword) == text
-    except OSError:  # Pillow's, of what is no image, too
-        return False
 
 
 def save_items(

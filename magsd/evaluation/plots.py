@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from magsd.errors import RunError
+from magsd.outputs import MARK
 
 # Color-blind safe (Okabe and Ito, 2008).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -147,5 +148,5 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG, cut to what is drawn; returns its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.08)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.08, metadata=dict([MARK]))
     return path

@@ -17,9 +17,10 @@ from magsd.data.images import read_image_file
 from magsd.errors import DataError, RunError
 from magsd.evaluation.evaluate import refined_logits
 from magsd.evaluation.metrics import probabilities_of
-from magsd.evaluation.overlay import OverlayItem, is_overlay, save_overlay
+from magsd.evaluation.overlay import OverlayItem, save_overlay
 from magsd.models.classifier import Classifier
 from magsd.models.config import Preprocessing
+from magsd.outputs import check_file, has_mark
 from magsd.runtime import CPU, Runtime
 
 _NAMED_BAD = 10
@@ -50,7 +51,8 @@ def predict_images(
     """Probabilities of image files, in their order, and PNG overlays where a folder is given.
 
     classes and preprocessing default to those the model was saved with (RunError without any).
-    No file is replaced that is not such an overlay (RunError, before the first image is read).
+    No file is replaced that is not such an overlay, and none of the images (RunError, before the
+    first image is read).
     refine: use the mean of the logits of the image and of its mix-up view. A file that cannot be
     read is a DataError that names it; with `on_bad` (called with path and reason) it is left out.
     The model is expected on the runtime's device.
@@ -60,12 +62,7 @@ def predict_images(
     if on_bad is None:
         _check_present(files)
     overlays = _overlay_names(files, Path(overlay_dir)) if overlay_dir is not None else None
-    for path in overlays or ():
-        if path.exists() and not is_overlay(path):
-            raise RunError(
-                f"{path} is there and no overlay of magsd: it is not replaced;"
-                " choose another folder for the overlays"
-            )
+    _check_overlays(overlays or (), files)
     predictions = []
     with runtime.inference(model):
         for rows, originals in _decoded(files, batch_size, on_bad):
@@ -73,6 +70,11 @@ def predict_images(
             probabilities, saliency = run_batch(model, runtime.images(images), refine)
             for place, row in enumerate(rows):
                 values = probabilities[place]
+                if not np.isfinite(values).all():
+                    raise RunError(
+                        f"{files[row]}: the model's logits are not finite: its weights have"
+                        " diverged, or the precision overflows"
+                    )
                 best = int(values.argmax())
                 overlay = None
                 if overlays is not None:
@@ -121,6 +123,17 @@ def _check_present(files: Sequence[Path]) -> None:
             f"{len(missing)} of {len(files)} images not found: "
             f"{', '.join(missing[:_NAMED_BAD])}{more}"
         )
+
+
+def _check_overlays(overlays: Sequence[Path], files: Sequence[Path]) -> None:
+    """Raise RunError where an overlay would replace an image, or another file that is none."""
+    inputs = {file.resolve() for file in files}
+
+    def is_own(path: Path) -> bool:
+        return has_mark(path) and path.resolve() not in inputs
+
+    for path in overlays:
+        check_file(path, "overlay", is_own=is_own)
 
 
 def _decoded(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,34 +46,6 @@ def remove_leftovers(folder: Path) -> None:
     """Delete what killed writers left behind."""
     for leftover in folder.glob(f"*{_TEMPORARY}"):
         leftover.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def disk_full_as_error(folder: Path, advice: str) -> Iterator[None]:
-    """Turn "no space left" (also of a quota) into a `RunError` that says where and what to do."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if not is_disk_full(error):
-            raise
-        raise RunError(f"the disk is full: {error}{_free_space(folder)}; {advice}") from error
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """True for ENOSPC and EDQUOT, also where torch's or TensorBoard's writer wrapped them."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _free_space(folder: Path) -> str:
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError:
-        return ""
-    return f" ({free / 2**20:.1f} MiB free under {folder})"
 
 
 def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:

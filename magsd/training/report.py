@@ -19,8 +19,11 @@ from magsd.evaluation import (
     plot_curves,
     write_overlays,
 )
-from magsd.training.checkpoint import disk_full_as_error
+from magsd.outputs import disk_errors
 from magsd.training.run import LoadedRun, TrainedRun, load_run
+
+#: What `draw_confusion` writes.
+PLOTS = ("confusion.png", "confusion_refined.png")
 
 
 def evaluate_run(run: LoadedRun, cache: ImageCache, indices: list[int]) -> EvaluationReport:
@@ -41,7 +44,7 @@ def _evaluate(run: LoadedRun, loader: Loader, cache: ImageCache | None) -> Evalu
 def finish_run(trained: TrainedRun, console: Console) -> EvaluationReport:
     """Evaluate the best weights on the validation images, write the results, print a table."""
     folder = trained.folder
-    with disk_full_as_error(folder.root, "the checkpoints are kept; free some space and --resume"):
+    with disk_errors(folder.root, "the checkpoints are kept; free some space and --resume"):
         run = load_run(folder.root)
         report = _evaluate(run, *trained.data.validation_loader(run.config))
         report.to_json(folder.evaluation)
@@ -57,12 +60,10 @@ def finish_run(trained: TrainedRun, console: Console) -> EvaluationReport:
 
 def draw_confusion(report: EvaluationReport, folder: Path) -> None:
     """Confusion matrices of the raw and, where there are any, of the refined logits."""
-    plot_confusion(
-        folder / "confusion.png", report.raw.confusion, report.classes, title="raw logits"
-    )
+    plot_confusion(folder / PLOTS[0], report.raw.confusion, report.classes, title="raw logits")
     if report.refined is not None:
         plot_confusion(
-            folder / "confusion_refined.png",
+            folder / PLOTS[1],
             report.refined.confusion,
             report.classes,
             title="raw + refined logits",

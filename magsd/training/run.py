@@ -14,9 +14,10 @@ from magsd.data.run_data import RunData, prepare_data, preprocessing_of
 from magsd.distributed import Team, restarted, team_of
 from magsd.errors import RunError
 from magsd.models import Classifier, build_model
+from magsd.outputs import disk_errors
 from magsd.runtime import Runtime
 from magsd.torch_settings import cudnn_benchmark, deterministic_algorithms
-from magsd.training.checkpoint import disk_full_as_error, load_checkpoint, load_weights
+from magsd.training.checkpoint import load_checkpoint, load_weights
 from magsd.training.metrics_log import MetricsLog
 from magsd.training.progress import TrainingProgress
 from magsd.training.run_folder import RunFolder
@@ -88,7 +89,7 @@ def _train_run(
     advice = "free some space and resume with --resume; the last checkpoint is kept"
     try:
         with (
-            disk_full_as_error(folder.root, advice),
+            disk_errors(folder.root, advice),
             runtime,
             deterministic_algorithms(config.train.deterministic),
             cudnn_benchmark(),  # a run has few shapes, each of them many times

@@ -9,6 +9,7 @@ from typing import Any
 
 from magsd.config import Config, dump_yaml, is_of_run, load_config
 from magsd.errors import RunError
+from magsd.outputs import check_folder, disk_errors
 from magsd.training.checkpoint import remove_leftovers, write_atomically
 
 _OWN = (
@@ -56,6 +57,7 @@ class RunFolder:
 
     def require_free(self, *, overwrite: bool) -> None:
         """Raises `RunError` if another run lies here, unless `overwrite`, or files of its names."""
+        check_folder(self.root, "--out")
         present = self._present()
         if present and not self.is_run():
             raise RunError(
@@ -76,7 +78,7 @@ class RunFolder:
         anything else.
         """
         self.require_free(overwrite=overwrite)
-        self._make()
+        self.root.mkdir(parents=True, exist_ok=True)
         for name in self._present():
             path = self.root / name
             # config.yaml marks the folder as a run and stays until the new one replaces it: after
@@ -93,14 +95,6 @@ class RunFolder:
         text = dump_yaml(config).encode()
         write_atomically(self.config, lambda file: file.write(text))
 
-    def _make(self) -> None:
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise RunError(
-                f"cannot make the run's folder {self.root}: {error}; choose another --out"
-            ) from error
-
     def lock(self) -> None:
         """Keep a second process out for as long as this one lives.
 
@@ -110,11 +104,10 @@ class RunFolder:
             import fcntl
         except ImportError:  # no such locks on this platform
             return
-        self._make()
-        try:
+        check_folder(self.root, "--out")
+        self.root.mkdir(parents=True, exist_ok=True)
+        with disk_errors(self.root, "free some space"):
             self._lock = open(self.root / ".lock", "w")  # noqa: SIM115 (held until unlock)
-        except PermissionError as error:
-            raise RunError(f"cannot write in {self.root}: {error}; choose another --out") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

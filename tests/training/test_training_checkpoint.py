@@ -15,11 +15,10 @@ import torch
 from torch import nn
 
 from magsd.errors import RunError
+from magsd.outputs import disk_errors, is_disk_full
 from magsd.training import checkpoint
 from magsd.training.checkpoint import (
     all_finite,
-    disk_full_as_error,
-    is_disk_full,
     load_checkpoint,
     load_weights,
     random_state,
@@ -166,7 +165,7 @@ def test_full_disk_while_syncing(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(checkpoint.os, "fsync", raise_no_space)
     with (
         pytest.raises(RunError, match=r"disk is full.*MiB free under.*make room"),
-        disk_full_as_error(tmp_path, "make room"),
+        disk_errors(tmp_path, "make room"),
     ):
         save_checkpoint(path, payload(2.0))
     monkeypatch.undo()
@@ -180,7 +179,7 @@ def test_a_disk_that_is_really_full(small_disk) -> None:
     save_checkpoint(path, payload(1.0))
     with (
         pytest.raises(RunError, match="disk is full"),
-        disk_full_as_error(tiny_disk, "make room"),
+        disk_errors(tiny_disk, "make room"),
     ):
         save_checkpoint(path, payload(2.0, size=1_000_000))
     assert load_checkpoint(path)["model"]["w"][0] == 1.0
@@ -188,9 +187,9 @@ def test_a_disk_that_is_really_full(small_disk) -> None:
 
 
 def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError), disk_full_as_error(tmp_path, ""):
+    with pytest.raises(PermissionError), disk_errors(tmp_path, ""):
         raise PermissionError(errno.EACCES, "no")
-    with pytest.raises(RuntimeError, match="other"), disk_full_as_error(tmp_path, ""):
+    with pytest.raises(RuntimeError, match="other"), disk_errors(tmp_path, ""):
         raise RuntimeError("other")
 
 

@@ -1,0 +1,152 @@
+"""What commands write: checked before long work, and never over files of others."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from magsd.errors import RunError
+
+#: Keyword and text in every PNG that is written, by which it is told from others' files.
+MARK = ("Software", "magsd")
+
+
+def check_file(path: Path, option: str, *, is_own: Callable[[Path], bool]) -> None:
+    """Raise RunError where a file cannot be written, or would replace one that is not ours.
+
+    option: what named the file, for the message. is_own: whether a command of ours wrote a file
+    that is there.
+    """
+    if path.is_dir():
+        raise RunError(f"{option} {path}: that is a folder; name a file")
+    if os.path.lexists(path):
+        if not path.is_file() or not is_own(path):
+            raise RunError(
+                f"{option} {path}: that file is there and was not written by this command; it is"
+                " not replaced"
+            )
+        if not os.access(path, os.W_OK):
+            raise RunError(f"{option} {path}: no permission to write that file")
+    check_folder(path.parent, option)
+
+
+def check_folder(
+    folder: Path,
+    option: str,
+    *,
+    writes: Iterable[str] = (),
+    is_own: Callable[[Path], bool] = lambda folder: False,
+) -> None:
+    """Raise RunError where a folder cannot be made or written, or holds files of our names.
+
+    writes: names that will be written. is_own: whether a command of ours wrote the folder, so that
+    these may be replaced.
+    """
+    present = folder.absolute()
+    while not os.path.lexists(present):
+        present = present.parent
+    if not present.is_dir():
+        raise RunError(f"{option} {folder}: {present} is no folder")
+    if not os.access(present, os.W_OK | os.X_OK):
+        raise RunError(f"{option} {folder}: no permission to write in {present}")
+    foreign = [name for name in writes if os.path.lexists(folder / name)]
+    if foreign and not is_own(folder):
+        raise RunError(
+            f"{option} {folder}: holds {', '.join(foreign)}, not written by this command; choose"
+            " another folder"
+        )
+
+
+def has_json(path: Path, *keys: str) -> bool:
+    """Whether a file is JSON: an object with these keys, or a list of such objects."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    items = content if isinstance(content, list) else [content]
+    return all(isinstance(item, dict) and item.keys() >= set(keys) for item in items)
+
+
+def has_columns(path: Path, *columns: str) -> bool:
+    """Whether a file is a CSV whose first columns are these."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return next(csv.reader(file), [])[: len(columns)] == list(columns)
+    except (OSError, ValueError, csv.Error):
+        return False
+
+
+def has_mark(path: Path) -> bool:
+    """Whether a file is a PNG that says that this package wrote it."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.info.get(MARK[0]) == MARK[1]
+    except (OSError, ValueError, SyntaxError):  # Pillow's, of what is no image, too
+        return False
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file and the folders on its way; RunError where the disk does not take it."""
+    with disk_errors(path.parent, "free some space and run the command again"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path, advice: str) -> Iterator[None]:
+    """Turn a failed write (full, read-only, no permission ...) into a RunError that says where.
+
+    advice: what to do where the disk is full.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if is_disk_full(error):
+            raise RunError(f"the disk is full: {error}{_free_space(folder)}; {advice}") from error
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE and _is_within(error, folder):
+            raise RunError(f"cannot write in {folder}: {error}") from error
+        raise
+
+
+_UNWRITABLE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
+
+
+def _is_within(error: OSError, folder: Path) -> bool:
+    """Whether what the error is about lies in a folder."""
+    names = (error.filename, error.filename2)
+    return any(
+        Path(os.fsdecode(n)).absolute().is_relative_to(folder.absolute()) for n in names if n
+    )
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """True for ENOSPC and EDQUOT, also where torch's or TensorBoard's writer wrapped them."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return ""
+    return f" ({free / 2**20:.1f} MiB free under {folder})"
