@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from magsd.data.images import read_image_file
 from magsd.data.record import Record
+from magsd.data.sources.spelling import warn_of_spellings
 from magsd.errors import DataError
 
 _FINGERPRINT_CHUNK = 64 * 1024
@@ -63,6 +64,9 @@ class Source(ABC):
             raise DataError(f"{origin}: no images found")
         check_labels(kept, classes, origin)
         check_keys(kept, origin)
+        warn_of_spellings("classes", {r.label for r in kept}, origin)
+        # An image that is its own patient has its file's name.
+        warn_of_spellings("patients", {r.patient for r in kept if r.patient != r.key}, origin)
         self.classes = tuple(classes) if classes else tuple(sorted({r.label for r in kept}))
         self.records = limit_records(kept, limit)
 

@@ -6,26 +6,35 @@ import csv
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from magsd.errors import DataError
 
 _DELIMITERS = (",", ";", "\t", "|")
+_NO_TEXT = {
+    b"PK\x03\x04": "a workbook of Excel (xlsx) or another zip file",
+    b"\xd0\xcf\x11\xe0": "a workbook of Excel (xls)",
+    b"\x1f\x8b": "a file compressed by gzip",
+    b"PAR1": "Parquet",
+}
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _log = logging.getLogger(__name__)
 
 
 def read_rows(
-    path: Path, required: Sequence[str], *, advice: str = ""
+    path: Path,
+    required: Sequence[str],
+    *,
+    advice: Callable[[Sequence[str]], str] = lambda columns: "",
 ) -> list[tuple[int, dict[str, str]]]:
     """Line number and columns of every row of a CSV.
 
     Cells are separated by commas, semicolons, tabs or bars, whichever the header has, or as a first
     line such as sep=; says; the text is UTF-8, UTF-16, or else Latin-1, with a warning. required:
     columns that must be there. Names of columns are compared, and returned, in lower case without
-    outer spaces. advice: added to the error about a column that is missing.
+    outer spaces. advice: what it makes of the columns is added to the error about a missing one.
 
     Raises DataError where the file is missing, is no CSV, lacks a column, has two of one name or no
     rows, or where a row has more cells than the header or a cell that no line ends.
@@ -63,6 +72,9 @@ def _text(path: Path) -> str:
         raise DataError(f"{path}: no such file") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    for start, what in _NO_TEXT.items():
+        if data.startswith(start):
+            raise DataError(f"{path}: {what}, not a CSV; save the table as CSV (UTF-8)")
     try:
         text = data.decode("utf-16" if data.startswith(_UTF_16) else "utf-8-sig")
     except UnicodeDecodeError:
@@ -74,7 +86,9 @@ def _text(path: Path) -> str:
     return text
 
 
-def _columns(path: Path, given: list[str], required: Sequence[str], advice: str) -> list[str]:
+def _columns(
+    path: Path, given: list[str], required: Sequence[str], advice: Callable[[Sequence[str]], str]
+) -> list[str]:
     """The names of the columns; empty ones at the end are none."""
     columns = [name.strip().lower() for name in given]
     while columns and not columns[-1]:
@@ -83,7 +97,7 @@ def _columns(path: Path, given: list[str], required: Sequence[str], advice: str)
     if lacking:
         raise DataError(
             f"{path}: no column {' and no column '.join(lacking)}; it has"
-            f" {', '.join(given) or 'none'}{advice}"
+            f" {', '.join(given) or 'none'}{advice(given)}"
         )
     twice = [name for name, count in Counter(columns).items() if count > 1 and name]
     if twice:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import posixpath
+import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from magsd.data.darwin import DarwinAnnotation, read_darwin
-from magsd.data.images import read_image_file, to_gray
+from magsd.data.images import IMAGE_SUFFIXES, read_image_file, to_gray
 from magsd.data.record import Record
-from magsd.data.sources.base import FileSource, merge_patients
+from magsd.data.sources.base import FileSource, Options, merge_patients
 from magsd.data.sources.rows import read_rows
 from magsd.errors import DataError
 
-_REQUIRED = ("file", "label")
 #: Spellings of the patient column, without what is neither letter nor digit, the first one found.
 _PATIENT = (
     "patient",
@@ -33,58 +36,101 @@ _PATIENT = (
 _LIKE_PATIENT = ("patient", "subject", "person", "mrn")
 #: What stands for no patient.
 _NOBODY = {"", "nan", "na", "n/a", "none", "null"}
-_ADVICE = " (file and label are needed, patient and mask may follow)"
+#: A label that stands for a cell without one.
+_NO_LABEL = {"", "nan", "#n/a"}
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+_LONGEST_NAME = 255  # bytes, of the file systems of today
 _log = logging.getLogger(__name__)
 
 
 class TableSource(FileSource):
     """Images listed in a CSV with the columns file, label and optional patient, mask.
 
+    options: names of columns, where they are others: ``csv:FILE,file=image,label=diagnosis``.
+
     patient: under any usual spelling (patient_id, PatientID, subject ...), which is said; nan, NA,
     None and empty stand for no patient: the image is its own.
 
-    file, mask: paths relative to the CSV's folder, or absolute. mask: an image that is above 0
+    file, mask: paths relative to the CSV's folder, or absolute. A file that is not there is looked
+    for below that folder by its name, with or without its suffix. mask: an image that is above 0
     in the lesion, or Darwin JSON with the lungs. Without a mask column, ``lungs/<stem>.json``
     next to the CSV is that image's annotation. Without a patient column each image is its own
-    patient. Images whose annotations name the same patient become one patient.
+    patient. Images whose annotations name the same patient become one patient. A file on several
+    rows that say the same is one image.
     """
 
+    options: ClassVar[Options] = {"file": (), "label": (), "patient": (), "mask": ()}
+
     def __init__(
-        self, path: Path, *, classes: Sequence[str] | None = None, limit: int | None = None
+        self,
+        path: Path,
+        *,
+        classes: Sequence[str] | None = None,
+        limit: int | None = None,
+        **options: str,
     ) -> None:
-        self.spec = f"csv:{path}"
-        rows = read_rows(path, _REQUIRED, advice=_ADVICE)
+        self.spec = f"csv:{path}" + "".join(f",{name}={value}" for name, value in options.items())
+        # As `read_rows` returns them.
+        self._columns = {name: value.strip().lower() for name, value in options.items()}
+        needed = [*dict.fromkeys([self._column("file"), self._column("label")])]
+        needed += [self._columns[name] for name in ("patient", "mask") if name in self._columns]
+        rows = read_rows(path, needed, advice=partial(_advice, path))
+        self._files = _Files(path.absolute().parent)
         self._masks: dict[str, Path] = {}
         self._annotations: dict[str, DarwinAnnotation] = {}
-        self._patient = _patient_column(path, list(rows[0][1]))
-        records, identities = [], []
+        self._patient = self._columns.get("patient") or _patient_column(path, list(rows[0][1]))
+        records: dict[str, Record] = {}
+        lines: dict[str, int] = {}
+        repeated = 0
         for line, row in rows:
             record = self._record(path, line, row)
-            records.append(record)
-            annotation = self._annotations.get(record.key)
-            identities.append(annotation.patients if annotation else ())
-        merged = merge_patients(records, identities)
-        changed = sum(a.patient != b.patient for a, b in zip(records, merged, strict=True))
+            # One file has one place, however it is written.
+            place = os.path.abspath(record.path or "")
+            if place not in records:
+                records[place], lines[place] = record, line
+                continue
+            first = records[place]
+            if dataclasses.replace(record, key=first.key, path=first.path) != first:
+                raise DataError(
+                    f"{path}, line {line}: {first.key} is listed more than once, on line"
+                    f" {lines[place]} with another label, patient or mask; keep one of the rows"
+                )
+            repeated += 1
+        if repeated:
+            _log.warning("%s: %d rows repeat an image of another row", path, repeated)
+        found = list(records.values())
+        annotations = [self._annotations.get(record.key) for record in found]
+        merged = merge_patients(found, [a.patients if a else () for a in annotations])
+        changed = sum(a.patient != b.patient for a, b in zip(found, merged, strict=True))
         if changed:
             _log.info("%s: %d images joined to the patient that their tag names", path, changed)
         self._set_records(merged, origin=str(path), classes=classes, limit=limit)
 
+    def _column(self, name: str) -> str:
+        return self._columns.get(name, name)
+
     def _record(self, table: Path, line: int, row: dict[str, str]) -> Record:
-        file, label = row["file"].strip(), row["label"].strip()
-        if not file or not label:
+        file, label = row[self._column("file")].strip(), row[self._column("label")].strip()
+        if not file or label.lower() in _NO_LABEL:
             raise DataError(f"{table}, line {line}: file or label is empty")
         if "\n" in file or "\n" in label:
             raise DataError(f"{table}, line {line}: file or label has several lines")
-        # One file has one key, however it is written.
+        if os.name != "nt" and _WINDOWS.match(file):
+            raise DataError(
+                f"{table}, line {line}: {file} is a path of Windows; write it relative to the table"
+            )
         key = posixpath.normpath(file.replace("\\", "/"))
+        if max(len(os.fsencode(part)) for part in key.split("/")) > _LONGEST_NAME:
+            raise DataError(f"{table}, line {line}: {file[:50]}...: a longer name than files have")
         patient = row.get(self._patient, "").strip()
         if patient.lower() in _NOBODY:
             patient = key
-        record = Record(key, label, patient, table.parent / key)
         try:
+            record = Record(key, label, patient, self._files.find(key))
             mask = self._find_mask(table, row, key)
-        except OSError as error:
-            raise DataError(f"{table}, line {line}: {file[:50]}: {error.strerror}") from error
+        except (OSError, DataError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DataError(f"{table}, line {line}: {file[:50]}: {reason}") from error
         if mask is None:
             return record
         self._masks[key] = mask
@@ -93,11 +139,10 @@ class TableSource(FileSource):
         annotation = self._annotations[key] = read_darwin(mask)
         return dataclasses.replace(record, mask_kind="lungs") if annotation.lungs else record
 
-    @staticmethod
-    def _find_mask(table: Path, row: dict[str, str], key: str) -> Path | None:
-        if "mask" in row:
-            name = (row["mask"] or "").strip()
-            return table.parent / name if name else None
+    def _find_mask(self, table: Path, row: dict[str, str], key: str) -> Path | None:
+        if self._column("mask") in row:
+            name = row[self._column("mask")].strip()
+            return None if name.lower() in _NOBODY else table.parent / Path(name).expanduser()
         beside = table.parent / "lungs" / f"{PurePosixPath(key).stem}.json"
         return beside if beside.is_file() else None
 
@@ -119,6 +164,54 @@ class TableSource(FileSource):
                 f" an image of {width}x{height}"
             )
         return mask
+
+
+class _Files:
+    """Finds the files that a table names."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._below: dict[str, list[Path]] | None = None
+
+    def find(self, name: str) -> Path:
+        """The file of a name; DataError where several files below the folder have it.
+
+        A path that leads nowhere is returned as it is, for the error of reading it.
+        """
+        path = self._folder / Path(name).expanduser()
+        # Paths with folders and a suffix are meant as they stand; looking at each takes time.
+        complete = "/" in name and path.suffix.lower() in IMAGE_SUFFIXES
+        if complete or os.path.lexists(path):
+            return path
+        found = [
+            other
+            for other in self._named(PurePosixPath(name).name)
+            if f"/{other.as_posix()}".endswith((f"/{name}", f"/{name}{other.suffix}"))
+        ]
+        if len(found) > 1:
+            names = ", ".join(str(other) for other in found[:2])
+            raise DataError(f"{len(found)} files have this name: {names}; write the path")
+        return self._folder / found[0] if found else path
+
+    def _named(self, name: str) -> list[Path]:
+        """Images below the folder of a name, with or without its suffix, as relative paths."""
+        if self._below is None:
+            self._below = {}
+            for top, _, names in os.walk(self._folder):
+                for each in sorted(names):
+                    path = Path(top, each).relative_to(self._folder)
+                    if path.suffix.lower() in IMAGE_SUFFIXES:
+                        for spelling in {path.name, path.stem}:
+                            self._below.setdefault(spelling, []).append(path)
+        return self._below.get(name, [])
+
+
+def _advice(table: Path, columns: Sequence[str]) -> str:
+    """How to name the columns of a table that lacks some."""
+    return (
+        f"; name the columns: csv:{table},file=COLUMN,label=COLUMN, and perhaps patient=COLUMN,"
+        "mask=COLUMN"
+    )
 
 
 def _patient_column(table: Path, columns: Sequence[str]) -> str:

@@ -1,0 +1,225 @@
+"""Tables as people have them: other columns, spellings, ids, paths and file formats."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from magsd.data import open_source
+from magsd.errors import DataError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six images in im/, and a table is to be written beside it."""
+    (tmp_path / "im").mkdir()
+    for n in range(6):
+        cv2.imwrite(str(tmp_path / "im" / f"{n}.png"), np.full((8, 8), 40 * n, np.uint8))
+    return tmp_path
+
+
+def table(folder: Path, *lines: str, options: str = "") -> str:
+    """The spec of a table of these lines."""
+    path = folder / "t.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return f"csv:{path}{options}"
+
+
+class TestMapping:
+    def test_any_columns(self, folder: Path) -> None:
+        cv2.imwrite(str(folder / "m.png"), np.full((8, 8), 255, np.uint8))
+        spec = table(
+            folder,
+            "Image Index,Finding Labels,Who,Area,label",
+            "im/0.png,a,x,m.png,9",
+            "im/1.png,b,x,,9",
+            options=",file=Image Index,label=finding labels,patient=WHO,mask=Area",
+        )
+        source = open_source(spec)
+        assert [(r.key, r.label, r.patient) for r in source.records] == [
+            ("im/0.png", "a", "x"),
+            ("im/1.png", "b", "x"),
+        ]
+        mask = source.read_mask(source.records[0])
+        assert mask is not None
+        assert mask.all()
+        assert source.records[1].mask_kind is None
+        assert open_source(source.spec).records == source.records
+
+    def test_a_mapped_patient_is_not_warned_of(self, folder: Path, caplog) -> None:
+        table(folder, "file,label,subject_id,doctor", "im/0.png,a,1,x", "im/1.png,b,2,x")
+        source = open_source(f"csv:{folder / 't.csv'},patient=doctor")
+        assert {record.patient for record in source.records} == {"x"}
+        assert "subject_id" not in caplog.text
+
+    @pytest.mark.parametrize("name", ["file", "label", "patient", "mask"])
+    def test_a_column_that_is_not_there(self, name: str, folder: Path) -> None:
+        spec = table(folder, "file,label", "im/0.png,a", options=f",{name}=nowhere")
+        with pytest.raises(DataError, match=r"no column nowhere; it has file, label; name the"):
+            open_source(spec)
+
+    def test_the_error_shows_how_columns_are_named(self, folder: Path) -> None:
+        spec = table(folder, "image,class", "im/0.png,a")
+        with pytest.raises(DataError, match=r"t\.csv,file=COLUMN,label=COLUMN"):
+            open_source(spec)
+
+    def test_an_option_that_is_not_known(self, folder: Path) -> None:
+        spec = table(folder, "file,label", "im/0.png,a", options=",path=file")
+        with pytest.raises(DataError, match="file, label, patient, mask"):
+            open_source(spec)
+
+
+class TestFiles:
+    @pytest.mark.parametrize("name", ["0.png", "0", "im/0"])
+    def test_found_below_the_table(self, name: str, folder: Path) -> None:
+        source = open_source(table(folder, "file,label", f"{name},a", "im/1.png,b"))
+        assert source.read_image(source.records[0]).shape == (8, 8)
+        assert source.records[0].key == name
+
+    def test_several_of_one_name(self, folder: Path) -> None:
+        (folder / "masks").mkdir()
+        cv2.imwrite(str(folder / "masks" / "0.png"), np.zeros((8, 8), np.uint8))
+        spec = table(folder, "file,label", "0.png,a", "im/1.png,b")
+        with pytest.raises(DataError, match=r"line 2: 0\.png: 2 files have this name.*write the"):
+            open_source(spec)
+
+    def test_a_path_that_leads_nowhere_is_not_replaced_by_another(self, folder: Path) -> None:
+        source = open_source(table(folder, "file,label", "other/0.png,a", "im/1.png,b"))
+        with pytest.raises(DataError, match=r"other/0\.png: no such file"):
+            source.read_image(source.records[0])
+
+    def test_home(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(folder))
+        source = open_source(table(folder, "file,label", "~/im/0.png,a", "im/1.png,b"))
+        assert source.read_image(source.records[0]).shape == (8, 8)
+        assert open_source("csv:~/t.csv").records == source.records
+
+    @pytest.mark.parametrize("path", [r"C:\data\0.png", "d:/data/0.png", r"\\server\share\0.png"])
+    def test_paths_of_windows(self, path: str, folder: Path) -> None:
+        with pytest.raises(DataError, match=r"line 2: .*path of Windows; write it relative"):
+            open_source(table(folder, "file,label", f"{path},a"))
+
+    def test_backslashes_are_slashes(self, folder: Path) -> None:
+        source = open_source(table(folder, "file,label", "im\\0.png,a", "im/1.png,b"))
+        assert source.records[0].key == "im/0.png"
+
+    @pytest.mark.parametrize("again", ["im/0.png", "./im//0.png", "im/../im/0.png", "{}/im/0.png"])
+    def test_one_file_on_two_rows(self, again: str, folder: Path, caplog) -> None:
+        again = again.format(folder)
+        rows = ["file,label,patient", "im/0.png,a,p", "im/1.png,b,q"]
+        source = open_source(table(folder, *rows, f"{again},a,p"))
+        assert len(source) == 2
+        assert "1 rows repeat an image" in caplog.text
+        for other in (f"{again},b,p", f"{again},a,q"):
+            with pytest.raises(DataError, match="line 4: .*listed more than once, on line 2"):
+                open_source(table(folder, *rows, other))
+
+
+class TestPatients:
+    @pytest.mark.parametrize("nobody", ["", "nan", "NaN", "NA", "n/a", "None", "NULL", " "])
+    def test_nobody(self, nobody: str, folder: Path) -> None:
+        lines = ["file,label,patient", f"im/0.png,a,{nobody}", f"im/1.png,b,{nobody}"]
+        source = open_source(table(folder, *lines))
+        assert [r.patient for r in source.records] == ["im/0.png", "im/1.png"]
+
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [
+            ("1", "1.0"),
+            ("1", "001"),
+            ("p1", "P1"),
+            ("p 1", "p  1"),
+            ("p_1", "p-1"),
+            ("\u00e9", "e\u0301"),
+        ],
+    )
+    def test_near_equal_ids_are_text_and_warned_of(
+        self, first: str, second: str, folder: Path, caplog
+    ) -> None:
+        lines = ["file,label,patient", f"im/0.png,a,{first}", f"im/1.png,b,{second}"]
+        source = open_source(table(folder, *lines))
+        assert [r.patient for r in source.records] == [first, second]
+        assert "patients that differ in spelling alone" in caplog.text
+        assert repr(first) in caplog.text
+        assert repr(second) in caplog.text
+
+    def test_others_are_not_warned_of(self, folder: Path, caplog) -> None:
+        ids = ["1", "10", "1.5", "p1", "p11", "1-1"]
+        lines = [f"im/{n}.png,{'ab'[n % 2]},{who}" for n, who in enumerate(ids)]
+        open_source(table(folder, "file,label,patient", *lines))
+        assert not caplog.text
+
+
+class TestLabels:
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [
+            ("COVID-19", "Covid-19"),
+            ("Viral Pneumonia", "Viral  Pneumonia"),
+            ("1", "1.0"),
+            ("ﬁbrosis", "fibrosis"),
+            ("covid_19", "covid-19"),
+        ],
+    )
+    def test_near_equal_classes_are_warned_of(
+        self, first: str, second: str, folder: Path, caplog
+    ) -> None:
+        source = open_source(table(folder, "file,label", f"im/0.png,{first}", f"im/1.png,{second}"))
+        assert set(source.classes) == {first, second}
+        assert "classes that differ in spelling alone" in caplog.text
+        assert repr(first) in caplog.text
+
+    def test_of_folders_too(self, folder: Path, caplog) -> None:
+        for name in ("Normal", "normal "):
+            (folder / "set" / name).mkdir(parents=True)
+            data = (folder / "im" / "0.png").read_bytes()
+            (folder / "set" / name / "x.png").write_bytes(data)
+        open_source(f"folder:{folder / 'set'}")
+        assert "'Normal', 'normal '" in caplog.text
+
+    @pytest.mark.parametrize("label", ["nan", "NaN", "#N/A", ""])
+    def test_a_cell_without_a_label(self, label: str, folder: Path) -> None:
+        with pytest.raises(DataError, match="line 2: file or label is empty"):
+            open_source(table(folder, "file,label", f"im/0.png,{label}"))
+
+    def test_none_is_a_finding(self, folder: Path) -> None:
+        source = open_source(table(folder, "file,label", "im/0.png,None", "im/1.png,b"))
+        assert source.classes == ("None", "b")
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"PK\x03\x04\x14\x00", "Excel"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1", "Excel"),
+        (b"\x1f\x8b\x08", "gzip"),
+        (b"PAR1\x15", "Parquet"),
+    ],
+)
+def test_what_is_no_text_names_the_remedy(start: bytes, what: str, tmp_path: Path) -> None:
+    for name in ("t.csv", "t.xlsx"):
+        (tmp_path / name).write_bytes(start + bytes(100))
+        with pytest.raises(DataError, match=rf"{what}.*save the table as CSV"):
+            open_source(f"csv:{tmp_path / name}")
+
+
+@pytest.mark.parametrize("name", ["semicolon", "latin1", "nul", "stray_quote", "same_file_twice"])
+def test_the_tables_that_failed(name: str, shared_dir: Path, caplog) -> None:
+    caplog.set_level(logging.WARNING)
+    path = shared_dir / "trials" / "csv" / f"{name}.csv"
+    if name in ("semicolon", "latin1"):  # read, with a word of the patients, or of the encoding
+        assert len(open_source(f"csv:{path}")) >= 1
+        assert path.name in caplog.text
+        return
+    with pytest.raises(DataError, match=rf"{name}\.csv, line \d+"):
+        open_source(f"csv:{path}")
+
+
+def test_the_long_name(shared_dir: Path) -> None:
+    path = shared_dir / "trials" / "csv_lungs" / "long_name.csv"
+    with pytest.raises(DataError, match=r"long_name\.csv, line 2"):
+        open_source(f"csv:{path}")
