@@ -11,6 +11,10 @@ class DataError(MagsdError):
     """Images, labels, masks or splits that cannot be used as they are."""
 
 
+class UnknownLabelError(DataError):
+    """A label that is none of the classes."""
+
+
 class ConfigError(MagsdError):
     """A configuration key or value that is not valid."""
 

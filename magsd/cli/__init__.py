@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from magsd.cli.common import (
+    CLASSES_HELP,
     SOURCES,
     check_json_file,
     make_console,
@@ -153,6 +154,9 @@ def evaluate(
             help=f"Images: {SOURCES}. The run's own source, or none: its validation images.",
         ),
     ] = None,
+    classes: Annotated[
+        str | None, typer.Option(metavar="'THEIRS=OURS,...'", help=CLASSES_HELP)
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")
     ] = None,
@@ -188,11 +192,13 @@ def evaluate(
     validation = loaded.config.data.validation or loaded.config.data.source
     spec = data or validation
     if is_shards(spec):
+        if classes is not None:
+            raise ConfigError("--classes: shards have the labels of their index")
         own = same_source(spec, validation)
         console.print(f"epoch {loaded.epoch} of {run}: {spec}", highlight=False, soft_wrap=True)
         report = evaluate_shards(loaded, spec)
     else:
-        cache, indices, own = select_images(console, loaded, data)
+        cache, indices, own = select_images(console, loaded, data, classes)
         report = evaluate_run(loaded, cache, indices)
     console.print(report)
     if json_file is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from magsd.errors import DataError
+from magsd.errors import ConfigError, DataError, UnknownLabelError
 from magsd.outputs import check_file, has_json
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from magsd.data import ImageCache
     from magsd.training.run import LoadedRun
 
+CLASSES_HELP = "Labels of other images by our names: 'theirs=ours,...'; 'theirs=' leaves out."
 SOURCES = (
     "folder:DIR, csv:FILE, phantom[:n=..,seed=..,size=..], or a public set (docs/data.md): v7:DIR, "
     "nih:DIR, cohen:DIR, covidx:DIR, cub:DIR, aircraft:DIR, cars:DIR, dogs:DIR; or shards:PATTERN"
@@ -57,16 +60,17 @@ def configuration_file(config: str | None, overrides: list[str]) -> str | None:
 
 
 def select_images(
-    console: Console, loaded: LoadedRun, data: str | None
+    console: Console, loaded: LoadedRun, data: str | None, names: str | None = None
 ) -> tuple[ImageCache, list[int], bool]:
     """Images that a run's model is measured on: cache, rows, whether it is the run's own source.
 
-    Of the run's own source, or without any, its validation images; of another source all. Says
-    which they are, and warns of names that the run was trained on. Raises `DataError` for shards,
-    which are read once and in their own order.
+    names: the value of --classes. Of the run's own source, or without any, its validation images;
+    of another source all. Says which they are, and warns of names that the run was trained on.
+    Raises `DataError` for shards, which are read once and in their own order.
     """
-    from magsd.data import read_split
-    from magsd.data.run_data import open_images, same_source, trained_on
+    from rich.markup import escape
+
+    from magsd.data.run_data import open_images, open_validation, same_source, trained_on
     from magsd.data.shards import is_shards
 
     validation = loaded.config.data.validation or loaded.config.data.source
@@ -74,27 +78,55 @@ def select_images(
     if is_shards(spec):
         raise DataError(f"{spec}: shards hold no masks; name another source: --data SOURCE")
     own = same_source(spec, validation)
-    _, cache = open_images(loaded.config, spec, classes=loaded.classes)
-    report_bad(console, cache.bad)
     if own:
-        indices = read_split(loaded.folder.split, cache.records).validation
+        if names is not None:
+            raise ConfigError("--classes is for other sources than the run's own")
+        cache, indices = open_validation(loaded.config, spec, loaded.folder.split, loaded.classes)
         what = "validation images of the run's own source"
     else:
+        given = class_names(names, loaded.classes)
+        try:
+            _, cache = open_images(loaded.config, spec, classes=loaded.classes, names=given)
+        except UnknownLabelError as error:
+            raise DataError(
+                f"{error}; or say which they are: --classes 'THEIRS=OURS,THEIRS=OURS', with nothing"
+                " after the = for what is to be left out"
+            ) from error
         indices, what = list(range(len(cache.records))), f"images of {spec}"
         seen = trained_on(loaded.folder.split).intersection(r.key for r in cache.records)
         if seen:
             console.print(
                 f"[yellow]warning:[/] {len(seen)} of them have names that the run trained on, "
-                f"e.g. {min(seen)}; the figures may flatter",
+                f"e.g. {escape(min(seen))}; the figures may flatter",
                 highlight=False,
                 soft_wrap=True,
             )
+    report_bad(console, cache.bad)
     console.print(
         f"epoch {loaded.epoch} of {loaded.folder.root}: {len(indices)} {what}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     return cache, indices, own
+
+
+def class_names(text: str | None, classes: Sequence[str]) -> dict[str, str]:
+    """Label of a source -> class of the run, from "theirs=ours,..."; quotes may hold commas.
+
+    Raises `ConfigError` for a part without =, a name that is given twice, and a class that the run
+    does not have.
+    """
+    names: dict[str, str] = {}
+    for part in next(csv.reader([text or ""]), []):
+        theirs, equals, ours = (word.strip() for word in part.partition("="))
+        if not equals or theirs in names or (ours and ours not in classes):
+            raise ConfigError(
+                f"--classes {text}: {part!r}: expected THEIRS=OURS, each of theirs once, ours of"
+                f" {', '.join(classes)}"
+            )
+        names[theirs] = ours
+    return names
 
 
 def check_json_file(path: Path | None, *keys: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from magsd.cli.common import SOURCES, make_console, select_images
+from magsd.cli.common import CLASSES_HELP, SOURCES, make_console, select_images
 
 
 def localize(
@@ -19,6 +19,9 @@ def localize(
             metavar="SOURCE",
             help=f"Images: {SOURCES}. The run's own source, or none: its validation images.",
         ),
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(metavar="'THEIRS=OURS,...'", help=CLASSES_HELP)
     ] = None,
     threshold: Annotated[
         float,
@@ -56,7 +59,7 @@ def localize(
     )
     console = make_console()
     loaded = load_run(run, overrides=tuple(overrides or ()))
-    cache, indices, _ = select_images(console, loaded, data)
+    cache, indices, _ = select_images(console, loaded, data, classes)
     settings = {"threshold": threshold, "tolerance": tolerance}
     found = localize(
         loaded.model,
@@ -68,7 +71,7 @@ def localize(
     report = localization_report(
         found, cache.records, loaded.classes, image_size=cache.image_size, **settings
     )
-    source = open_source(data or loaded.config.data.source, classes=loaded.classes)
+    source = open_source(data or loaded.config.data.source, skip_bad=True)
     with disk_errors(out, "free some space and run the command again"):
         out.mkdir(parents=True, exist_ok=True)
         report.to_json(out / "localization.json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from magsd.data import (
     write_split,
 )
 from magsd.data.shards import ShardIndex, ShardLoader, is_shards, open_shards
+from magsd.data.sources.base import check_labels, rename_labels
 from magsd.distributed import ALONE, Team
 from magsd.errors import ConfigError, DataError
 from magsd.models import Preprocessing
@@ -171,15 +172,45 @@ def _image_settings(config: Config) -> dict[str, Any]:
 
 
 def open_images(
-    config: Config, spec: str, *, classes: tuple[str, ...] | None = None
+    config: Config,
+    spec: str,
+    *,
+    classes: tuple[str, ...] | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> tuple[tuple[str, ...], ImageCache]:
-    """Class names and cached images of a source, prepared as `config` says."""
-    source = open_source(spec, classes=classes)
-    return tuple(source.classes), _cache(config, source)
+    """Class names and cached images of a source, prepared as `config` says.
+
+    names: other names of its labels, empty for images that are left out; see `rename_labels`.
+    """
+    source = open_source(spec, skip_bad=config.data.skip_bad)
+    if names:
+        source.records = rename_labels(source.records, names, spec)
+    check_labels(source.records, classes, spec)
+    return classes or tuple(source.classes), _cache(config, source, config.data.skip_bad)
+
+
+def open_validation(
+    config: Config, spec: str, split: Path, classes: tuple[str, ...]
+) -> tuple[ImageCache, list[int]]:
+    """The cached images of a run's own source, and which of them its split validates on.
+
+    The source may have changed since: what is not listed is left out, and what is listed but gone
+    or not readable now is lacking, each with a warning that counts it. Raises DataError where
+    nothing is left.
+    """
+    cache = _cache(config, open_source(spec, skip_bad=True), skip_bad=True)
+    indices = read_split(split, cache.records, complete=False).validation
+    if not indices:
+        raise DataError(f"{spec}: no image is there that {split} validates on")
+    check_labels([cache.records[index] for index in indices], classes, spec)
+    return cache, indices
 
 
 def _cache(
-    config: Config, source: Source, progress: Callable[[int, int], None] | None = None
+    config: Config,
+    source: Source,
+    skip_bad: bool,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ImageCache:
     return load_cache(
         source,
@@ -187,7 +218,7 @@ def _cache(
         channels=config.model.in_channels,
         clahe=preprocessing_of(config).clahe,
         cache_dir=config.data.cache_dir,
-        skip_bad=config.data.skip_bad,
+        skip_bad=skip_bad,
         progress=progress,
     )
 
@@ -364,19 +395,24 @@ def _open_cached(
 ) -> CachedData:
     spec = config.data.source
     with console.status(f"preparing images of {spec}") as status:
-        source = open_source(spec, classes=classes)
+        source = open_source(spec, skip_bad=config.data.skip_bad)
         cache = _cache(
-            config, source, lambda n, total: status.update(f"preparing images: {n}/{total}")
+            config,
+            source,
+            config.data.skip_bad,
+            lambda n, total: status.update(f"preparing images: {n}/{total}"),
         )
     _compare(spec, _digest(cache), team)
     if not team.is_main:
         split = Split([], [])
     elif stored_split is not None and stored_split.is_file():
         split = read_split(stored_split, cache.records)
+        listed = [cache.records[i] for i in (*split.train, *split.validation)]
+        check_labels(listed, classes, spec)
     else:
         whole = split_of(config, source.records)
         split = split_of_rest(source.records, whole, cache.records)
-    return CachedData(tuple(source.classes), cache, team.broadcast(split))
+    return CachedData(classes or tuple(source.classes), cache, team.broadcast(split))
 
 
 def split_of(config: Config, records: Sequence[Record]) -> Split:

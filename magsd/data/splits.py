@@ -176,31 +176,56 @@ def write_split(path: str | os.PathLike[str], records: Sequence[Record], split: 
     os.replace(temporary, path)
 
 
-def read_split(path: str | os.PathLike[str], records: Sequence[Record]) -> Split:
-    """The split that `write_split` wrote for the same records; DataError where they differ."""
+def read_split(
+    path: str | os.PathLike[str], records: Sequence[Record], *, complete: bool = True
+) -> Split:
+    """The split that `write_split` wrote, as positions in the records of today.
+
+    Images that the split does not list are left out, with a warning that counts them. complete:
+    raise where listed images are gone or have other labels; else warn of them.
+
+    Raises DataError where the file is none, and where an image has no side or two.
+    """
     path = Path(path)
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
     if not rows or not set(_COLUMNS) <= set(rows[0]):
         raise DataError(f"{path}: not a split file (columns {', '.join(_COLUMNS)} expected)")
     position = {record.key: index for index, record in enumerate(records)}
     sides: dict[str, list[int]] = {"train": [], "validation": []}
+    gone, relabeled, others = [], [], []
+    seen: set[str] = set()
     for row in rows:
-        index = position.pop(row["key"], None)
-        if index is None:
-            raise DataError(f"{path}: {row['key']} is not among the images, or is there twice")
-        record = records[index]
-        if (row["label"], row["patient"]) != (record.label, record.patient):
-            raise DataError(f"{path}: label or patient of {row['key']} differs from the data")
+        key = row["key"]
         if row["split"] not in sides:
-            raise DataError(f"{path}: {row['key']} has the unknown split {row['split']!r}")
+            raise DataError(f"{path}: {key} has the unknown split {row['split']!r}")
+        if key in seen:
+            raise DataError(f"{path}: {key} is there twice")
+        seen.add(key)
+        index = position.get(key)
+        if index is None:
+            gone.append(key)
+            continue
+        if row["label"] != records[index].label:
+            relabeled.append(key)
+        elif row["patient"] != records[index].patient:
+            others.append(key)
         sides[row["split"]].append(index)
-    if position:
-        raise DataError(
-            f"{path}: {len(position)} images of the data are not in the split,"
-            f" first {next(iter(position))}"
-        )
+    added = [record.key for record in records if record.key not in seen]
+    _report(path, gone, "listed images are not among the data", fatal=complete)
+    _report(path, relabeled, "images have another label in the data", fatal=complete)
+    _report(path, others, "images have another patient in the data")
+    _report(path, added, "images of the data are not listed, and left out")
     return Split(sorted(sides["train"]), sorted(sides["validation"]))
+
+
+def _report(path: Path, keys: Sequence[str], what: str, *, fatal: bool = False) -> None:
+    """Warn of images, or raise DataError."""
+    if keys:
+        text = f"{path}: {len(keys)} {what}, the first {keys[0]}"
+        if fatal:
+            raise DataError(text)
+        _log.warning("%s", text)

@@ -154,17 +154,27 @@ def test_write_and_read(tmp_path: Path) -> None:
     assert {turned[i].key for i in again.train} == {records[i].key for i in split.train}
 
 
-def test_read_refuses_other_data(tmp_path: Path) -> None:
+def test_read_of_other_data(tmp_path: Path, caplog) -> None:
     records = make_records({"a": 5, "b": 5})
     path = tmp_path / "split.csv"
     write_split(path, records, split_by_patient(records))
-    with pytest.raises(DataError, match="not among the images"):
+    split = read_split(path, records)
+    key = records[0].key
+    assert not caplog.text
+    with pytest.raises(DataError, match=rf"1 listed images are not among.* first {key}"):
         read_split(path, records[1:])
-    with pytest.raises(DataError, match="1 images of the data are not in the split, first new"):
-        read_split(path, [*records, Record("new", "a", "new")])
-    changed = [Record(records[0].key, "b", records[0].patient), *records[1:]]
-    with pytest.raises(DataError, match="label or patient"):
+    rest = read_split(path, records[1:], complete=False)
+    assert len(rest.train) + len(rest.validation) == len(records) - 1
+    assert f"1 listed images are not among the data, the first {key}" in caplog.text
+    assert read_split(path, [*records, Record("new", "c", "new")]) == split
+    assert "1 images of the data are not listed, and left out, the first new" in caplog.text
+    changed = [Record(key, "b", records[0].patient), *records[1:]]
+    with pytest.raises(DataError, match="1 images have another label"):
         read_split(path, changed)
+    assert read_split(path, changed, complete=False) == split
+    assert f"1 images have another label in the data, the first {key}" in caplog.text
+    assert read_split(path, [Record(key, records[0].label, "other"), *records[1:]]) == split
+    assert "1 images have another patient" in caplog.text
     path.write_text(path.read_text().replace("validation", "test"))
     with pytest.raises(DataError, match="unknown split 'test'"):
         read_split(path, records)

@@ -115,7 +115,7 @@ class TestFiles:
         assert len(source) == 2
         assert "1 rows repeat an image" in caplog.text
         for other in (f"{again},b,p", f"{again},a,q"):
-            with pytest.raises(DataError, match="line 4: .*listed more than once, on line 2"):
+            with pytest.raises(DataError, match=r"line 4: .*listed more than once, on line 2"):
                 open_source(table(folder, *rows, other))
 
 

@@ -42,7 +42,11 @@ _FILES: dict[str, Any] = {
 
 
 def open_source(
-    spec: str, *, classes: Sequence[str] | None = None, limit: int | None = None
+    spec: str,
+    *,
+    classes: Sequence[str] | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
 ) -> Source:
     """Open the images that `spec` names.
 
@@ -68,9 +72,10 @@ def open_source(
         places = ", ".join(f"{name}:{'FILE' if name == 'csv' else 'DIR'}" for name in _FILES)
         raise DataError(f"data source {spec!r} is not known; use {places} or phantom")
     place, options = _split_options(kind, rest, _FILES[kind].options)
-    source: FileSource = _FILES[kind](
-        Path(place).expanduser(), classes=classes, limit=limit, **options
-    )
+    path = Path(place).expanduser()
+    if not path.exists() and not path.is_absolute():
+        raise DataError(f"{path}: no such file or folder in the current folder, {Path.cwd()}")
+    source: FileSource = _FILES[kind](path, classes=classes, limit=limit, **options)
     return source
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from magsd.data.images import read_image_file
 from magsd.data.record import Record
 from magsd.data.sources.spelling import warn_of_spellings
-from magsd.errors import DataError
+from magsd.errors import DataError, UnknownLabelError
 
 _FINGERPRINT_CHUNK = 64 * 1024
 
@@ -122,7 +122,7 @@ def file_fingerprint(path: Path) -> str:
 
 
 def check_labels(records: Sequence[Record], classes: Sequence[str] | None, origin: str) -> None:
-    """Raise DataError where a label is not one of `classes` (None: any label)."""
+    """Raise UnknownLabelError where a label is not one of `classes` (None: any label)."""
     if classes is None:
         return
     known = set(classes)
@@ -130,10 +130,33 @@ def check_labels(records: Sequence[Record], classes: Sequence[str] | None, origi
     if unknown:
         first = unknown[0]
         others = f" ({len(unknown)} images have unknown labels)" if len(unknown) > 1 else ""
-        raise DataError(
+        theirs = ", ".join(sorted({record.label for record in records}))
+        raise UnknownLabelError(
             f"{origin}: label {first.label!r} of {first.key} is not among the classes"
-            f" {', '.join(classes)}{others}; rename the label or leave these images out"
+            f" {', '.join(classes)}{others}; the labels are {theirs}; rename them or leave these"
+            " images out"
         )
+
+
+def rename_labels(
+    records: Sequence[Record], names: Mapping[str, str], origin: str
+) -> tuple[Record, ...]:
+    """The records with other labels; those whose new label is empty are left out.
+
+    Raises DataError where a name is no label of any record, or nothing is left.
+    """
+    labels = {record.label for record in records}
+    strange = sorted(names.keys() - labels)
+    if strange:
+        raise DataError(
+            f"{origin}: no label {', '.join(map(repr, strange))}; there are"
+            f" {', '.join(sorted(labels))}"
+        )
+    renamed = (dataclasses.replace(r, label=names.get(r.label, r.label)) for r in records)
+    kept = tuple(record for record in renamed if record.label)
+    if not kept:
+        raise DataError(f"{origin}: no images are left")
+    return kept
 
 
 def check_keys(records: Sequence[Record], origin: str) -> None:
