@@ -10,8 +10,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from magsd.errors import RunError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 #: Keyword and text in every PNG that is written, by which it is told from others' files.
 MARK = ("Software", "magsd")
@@ -91,6 +96,17 @@ def has_mark(path: Path) -> bool:
             return image.info.get(MARK[0]) == MARK[1]
     except (OSError, ValueError, SyntaxError):  # Pillow's, of what is no image, too
         return False
+
+
+def save_png(path: Path, picture: NDArray[np.uint8]) -> None:
+    """Write an image (H, W) or (H, W, 3) RGB as PNG with our mark, and the folders on its way."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mark = PngInfo()
+    mark.add_text(*MARK)
+    Image.fromarray(picture).save(path, "PNG", pnginfo=mark)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The command `magsd`: train, evaluate, predict, localize, crossval, shards, info."""
+"""The command `magsd`: train, evaluate, predict, localize, inspect, crossval, shards, info."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ except ImportError as _error:  # the base install holds the kernels alone
     ) from None
 
 from magsd.cli.cross_validation import crossval
+from magsd.cli.inspection import inspect
 from magsd.cli.localization import localize
 from magsd.cli.shards import shards
 
@@ -287,6 +288,7 @@ def _print_predictions(console: Console, predictions: list[Any], loaded: LoadedR
 
 
 app.command()(localize)
+app.command()(inspect)
 app.command()(crossval)
 app.command()(shards)
 

@@ -14,11 +14,9 @@ from contourpy import LineType, contour_generator
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from magsd.evaluation.localization import Box
-from magsd.outputs import MARK
+from magsd.outputs import save_png
 
 # Nonzero inside.
 Mask = NDArray[np.bool_ | np.number]
@@ -169,12 +167,8 @@ def fitted(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 def save_overlay(path: str | Path, item: OverlayItem, *, size: int = DRAW_SIZE) -> Path:
     """Write one overlay as PNG and return its path; raises OSError where it cannot be written."""
     picture = overlay_image(item.image, item.saliency, item.mask, boxes=item.boxes, size=size)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mark = PngInfo()
-    mark.add_text(*MARK)
-    Image.fromarray(picture).save(path, "PNG", pnginfo=mark)
-    return path
+    save_png(Path(path), picture)
+    return Path(path)
 
 
 def save_items(

@@ -61,8 +61,8 @@ def predict_images(
     files = [Path(path) for path in paths]
     if on_bad is None:
         _check_present(files)
-    overlays = _overlay_names(files, Path(overlay_dir)) if overlay_dir is not None else None
-    _check_overlays(overlays or (), files)
+    overlays = overlay_names(files, Path(overlay_dir)) if overlay_dir is not None else None
+    check_overlays(overlays or (), files)
     predictions = []
     with runtime.inference(model):
         for rows, originals in _decoded(files, batch_size, on_bad):
@@ -125,7 +125,7 @@ def _check_present(files: Sequence[Path]) -> None:
         )
 
 
-def _check_overlays(overlays: Sequence[Path], files: Sequence[Path]) -> None:
+def check_overlays(overlays: Sequence[Path], files: Sequence[Path]) -> None:
     """Raise RunError where an overlay would replace an image, or another file that is none."""
     inputs = {file.resolve() for file in files}
 
@@ -170,7 +170,7 @@ def _as_input(
     return z_score(pixels.to(torch.float32).div_(255).contiguous())
 
 
-def _overlay_names(files: Sequence[Path], folder: Path) -> list[Path]:
+def overlay_names(files: Sequence[Path], folder: Path) -> list[Path]:
     """A PNG in `folder` for every file; files of the same stem are numbered."""
     taken: set[str] = set()
     names = []
