@@ -29,10 +29,17 @@ OUTLINE = (90, 230, 215)
 BOX = (255, 255, 255)
 # Shorter side of a drawn picture in pixels: outlines of small inputs are smooth in print, too.
 DRAW_SIZE = 672
+# A strip is drawn smaller, so that its longer side has at most so many times `size` pixels, and a
+# thin one wider than it is: lines need some pixels.
+_LONGEST, _THINNEST = 4, 1 / 21
 # Keyword and text in every picture, by which it is told from others' files.
 _MARK = ("Software", "magsd")
 # The names that `save_items` gives its pictures.
 _NUMBERED = re.compile(r"\d{3,}_[\w-]*\.png")
+
+
+# Pictures of a contact sheet: Matplotlib draws at most 65536 pixels in a row or column.
+_SHEET = 64
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def overlay_image(
 ) -> NDArray[np.uint8]:
     """Image with its heat map, the mask's outline and boxes, RGB uint8.
 
-    image: (H, W) or (H, W, 3) uint8, resized so that its shorter side has `size` pixels.
+    image: (H, W) or (H, W, 3) uint8, resized as by `fitted`.
     saliency: (h, w), shown from its minimum (transparent) to its maximum; a constant map leaves the
     image as it is. mask: of any size, nonzero inside. boxes: in pixels of `image`.
     """
@@ -153,18 +160,30 @@ def with_boxes(picture: NDArray[np.uint8], boxes: Sequence[Box]) -> NDArray[np.u
     return drawn
 
 
-def fitted(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """RGB version whose shorter side has `size` pixels."""
-    rgb = image
-    if image.ndim == 2:
+def fitted(image: NDArray[np.uint8], size: int = DRAW_SIZE) -> NDArray[np.uint8]:
+    """RGB version whose shorter side has `size` pixels; at most 4 `size` by `size` pixels in all.
+
+    An image more than four times as long as wide gets 4 `size` pixels along its longer side, and at
+    least 1/21 of `size` across. What is fitted already stays as it is.
+    """
+    short, long = sorted(image.shape[:2])
+    factor = min(size / short, _LONGEST * size / long)
+    least = max(round(_THINNEST * size), 1)
+    height, width = (max(round(side * factor), least) for side in image.shape[:2])
+    # A large image is made small first: it need not be in memory in three channels.
+    if factor >= 1:
+        image = _rgb(image)
+    if (height, width) != image.shape[:2]:
+        interpolation = cv2.INTER_CUBIC if factor > 1 else cv2.INTER_AREA
         # Opencv keeps the dtype, here and below; its types do not say so.
-        rgb = np.asarray(cv2.cvtColor(image, cv2.COLOR_GRAY2RGB), np.uint8)
-    factor = size / min(rgb.shape[:2])
-    if factor == 1:
-        return rgb
-    shape = (round(rgb.shape[1] * factor), round(rgb.shape[0] * factor))
-    interpolation = cv2.INTER_CUBIC if factor > 1 else cv2.INTER_AREA
-    return np.asarray(cv2.resize(rgb, shape, interpolation=interpolation), np.uint8)
+        image = np.asarray(cv2.resize(image, (width, height), interpolation=interpolation), np.uint8)
+    return _rgb(image)
+
+
+def _rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if image.ndim == 3:
+        return image
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_GRAY2RGB), np.uint8)
 
 
 def save_overlay(path: str | Path, item: OverlayItem, *, size: int = DRAW_SIZE) -> Path:
@@ -215,9 +234,13 @@ def contact_sheet(
     title: str | None = None,
     dpi: int = 160,
 ) -> Path:
-    """Write a PNG with each radiograph above its overlay, with a caption, and return its path."""
+    """Write a PNG with each radiograph above its overlay, with a caption, and return its path.
+
+    Of more than 64 items the first 64 are shown.
+    """
     if not items:
         raise ValueError("items: expected at least one")
+    items = items[:_SHEET]
     columns = min(columns, len(items))
     rows = -(-len(items) // columns)
     # Lengths in inches, counted from the top left corner of the page.
@@ -236,7 +259,7 @@ def contact_sheet(
         points = 7.0 * min(1.0, 38 / max(map(len, text.split("\n"))))
         _text(figure, x + side / 2, y - 0.05, text, points, "bottom", color=color)
         overlay = overlay_image(item.image, item.saliency, item.mask, boxes=item.boxes)
-        for picture in (fitted(item.image, DRAW_SIZE), overlay):
+        for picture in (fitted(item.image), overlay):
             axes = figure.add_axes(_place(figure, x, y, side, side))
             axes.imshow(picture, interpolation="antialiased")
             axes.set_axis_off()
