@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ import platform
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from magsd.cli.common import (
     SOURCES,
@@ -19,6 +20,7 @@ from magsd.cli.common import (
     select_images,
     training_config,
 )
+from magsd.console import say
 from magsd.errors import ConfigError, DataError, MagsdError
 from magsd.launch import launched, process_rank
 
@@ -32,11 +34,6 @@ except ImportError as _error:  # the base install holds the kernels alone
 from magsd.cli.cross_validation import crossval
 from magsd.cli.localization import localize
 from magsd.cli.shards import shards
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from magsd.training.run import LoadedRun
 
 # torch, timm and the rest are imported by the command that needs them: help must be quick.
 
@@ -54,6 +51,9 @@ def main() -> None:
         # OpenMP's threads otherwise spin for long while they wait for one another; beside another
         # busy process single training steps then take ten times their time.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A pipe's encoding, or a file name that is no text, must not end a run that is done.
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     if process_rank():  # the first process says for all what is to be noted
         logging.getLogger("magsd").setLevel(logging.ERROR)
@@ -127,15 +127,14 @@ def train(
     from magsd.training.trainer import Interrupted
 
     console = make_console(quiet=process_rank() > 0)
-    console.print(f"run: {folder}", highlight=False, soft_wrap=True)
+    say(console, f"run: {folder}")
     try:
         trained = train_run(settings, folder, resume=resume, overwrite=overwrite, console=console)
     except Interrupted as stopped:
-        console.print(
+        say(
+            console,
             f"{signal.Signals(stopped.signum).name}: the step was finished and the state saved; "
             f"resume with: magsd train --resume --out {folder}",
-            highlight=False,
-            soft_wrap=True,
         )
         raise typer.Exit(128 + stopped.signum) from None
     if process_rank() == 0:
@@ -177,7 +176,7 @@ def evaluate(
     spec = data or validation
     if is_shards(spec):
         own = same_source(spec, validation)
-        console.print(f"epoch {loaded.epoch} of {run}: {spec}", highlight=False, soft_wrap=True)
+        say(console, f"epoch {loaded.epoch} of {run}: {spec}")
         report = evaluate_shards(loaded, spec)
     else:
         cache, indices, own = select_images(console, loaded, data)
@@ -189,7 +188,7 @@ def evaluate(
         if json_file is not None:
             json_file.parent.mkdir(parents=True, exist_ok=True)
             report.to_json(json_file)
-    console.print(f"plots: {folder}", highlight=False, soft_wrap=True)
+    say(console, f"plots: {folder}")
 
 
 @app.command()
@@ -212,6 +211,7 @@ def predict(
     """Classify image files: probabilities, and where the model looked."""
     from magsd.data.run_data import preprocessing_of
     from magsd.evaluation import predict_images
+    from magsd.evaluation.tables import predictions_table
     from magsd.training.checkpoint import disk_full_as_error
     from magsd.training.run import load_run
 
@@ -236,7 +236,7 @@ def predict(
         if json_file is not None:
             json_file.parent.mkdir(parents=True, exist_ok=True)
             json_file.write_text(json.dumps([_as_json(p) for p in predictions], indent=2) + "\n")
-    _print_predictions(console, predictions, loaded)
+    console.print(predictions_table(predictions, loaded.classes, console.width))
 
 
 def _as_json(prediction: Any) -> dict[str, Any]:
@@ -246,23 +246,6 @@ def _as_json(prediction: Any) -> dict[str, Any]:
         "probabilities": prediction.probabilities,
         "overlay": None if prediction.overlay is None else str(prediction.overlay),
     }
-
-
-def _print_predictions(console: Console, predictions: list[Any], loaded: LoadedRun) -> None:
-    from rich.table import Table
-
-    table = Table()
-    table.add_column("image", overflow="fold")
-    for name in loaded.classes:
-        table.add_column(name, justify="right")
-    table.add_column("overlay", overflow="fold")
-    for prediction in predictions:
-        cells = [
-            f"[bold]{value:.3f}[/]" if name == prediction.label else f"{value:.3f}"
-            for name, value in prediction.probabilities.items()
-        ]
-        table.add_row(str(prediction.path), *cells, str(prediction.overlay or ""))
-    console.print(table)
 
 
 app.command()(localize)

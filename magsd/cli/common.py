@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from magsd.console import say
 from magsd.errors import DataError
 
 if TYPE_CHECKING:
@@ -83,17 +84,13 @@ def select_images(
         indices, what = list(range(len(cache.records))), f"images of {spec}"
         seen = trained_on(loaded.folder.split).intersection(r.key for r in cache.records)
         if seen:
-            console.print(
-                f"[yellow]warning:[/] {len(seen)} of them have names that the run trained on, "
-                f"e.g. {min(seen)}; the figures may flatter",
-                highlight=False,
-                soft_wrap=True,
+            say(
+                console,
+                f"{len(seen)} of them have names that the run trained on, e.g. {min(seen)}; "
+                "the figures may flatter",
+                first="warning:",
             )
-    console.print(
-        f"epoch {loaded.epoch} of {loaded.folder.root}: {len(indices)} {what}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(console, f"epoch {loaded.epoch} of {loaded.folder.root}: {len(indices)} {what}")
     return cache, indices, own
 
 
@@ -111,11 +108,9 @@ def report_bad(console: Console, bad: list[tuple[str, str]]) -> None:
     """Name the images that were left out, and why; the first ten of them."""
     if not bad:
         return
-    console.print(
-        f"left out {len(bad)} images that cannot be read:", highlight=False, soft_wrap=True
-    )
+    say(console, f"left out {len(bad)} images that cannot be read:")
     for key, reason in bad[:10]:
-        console.print(f"  {key}: {reason}", highlight=False, soft_wrap=True, markup=False)
+        say(console, f"  {key}: {reason}")
 
 
 def make_console(*, quiet: bool = False) -> Console:

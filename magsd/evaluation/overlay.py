@@ -176,7 +176,9 @@ def fitted(image: NDArray[np.uint8], size: int = DRAW_SIZE) -> NDArray[np.uint8]
     if (height, width) != image.shape[:2]:
         interpolation = cv2.INTER_CUBIC if factor > 1 else cv2.INTER_AREA
         # Opencv keeps the dtype, here and below; its types do not say so.
-        image = np.asarray(cv2.resize(image, (width, height), interpolation=interpolation), np.uint8)
+        image = np.asarray(
+            cv2.resize(image, (width, height), interpolation=interpolation), np.uint8
+        )
     return _rgb(image)
 
 

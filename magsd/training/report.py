@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from magsd.config import Config
 from magsd.data import ImageCache, Loader
@@ -101,9 +102,9 @@ def closing_table(
         table.add_row("images/s (training)", f"{trained.images_per_second:.1f}")
     table.add_row("images/s (evaluation)", f"{report.images_per_second:.1f}")
     if sheet is not None:
-        table.add_row("overlays", str(sheet))
-    table.add_row("plots", str(trained.folder.plots))
-    table.add_row("checkpoint", str(trained.folder.best))
+        table.add_row("overlays", Text(str(sheet)))
+    table.add_row("plots", Text(str(trained.folder.plots)))
+    table.add_row("checkpoint", Text(str(trained.folder.best)))
     return table
 
 
