@@ -18,6 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from magsd.evaluation.localization import Box
+from magsd.evaluation.plots import one_line, write_figure
 
 # Nonzero inside.
 Mask = NDArray[np.bool_ | np.number]
@@ -64,9 +65,9 @@ class OverlayItem:
 
     def caption(self) -> str:
         """One or two lines: true and predicted class, share of attention inside the mask."""
-        first = f"{self.predicted} {self.probability:.0%}"
+        first = f"{one_line(self.predicted)} {self.probability:.0%}"
         if self.label is not None and self.label != self.predicted:
-            first = f"{self.label}, taken for {first}"
+            first = f"{one_line(self.label)}, taken for {first}"
         if self.inside is None or not np.isfinite(self.inside):
             return first
         share = f"{self.inside:.0%} of attention in mask"
@@ -223,7 +224,8 @@ def save_items(
             if _NUMBERED.fullmatch(path.name):
                 path.unlink()
     for number, item in enumerate(items):
-        label = "".join(c if c.isalnum() or c in "-_" else "-" for c in item.label or "")
+        # A file's name has 255 bytes at most, a character four.
+        label = "".join(c if c.isalnum() or c in "-_" else "-" for c in (item.label or "")[:60])
         save_overlay(folder / f"{number:03d}_{label}.png", item)
     return contact_sheet(sheet, items, title=title)
 
@@ -267,14 +269,11 @@ def contact_sheet(
             axes.set_axis_off()
             y += side + gap
     if title:
-        _text(figure, width / 2, 0.12, title, 10.5, "top")
+        _text(figure, width / 2, 0.12, one_line(title, 80), 10.5, "top")
     marks = {"mask": OUTLINE} if any(item.mask is not None for item in items) else {}
     marks |= {"box": BOX} if any(item.boxes for item in items) else {}
     _legend(figure, marks)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
-    return path
+    return write_figure(figure, path, dpi=dpi)
 
 
 def _legend(figure: Figure, marks: Mapping[str, tuple[int, int, int]]) -> None:
@@ -316,4 +315,14 @@ def _text(
     color: str = "#202020",
 ) -> None:
     w, h = figure.get_figwidth(), figure.get_figheight()
-    figure.text(x / w, 1 - y / h, text, fontsize=size, va=va, ha=ha, color=color, linespacing=1.25)
+    figure.text(
+        x / w,
+        1 - y / h,
+        text,
+        fontsize=size,
+        va=va,
+        ha=ha,
+        color=color,
+        linespacing=1.25,
+        parse_math=False,
+    )

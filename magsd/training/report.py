@@ -20,6 +20,7 @@ from magsd.evaluation import (
     plot_curves,
     write_overlays,
 )
+from magsd.evaluation.plots import write_classes, write_confusion
 from magsd.training.checkpoint import disk_full_as_error
 from magsd.training.run import LoadedRun, TrainedRun, load_run
 
@@ -57,17 +58,17 @@ def finish_run(trained: TrainedRun, console: Console) -> EvaluationReport:
 
 
 def draw_confusion(report: EvaluationReport, folder: Path) -> None:
-    """Confusion matrices of the raw and, where there are any, of the refined logits."""
-    plot_confusion(
-        folder / "confusion.png", report.raw.confusion, report.classes, title="raw logits"
-    )
-    if report.refined is not None:
-        plot_confusion(
-            folder / "confusion_refined.png",
-            report.refined.confusion,
-            report.classes,
-            title="raw + refined logits",
-        )
+    """Confusion matrices of the raw and, where there are any, of the refined logits.
+
+    Also as CSV, with one of the numbers of every class.
+    """
+    kinds = {"raw": report.raw} | ({"refined": report.refined} if report.refined else {})
+    for kind, metrics in kinds.items():
+        name = "confusion" if kind == "raw" else "confusion_refined"
+        title = "raw logits" if kind == "raw" else "raw + refined logits"
+        plot_confusion(folder / f"{name}.png", metrics.confusion, report.classes, title=title)
+        write_confusion(folder / f"{name}.csv", metrics.confusion, report.classes)
+    write_classes(folder / "classes.csv", kinds)
 
 
 def draw_overlays(run: LoadedRun, cache: ImageCache, indices: list[int], folder: Path) -> Path:
