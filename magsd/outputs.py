@@ -57,7 +57,7 @@ def check_folder(
     while not os.path.lexists(present):
         present = present.parent
     if not present.is_dir():
-        raise RunError(f"{option} {folder}: {present} is no folder")
+        raise RunError(f"{option} {folder}: {present} is not a folder")
     if not os.access(present, os.W_OK | os.X_OK):
         raise RunError(f"{option} {folder}: no permission to write in {present}")
     foreign = [name for name in writes if os.path.lexists(folder / name)]

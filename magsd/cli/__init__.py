@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from magsd.cli.common import (
     CLASSES_HELP,
@@ -21,6 +22,7 @@ from magsd.cli.common import (
     select_images,
     training_config,
 )
+from magsd.console import say
 from magsd.errors import ConfigError, DataError, MagsdError
 from magsd.launch import launched, process_rank
 
@@ -35,11 +37,6 @@ from magsd.cli.cross_validation import crossval
 from magsd.cli.inspection import inspect
 from magsd.cli.localization import localize
 from magsd.cli.shards import shards
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from magsd.training.run import LoadedRun
 
 # torch, timm and the rest are imported by the command that needs them: help must be quick.
 
@@ -57,6 +54,9 @@ def main() -> None:
         # OpenMP's threads otherwise spin for long while they wait for one another; beside another
         # busy process single training steps then take ten times their time.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A pipe's encoding, or a file name that is no text, must not end a run that is done.
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     if process_rank():  # the first process says for all what is to be noted
         logging.getLogger("magsd").setLevel(logging.ERROR)
@@ -130,15 +130,14 @@ def train(
     from magsd.training.trainer import Interrupted
 
     console = make_console(quiet=process_rank() > 0)
-    console.print(f"run: {folder}", highlight=False, soft_wrap=True)
+    say(console, f"run: {folder}")
     try:
         trained = train_run(settings, folder, resume=resume, overwrite=overwrite, console=console)
     except Interrupted as stopped:
-        console.print(
+        say(
+            console,
             f"{signal.Signals(stopped.signum).name}: the step was finished and the state saved; "
             f"resume with: magsd train --resume --out {shlex.quote(str(folder))}",
-            highlight=False,
-            soft_wrap=True,
         )
         raise typer.Exit(128 + stopped.signum) from None
     if process_rank() == 0:
@@ -196,7 +195,7 @@ def evaluate(
         if classes is not None:
             raise ConfigError("--classes: shards have the labels of their index")
         own = same_source(spec, validation)
-        console.print(f"epoch {loaded.epoch} of {run}: {spec}", highlight=False, soft_wrap=True)
+        say(console, f"epoch {loaded.epoch} of {run}: {spec}")
         report = evaluate_shards(loaded, spec)
     else:
         cache, indices, own = select_images(console, loaded, data, classes)
@@ -207,7 +206,7 @@ def evaluate(
     folder = plots or loaded.folder.plots / ("validation" if own else "evaluation")
     with disk_errors(folder, "free some space and run the command again"):
         draw_confusion(report, folder)
-    console.print(f"plots: {folder}", highlight=False, soft_wrap=True)
+    say(console, f"plots: {folder}")
 
 
 @app.command()
@@ -230,6 +229,7 @@ def predict(
     """Classify image files: probabilities, and where the model looked."""
     from magsd.data.run_data import preprocessing_of
     from magsd.evaluation import predict_images
+    from magsd.evaluation.tables import predictions_table
     from magsd.outputs import check_folder, disk_errors, write_text
     from magsd.training.run import load_run
 
@@ -258,7 +258,7 @@ def predict(
     if json_file is not None:
         items = [_as_json(prediction) for prediction in predictions]
         write_text(json_file, json.dumps(items, indent=2, allow_nan=False) + "\n")
-    _print_predictions(console, predictions, loaded)
+    console.print(predictions_table(predictions, loaded.classes, console.width))
 
 
 def _as_json(prediction: Any) -> dict[str, Any]:
@@ -268,23 +268,6 @@ def _as_json(prediction: Any) -> dict[str, Any]:
         "probabilities": prediction.probabilities,
         "overlay": None if prediction.overlay is None else str(prediction.overlay),
     }
-
-
-def _print_predictions(console: Console, predictions: list[Any], loaded: LoadedRun) -> None:
-    from rich.table import Table
-
-    table = Table()
-    table.add_column("image", overflow="fold")
-    for name in loaded.classes:
-        table.add_column(name, justify="right")
-    table.add_column("overlay", overflow="fold")
-    for prediction in predictions:
-        cells = [
-            f"[bold]{value:.3f}[/]" if name == prediction.label else f"{value:.3f}"
-            for name, value in prediction.probabilities.items()
-        ]
-        table.add_row(str(prediction.path), *cells, str(prediction.overlay or ""))
-    console.print(table)
 
 
 app.command()(localize)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from magsd.console import say
 from magsd.errors import ConfigError, DataError, UnknownLabelError
 from magsd.outputs import check_file, has_json
 
@@ -68,8 +69,6 @@ def select_images(
     of another source all. Says which they are, and warns of names that the run was trained on.
     Raises `DataError` for shards, which are read once and in their own order.
     """
-    from rich.markup import escape
-
     from magsd.data.run_data import open_images, open_validation, same_source, trained_on
     from magsd.data.shards import is_shards
 
@@ -95,19 +94,14 @@ def select_images(
         indices, what = list(range(len(cache.records))), f"images of {spec}"
         seen = trained_on(loaded.folder.split).intersection(r.key for r in cache.records)
         if seen:
-            console.print(
-                f"[yellow]warning:[/] {len(seen)} of them have names that the run trained on, "
-                f"e.g. {escape(min(seen))}; the figures may flatter",
-                highlight=False,
-                soft_wrap=True,
+            say(
+                console,
+                f"{len(seen)} of them have names that the run trained on, e.g. {min(seen)}; "
+                "the figures may flatter",
+                first="warning:",
             )
     report_bad(console, cache.bad)
-    console.print(
-        f"epoch {loaded.epoch} of {loaded.folder.root}: {len(indices)} {what}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    say(console, f"epoch {loaded.epoch} of {loaded.folder.root}: {len(indices)} {what}")
     return cache, indices, own
 
 
@@ -142,11 +136,9 @@ def report_bad(console: Console, bad: list[tuple[str, str]]) -> None:
     """Name the images that were left out, and why; the first ten of them."""
     if not bad:
         return
-    console.print(
-        f"left out {len(bad)} images that cannot be read:", highlight=False, soft_wrap=True
-    )
+    say(console, f"left out {len(bad)} images that cannot be read:")
     for key, reason in bad[:10]:
-        console.print(f"  {key}: {reason}", highlight=False, soft_wrap=True, markup=False)
+        say(console, f"  {key}: {reason}")
 
 
 def make_console(*, quiet: bool = False) -> Console:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from magsd.cli.common import SOURCES, configuration_file, make_console
+from magsd.console import say
 from magsd.errors import ConfigError
 from magsd.launch import launched
 
@@ -84,7 +85,7 @@ def _compare(out: Path, runs: list[PlannedRun]) -> None:
     from magsd.training.trainer import Interrupted
 
     console = make_console()
-    console.print(f"cross-validation: {len(runs)} runs in {out}", highlight=False, soft_wrap=True)
+    say(console, f"cross-validation: {len(runs)} runs in {out}")
     check_images(runs)
     whole = RunFolder(out)
     whole.lock()  # a second call would take the first one's runs for failed
@@ -95,16 +96,13 @@ def _compare(out: Path, runs: list[PlannedRun]) -> None:
             summary = summarize(outcomes)
             write_summary(out, summary)
     except Interrupted as stopped:
-        console.print(
-            f"{signal.Signals(stopped.signum).name}: the run's state is saved; the same command "
-            "resumes",
-            soft_wrap=True,
-        )
+        name = signal.Signals(stopped.signum).name
+        say(console, f"{name}: the run's state is saved; the same command resumes")
         raise typer.Exit(128 + stopped.signum) from None
     finally:
         whole.unlock()
     print_report(console, outcomes, summary)
-    console.print(f"tables and plot: {out}", highlight=False, soft_wrap=True)
+    say(console, f"tables and plot: {out}")
     if any(outcome.result is None for outcome in outcomes):
         raise typer.Exit(1)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from magsd.cli.common import make_console
+from magsd.console import say
 from magsd.errors import DataError
 
 if TYPE_CHECKING:
@@ -50,29 +51,26 @@ def inspect(
         check_overlays(names, images)
     console = make_console()
 
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
     refused = 0
     prepared = preprocessing_of(config)
     for number, path in enumerate(images):
-        say(str(path))
+        say(console, str(path))
         notes: list[str] = []
         try:
             image = read_image_file(path, notes)
         except DataError as error:
-            say(f"  refused: {error}")
+            say(console, f"  refused: {error}")
             refused += 1
             continue
         shown = prepare_image(image, prepared.image_size, config.model.in_channels, prepared.clahe)
         for note in [*notes, *_preparation(image, config)]:
-            say(f"  {note}")
+            say(console, f"  {note}")
         if console.is_terminal:
             console.print(_preview(shown))
         if out is not None:
             with disk_errors(out, "free some space and run the command again"):
                 save_png(names[number], shown)
-            say(f"  written: {names[number]}")
+            say(console, f"  written: {names[number]}")
     if refused:
         raise typer.Exit(1)
 

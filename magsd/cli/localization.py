@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from magsd.cli.common import CLASSES_HELP, SOURCES, make_console, select_images
+from magsd.console import say
 
 
 def localize(
@@ -88,4 +89,4 @@ def localize(
         console.print("no mask to compare the maps with: boxes alone were written")
     else:
         console.print(map_scores_table(report))
-    console.print(f"boxes, scores and overlays: {out}", highlight=False, soft_wrap=True)
+    say(console, f"boxes, scores and overlays: {out}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from magsd.cli.common import SOURCES, make_console, training_config
+from magsd.console import say
 
 
 def shards(
@@ -47,9 +48,8 @@ def shards(
             skip_bad=settings.data.skip_bad,
             progress=lambda done, total: status.update(f"writing shards: {done}/{total}"),
         )
-    console.print(
+    say(
+        console,
         f"{len(split.train)} training and {len(split.validation)} validation images: "
         f"{len(written)} shards in {out}",
-        highlight=False,
-        soft_wrap=True,
     )

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
+from magsd.console import say
 from magsd.crossval.plan import PlannedRun
 from magsd.crossval.results import Outcome, is_finished, read_result
 from magsd.data import open_source
@@ -37,20 +37,19 @@ def execute(runs: Sequence[PlannedRun], console: Console) -> list[Outcome]:
     """
     outcomes = []
     for number, run in enumerate(runs, start=1):
-        outcome = _attempt(run, f"[bold]{number}/{len(runs)}[/] {escape(run.title)}", console)
+        outcome = _attempt(run, f"{number}/{len(runs)}", console)
         _free_memory()
         if outcome.result is None:
-            console.print(
-                f"[red]failed:[/] {escape(outcome.reason)}", highlight=False, soft_wrap=True
-            )
+            say(console, outcome.reason, first="failed:", style="red")
         outcomes.append(outcome)
     return outcomes
 
 
-def _attempt(run: PlannedRun, title: str, console: Console) -> Outcome:
+def _attempt(run: PlannedRun, place: str, console: Console) -> Outcome:
     try:
         finished = is_finished(run)
-        console.print(f"{title}{': finished before' if finished else ''}", highlight=False)
+        before = ": finished before" if finished else ""
+        say(console, f"{run.title}{before}", first=place, style="bold")
         if not finished:
             _train(run, console)
         result = read_result(run)

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from magsd.crossval.results import LOGITS, METRICS
 from magsd.crossval.summary import Score, Summary
-from magsd.evaluation.plots import COLORS, save_figure
+from magsd.evaluation.plots import COLORS, save_figure, set_name
 from magsd.evaluation.tables import HEADINGS
 
 _COLUMNS = 3
@@ -22,7 +22,7 @@ _LABELS = {"raw": "raw logits", "refined": "raw + refined logits"}
 
 def plot_scores(path: str | Path, summary: Summary) -> Path:
     """Write one panel a metric with a row a model: runs as dots, mean and standard deviation."""
-    names = [model.model for model in summary.models]
+    names = [set_name(model.model) for model in summary.models]
     kinds = [k for k in LOGITS if any((k, METRICS[0]) in m.scores for m in summary.models)]
     rows = -(-len(METRICS) // _COLUMNS)
     height = 0.75 + (0.2 + 0.22 * len(kinds)) * len(names)

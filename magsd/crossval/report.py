@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from magsd.console import say
 from magsd.crossval.plot import plot_scores
 from magsd.crossval.results import LOGITS, METRICS, Outcome
 from magsd.crossval.summary import ModelSummary, Summary
@@ -68,7 +69,7 @@ def summary_table(summary: Summary) -> Table:
         )
     for model in summary.models:
         for row in _rows(model, summary):
-            table.add_row(*map(escape, row))
+            table.add_row(*map(Text, row))
         table.add_section()
     return table
 
@@ -76,17 +77,12 @@ def summary_table(summary: Summary) -> Table:
 def print_report(console: Console, outcomes: Sequence[Outcome], summary: Summary) -> None:
     """The table, what it says, and the runs that are missing from it."""
     console.print(summary_table(summary))
-    console.print(caption(summary), highlight=False)
+    console.print(Text(caption(summary)), highlight=False)
     missing = [outcome for outcome in outcomes if outcome.result is None]
     if missing:
         console.print(f"[red]{len(missing)} of {len(outcomes)} runs are missing:[/]")
     for outcome in missing:
-        console.print(
-            f"  {outcome.run.title}: {outcome.reason}",
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
-        )
+        say(console, f"  {outcome.run.title}: {outcome.reason}")
 
 
 def caption(summary: Summary) -> str:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from magsd.config import Config
+from magsd.console import listed, say
 from magsd.data import (
     BatchLoader,
     ImageCache,
@@ -337,16 +339,15 @@ def prepare_data(
         else _open_cached(config, stored_split, classes, console, team)
     )
     train, validation = data.counts()
-    console.print(
+    say(
+        console,
         f"{config.data.source}: {train} training and {validation} validation "
-        f"images of {len(data.classes)} classes ({', '.join(data.classes)})",
-        highlight=False,
-        soft_wrap=True,
+        f"images of {len(data.classes)} classes ({listed(data.classes)})",
     )
     if isinstance(data, CachedData) and data.cache.bad:
         bad = data.cache.bad
         keys = ", ".join(key for key, _ in bad[:10])
-        console.print(f"[yellow]left out {len(bad)} images that cannot be read:[/] {keys}")
+        say(console, keys, first=f"left out {len(bad)} images that cannot be read:")
     return data
 
 
@@ -394,7 +395,7 @@ def _open_cached(
     team: Team,
 ) -> CachedData:
     spec = config.data.source
-    with console.status(f"preparing images of {spec}") as status:
+    with console.status(Text(f"preparing images of {spec}")) as status:
         source = open_source(spec, skip_bad=config.data.skip_bad)
         cache = _cache(
             config,

@@ -69,7 +69,9 @@ class EvaluationReport:
         return text
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from report_tables(self.classes, self.raw, self.refined, self.localization)
+        yield from report_tables(
+            console, options, self.classes, self.raw, self.refined, self.localization
+        )
 
 
 def evaluate(

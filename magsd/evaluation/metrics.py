@@ -37,6 +37,8 @@ class Metrics:
     """Over all images; means are unweighted over the classes that have images (macro).
 
     confusion[i][j]: images of class i that were taken for class j, classes in the given order.
+    top5_accuracy: share of the images whose class is among the five likeliest; None for fewer than
+    eleven classes.
     """
 
     images: int
@@ -49,6 +51,7 @@ class Metrics:
     auroc: float
     confusion: list[list[int]]
     per_class: dict[str, ClassMetrics]
+    top5_accuracy: float | None = None
 
 
 AVERAGED = ("precision", "recall", "f1", "specificity", "false_positive_rate", "auroc")
@@ -71,10 +74,13 @@ def compute_metrics(
     precision, recall, f1, support = precision_recall_fscore_support(
         truth, predicted, labels=labels, zero_division=0.0
     )
+    others = len(truth) - support
+    false_positives = confusion.sum(axis=0) - confusion.diagonal()
     per_class = {}
     for k, name in enumerate(classes):
         present = support[k] > 0
-        specificity = _specificity(confusion, k)
+        # Share of the images of other classes that were not taken for this one.
+        specificity = float(1.0 - false_positives[k] / others[k]) if others[k] else NAN
         per_class[name] = ClassMetrics(
             images=int(support[k]),
             precision=float(precision[k]),
@@ -91,7 +97,35 @@ def compute_metrics(
         **{name: _mean([getattr(m, name) for m in present_classes]) for name in AVERAGED},
         confusion=confusion.tolist(),
         per_class=per_class,
+        top5_accuracy=_top5_accuracy(truth, scores) if len(classes) > 10 else None,
     )
+
+
+def _top5_accuracy(truth: NDArray[np.integer], scores: NDArray[np.float64]) -> float:
+    """Of equal scores the first class is the likelier one, as in the argmax."""
+    own = np.take_along_axis(scores, truth[:, None], axis=1)
+    earlier = np.arange(scores.shape[1]) < truth[:, None]
+    likelier = ((scores > own) | ((scores == own) & earlier)).sum(axis=1)
+    return float((likelier < 5).mean())
+
+
+def most_confused(
+    confusion: Sequence[Sequence[int]], count: int
+) -> list[tuple[int, int, int, float]]:
+    """Up to `count` pairs of a true and another predicted class, those with most images first.
+
+    Each with its number of images and their share of the true class.
+    """
+    counts = np.array(confusion)
+    totals = counts.sum(axis=1)
+    np.fill_diagonal(counts, 0)
+    order = np.argsort(-counts, axis=None, kind="stable")[:count]
+    pairs = zip(*np.unravel_index(order, counts.shape), strict=True)
+    return [
+        (int(i), int(j), int(counts[i, j]), float(counts[i, j] / totals[i]))
+        for i, j in pairs
+        if counts[i, j]
+    ]
 
 
 def _check(truth: NDArray[np.integer], scores: NDArray[np.float64], num_classes: int) -> None:
@@ -106,13 +140,6 @@ def _check(truth: NDArray[np.integer], scores: NDArray[np.float64], num_classes:
     bad = int((~np.isfinite(scores)).any(axis=1).sum())
     if bad:
         raise ValueError(f"probabilities: not finite for {bad} of {len(truth)} images")
-
-
-def _specificity(confusion: NDArray[np.integer], k: int) -> float:
-    """Share of the images of other classes that were not taken for class k."""
-    others = confusion.sum() - confusion[k].sum()
-    false_positives = confusion[:, k].sum() - confusion[k, k]
-    return float(1.0 - false_positives / others) if others else NAN
 
 
 def _auroc(positive: NDArray[np.bool_], score: NDArray[np.float64]) -> float:

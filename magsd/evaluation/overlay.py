@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from magsd.evaluation.localization import Box
+from magsd.evaluation.plots import one_line, write_figure
 from magsd.outputs import save_png
 
 # Nonzero inside.
@@ -28,8 +29,15 @@ OUTLINE = (90, 230, 215)
 BOX = (255, 255, 255)
 # Shorter side of a drawn picture in pixels: outlines of small inputs are smooth in print, too.
 DRAW_SIZE = 672
+# A strip is drawn smaller, so that its longer side has at most so many times `size` pixels, and a
+# thin one wider than it is: lines need some pixels.
+_LONGEST, _THINNEST = 4, 1 / 21
 # The names that `save_items` gives its pictures.
 _NUMBERED = re.compile(r"\d{3,}_[\w-]*\.png")
+
+
+# Pictures of a contact sheet: Matplotlib draws at most 65536 pixels in a row or column.
+_SHEET = 64
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,9 @@ class OverlayItem:
 
     def caption(self) -> str:
         """One or two lines: true and predicted class, share of attention inside the mask."""
-        first = f"{self.predicted} {self.probability:.0%}"
+        first = f"{one_line(self.predicted)} {self.probability:.0%}"
         if self.label is not None and self.label != self.predicted:
-            first = f"{self.label}, taken for {first}"
+            first = f"{one_line(self.label)}, taken for {first}"
         if self.inside is None or not np.isfinite(self.inside):
             return first
         share = f"{self.inside:.0%} of attention in mask"
@@ -75,7 +83,7 @@ def overlay_image(
 ) -> NDArray[np.uint8]:
     """Image with its heat map, the mask's outline and boxes, RGB uint8.
 
-    image: (H, W) or (H, W, 3) uint8, resized so that its shorter side has `size` pixels.
+    image: (H, W) or (H, W, 3) uint8, resized as by `fitted`.
     saliency: (h, w), shown from its minimum (transparent) to its maximum; a constant map leaves the
     image as it is. mask: of any size, nonzero inside. boxes: in pixels of `image`.
     """
@@ -150,18 +158,32 @@ def with_boxes(picture: NDArray[np.uint8], boxes: Sequence[Box]) -> NDArray[np.u
     return drawn
 
 
-def fitted(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """RGB version whose shorter side has `size` pixels."""
-    rgb = image
-    if image.ndim == 2:
+def fitted(image: NDArray[np.uint8], size: int = DRAW_SIZE) -> NDArray[np.uint8]:
+    """RGB version whose shorter side has `size` pixels; at most 4 `size` by `size` pixels in all.
+
+    An image more than four times as long as wide gets 4 `size` pixels along its longer side, and at
+    least 1/21 of `size` across. What is fitted already stays as it is.
+    """
+    short, long = sorted(image.shape[:2])
+    factor = min(size / short, _LONGEST * size / long)
+    least = max(round(_THINNEST * size), 1)
+    height, width = (max(round(side * factor), least) for side in image.shape[:2])
+    # A large image is made small first: it need not be in memory in three channels.
+    if factor >= 1:
+        image = _rgb(image)
+    if (height, width) != image.shape[:2]:
+        interpolation = cv2.INTER_CUBIC if factor > 1 else cv2.INTER_AREA
         # Opencv keeps the dtype, here and below; its types do not say so.
-        rgb = np.asarray(cv2.cvtColor(image, cv2.COLOR_GRAY2RGB), np.uint8)
-    factor = size / min(rgb.shape[:2])
-    if factor == 1:
-        return rgb
-    shape = (round(rgb.shape[1] * factor), round(rgb.shape[0] * factor))
-    interpolation = cv2.INTER_CUBIC if factor > 1 else cv2.INTER_AREA
-    return np.asarray(cv2.resize(rgb, shape, interpolation=interpolation), np.uint8)
+        image = np.asarray(
+            cv2.resize(image, (width, height), interpolation=interpolation), np.uint8
+        )
+    return _rgb(image)
+
+
+def _rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if image.ndim == 3:
+        return image
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_GRAY2RGB), np.uint8)
 
 
 def save_overlay(path: str | Path, item: OverlayItem, *, size: int = DRAW_SIZE) -> Path:
@@ -185,7 +207,8 @@ def save_items(
             if _NUMBERED.fullmatch(path.name):
                 path.unlink()
     for number, item in enumerate(items):
-        label = "".join(c if c.isalnum() or c in "-_" else "-" for c in item.label or "")
+        # A file's name has 255 bytes at most, a character four.
+        label = "".join(c if c.isalnum() or c in "-_" else "-" for c in (item.label or "")[:60])
         save_overlay(folder / f"{number:03d}_{label}.png", item)
     return contact_sheet(sheet, items, title=title)
 
@@ -198,9 +221,13 @@ def contact_sheet(
     title: str | None = None,
     dpi: int = 160,
 ) -> Path:
-    """Write a PNG with each radiograph above its overlay, with a caption, and return its path."""
+    """Write a PNG with each radiograph above its overlay, with a caption, and return its path.
+
+    Of more than 64 items the first 64 are shown.
+    """
     if not items:
         raise ValueError("items: expected at least one")
+    items = items[:_SHEET]
     columns = min(columns, len(items))
     rows = -(-len(items) // columns)
     # Lengths in inches, counted from the top left corner of the page.
@@ -219,20 +246,17 @@ def contact_sheet(
         points = 7.0 * min(1.0, 38 / max(map(len, text.split("\n"))))
         _text(figure, x + side / 2, y - 0.05, text, points, "bottom", color=color)
         overlay = overlay_image(item.image, item.saliency, item.mask, boxes=item.boxes)
-        for picture in (fitted(item.image, DRAW_SIZE), overlay):
+        for picture in (fitted(item.image), overlay):
             axes = figure.add_axes(_place(figure, x, y, side, side))
             axes.imshow(picture, interpolation="antialiased")
             axes.set_axis_off()
             y += side + gap
     if title:
-        _text(figure, width / 2, 0.12, title, 10.5, "top")
+        _text(figure, width / 2, 0.12, one_line(title, 80), 10.5, "top")
     marks = {"mask": OUTLINE} if any(item.mask is not None for item in items) else {}
     marks |= {"box": BOX} if any(item.boxes for item in items) else {}
     _legend(figure, marks)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
-    return path
+    return write_figure(figure, path, dpi=dpi)
 
 
 def _legend(figure: Figure, marks: Mapping[str, tuple[int, int, int]]) -> None:
@@ -274,4 +298,14 @@ def _text(
     color: str = "#202020",
 ) -> None:
     w, h = figure.get_figwidth(), figure.get_figheight()
-    figure.text(x / w, 1 - y / h, text, fontsize=size, va=va, ha=ha, color=color, linespacing=1.25)
+    figure.text(
+        x / w,
+        1 - y / h,
+        text,
+        fontsize=size,
+        va=va,
+        ha=ha,
+        color=color,
+        linespacing=1.25,
+        parse_math=False,
+    )

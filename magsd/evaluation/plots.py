@@ -1,10 +1,14 @@
-"""Confusion matrix and training curves as PNG."""
+"""Confusion matrix as PNG and CSV, training curves as PNG, and how names are set in pictures."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,11 +17,16 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from magsd.errors import RunError
+from magsd.evaluation.metrics import ClassMetrics, Metrics, jsonable
 from magsd.outputs import MARK
 
 # Color-blind safe (Okabe and Ito, 2008).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DPI = 150
+# Inches that the cells of a matrix take at most along a side.
+_LONGEST = 10.2
+# Cells of more classes are too small for their numbers.
+_WITH_TEXT = 30
 
 
 def plot_confusion(
@@ -25,37 +34,77 @@ def plot_confusion(
 ) -> Path:
     """Write a confusion matrix, rows true and columns predicted, shaded by share of the row.
 
-    confusion: (K, K) counts. Each cell shows its count and its share of the true class.
+    confusion: (K, K) counts. Each cell shows its count and its share of the true class, up to 30
+    classes. The picture has a largest size; of many classes some are named.
     """
     counts = np.asarray(confusion)
     if counts.shape != (len(classes), len(classes)):
         raise ValueError(f"confusion: expected {(len(classes),) * 2}, got {counts.shape}")
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
-    side = 1.6 + 0.85 * len(classes)
+    count = len(classes)
+    cell = min(0.85, _LONGEST / count)
+    points = 72 * cell
+    # A name in small print takes six points.
+    step = math.ceil(6 / points)
+    named = range(0, count, step)
+    names = [set_name(classes[k]) for k in named]
+    # What names of ordinary length need beside the cells is in the first number.
+    side = 1.6 + 0.07 * max(0, max(map(len, names)) - 16) + cell * count
     figure = Figure(figsize=(side + 0.9, side), layout="constrained")
     axes = figure.add_subplot()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for i, j in np.ndindex(*counts.shape):
+    for i, j in np.ndindex(*counts.shape) if count <= _WITH_TEXT else ():
         color = "white" if shares[i, j] > 0.55 else "#202020"
         text = f"{counts[i, j]}\n{shares[i, j]:.0%}" if totals[i, 0] else "0"
-        axes.text(j, i, text, ha="center", va="center", color=color, fontsize=9)
-    axes.set_xticks(range(len(classes)), classes, rotation=30, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(classes)), classes)
+        size = min(9, 0.27 * points)
+        axes.text(j, i, text, ha="center", va="center", color=color, fontsize=size)
+    size = min(10, 0.8 * points * step)
+    axes.set_yticks(named, names, fontsize=size)
+    turn, va = (30, "top") if count <= 12 else (90, "center")
+    axes.set_xticks(
+        named, names, fontsize=size, rotation=turn, ha="right", va=va, rotation_mode="anchor"
+    )
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.spines[:].set_visible(False)
-    axes.set_xticks(np.arange(1, len(classes)) - 0.5, minor=True)
-    axes.set_yticks(np.arange(1, len(classes)) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=2)
+    if count <= _WITH_TEXT:
+        axes.set_xticks(np.arange(1, count) - 0.5, minor=True)
+        axes.set_yticks(np.arange(1, count) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=min(2, 0.08 * points))
     axes.tick_params(which="both", length=0)
     bar = figure.colorbar(picture, ax=axes, fraction=0.046, pad=0.03)
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     bar.set_label("share of the true class")
     bar.outline.set_visible(False)
     if title:
-        axes.set_title(title, fontsize=11)
+        axes.set_title(set_name(title, 80), fontsize=11)
     return save_figure(figure, path)
+
+
+def write_confusion(path: str | Path, confusion: ArrayLike, classes: Sequence[str]) -> Path:
+    """Write a confusion matrix (K, K) as CSV: rows are true classes, columns predicted ones."""
+    rows = zip(classes, np.asarray(confusion).tolist(), strict=True)
+    path = Path(path)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["true \\ predicted", *classes])
+        writer.writerows([name, *row] for name, row in rows)
+    return path
+
+
+def write_classes(path: str | Path, metrics: Mapping[str, Metrics]) -> Path:
+    """Write the numbers of every class as CSV, a row for each kind of logits; empty: undefined."""
+    columns = [column.name for column in fields(ClassMetrics)]
+    path = Path(path)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", "logits", *columns])
+        for kind, scores in metrics.items():
+            for name, own in scores.per_class.items():
+                values = [jsonable(getattr(own, column)) for column in columns]
+                writer.writerow([name, kind, *values])
+    return path
 
 
 def plot_curves(path: str | Path, metrics_csv: str | Path) -> Path:
@@ -125,7 +174,7 @@ def _panels(table: dict[str, NDArray[np.float64]]) -> dict[str, list[str]]:
 
 
 def _label(column: str) -> str:
-    return column.replace("_", " ")
+    return set_name(column.replace("_", " "))
 
 
 def _dress(axes: Axes, name: str) -> None:
@@ -144,9 +193,30 @@ def _dress(axes: Axes, name: str) -> None:
         axes.legend(fontsize=8, frameon=False)
 
 
+def set_name(name: str, longest: int = 32) -> str:
+    """A name as Matplotlib is to set it: `one_line`, and no formula."""
+    return one_line(name, longest).replace("$", r"\$")
+
+
+def one_line(name: str, longest: int = 32) -> str:
+    """A name of printable characters, shortened in its middle."""
+    name = "".join(character if character.isprintable() else "\ufffd" for character in name)
+    if len(name) > longest:
+        name = f"{name[: longest // 2 - 1]}…{name[-(longest - longest // 2) :]}"
+    return name
+
+
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG, cut to what is drawn; returns its path."""
+    return write_figure(figure, path, dpi=DPI, bbox_inches="tight", pad_inches=0.08)
+
+
+def write_figure(figure: Figure, path: str | Path, **options: Any) -> Path:
+    """Write a figure as PNG, as Matplotlib's `savefig` does; returns its path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.08, metadata=dict([MARK]))
+    with warnings.catch_warnings():
+        # Hundreds of names in a script that the font lacks would each be warned of.
+        warnings.filterwarnings("ignore", r"Glyph .* missing|Matplotlib currently does not support")
+        figure.savefig(path, metadata=dict([MARK]), **options)
     return path

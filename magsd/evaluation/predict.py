@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,15 @@ from magsd.data.images import read_image_file
 from magsd.errors import DataError, RunError
 from magsd.evaluation.evaluate import refined_logits
 from magsd.evaluation.metrics import probabilities_of
-from magsd.evaluation.overlay import OverlayItem, save_overlay
+from magsd.evaluation.overlay import OverlayItem, fitted, save_overlay
 from magsd.models.classifier import Classifier
 from magsd.models.config import Preprocessing
 from magsd.outputs import check_file, has_mark
 from magsd.runtime import CPU, Runtime
 
 _NAMED_BAD = 10
+# An image as the model takes it, and as it is drawn.
+_Read = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,16 @@ def predict_images(
         _check_present(files)
     overlays = overlay_names(files, Path(overlay_dir)) if overlay_dir is not None else None
     check_overlays(overlays or (), files)
+    read = partial(
+        _read,
+        preprocessing=preprocessing,
+        channels=model.in_channels,
+        draws=overlays is not None,
+    )
     predictions = []
     with runtime.inference(model):
-        for rows, originals in _decoded(files, batch_size, on_bad):
-            images = _as_input(originals, preprocessing, model.in_channels)
+        for rows, batch in _batches(files, batch_size, read, on_bad):
+            images = _as_input([prepared for prepared, _ in batch])
             probabilities, saliency = run_batch(model, runtime.images(images), refine)
             for place, row in enumerate(rows):
                 values = probabilities[place]
@@ -81,7 +90,7 @@ def predict_images(
                     overlay = save_overlay(
                         overlays[row],
                         OverlayItem(
-                            image=originals[place],
+                            image=batch[place][1],
                             saliency=saliency[place, 0],
                             predicted=classes[best],
                             probability=float(values[best]),
@@ -136,15 +145,25 @@ def check_overlays(overlays: Sequence[Path], files: Sequence[Path]) -> None:
         check_file(path, "overlay", is_own=is_own)
 
 
-def _decoded(
-    files: Sequence[Path], batch_size: int, on_bad: Callable[[Path, str], None] | None
-) -> Iterator[tuple[list[int], list[NDArray[np.uint8]]]]:
-    """Numbers and pixels of the readable files, a batch at a time."""
+def _read(file: Path, preprocessing: Preprocessing, channels: int, draws: bool) -> _Read:
+    """What is kept of a file; its own pixels may be a hundred times as many."""
+    image = read_image_file(file)
+    prepared = prepare_image(image, preprocessing.image_size, channels, preprocessing.clahe)
+    return prepared, fitted(image) if draws else prepared
+
+
+def _batches(
+    files: Sequence[Path],
+    batch_size: int,
+    read: Callable[[Path], _Read],
+    on_bad: Callable[[Path, str], None] | None,
+) -> Iterator[tuple[list[int], list[_Read]]]:
+    """Numbers of the readable files and what is kept of them, a batch at a time."""
     rows: list[int] = []
-    images: list[NDArray[np.uint8]] = []
+    images: list[_Read] = []
     for row, file in enumerate(files):
         try:
-            image = read_image_file(file)
+            image = read(file)
         except DataError as error:
             if on_bad is None:
                 raise
@@ -159,13 +178,9 @@ def _decoded(
         yield rows, images
 
 
-def _as_input(
-    images: Sequence[NDArray[np.uint8]], preprocessing: Preprocessing, channels: int
-) -> Tensor:
-    """The batch (B, channels, S, S) that training would make of these images."""
-    size, clahe = preprocessing.image_size, preprocessing.clahe
-    prepared = np.stack([prepare_image(image, size, channels, clahe) for image in images])
-    pixels = torch.from_numpy(prepared)
+def _as_input(prepared: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """The batch (B, channels, S, S) that training would make of prepared images."""
+    pixels = torch.from_numpy(np.stack(prepared))
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
     return z_score(pixels.to(torch.float32).div_(255).contiguous())
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from magsd.config import Config
 from magsd.data import ImageCache, Loader
@@ -19,11 +20,15 @@ from magsd.evaluation import (
     plot_curves,
     write_overlays,
 )
+from magsd.evaluation.plots import write_classes, write_confusion
 from magsd.outputs import disk_errors
 from magsd.training.run import LoadedRun, TrainedRun, load_run
 
 #: What `draw_confusion` writes.
-PLOTS = ("confusion.png", "confusion_refined.png")
+PLOTS = (
+    *("confusion.png", "confusion.csv", "confusion_refined.png", "confusion_refined.csv"),
+    "classes.csv",
+)
 
 
 def evaluate_run(run: LoadedRun, cache: ImageCache, indices: list[int]) -> EvaluationReport:
@@ -59,15 +64,17 @@ def finish_run(trained: TrainedRun, console: Console) -> EvaluationReport:
 
 
 def draw_confusion(report: EvaluationReport, folder: Path) -> None:
-    """Confusion matrices of the raw and, where there are any, of the refined logits."""
-    plot_confusion(folder / PLOTS[0], report.raw.confusion, report.classes, title="raw logits")
-    if report.refined is not None:
-        plot_confusion(
-            folder / PLOTS[1],
-            report.refined.confusion,
-            report.classes,
-            title="raw + refined logits",
-        )
+    """Confusion matrices of the raw and, where there are any, of the refined logits.
+
+    Also as CSV, with one of the numbers of every class.
+    """
+    kinds = {"raw": report.raw} | ({"refined": report.refined} if report.refined else {})
+    for kind, metrics in kinds.items():
+        name = "confusion" if kind == "raw" else "confusion_refined"
+        title = "raw logits" if kind == "raw" else "raw + refined logits"
+        plot_confusion(folder / f"{name}.png", metrics.confusion, report.classes, title=title)
+        write_confusion(folder / f"{name}.csv", metrics.confusion, report.classes)
+    write_classes(folder / "classes.csv", kinds)
 
 
 def draw_overlays(run: LoadedRun, cache: ImageCache, indices: list[int], folder: Path) -> Path:
@@ -102,9 +109,9 @@ def closing_table(
         table.add_row("images/s (training)", f"{trained.images_per_second:.1f}")
     table.add_row("images/s (evaluation)", f"{report.images_per_second:.1f}")
     if sheet is not None:
-        table.add_row("overlays", str(sheet))
-    table.add_row("plots", str(trained.folder.plots))
-    table.add_row("checkpoint", str(trained.folder.best))
+        table.add_row("overlays", Text(str(sheet)))
+    table.add_row("plots", Text(str(trained.folder.plots)))
+    table.add_row("checkpoint", Text(str(trained.folder.best)))
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from rich.console import Console
 
 from magsd.config import Config, load_config
+from magsd.console import say
 from magsd.data.run_data import RunData, prepare_data, preprocessing_of
 from magsd.distributed import Team, restarted, team_of
 from magsd.errors import RunError
@@ -95,7 +97,7 @@ def _train_run(
             cudnn_benchmark(),  # a run has few shapes, each of them many times
         ):
             using = runtime.kernels_in_use()
-            console.print(f"kernels: {using}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"kernels: {using}")
             payload = team.broadcast(stored_state(folder) if resume and team.is_main else None)
             # Images or weights that cannot be used are told before the folder is touched: a run
             # that is to be overwritten still stands then.
@@ -143,7 +145,7 @@ def _build_trainer(
         validation,
         folder,
         runtime,
-        console.print,
+        partial(say, console),
         team,
     )
     if payload is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import cv2
 import numpy as np
 import pytest
 
 from magsd.evaluation import OverlayItem, contact_sheet, overlay_image, save_overlay
 from magsd.evaluation.localization.boxes import Box
-from magsd.evaluation.overlay import BOX, OUTLINE, heat_map, save_items
+from magsd.evaluation.overlay import BOX, OUTLINE, fitted, heat_map, save_items
 
 GRAY = np.full((64, 64), 100, np.uint8)
 
@@ -94,6 +96,49 @@ def test_box_is_drawn_in_the_images_pixels():
     assert drawn[:50, 590:].sum() > 80  # the one in the corner lies in the picture
 
 
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize("across", [1, 40, 500])
+def test_box_and_outline_keep_their_places_on_a_strip(across, upright):
+    """A strip is drawn with a longer side of four times `size`; the scales differ where it is thin.
+
+    The box covers the second quarter of its length, the mask the last.
+    """
+    image = np.full((across, 4000), 100, np.uint8)
+    mask = np.zeros_like(image)
+    mask[:, 3000:] = 1
+    box = Box(1000, 0, 2000, across, 1.0)
+    if upright:
+        image, mask = image.T, mask.T
+        box = Box(0, 1000, across, 2000, 1.0)
+    picture = overlay_image(image, np.zeros((4, 4)), mask, boxes=[box], size=200)
+    picture = picture.transpose(1, 0, 2) if upright else picture
+    assert picture.shape == (max(round(across / 5), 10), 800, 3)
+    # Lines of one pixel are blended with the ground.
+    columns = np.nonzero((picture > 150).all(axis=2).any(axis=0))[0]
+    assert (columns.min(), columns.max()) == pytest.approx((200, 400), abs=3)
+    outlined = picture[..., 1].astype(int) - picture[..., 0] > 60
+    columns = np.nonzero(outlined.any(axis=0))[0]
+    assert (columns.min(), columns.max()) == pytest.approx((600, 799), abs=3)
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (3, 300), (2000, 2100), (50, 60)])
+def test_fitted_once_is_fitted(shape):
+    once = fitted(np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8))
+    assert np.array_equal(fitted(once), once)
+    assert once.size <= 3 * 4 * 672**2
+
+
+def test_large_gray_image_is_made_small_before_it_has_colors():
+    image = np.zeros((6000, 6000), np.uint8)
+    tracemalloc.start()
+    try:
+        overlay_image(image, np.eye(4))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 60e6  # in three channels it would be 108 MB
+
+
 def test_inputs_are_not_changed():
     image, saliency, mask = GRAY.copy(), np.random.rand(7, 7), np.eye(64)
     copies = image.copy(), saliency.copy(), mask.copy()
@@ -131,6 +176,12 @@ def test_contact_sheet(tmp_path, count):
     assert pictures >= count * 2 * (2.1 * 60) ** 2 * 0.95
     with pytest.raises(ValueError, match="items"):
         contact_sheet(tmp_path / "none.png", [])
+
+
+def test_contact_sheet_of_many(tmp_path):
+    """As many as fit in a picture that can be drawn."""
+    sheet = cv2.imread(str(contact_sheet(tmp_path / "sheet.png", [_item()] * 300, dpi=20)))
+    assert sheet.shape[0] < 16 * 5 * 20
 
 
 def test_captions():

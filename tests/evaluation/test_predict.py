@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import cv2
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from magsd.data import BatchLoader
 from magsd.errors import DataError, RunError
 from magsd.evaluation import evaluate, predict_images, write_overlays
-from magsd.models import MAGSD, Preprocessing, load_model
+from magsd.models import MAGSD, ModelConfig, Preprocessing, build_model, load_model
 
 
 @pytest.fixture
@@ -134,9 +136,41 @@ def test_written_overlays_take_the_classes_in_turn(model, cache, classes, tmp_pa
         write_overlays(model, cache, [], tmp_path / "o", classes=classes)
 
 
+@pytest.mark.parametrize("draws", [False, True])
+def test_one_decoded_file_at_a_time(tmp_path, draws):
+    """A batch of large images is held at the sizes of the input and of the drawing."""
+    path = tmp_path / "large.png"
+    cv2.imwrite(str(path), np.zeros((2500, 2500, 3), np.uint8) + np.uint8([1, 2, 3]))
+    torch.manual_seed(0)
+    config = ModelConfig(name="plain", backbone="test_resnet", pretrained=False)
+    model = build_model(config, 2, classes="ab", preprocessing=Preprocessing(64, None)).eval()
+    overlays = tmp_path / "maps" if draws else None
+    predict_images(model, [path], overlay_dir=overlays)  # modules are imported by now
+    tracemalloc.start()
+    try:
+        predict_images(model, [path] * 16, overlay_dir=overlays)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    pixels, drawn = 2500 * 2500 * 3, 672 * 672 * 3
+    # Decoding copies an image a few times; 16 of them would be 300 MB.
+    assert peak < 4 * pixels + 16 * drawn + 30e6
+
+
+@pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (70, 5000)])
+def test_strips_are_drawn_in_bounded_memory(model, tmp_path, shape):
+    image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "strip.png"), image)
+    (prediction,) = predict_images(model, [tmp_path / "strip.png"], overlay_dir=tmp_path / "o")
+    drawn = cv2.imread(str(prediction.overlay)).shape[:2]
+    assert max(drawn) == 4 * 672
+    assert min(drawn) == max(round(min(shape) * max(drawn) / 5000), 32)
+    assert drawn.index(max(drawn)) == shape.index(5000)
+
+
 def test_loader_and_prediction_prepare_alike(cache, classes, files):
     """The input that prediction makes of a file is the one that training makes of it."""
-    from magsd.evaluation.predict import _as_input
+    from magsd.evaluation.predict import _as_input, _read
 
     loader = BatchLoader(
         cache,
@@ -149,6 +183,6 @@ def test_loader_and_prediction_prepare_alike(cache, classes, files):
         device="cpu",
         channels=3,
     )
-    images = [cache.images[0], cache.images[1]]
-    prepared = _as_input(images, Preprocessing(64, None), 3)
+    read = [_read(file, Preprocessing(64, None), 3, draws=False)[0] for file in files[:2]]
+    prepared = _as_input(read)
     torch.testing.assert_close(prepared, next(iter(loader)).images)

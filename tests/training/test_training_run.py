@@ -154,7 +154,7 @@ def test_run_without_a_checkpoint_may_be_started_again(
 
 def test_out_that_is_a_file(tmp_path: Path, small_config, console) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot make the run's folder"):
+    with pytest.raises(RunError, match="is not a folder"):
         train_run(small_config(), tmp_path / "file", console=console)
 
 
