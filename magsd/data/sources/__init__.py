@@ -42,7 +42,11 @@ _FILES: dict[str, Any] = {
 
 
 def open_source(
-    spec: str, *, classes: Sequence[str] | None = None, limit: int | None = None
+    spec: str,
+    *,
+    classes: Sequence[str] | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
 ) -> Source:
     """Open the images that `spec` names.
 
@@ -53,6 +57,8 @@ def open_source(
     classes: the classes that labels must come from, in the order of a model's outputs; None
         takes those found, sorted.
     limit: keep at most so many images, taken in turn from every class.
+    skip_bad: warn of what cannot be used, such as a class without images, where an error would tell
+        of it.
 
     Raises DataError where the spec, a file or a label is not usable.
     """
@@ -68,8 +74,9 @@ def open_source(
         places = ", ".join(f"{name}:{'FILE' if name == 'csv' else 'DIR'}" for name in _FILES)
         raise DataError(f"data source {spec!r} is not known; use {places} or phantom")
     place, options = _split_options(kind, rest, _FILES[kind].options)
+    more = {"skip_bad": skip_bad} if _FILES[kind].takes_skip_bad else {}
     source: FileSource = _FILES[kind](
-        Path(place).expanduser(), classes=classes, limit=limit, **options
+        Path(place).expanduser(), classes=classes, limit=limit, **options, **more
     )
     return source
 
