@@ -178,6 +178,16 @@ class TestFiles:
         assert keys(f"folder:{tmp_path}", skip_bad=True) == ["a/1.png", "b/1.png"]
         assert "no image in the folders of classes c, d" in caplog.text
 
+    def test_what_is_beside_the_classes(self, tmp_path: Path, caplog) -> None:
+        draw_all(tmp_path, "a/1.png", "b/1.png", ".cache/1.png")
+        (tmp_path / "gone.png").symlink_to("nowhere.png")
+        assert keys(f"folder:{tmp_path}") == ["a/1.png", "b/1.png"]
+        assert "1 behind a dangling link (gone.png), 1 hidden (.cache)" in caplog.text
+        (tmp_path / "c").symlink_to(tmp_path / "nowhere")
+        with pytest.raises(DataError, match=r"classes c \(1 behind a dangling link \(c\)\)"):
+            open_source(f"folder:{tmp_path}")
+        assert len(keys(f"folder:{tmp_path}", skip_bad=True)) == 2
+
     def test_images_without_class_folders(self, tmp_path: Path) -> None:
         draw_all(tmp_path, "1.png", "2.png")
         with pytest.raises(DataError, match=r"no images found.*2 beside the folders"):

@@ -21,6 +21,7 @@ _JUNK = frozenset({
 _SUFFIX = re.compile(r"\.[a-z][a-z0-9_~-]{0,9}")
 _PACKED = frozenset({".gz", ".bz2", ".xz", ".zst", ".zip", ".z"})
 _EXAMPLES = 3
+DANGLING = "behind a dangling link"
 
 
 class LeftOut:
@@ -32,6 +33,15 @@ class LeftOut:
     def add(self, path: Path, reason: str) -> None:
         """Leave `path` out because of `reason`, as in "3 of .txt" or "1 hidden"."""
         self._paths.setdefault(reason, []).append(path)
+
+    def update(self, other: LeftOut) -> None:
+        """Leave out what `other` does."""
+        for reason, paths in other._paths.items():
+            self._paths.setdefault(reason, []).extend(paths)
+
+    def paths(self, reason: str) -> list[Path]:
+        """What is left out for a reason."""
+        return list(self._paths.get(reason, ()))
 
     def within(self, folder: Path) -> LeftOut:
         """What of it lies in a folder."""
@@ -133,7 +143,7 @@ def _look(folder: Path, left_out: LeftOut) -> Iterator[tuple[Path, bool]]:
         elif _is_file(entry):
             yield path, False
         elif entry.is_symlink():
-            left_out.add(path, "behind a dangling link")
+            left_out.add(path, DANGLING)
         else:
             left_out.add(path, "neither file nor folder")
 
@@ -211,7 +221,9 @@ def holder(folder: Path, *names: str, deep: int = 2) -> Path | None:
     level = [folder]
     for _ in range(deep + 1):
         for place in level:
-            if any((place / name).exists() for name in names):
+            if any(
+                os.path.exists(place / name) for name in names
+            ):  # False, too, if it may not look
                 return place
         level = [path for place in level for path in _opened(place)]
     return None

@@ -19,6 +19,7 @@ from magsd.data.images import IMAGE_SUFFIXES
 from magsd.data.record import MaskKind, Record, Side
 from magsd.data.sources.base import FileSource, Options, merge_patients
 from magsd.data.sources.files import (
+    DANGLING,
     LeftOut,
     files_in,
     find_files,
@@ -89,7 +90,7 @@ class FolderSource(FileSource):
         records: list[Record] = []
         empty: list[Path] = []
         for path, side in roots:
-            self._note_images_beside(path)
+            empty += self._note_images_beside(path)
             for child in subfolders(path):
                 found = self._find(child, side)
                 records += found
@@ -172,12 +173,14 @@ class FolderSource(FileSource):
             if path not in left
         ]
 
-    def _note_images_beside(self, folder: Path) -> None:
-        """Images that lie beside the classes belong to none."""
-        nowhere = LeftOut()
-        for path in files_in(folder, nowhere):
+    def _note_images_beside(self, folder: Path) -> list[Path]:
+        """Images beside the classes belong to none; dangling links to classes are returned."""
+        beside = LeftOut()
+        for path in files_in(folder, beside):
             if why_no_image(path) is None:
                 self._left_out.add(path, "beside the folders of the classes")
+        self._left_out.update(beside)
+        return [path for path in beside.paths(DANGLING) if not path.suffix]
 
     def _find(self, folder: Path, side: Side | None) -> list[Record]:
         """The images of a class."""
