@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from magsd.data.dicom_patient import dicom_patient
@@ -12,35 +11,7 @@ from magsd.data.dicom_patient import dicom_patient
 pydicom = pytest.importorskip("pydicom")
 
 
-def write_dicom(path: Path, patient: str | None, *, preamble: bool = True) -> Path:
-    """A small DICOM image of a patient."""
-    from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.uid import ImplicitVRLittleEndian, SecondaryCaptureImageStorage
-
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
-    dataset.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
-    dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
-    dataset.SOPClassUID, dataset.SOPInstanceUID = SecondaryCaptureImageStorage, "1.2.3"
-    dataset.PatientName = "Doe^Jane"
-    if patient is not None:
-        dataset.PatientID = patient
-    dataset.Rows, dataset.Columns = 8, 6
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8, 8, 7
-    dataset.PixelRepresentation = 0
-    dataset.PixelData = np.arange(48, dtype=np.uint8).tobytes()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if preamble:
-        dataset.save_as(path, enforce_file_format=True)
-    else:
-        del dataset.file_meta
-        dataset.save_as(path, implicit_vr=True, little_endian=True, enforce_file_format=False)
-    return path
-
-
-def test_equal_for_equal_patients_and_not_the_number(tmp_path: Path) -> None:
+def test_equal_for_equal_patients_and_not_the_number(tmp_path: Path, write_dicom) -> None:
     names = [
         dicom_patient(write_dicom(tmp_path / f"{i}.dcm", patient))
         for i, patient in enumerate(["MRN-4711", "MRN-4711 ", "MRN-4712"])
@@ -51,12 +22,12 @@ def test_equal_for_equal_patients_and_not_the_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["IM0001", "1.2.840.113", "a.dcm", "b.ima"])
-def test_any_name(tmp_path: Path, name: str) -> None:
+def test_any_name(tmp_path: Path, write_dicom, name: str) -> None:
     assert dicom_patient(write_dicom(tmp_path / name, "7"))
 
 
 @pytest.mark.parametrize("name", ["a.dcm", "a.dicom", "a.dic"])
-def test_without_preamble(tmp_path: Path, name: str) -> None:
+def test_without_preamble(tmp_path: Path, write_dicom, name: str) -> None:
     path = write_dicom(tmp_path / name, "7", preamble=False)
     assert path.read_bytes()[128:132] != b"DICM"
     assert dicom_patient(path) == dicom_patient(write_dicom(tmp_path / "whole", "7"))
@@ -67,7 +38,7 @@ def test_without_preamble(tmp_path: Path, name: str) -> None:
     [None, "", "0", "000000", "ANONYMOUS", "Anonymized", "anon^", "UNKNOWN", "N/A", "XXXXXX",
      "De-Identified", "none", "-", "NoID", "[removed]", "patient_id"],
 )  # fmt: skip
-def test_nobody(tmp_path: Path, patient: str | None) -> None:
+def test_nobody(tmp_path: Path, write_dicom, patient: str | None) -> None:
     assert dicom_patient(write_dicom(tmp_path / "a.dcm", patient)) is None
 
 
@@ -83,7 +54,7 @@ def test_what_is_no_dicom(tmp_path: Path) -> None:
     assert dicom_patient(tmp_path) is None
 
 
-def test_pixels_are_not_read(tmp_path: Path) -> None:
+def test_pixels_are_not_read(tmp_path: Path, write_dicom) -> None:
     path = write_dicom(tmp_path / "a.dcm", "7")
     whole = dicom_patient(path)
     path.write_bytes(path.read_bytes()[:-40])

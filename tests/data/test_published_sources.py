@@ -110,6 +110,44 @@ class TestNih:
         with pytest.raises(DataError, match=r"no Data_Entry_2017\.csv .*nihcc\.app\.box\.com"):
             open_source(f"nih:{folder}")
 
+    def test_lists_under_other_names_and_images_anywhere(self, folder: Path) -> None:
+        """As passed on with the images reduced to 224 x 224."""
+        for name in ("train_val_list", "test_list"):
+            (folder / f"{name}.txt").rename(folder / f"{name}_NIH.txt")
+        (folder / "BBox_List_2017.csv").rename(folder / "BBox_List_2017_Official_NIH.csv")
+        (folder / "images-224").mkdir()
+        (folder / "images_001" / "images").rename(folder / "images-224" / "images-224")
+        records = open_source(f"nih:{folder}").records
+        assert [(r.split, r.mask_kind) for r in records] == [
+            ("train", None), ("validation", None), ("validation", "lesion"), ("train", None),
+        ]  # fmt: skip
+        assert all(r.path is not None and r.path.is_file() for r in records)
+
+    @pytest.mark.parametrize("place", ["", "sample", "archive/sample"])
+    def test_sample(self, tmp_path: Path, place: str) -> None:
+        """The sample of Kaggle, whose archive holds a second copy in a folder of the same name."""
+        root = tmp_path / place
+        write(
+            root / "sample_labels.csv",
+            "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,"
+            "View Position,OriginalImageWidth,OriginalImageHeight,"
+            "OriginalImagePixelSpacing_x,OriginalImagePixelSpacing_y",
+            "00000013_005.png,Emphysema|Infiltration,005,00000013,060Y,M,AP,3056,2544,0.1,0.1",
+            "00000013_026.png,Hernia,026,00000013,057Y,M,AP,2500,2048,0.1,0.1",
+            "00000017_001.png,No Finding,001,00000017,077Y,M,AP,2500,2048,0.1,0.1",
+        )
+        names = ["00000013_005.png", "00000013_026.png", "00000017_001.png"]
+        write_images(root / "sample" / "sample" / "images", names)
+        if not place:
+            write_images(root / "sample" / "images", names)
+            write(root / "sample" / "sample_labels.csv", "not, read")
+        records = open_source(f"nih:{tmp_path}").records
+        assert [(r.key, r.label, r.patient, r.split) for r in records] == [
+            ("00000013_026.png", "Hernia", "00000013", None),
+            ("00000017_001.png", "No Finding", "00000017", None),
+        ]
+        assert all(r.path is not None and r.path.is_file() for r in records)
+
 
 class TestCohen:
     @pytest.fixture
@@ -163,6 +201,41 @@ class TestCohen:
         write_images(tmp_path / "images", ["a.png", "b.png", "c.png"])
         labels = [r.label for r in open_source(f"cohen:{tmp_path}").records]
         assert labels == ["COVID-19", "Viral Pneumonia", "Bacterial Pneumonia"]
+
+    def test_current_table(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """The header of the last version, which ends in a comma; volumes, and rows of no file."""
+        header = (
+            "patientid,offset,sex,age,finding,RT_PCR_positive,survival,intubated,"
+            "intubation_present,went_icu,in_icu,needed_supplemental_O2,extubated,temperature,"
+            "pO2_saturation,leukocyte_count,neutrophil_count,lymphocyte_count,view,modality,date,"
+            "location,folder,filename,doi,url,license,clinical_notes,other_notes,"
+        )
+        row = (
+            '{},0,M,65,{},Y,Y,N,N,N,N,Y,,,,,,,{},{},"January 22, 2020","Ho Chi Minh City",{},{},'
+            '10.1/a,https://a,CC BY,"Fever, cough",,'
+        )
+        covid = "Pneumonia/Viral/COVID-19"
+        write(
+            tmp_path / "covid-chestxray-dataset" / "metadata.csv",
+            header,
+            row.format("324a", covid, "AP Supine", "X-ray", "images", "a.jpeg"),
+            row.format("324a", covid, "PA", "X-Ray", "images", "b.jpeg"),
+            row.format("7", "Pneumonia/Viral/Herpes ", "PA", "X-ray", "images", "c.jpeg"),
+            row.format("8", covid, "PA", "X-ray", "volumes", "d.nii.gz"),
+            row.format("9", covid, "Axial", "CT", "volumes", "e.nii.gz"),
+            row.format("10", covid, "PA", "X-ray", "images", ""),
+            row.format("11", covid, "PA", "X-ray", "images", ""),
+        )
+        write_images(tmp_path / "covid-chestxray-dataset", ["b.jpeg", "images/a.jpeg"])
+        write_images(tmp_path / "covid-chestxray-dataset" / "images", ["c.jpeg"])
+        records = open_source(f"cohen:{tmp_path}").records
+        assert [(Path(r.key).name, r.label, r.patient) for r in records] == [
+            ("a.jpeg", "COVID-19", "324a"), ("b.jpeg", "COVID-19", "324a"),
+            ("c.jpeg", "Viral Pneumonia", "7"),
+        ]  # fmt: skip
+        assert all(r.path is not None and r.path.is_file() for r in records)
+        assert "2 images that are no radiographs" in caplog.text
+        assert "2 images without a file name are left out" in caplog.text
 
     def test_what_is_missing(self, folder: Path) -> None:
         for path in (folder / "images").iterdir():
@@ -233,6 +306,67 @@ class TestCovidx:
         with pytest.raises(DataError, match=r"test\.txt, line 1: 3 words expected"):
             open_source(f"covidx:{tmp_path}")
 
+    @pytest.mark.parametrize(
+        ("row", "patient", "file", "label"),
+        [
+            ("3 SARS-10.1148rg.242035193-Fig8a.jpeg pneumonia cohen",
+             "cohen/3", "SARS-10.1148rg.242035193-Fig8a.jpeg", "pneumonia"),
+            ("ANON218 CR.1.2.840.113564.1003000225002.png COVID-19 actmed",
+             "actmed/ANON218", "CR.1.2.840.113564.1003000225002.png", "COVID-19"),
+            ("COVID 216 COVID(216).png COVID-19 sirm",
+             "sirm/COVID 216", "COVID(216).png", "COVID-19"),
+            ("COVID 216 COVID(216).png COVID-19", "unnamed/COVID 216", "COVID(216).png",
+             "COVID-19"),
+            ("a b c d.JPG COVID-19 sirm", "sirm/a b c", "d.JPG", "COVID-19"),
+            ("COVID 7 COVID-19 (7).png COVID-19 sirm", "sirm/COVID 7", "COVID-19 (7).png",
+             "COVID-19"),
+            ("47c78742-4998 47c78742-4998.png normal", "unnamed/47c78742-4998",
+             "47c78742-4998.png", "normal"),
+            ("419639-003251 MIDRC-RICORD-1C-419639-003251-46647-0.png positive ricord",
+             "ricord/419639-003251", "MIDRC-RICORD-1C-419639-003251-46647-0.png", "positive"),
+            ("440808-000020 MIDRC-RICORD-1C-440808-000020-8.458-0.png positive ricord",
+             "ricord/440808-000020", "MIDRC-RICORD-1C-440808-000020-8.458-0.png", "positive"),
+            ("P 1 noname positive site", "site/P 1", "noname", "positive"),
+        ],
+    )  # fmt: skip
+    def test_rows(self, tmp_path: Path, row: str, patient: str, file: str, label: str) -> None:
+        """Rows as the lists of the versions 2 to 9 and their copies have them."""
+        write(tmp_path / "train.txt", row)
+        write(tmp_path / "test.txt", "zz z.png normal rsna")
+        write_images(tmp_path / "train", [file if "." in file else "other.png"])
+        write_images(tmp_path / "test", ["z.png"])
+        record = open_source(f"covidx:{tmp_path}").records[0]
+        assert (record.patient, record.key, record.label) == (patient, f"train/{file}", label)
+
+    def test_rows_without_a_source_may_be_of_a_named_one(self, tmp_path: Path) -> None:
+        """In the lists of version 7 the source is lacking in some rows of the test list."""
+        self.make(tmp_path, "labels/train_COVIDx7A.txt", "labels/test_COVIDx7A.txt")
+        write(tmp_path / "labels" / "test_COVIDx7A.txt", "1 e.png normal", "d1 f.png normal")
+        patients = {Path(r.key).name: r.patient for r in open_source(f"covidx:{tmp_path}").records}
+        assert patients["a.png"] == patients["e.png"] == "unnamed/1"
+        assert patients["d.png"] == "rsna/d0"
+
+    def test_an_image_of_two_patients(self, tmp_path: Path) -> None:
+        """As in version 4, where 000001-27.jpg is of 287 and of 340."""
+        self.make(tmp_path, "labels/train_COVIDx4.txt", "labels/test_COVIDx4.txt")
+        rows = ("287 a.png pneumonia cohen", "340 a.png pneumonia cohen")
+        write(tmp_path / "labels" / "train_COVIDx4.txt", *rows, "340 b.png normal cohen")
+        train = [r for r in open_source(f"covidx:{tmp_path}").records if r.split == "train"]
+        assert [(r.key, r.patient) for r in train] == [
+            ("train/a.png", "cohen/287"), ("train/b.png", "cohen/287"),
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize("place", ["data/{}", "{0}/{0}", "covidx-cxr2/{}"])
+    def test_where_images_lie(self, tmp_path: Path, place: str) -> None:
+        root = tmp_path / "covidx-cxr2" if "cxr2" in place else tmp_path
+        self.make(root, "train.txt", "test.txt")
+        for part in ("train", "test"):
+            (root / part).rename(root / f"{part}0")
+            target = tmp_path / place.format(part)
+            target.parent.mkdir(exist_ok=True)
+            (root / f"{part}0").rename(target)
+        assert all(r.path and r.path.is_file() for r in open_source(f"covidx:{tmp_path}").records)
+
 
 class TestCub:
     @pytest.fixture
@@ -259,6 +393,14 @@ class TestCub:
         expected[20:50, 10:15] = True
         np.testing.assert_array_equal(source.read_mask(source.records[0]), expected)
         assert source.records[0].mask_kind == "object"
+
+    def test_a_folder_within_a_folder_of_its_name(self, folder: Path, tmp_path: Path) -> None:
+        outer = tmp_path / "archive" / "CUB_200_2011"
+        outer.mkdir(parents=True)
+        (folder / "CUB_200_2011").rename(outer / "CUB_200_2011")
+        records = open_source(f"cub:{tmp_path / 'archive'}").records
+        assert len(records) == 4
+        assert all(r.path is not None and r.path.is_file() for r in records)
 
     def test_what_is_missing(self, folder: Path) -> None:
         root = folder / "CUB_200_2011"
@@ -302,8 +444,16 @@ class TestAircraft:
         write_images(data / "images", [f"000000{i}.jpg" for i in range(1, 5)])
         return tmp_path
 
-    @pytest.mark.parametrize("within", ["", "fgvc-aircraft-2013b"])
-    def test_records(self, folder: Path, within: str) -> None:
+    @pytest.mark.parametrize(
+        ("moved", "within"),
+        [("", ""), ("", "fgvc-aircraft-2013b"), ("", "fgvc-aircraft-2013b/data"), ("FGVC", ""),
+         ("FGVC/fgvc-aircraft-2013b", ""), ("FGVC/fgvc-aircraft-2013b", "FGVC")],
+    )  # fmt: skip
+    def test_records(self, folder: Path, moved: str, within: str) -> None:
+        if moved:
+            (folder / "fgvc-aircraft-2013b").rename(folder / "x")
+            (folder / moved).parent.mkdir(exist_ok=True)
+            (folder / "x").rename(folder / moved)
         source = open_source(f"aircraft:{folder / within}")
         assert sides(source) == {
             "data/images/0000001.jpg": ("707-320", "train"),
@@ -324,8 +474,42 @@ class TestAircraft:
     def test_what_is_missing(self, folder: Path) -> None:
         with pytest.raises(DataError, match=r"images_manufacturer_trainval|manufacturers\.txt"):
             open_source(f"aircraft:{folder},level=manufacturer")
-        with pytest.raises(DataError, match=r"no fgvc-aircraft-2013b there; .*robots\.ox\.ac\.uk"):
-            open_source(f"aircraft:{folder / 'fgvc-aircraft-2013b' / 'data'}")
+        with pytest.raises(
+            DataError, match=r"no data/images_variant_.* there; .*robots\.ox\.ac\.uk"
+        ):
+            open_source(f"aircraft:{folder / 'fgvc-aircraft-2013b' / 'data' / 'images'}")
+        (folder / "fgvc-aircraft-2013b" / "data" / "images").rename(folder / "elsewhere")
+        with pytest.raises(DataError, match=r"no fgvc-aircraft-2013b/data/images there"):
+            open_source(f"aircraft:{folder}")
+
+    def test_two_training_lists(self, folder: Path) -> None:
+        data = folder / "fgvc-aircraft-2013b" / "data"
+        (data / "images_variant_trainval.txt").unlink()
+        write(data / "images_variant_train.txt", "0000001 707-320")
+        write(data / "images_variant_val.txt", "0000002 A330 (big)")
+        assert [r.split for r in open_source(f"aircraft:{folder}").records] == [
+            "train", "train", "validation", "validation",
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize("nested", [True, False])
+    def test_tables(self, tmp_path: Path, nested: bool) -> None:
+        """The copy of Kaggle names files and classes in tables."""
+        place = "fgvc-aircraft-2013b/fgvc-aircraft-2013b/data/images" if nested else "images"
+        write_images(tmp_path / place, [f"000000{i}.jpg" for i in range(1, 4)])
+        for part, row in (
+            ("train", "0000001.jpg,707-320,0"), ("val", "0000002.jpg,Yak-42,1"),
+            ("test", "0000003.jpg,707-320,0"),
+        ):  # fmt: skip
+            write(tmp_path / f"{part}.csv", "filename,Classes,Labels", row)
+        source = open_source(f"aircraft:{tmp_path}")
+        assert sides(source) == {
+            "data/images/0000001.jpg": ("707-320", "train"),
+            "data/images/0000002.jpg": ("Yak-42", "train"),
+            "data/images/0000003.jpg": ("707-320", "validation"),
+        }
+        assert source.read_image(source.records[0]).shape == (44, 48, 3)
+        with pytest.raises(DataError, match="images_family_trainval"):
+            open_source(f"aircraft:{tmp_path},level=family")
 
 
 class TestCars:
@@ -356,9 +540,77 @@ class TestCars:
         }
         assert source.read_image(source.records[0]).shape == (64, 48, 3)
 
+    @pytest.mark.parametrize("root", ["stanford_cars", "cars", "x/y"])
+    def test_other_folders(self, folder: Path, root: str) -> None:
+        """As copies have it: other names, doubled folders, the labels in the devkit."""
+        (folder / "stanford_cars").rename(folder / "z")
+        (folder / root).parent.mkdir(exist_ok=True)
+        (folder / "z").rename(folder / root)
+        for part in ("cars_train", "cars_test"):
+            (folder / root / part).rename(folder / "inner")
+            (folder / root / part).mkdir()
+            (folder / "inner").rename(folder / root / part / part)
+        (folder / root / "car_devkit").mkdir()
+        (folder / root / "devkit").rename(folder / root / "car_devkit" / "devkit")
+        name = "cars_test_annos_withlabels.mat"
+        (folder / root / name).rename(folder / root / "car_devkit" / "devkit" / name)
+        source = open_source(f"cars:{folder}")
+        assert list(sides(source))[::2] == [
+            "cars_train/00001.jpg", "cars_train/00003.jpg", "cars_test/00002.jpg",
+        ]  # fmt: skip
+        assert all(r.path is not None and r.path.is_file() for r in source.records)
+
+    @pytest.fixture
+    def whole(self, tmp_path: Path) -> Path:
+        """Both sides in one folder, told apart by a flag."""
+        fields = [("relative_im_path", "O"), ("bbox_x1", "u1"), ("class", "u1"), ("test", "u1")]
+        rows = [
+            (f"car_ims/00000{i}.jpg", 1, number, test)
+            for i, number, test in ((1, 1, 0), (2, 1, 1), (3, 2, 0))
+        ]
+        names = np.array(["AM General Hummer SUV 2000", "Ram C/V Cargo Van 2012"], dtype=object)
+        savemat(
+            tmp_path / "cars_annos.mat",
+            {"annotations": np.array(rows, dtype=fields), "class_names": names},
+        )
+        write_images(tmp_path / "car_ims", [f"00000{i}.jpg" for i in (1, 2, 3)])
+        return tmp_path
+
+    def test_one_folder_for_both_sides(self, whole: Path) -> None:
+        expected = {
+            "car_ims/000001.jpg": ("AM General Hummer SUV 2000", "train"),
+            "car_ims/000002.jpg": ("AM General Hummer SUV 2000", "validation"),
+            "car_ims/000003.jpg": ("Ram C/V Cargo Van 2012", "train"),
+        }
+        assert sides(open_source(f"cars:{whole}")) == expected
+        (whole / "car_ims").rename(whole / "x")
+        (whole / "car_ims").mkdir()
+        (whole / "x").rename(whole / "car_ims" / "car_ims")
+        assert sides(open_source(f"cars:{whole}")) == expected
+
+    def test_numbers_of_another_folder(self, whole: Path) -> None:
+        """Lists for car_ims/ beside the images of cars_train/, whose numbers differ."""
+        (whole / "car_ims").rename(whole / "cars_train")
+        with pytest.raises(DataError, match=r"numbers the images of car_ims/, not those of"):
+            open_source(f"cars:{whole}")
+
     def test_what_is_missing(self, folder: Path) -> None:
-        (folder / "stanford_cars" / "cars_test_annos_withlabels.mat").unlink()
+        root = folder / "stanford_cars"
+        (root / "devkit" / "cars_meta.mat").write_bytes(b"no matrices")
+        with pytest.raises(DataError, match=r"cars_meta\.mat: not the list"):
+            open_source(f"cars:{folder}")
+        savemat(root / "devkit" / "cars_meta.mat", {"class_names": np.array(["x"], dtype=object)})
+        with pytest.raises(DataError, match=r"annos\.mat: there is no class 2"):
+            open_source(f"cars:{folder}")
+        (root / "cars_test_annos_withlabels.mat").unlink()
         with pytest.raises(DataError, match=r"no stanford_cars/cars_test_annos_withlabels\.mat"):
+            open_source(f"cars:{folder}")
+        names = np.array(["x", "y"], dtype=object)
+        savemat(root / "devkit" / "cars_meta.mat", {"class_names": names})
+        fields = [("bbox_x1", "u1"), ("fname", "O")]  # the devkit's own list has no classes
+        annotations = np.array([(1, "00001.jpg"), (2, "00002.jpg")], dtype=fields)
+        savemat(root / "cars_test_annos_withlabels.mat", {"annotations": annotations})
+        with pytest.raises(DataError, match=r"annotations has no class"):
             open_source(f"cars:{folder}")
 
 
@@ -385,6 +637,35 @@ class TestDogs:
             "n02105641-Old_English_sheepdog/d.jpg": ("Old_English_sheepdog", "validation"),
         }
         assert source.read_image(source.records[0]).shape == (64, 48, 3)
+
+    @pytest.mark.parametrize("place", ["Images", "images/Images", "Images/Images"])
+    def test_without_lists(
+        self, folder: Path, place: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """As copies have it, with boxes in a folder for each breed, too."""
+        for path in (folder / "lists").iterdir():
+            path.unlink()
+        (folder / "Images").rename(folder / "x")
+        (folder / place).parent.mkdir(exist_ok=True)
+        (folder / "x").rename(folder / place)
+        write(folder / "annotations" / "Annotation" / "n02110958-pug" / "n02110958_1", "<xml>")
+        source = open_source(f"dogs:{folder}")
+        assert sides(source) == {
+            "n02085620-Chihuahua/a.jpg": ("Chihuahua", None),
+            "n02085620-Chihuahua/c.jpg": ("Chihuahua", None),
+            "n02105641-Old_English_sheepdog/d.jpg": ("Old_English_sheepdog", None),
+            "n02110958-pug/b.jpg": ("pug", None),
+        }
+        assert "no train_list.mat and no test_list.mat" in caplog.text
+        assert sides(open_source(f"dogs:{folder / place}")) == sides(source)
+
+    def test_lists_beside_nested_images(self, folder: Path) -> None:
+        (folder / "Images").rename(folder / "x")
+        (folder / "images").mkdir()
+        (folder / "x").rename(folder / "images" / "Images")
+        records = open_source(f"dogs:{folder}").records
+        assert {r.split for r in records} == {"train", "validation"}
+        assert all(r.path is not None and r.path.is_file() for r in records)
 
     def test_what_is_missing(self, folder: Path) -> None:
         (folder / "lists" / "train_list.mat").write_bytes(b"no matrices")

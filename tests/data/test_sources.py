@@ -82,7 +82,7 @@ class TestOpen:
         with pytest.raises(DataError, match="the option 'views' is not known; it has view"):
             open_source(f"cohen:{folder},views=PA")
         with pytest.raises(DataError, match="it has none"):
-            open_source(f"folder:{tmp_path},x=1")
+            open_source(f"cub:{tmp_path},x=1")
 
 
 class TestFolder:
@@ -105,8 +105,16 @@ class TestFolder:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
         (tmp_path / "well" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-        assert len(open_source(f"folder:{tmp_path}")) == 3
-        assert "left out: 1 of .png, 2 of .xyz, 1 of no suffix" in caplog.text
+        with pytest.raises(
+            DataError, match=r"classes odd \(1 of no suffix \(odd/notes\)\).*skip_bad"
+        ):
+            open_source(f"folder:{tmp_path}")
+        assert len(open_source(f"folder:{tmp_path}", skip_bad=True)) == 3
+        for reason in (
+            "1 behind a dangling link (well/gone.png)", "1 of no suffix (odd/notes)",
+            "2 of .xyz (sick/a.xyz, sick/b.xyz)",
+        ):  # fmt: skip
+            assert reason in caplog.text
         assert "no image in the folders of classes odd" in caplog.text
 
     @pytest.mark.parametrize("sides", [("train", "test"), ("train", "val", "test")], ids=str)

@@ -57,6 +57,8 @@ def open_source(
     classes: the classes that labels must come from, in the order of a model's outputs; None
         takes those found, sorted.
     limit: keep at most so many images, taken in turn from every class.
+    skip_bad: warn of what cannot be used, such as a class without images, where an error would tell
+        of it.
 
     Raises DataError where the spec, a file or a label is not usable.
     """
@@ -75,7 +77,8 @@ def open_source(
     path = Path(place).expanduser()
     if not path.exists() and not path.is_absolute():
         raise DataError(f"{path}: no such file or folder in the current folder, {Path.cwd()}")
-    source: FileSource = _FILES[kind](path, classes=classes, limit=limit, **options)
+    more = {"skip_bad": skip_bad} if _FILES[kind].takes_skip_bad else {}
+    source: FileSource = _FILES[kind](path, classes=classes, limit=limit, **options, **more)
     return source
 
 

@@ -75,10 +75,12 @@ class FileSource(Source):
     """A source whose images are files, and whose masks may be.
 
     options: name -> values of what may follow the path as ``,name=value``; the first value is the
-    default, and where none stands there any text is taken.
+    default, and where none stands there any text is taken. takes_skip_bad: whether the constructor
+    takes `skip_bad`, see `open_source`.
     """
 
     options: ClassVar[Options] = {}
+    takes_skip_bad: ClassVar[bool] = False
 
     def mask_path(self, record: Record) -> Path | None:
         """The file that holds the record's mask."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from magsd.data.record import Record
+from magsd.data.sources.files import holder
 from magsd.data.sources.published import Box, PublishedSource, read_box
 from magsd.data.sources.rows import read_words
 from magsd.errors import DataError
@@ -14,7 +15,7 @@ from magsd.errors import DataError
 class CubSource(PublishedSource):
     """200 species with the published split; the box around the bird is its mask.
 
-    DIR is CUB_200_2011 or the folder that holds it.
+    DIR is CUB_200_2011 or holds it, perhaps within another folder.
     """
 
     kind = "cub"
@@ -22,7 +23,8 @@ class CubSource(PublishedSource):
     home = "https://www.vision.caltech.edu/datasets/cub_200_2011"
 
     def _find(self) -> Iterator[Record]:
-        images = self._need("images.txt", "CUB_200_2011/images.txt")
+        place = holder(self.folder, "images.txt")
+        images = place / "images.txt" if place else self._need("CUB_200_2011/images.txt")
         classes = self._table(images.with_name("classes.txt"))
         labels = self._table(images.with_name("image_class_labels.txt"))
         trains = self._table(images.with_name("train_test_split.txt"))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
 from magsd.data.record import Record
 from magsd.data.sources.base import Options
+from magsd.data.sources.files import holder
 from magsd.data.sources.published import PublishedSource
 from magsd.data.sources.radiographs import VIEWS, shows_view
 from magsd.data.sources.rows import read_rows
@@ -47,21 +49,32 @@ class CohenSource(PublishedSource):
     options: ClassVar[Options] = {"view": VIEWS}
 
     def _find(self) -> Iterator[Record]:
-        others = unclear = 0
-        for _, row in read_rows(self._need("metadata.csv"), _COLUMNS):
-            radiograph = row.get("modality", "X-ray").strip() == "X-ray"
-            if not (radiograph and shows_view(row["view"], self.choice["view"])):
+        others = unclear = nameless = 0
+        self._base = holder(self.folder, "metadata.csv") or self._need("metadata.csv").parent
+        for _, row in read_rows(self._base / "metadata.csv", _COLUMNS):
+            name = row["filename"].strip()
+            radiograph = row.get("modality", "X-ray").strip().lower() in ("x-ray", "xray", "")
+            volume = name.lower().endswith((".nii", ".gz", ".zip"))
+            if volume or not (radiograph and shows_view(row["view"], self.choice["view"])):
                 others += 1
                 continue
             label = class_of(row["finding"])
             if label is None:
                 unclear += 1
                 continue
-            folder = row.get("folder", "").strip() or "images"
-            path = self.folder / folder / row["filename"].strip()
+            if not name:
+                nameless += 1
+                continue
+            path = self._place(row.get("folder", "").strip() or "images", name)
             yield self._record(path, label, patient=row["patientid"].strip())
         self._left_out(others, f"that are no radiographs of the view {self.choice['view']}")
         self._left_out(unclear, "whose finding has no class")
+        self._left_out(nameless, "without a file name")
+
+    def _place(self, folder: str, name: str) -> Path:
+        """The file in its folder; some copies have all of them in images/ or in DIR."""
+        places = [self._base / folder, self._base / "images", self._base]
+        return next((p for place in places if (p := place / name).is_file()), places[0] / name)
 
 
 def class_of(finding: str) -> str | None:

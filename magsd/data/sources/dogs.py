@@ -2,34 +2,73 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 from magsd.data.record import Record, Side
-from magsd.data.sources.published import PublishedSource
-from magsd.errors import DataError
+from magsd.data.sources.files import find_images, holder, subfolders
+from magsd.data.sources.published import PublishedSource, read_mat
+
+_NUMBER = re.compile(r"^n\d+-")
+_log = logging.getLogger(__name__)
 
 
 class DogsSource(PublishedSource):
-    """120 breeds with the published split; the class is the folder's name after its number."""
+    """120 breeds with the published split; the class is the folder's name after its number.
+
+    DIR holds Images/, or Images/Images/, and train_list.mat and test_list.mat beside it or in
+    lists/. Without both lists there is no published split, with a warning. DIR may be Images/, too.
+    """
 
     kind = "dogs"
     name = "Stanford Dogs"
     home = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
 
     def _find(self) -> Iterator[Record]:
-        from scipy.io import loadmat
-        from scipy.io.matlab import MatReadError
-
-        images = self._need("Images", "images")
+        images = self._images()
         sides: dict[str, Side] = {"train": "train", "test": "validation"}
+        lists = {part: self._list(part) for part in sides}
+        if not any(lists.values()):
+            _log.warning(
+                "%s: no train_list.mat and no test_list.mat, which name the published split: all"
+                " images are taken and divided into folds; %s", self.folder, self._where(),
+            )  # fmt: skip
+            for path in find_images(images):
+                yield self._one(images, path.relative_to(images).as_posix(), None)
+            return
         for part, side in sides.items():
-            path = self._need(f"lists/{part}_list.mat", f"{part}_list.mat")
-            try:
-                names = loadmat(path, squeeze_me=True)["file_list"]
-            except (OSError, ValueError, KeyError, MatReadError) as error:
-                raise DataError(f"{path}: not the list of that set ({error})") from error
-            for name in names.reshape(-1):
-                label = re.sub(r"^n\d+-", "", PurePosixPath(str(name)).parent.name)
-                yield self._record(images / str(name), label, key=str(name), split=side)
+            path = lists[part] or self._need(f"lists/{part}_list.mat", f"{part}_list.mat")
+            for name in np.atleast_1d(read_mat(path, "file_list")).reshape(-1):
+                yield self._one(images, str(name), side)
+
+    def _one(self, images: Path, name: str, side: Side | None) -> Record:
+        label = _NUMBER.sub("", PurePosixPath(name).parent.name)
+        return self._record(images / name, label, key=name, split=side)
+
+    def _images(self) -> Path:
+        """The folder that holds a folder for each breed."""
+        names = ("Images", "images")
+        level = [self.folder]
+        for _ in range(3):
+            for place in level:
+                if any(_NUMBER.match(path.name) for path in subfolders(place)):
+                    return place
+            level = [place / name for place in level for name in names if (place / name).is_dir()]
+        return self._need(*names)
+
+    def _list(self, part: str) -> Path | None:
+        name = f"{part}_list.mat"
+        places = [self.folder, *([self.folder.parent] if self._is_images() else [])]
+        found = (holder(place, name, deep=2 if place == self.folder else 0) for place in places)
+        beside = next((place / name for place in found if place), None)
+        if beside is None and self._is_images():
+            lists = self.folder.parent / "lists" / name
+            beside = lists if lists.is_file() else None
+        return beside
+
+    def _is_images(self) -> bool:
+        return self.folder.name.lower() == "images"

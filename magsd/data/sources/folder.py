@@ -4,121 +4,366 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from magsd.data.dicom import SUFFIXES as DICOM_SUFFIXES
+from magsd.data.dicom import is_dicom
+from magsd.data.dicom_patient import dicom_patient
 from magsd.data.images import IMAGE_SUFFIXES
-from magsd.data.record import Record, Side
-from magsd.data.sources.base import FileSource
+from magsd.data.record import MaskKind, Record, Side
+from magsd.data.sources.base import FileSource, Options, merge_patients
+from magsd.data.sources.files import (
+    DANGLING,
+    LeftOut,
+    files_in,
+    find_files,
+    find_images,
+    shown,
+    subfolders,
+    walk,
+    why_no_image,
+)
+from magsd.data.sources.masks import (
+    is_image_folder,
+    is_mask_folder,
+    read_mask_file,
+    split_masks,
+)
+from magsd.data.sources.names import PATIENT_IN_NAME, patient_in_path
 from magsd.errors import DataError
 
-#: Folders of a published split, and the side on which each stands.
-_SIDES: dict[str, Side] = {
-    "train": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "validation",
+__all__ = ["PATIENT_IN_NAME", "FolderSource", "find_files", "find_images"]
+
+#: Folders of a published split, without "set", "data" and separators.
+_SIDES = {
+    **dict.fromkeys(("train", "training", "trainval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
-#: The patient in the names of the radiographs of children (Kermany et al., 2018).
-PATIENT_IN_NAME = re.compile(r"(person\d+)_|((?:NORMAL2-)?IM-\d+)-")
+#: The highest number of folders, each alone in the one above, that an archive may lie in.
+_DEEP = 4
 _log = logging.getLogger(__name__)
 
 
 class FolderSource(FileSource):
-    """Images in DIR/CLASS/..., at any depth; each image is its own patient.
+    """Images in DIR/CLASS/..., at any depth, linked files and folders too.
 
     DIR/train/CLASS/..., DIR/val/CLASS/... and DIR/test/CLASS/... are a published split: the images
-    of val are validated on, or those of test where there is no val. There names such as
-    person1_virus_6.jpeg and IM-0115-0001.jpeg name the patient. What is no image is counted in a
-    warning, and so are classes without any.
+    of val are validated on, or those of test where there is no val. Masks in a folder masks beside
+    the images are those of the lungs. Where DIR holds one folder alone, that may be meant.
+
+    option ``patient``: what names the patient. ``name``: the file or a folder, as in
+    person12_virus_6.jpeg, 00000013_005.png or patient00012/view1.png. ``image``: each image is its
+    own. ``auto``: PatientID of DICOM files, of which a hash is kept; the names within a published
+    split; else each image is its own, with a warning where names look as if images share one.
+
+    What is left out is counted by the reason in one warning. A class without any image is a
+    DataError, or under `skip_bad` a warning.
     """
 
+    options: ClassVar[Options] = {"patient": ("auto", "name", "image")}
+    takes_skip_bad = True
+
     def __init__(
-        self, folder: Path, *, classes: Sequence[str] | None = None, limit: int | None = None
+        self,
+        folder: Path,
+        *,
+        classes: Sequence[str] | None = None,
+        limit: int | None = None,
+        patient: str = "auto",
+        skip_bad: bool = False,
     ) -> None:
-        self.spec = f"folder:{folder}"
-        if not folder.is_dir():
+        self.spec = f"folder:{folder}" + (f",patient={patient}" if patient != "auto" else "")
+        self.folder = folder
+        self._left_out = LeftOut()
+        self._masks: dict[str, tuple[MaskKind, Path]] = {}
+        if not _is_folder(folder):
             raise DataError(f"{folder}: no such folder")
-        sides = _published_sides(folder)
-        records = list(_find_split(folder, sides) if sides else _find(folder, folder))
-        if not records:
+        roots = self._roots(self._innermost(classes))
+        published = any(side for _, side in roots)
+        records: list[Record] = []
+        empty: list[Path] = []
+        for path, side in roots:
+            empty += self._note_images_beside(path)
+            for child in subfolders(path):
+                found = self._find(child, side)
+                records += found
+                if not found:
+                    empty.append(child)
+        self._report(records, empty, skip_bad)
+        records, twice = self._one_per_file(records)
+        patients = self._patients(records, patient, published)
+        named = [
+            dataclasses.replace(record, patient=patients.get(record.key) or record.key)
+            for record in records
+        ]
+        self._set_records(
+            merge_patients(named, twice), origin=str(folder), classes=classes, limit=limit
+        )
+
+    def mask_path(self, record: Record) -> Path | None:
+        """The file of the record's mask."""
+        return self._masks[record.key][1] if record.key in self._masks else None
+
+    def read_mask(self, record: Record) -> NDArray[np.bool_] | None:
+        """The mask resized to the image, or None where there is none; see `Source.read_mask`."""
+        if (path := self.mask_path(record)) is None:
+            return None
+        return read_mask_file(path, *self.read_image(record).shape[:2])
+
+    def _innermost(self, classes: Sequence[str] | None) -> Path:
+        """DIR, or the folder within it that holds the classes, where that is alone there."""
+        top = self.folder
+        for _ in range(_DEEP):
+            inner = _only_one(top, classes or ())
+            if inner is None:
+                break
+            self._note_images_beside(top)
+            _log.warning(
+                "%s: holds no classes but the folder %s: its folders are taken, %s",
+                top, inner.name, ", ".join(shown(path.name) for path in subfolders(inner)[:10]),
+            )  # fmt: skip
+            top = inner
+        return top
+
+    def _roots(self, folder: Path) -> list[tuple[Path, Side | None]]:
+        """The folders that hold class folders: the sides of a split, or `folder` alone."""
+        inside = subfolders(folder)
+        words = {path: word for path in inside if (word := _side(path.name))}
+        others = [path for path in inside if path not in words]
+        found = set(words.values())
+        if found <= {"train"} or ("train" not in found and others):
+            return [(folder, None)]
+        if "train" not in found:
+            names = " and ".join(path.name for path in words)
             raise DataError(
-                f"{folder}: no images found; it must hold one subfolder per class, with files of"
-                f" {', '.join(sorted(IMAGE_SUFFIXES))}"
+                f"{folder}: {names} look like sides of a split, but there is no train; to read one"
+                f" of them alone, name it: folder:{next(iter(words))}"
             )
-        self._set_records(records, origin=str(folder), classes=classes, limit=limit)
+        self._note_images_beside(folder)
+        bare = [path for path in words if not subfolders(path)]
+        if any(words[path] == "train" for path in bare):
+            raise DataError(f"{bare[0]}: a side of a split must hold one subfolder per class")
+        sides = {path: word for path, word in words.items() if path not in bare}
+        if others or bare:
+            _log.warning(
+                "%s: a published split; folders beside it, or without classes, are left out: %s",
+                folder, ", ".join(shown(path.name) for path in [*others, *bare]),
+            )  # fmt: skip
+        held = "val" if "val" in sides.values() else "test"
+        left = [path for path, word in sides.items() if word not in ("train", held)]
+        if left:
+            validated = " and ".join(path.name for path, word in sides.items() if word == held)
+            _log.warning(
+                "%s: a published split, validated on %s; the images of %s are left out (evaluate"
+                " them with --data folder:%s)",
+                folder, validated, " and ".join(path.name for path in left), left[0],
+            )  # fmt: skip
+        if held not in sides.values():
+            return [(path, None) for path in sides]
+        return [
+            (path, "train" if word == "train" else "validation")
+            for path, word in sides.items()
+            if path not in left
+        ]
 
+    def _note_images_beside(self, folder: Path) -> list[Path]:
+        """Images beside the classes belong to none; dangling links to classes are returned."""
+        beside = LeftOut()
+        for path in files_in(folder, beside):
+            if why_no_image(path) is None:
+                self._left_out.add(path, "beside the folders of the classes")
+        self._left_out.update(beside)
+        return [path for path in beside.paths(DANGLING) if not path.suffix]
 
-def _subfolders(folder: Path) -> list[Path]:
-    return [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    def _find(self, folder: Path, side: Side | None) -> list[Record]:
+        """The images of a class."""
+        if shown(folder.name) != folder.name:
+            raise DataError(
+                f"{shown(folder)}: the name of a class must be UTF-8; rename the folder"
+            )
+        images = []
+        for path in walk(folder, self._left_out):
+            if (reason := why_no_image(path)) is None:
+                images.append(path)
+            else:
+                self._left_out.add(path, reason)
+        images, masks = split_masks(folder, images, self._left_out)
+        records = []
+        for path in images:
+            key = path.relative_to(self.folder).as_posix()
+            kind: MaskKind | None = None
+            if path in masks:
+                kind = masks[path][0]
+                self._masks[key] = masks[path]
+            records.append(Record(key, folder.name, key, path, kind, side))
+        return records
 
+    def _report(self, records: Sequence[Record], empty: Sequence[Path], skip_bad: bool) -> None:
+        """Warn of what was left out; raise DataError where a class, or all, has no image."""
+        if not records:
+            left = f"; there are {self._left_out.text(self.folder)}" if self._left_out else ""
+            raise DataError(
+                f"{self.folder}: no images found; it must hold one subfolder per class, with files"
+                f" of {', '.join(sorted(IMAGE_SUFFIXES))}{left}"
+            )
+        names = ", ".join(shown(path.relative_to(self.folder)) for path in empty)
+        if empty and not skip_bad:
+            there = "; ".join(
+                part.text(self.folder) for path in empty if (part := self._left_out.within(path))
+            )
+            raise DataError(
+                f"{self.folder}: no image in the folders of classes {names}"
+                f" ({there or 'they are empty'}); remove these folders, or go on without them by"
+                " data.skip_bad=true"
+            )
+        if self._left_out:
+            _log.warning(
+                "%s: files are left out: %s", self.folder, self._left_out.text(self.folder)
+            )
+        if empty:
+            _log.warning("%s: no image in the folders of classes %s", self.folder, names)
 
-def _published_sides(folder: Path) -> dict[Path, Side]:
-    """The folders of a split and their sides, if these are all that there is; else nothing."""
-    found = {path.name.lower(): path for path in _subfolders(folder)}
-    if "train" not in found or len(found) < 2 or not found.keys() <= _SIDES.keys():
-        return {}
-    if len(found) > 2 and "test" in found:
-        test = found.pop("test")
+    def _one_per_file(
+        self, records: Sequence[Record]
+    ) -> tuple[list[Record], list[tuple[str, ...]]]:
+        """Records without files that a class holds under two names, and what files are the same.
+
+        A file in two classes, or on two sides of a split, is two records of one patient.
+        """
+        first: dict[tuple[int, int], Record] = {}
+        kept: list[Record] = []
+        identities: list[tuple[str, ...]] = []
+        again: list[Record] = []
+        for record in records:
+            identity = _identity(record)
+            before = first.setdefault(identity, record) if identity else record
+            if before is not record:
+                again.append(record)
+                if (before.label, before.split) == (record.label, record.split):
+                    continue
+            kept.append(record)
+            identities.append((f"file {identity}",) if identity else ())
+        if again:
+            _log.warning(
+                "%s: %d files are there under two names, e.g. %s; in one class they count once, and"
+                " in two they are one patient's",
+                self.folder, len(again), shown(again[0].key),
+            )  # fmt: skip
+        return kept, identities
+
+    def _patients(
+        self, records: Sequence[Record], how: str, published: bool
+    ) -> dict[str, str | None]:
+        """Key -> patient, None or nothing where the image is its own."""
+        if how == "image":
+            return {}
+        named = {r.key: patient_in_path(_within_class(r)) for r in records}
+        header = self._dicom_patients(records)
+        if how == "name":
+            return {**header, **{key: name for key, name in named.items() if name}}
+        unknown = {key: name for key, name in named.items() if key not in header}
+        if published:
+            return unknown | header
+        self._suggest_names({key: name for key, name in unknown.items() if name})
+        return {**header}
+
+    def _dicom_patients(self, records: Sequence[Record]) -> dict[str, str]:
+        """Key -> patient of the DICOM files that name one; one that all of them name is nobody."""
+        files = {r.key: r.path for r in records if r.path and _is_dicom_file(r.path)}
+        found = {key: name for key, path in files.items() if (name := dicom_patient(path))}
+        lacking = len(files) - len(found)
+        if len(found) > 1 and len(set(found.values())) == 1:
+            _log.warning(
+                "%s: %d DICOM files have the same PatientID, which tells no patients apart: each"
+                " image is its own patient", self.folder, len(found),
+            )  # fmt: skip
+            return {}
+        if lacking:
+            _log.warning(
+                "%s: %d of %d DICOM files name no patient: each of these is its own",
+                self.folder, lacking, len(files),
+            )  # fmt: skip
+        return found
+
+    def _suggest_names(self, named: dict[str, str]) -> None:
+        """Warn where names look as if several images were of one patient."""
+        counts = Counter(named.values())
+        sharing = sum(count for count in counts.values() if count > 1)
+        if not sharing or len(counts) < 2:
+            return
+        example = next(key for key, name in named.items() if counts[name] > 1)
         _log.warning(
-            "%s: a published split, validated on %s; the images of %s are left out (evaluate them"
-            " with --data folder:%s)",
-            folder, " and ".join(sorted(found.keys() - {"train"})), test.name, test,
+            "%s: names such as %s look as if they named the patient, and %d images would share one;"
+            " each image is its own patient now, so that one patient may be trained and validated"
+            " on. Say folder:%s,patient=name if they do, patient=image if not",
+            self.folder, shown(example), sharing, self.folder,
         )  # fmt: skip
-    return {path: _SIDES[name] for name, path in found.items()}
 
 
-def _find_split(folder: Path, sides: dict[Path, Side]) -> Iterator[Record]:
-    for path, side in sides.items():
-        for record in _find(path, folder):
-            name = PATIENT_IN_NAME.match(Path(record.key).name)
-            patient = (name[1] or name[2]) if name else record.key
-            yield dataclasses.replace(record, patient=patient, split=side)
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror})") from error
 
 
-def _find(folder: Path, root: Path) -> Iterator[Record]:
-    """The images of the classes in a folder, with keys from `root` on."""
-    others: Counter[str] = Counter()
-    empty = []
-    for child in _subfolders(folder):
-        labeled = 0
-        for path in _visible(child):
-            if _is_file_of(path, IMAGE_SUFFIXES):
-                labeled += 1
-                key = path.relative_to(root).as_posix()
-                yield Record(key=key, label=child.name, patient=key, path=path)
-            elif not path.is_dir():
-                others[path.suffix.lower() or "no suffix"] += 1
-        if not labeled:
-            empty.append(child.name)
-    if others:
-        kinds = ", ".join(f"{count} of {kind}" for kind, count in sorted(others.items()))
-        _log.warning("%s: files that are no images are left out: %s", folder, kinds)
-    if empty:
-        _log.warning("%s: no image in the folders of classes %s", folder, ", ".join(empty))
+def _side(name: str) -> str | None:
+    """train, val or test, where a folder's name says so: "Train", "test_set", "Training"."""
+    plain = "".join(filter(str.isalnum, name.lower()))
+    for ending in ("", "set", "data", "images"):
+        if plain.endswith(ending) and (side := _SIDES.get(plain.removesuffix(ending))):
+            return side
+    return None
 
 
-def find_images(folder: Path) -> list[Path]:
-    """The image files under `folder`, sorted; hidden ones are left out."""
-    return find_files(folder, IMAGE_SUFFIXES)
+def _only_one(folder: Path, classes: Sequence[str]) -> Path | None:
+    """The folder in which the classes lie, where that is the only one that may be meant."""
+    inside = subfolders(folder)
+    if any(is_image_folder(path.name) for path in inside):
+        inside = [path for path in inside if not is_mask_folder(path.name)]
+    if len(inside) != 1 or inside[0].name in classes:
+        return None
+    (inner,) = inside
+    deeper = subfolders(inner)
+    holds_images = any(is_image_folder(path.name) and not subfolders(path) for path in deeper)
+    if not deeper or holds_images or any(_images_in(inner)):
+        return None
+    return inner
 
 
-def find_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
-    """The files under `folder` with one of the suffixes, sorted; hidden ones are left out."""
-    return [path for path in _visible(folder) if _is_file_of(path, suffixes)]
+def _images_in(folder: Path) -> list[Path]:
+    return [path for path in files_in(folder, LeftOut()) if why_no_image(path) is None]
 
 
-def _visible(folder: Path) -> list[Path]:
-    """All that lies under a folder, sorted; what is hidden, or in a hidden folder, is left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+def _within_class(record: Record) -> str:
+    """The part of the key after the class."""
+    parts = record.key.split("/")
+    return "/".join(parts[parts.index(record.label) + 1 :])
 
 
-def _is_file_of(path: Path, suffixes: frozenset[str]) -> bool:
-    return path.suffix.lower() in suffixes and path.is_file()
+def _identity(record: Record) -> tuple[int, int] | None:
+    """The file itself, whatever its name."""
+    try:
+        status = record.path.stat() if record.path else None
+    except OSError:  # reading it will say so
+        return None
+    return (status.st_dev, status.st_ino) if status and status.st_ino else None
+
+
+def _is_dicom_file(path: Path) -> bool:
+    """Whether an image is DICOM by its suffix, or without a known one by its content."""
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return suffix in DICOM_SUFFIXES
+    try:
+        with path.open("rb") as file:
+            return is_dicom(file.read(132))
+    except OSError:
+        return False

@@ -8,13 +8,20 @@ from typing import ClassVar
 
 from magsd.data.record import Record, Side
 from magsd.data.sources.base import Options
+from magsd.data.sources.files import find_images, holder
 from magsd.data.sources.published import Box, PublishedSource, read_box
 from magsd.data.sources.radiographs import VIEWS, shows_view
 from magsd.data.sources.rows import read_rows, read_words
 from magsd.errors import DataError
 
 _COLUMNS = ("image index", "finding labels", "patient id", "view position")
-_LISTS: dict[Side, str] = {"train": "train_val_list.txt", "validation": "test_list.txt"}
+_TABLES = ("Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv", "sample_labels.csv")
+# Copies that are passed on have the second names.
+_LISTS: dict[Side, tuple[str, str]] = {
+    "train": ("train_val_list.txt", "train_val_list_NIH.txt"),
+    "validation": ("test_list.txt", "test_list_NIH.txt"),
+}
+_BOXES = ("BBox_List_2017.csv", "BBox_List_2017_Official_NIH.csv")
 # The list of boxes has other words for two of the findings.
 _FINDING_OF_BOX = {"Infiltrate": "Infiltration", "Pleural Thickening": "Pleural_Thickening"}
 
@@ -24,7 +31,8 @@ class NihSource(PublishedSource):
 
     Images with several findings are left out, with a warning that counts them: a classifier here
     gives each image one class. Boxes of the image's own finding become its mask. The split is that
-    of train_val_list.txt and test_list.txt, where both are there.
+    of train_val_list.txt and test_list.txt, where both are there. Images lie in
+    any folder beside the table. The sample of 5,606 images is read by its sample_labels.csv.
     """
 
     kind = "nih"
@@ -35,8 +43,10 @@ class NihSource(PublishedSource):
     box_frame = 1024
 
     def _find(self) -> Iterator[Record]:
-        table = self._need("Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv")
-        files, sides, boxes = self._find_files(), self._read_sides(), self._read_boxes()
+        place = holder(self.folder, *_TABLES) or self._need(*_TABLES).parent
+        table = next(path for name in _TABLES if (path := place / name).is_file())
+        files, sides = self._find_files(place), self._read_sides(place)
+        boxes = self._read_boxes(place)
         others = several = 0
         for _, row in read_rows(table, _COLUMNS):
             name, label = row["image index"].strip(), row["finding labels"].strip()
@@ -47,7 +57,7 @@ class NihSource(PublishedSource):
                 several += 1
                 continue
             yield self._record(
-                files.get(name, self.folder / "images" / name),
+                files.get(name, place / "images" / name),
                 label,
                 key=name,
                 patient=row["patient id"].strip(),
@@ -57,33 +67,34 @@ class NihSource(PublishedSource):
         self._left_out(others, f"that are not of the view {self.choice['view']}")
         self._left_out(several, "with several findings")
 
-    def _find_files(self) -> dict[str, Path]:
-        """Name -> file in images/, or in the archives' images_001/images/ to images_012/images/."""
-        folders = [self.folder / "images", *sorted(self.folder.glob("images_*/images"))]
-        folders += sorted(self.folder.glob("images_*"))
-        found = [folder for folder in folders if folder.is_dir()]
+    def _find_files(self, place: Path) -> dict[str, Path]:
+        """Name -> file; of two of one name that in fewer folders."""
+        found = find_images(place)
         if not found:
             self._need("images", "images_001")
-        return {path.name: path for folder in found for path in folder.iterdir()}
+        found.sort(key=lambda path: len(path.parts), reverse=True)
+        return {path.name: path for path in found}
 
-    def _read_sides(self) -> dict[str, Side]:
+    def _read_sides(self, place: Path) -> dict[str, Side]:
         """Name -> side of the published split; empty where its lists are not there."""
-        paths = {side: self.folder / name for side, name in _LISTS.items()}
-        there = [path for path in paths.values() if path.is_file()]
-        if len(there) == 1:
-            raise DataError(
-                f"{self.folder}: of the published split only {there[0].name} is there; both of"
-                f" {' and '.join(_LISTS.values())} are needed, or none; {self._where()}"
-            )
-        return {
-            words[0]: side for side, path in paths.items() if there for words in read_words(path, 1)
+        lists = {
+            side: path
+            for side, names in _LISTS.items()
+            if (path := next((p for name in names if (p := place / name).is_file()), None))
         }
+        if len(lists) == 1:
+            raise DataError(
+                f"{self.folder}: of the published split only {next(iter(lists.values())).name} is"
+                f" there; both of {' and '.join(names[0] for names in _LISTS.values())} are needed,"
+                f" or none; {self._where()}"
+            )
+        return {words[0]: side for side, path in lists.items() for words in read_words(path, 1)}
 
-    def _read_boxes(self) -> dict[tuple[str, str], list[Box]]:
+    def _read_boxes(self, place: Path) -> dict[tuple[str, str], list[Box]]:
         """(image, finding) -> boxes in the published images of 1024 x 1024 pixels."""
-        path = self.folder / "BBox_List_2017.csv"
+        path = next((p for name in _BOXES if (p := place / name).is_file()), None)
         boxes: dict[tuple[str, str], list[Box]] = {}
-        if not path.is_file():
+        if path is None:
             return boxes
         names = ("bbox [x", "y", "w", "h]")
         for line, row in read_rows(path, ("image index", "finding label", *names)):

@@ -8,7 +8,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,21 @@ def read_box(words: Iterable[str], where: str) -> Box:
     except ValueError:
         raise DataError(f"{where}: a box is left, top, width and height") from None
     return Box(left, top, width, height)
+
+
+def read_mat(path: Path | None, name: str, fields: Sequence[str] = ()) -> Any:
+    """The variable of a name in a .mat file; DataError where it or a field is lacking."""
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        value = loadmat(path, squeeze_me=True)[name]
+    except (OSError, ValueError, KeyError, TypeError, NotImplementedError, MatReadError) as error:
+        raise DataError(f"{path}: not the list of that set ({error})") from error
+    lacking = [field for field in fields if field not in (value.dtype.names or ())]
+    if lacking:
+        raise DataError(f"{path}: {name} has no {' and no '.join(lacking)}")
+    return value
 
 
 class PublishedSource(FileSource):
