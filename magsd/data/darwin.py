@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from magsd.data.images import upright
 from magsd.errors import DataError
 
 LUNG = "Lung"
@@ -48,9 +49,20 @@ class DarwinAnnotation:
         scale = min(height / self.height, width / self.width)
         return abs(self.height * scale - height) <= 1 and abs(self.width * scale - width) <= 1
 
-    def lung_mask(self, height: int, width: int) -> NDArray[np.bool_] | None:
-        """(height, width) bool of the lungs on the image scaled to that size, or None."""
-        if not self.lungs or not self.same_shape(height, width):
+    def lung_mask(self, height: int, width: int, orientation: int = 1) -> NDArray[np.bool_] | None:
+        """(height, width) bool of the lungs on the image scaled to that size, or None.
+
+        orientation: EXIF's of the image, which has that size once it is applied. Polygons of the
+        image as it is stored are turned with it.
+        """
+        stored = (width, height) if orientation > 4 else (height, width)
+        if orientation != 1 and self.same_shape(*stored):
+            mask = self._draw(*stored)
+            return None if mask is None else upright(mask, orientation)
+        return self._draw(height, width) if self.same_shape(height, width) else None
+
+    def _draw(self, height: int, width: int) -> NDArray[np.bool_] | None:
+        if not self.lungs:
             return None
         scale = np.array([width / self.width, height / self.height])
         mask = np.zeros((height, width), np.uint8)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from magsd.data.dicom import SUFFIXES, is_dicom
+from magsd.data.images import IMAGE_SUFFIXES
 
 #: Values of PatientID that name nobody, in lower case without what is neither letter nor digit.
 _NOBODY = frozenset({
@@ -18,6 +22,7 @@ _NOBODY = frozenset({
 })  # fmt: skip
 # A file without its preamble begins with an element of these groups.
 _FIRST_GROUPS = (b"\x02\0", b"\x08\0")
+_log = logging.getLogger(__name__)
 
 
 def dicom_patient(path: Path) -> str | None:
@@ -49,6 +54,42 @@ def dicom_patient(path: Path) -> str | None:
     stored = None if value is None else value.value
     text = stored.decode("latin-1") if isinstance(stored, bytes) else str(stored or "")
     return _name(text.strip(" \0\t\r\n"))
+
+
+def dicom_patients(files: Mapping[str, Path], origin: str) -> dict[str, str]:
+    """Key -> patient of those files that are DICOM and name one; see `dicom_patient`.
+
+    One that all of them name is nobody. `origin` is named in warnings.
+    """
+    dicom = {key: path for key, path in files.items() if _is_dicom_file(path)}
+    with ThreadPoolExecutor() as pool:
+        names = pool.map(dicom_patient, dicom.values())
+        found = {key: name for key, name in zip(dicom, names, strict=True) if name}
+    lacking = len(dicom) - len(found)
+    if len(found) > 1 and len(set(found.values())) == 1:
+        _log.warning(
+            "%s: %d DICOM files have the same PatientID, which tells no patients apart: each"
+            " image is its own patient", origin, len(found),
+        )  # fmt: skip
+        return {}
+    if lacking:
+        _log.warning(
+            "%s: %d of %d DICOM files name no patient: each of these is its own",
+            origin, lacking, len(dicom),
+        )  # fmt: skip
+    return found
+
+
+def _is_dicom_file(path: Path) -> bool:
+    """Whether an image is DICOM by its suffix, or without a known one by its content."""
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return suffix in SUFFIXES
+    try:
+        with path.open("rb") as file:
+            return is_dicom(file.read(132))
+    except OSError:
+        return False
 
 
 def _name(patient: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -64,8 +65,11 @@ class TestMapping:
 
     def test_the_error_shows_how_columns_are_named(self, folder: Path) -> None:
         spec = table(folder, "image,class", "im/0.png,a")
-        with pytest.raises(DataError, match=r"t\.csv,file=COLUMN,label=COLUMN"):
+        with pytest.raises(DataError, match=r"t\.csv,file=image,label=class$"):
             open_source(spec)
+        assert len(open_source(f"{spec},file=image,label=class")) == 1
+        with pytest.raises(DataError, match=r"t\.csv,file=COLUMN,label=COLUMN"):
+            open_source(table(folder, "one,two", "im/0.png,a"))
 
     def test_an_option_that_is_not_known(self, folder: Path) -> None:
         spec = table(folder, "file,label", "im/0.png,a", options=",path=file")
@@ -125,6 +129,20 @@ class TestPatients:
         lines = ["file,label,patient", f"im/0.png,a,{nobody}", f"im/1.png,b,{nobody}"]
         source = open_source(table(folder, *lines))
         assert [r.patient for r in source.records] == ["im/0.png", "im/1.png"]
+
+    def test_of_dicom_files_where_no_cell_names_one(
+        self, folder: Path, write_dicom: Callable[..., Path]
+    ) -> None:
+        for n, who in enumerate(["J. Doe", "J. Doe", "M. Roe", None]):
+            write_dicom(folder / f"{n}.dcm", who)
+        rows = ["file,label,patient", "0.dcm,a,", "1.dcm,b,nan", "2.dcm,a,", "3.dcm,b,q"]
+        first, second, third, fourth = open_source(table(folder, *rows)).records
+        assert first.patient == second.patient != third.patient
+        assert "Doe" not in first.patient
+        assert fourth.patient == "q"
+        rows = ["file,label", *(f"{n}.dcm,{'ab'[n % 2]}" for n in range(4))]
+        patients = [record.patient for record in open_source(table(folder, *rows)).records]
+        assert patients == [first.patient, first.patient, third.patient, "3.dcm"]
 
     @pytest.mark.parametrize(
         ("first", "second"),

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from magsd.data.images import read_image_file
+from magsd.data.images import read_image_file, read_orientation
 from magsd.data.record import Record
 from magsd.data.sources.spelling import warn_of_spellings
 from magsd.errors import DataError, UnknownLabelError
@@ -95,6 +95,11 @@ class FileSource(Source):
     def read_mask(self, record: Record) -> NDArray[np.bool_] | None:
         """None: images without masks; see `Source.read_mask`."""
         return None
+
+    def _upright_size(self, record: Record) -> tuple[int, int, int]:
+        """Height and width of the image, and the EXIF orientation by which it was turned."""
+        height, width = self.read_image(record).shape[:2]
+        return height, width, read_orientation(record.path) if record.path else 1
 
     def fingerprint(self, record: Record) -> str:
         """Identity from size, modification time, first and last bytes of image and mask."""

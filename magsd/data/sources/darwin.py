@@ -94,8 +94,7 @@ class DarwinSource(FileSource):
         """The lungs, or None where there are none or where the image was cropped."""
         if record.mask_kind is None:
             return None
-        height, width = self.read_image(record).shape[:2]
-        return self._annotations[record.key].lung_mask(height, width)
+        return self._annotations[record.key].lung_mask(*self._upright_size(record))
 
 
 def class_of(annotation: DarwinAnnotation) -> str | None:

@@ -12,9 +12,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from magsd.data.dicom import SUFFIXES as DICOM_SUFFIXES
-from magsd.data.dicom import is_dicom
-from magsd.data.dicom_patient import dicom_patient
+from magsd.data.dicom_patient import dicom_patients
 from magsd.data.images import IMAGE_SUFFIXES
 from magsd.data.record import MaskKind, Record, Side
 from magsd.data.sources.base import FileSource, Options, merge_patients
@@ -115,7 +113,7 @@ class FolderSource(FileSource):
         """The mask resized to the image, or None where there is none; see `Source.read_mask`."""
         if (path := self.mask_path(record)) is None:
             return None
-        return read_mask_file(path, *self.read_image(record).shape[:2])
+        return read_mask_file(path, *self._upright_size(record))
 
     def _innermost(self, classes: Sequence[str] | None) -> Path:
         """DIR, or the folder within it that holds the classes, where that is alone there."""
@@ -265,7 +263,7 @@ class FolderSource(FileSource):
         if how == "image":
             return {}
         named = {r.key: patient_in_path(_within_class(r)) for r in records}
-        header = self._dicom_patients(records)
+        header = dicom_patients({r.key: r.path for r in records if r.path}, str(self.folder))
         if how == "name":
             return {**header, **{key: name for key, name in named.items() if name}}
         unknown = {key: name for key, name in named.items() if key not in header}
@@ -273,24 +271,6 @@ class FolderSource(FileSource):
             return unknown | header
         self._suggest_names({key: name for key, name in unknown.items() if name})
         return {**header}
-
-    def _dicom_patients(self, records: Sequence[Record]) -> dict[str, str]:
-        """Key -> patient of the DICOM files that name one; one that all of them name is nobody."""
-        files = {r.key: r.path for r in records if r.path and _is_dicom_file(r.path)}
-        found = {key: name for key, path in files.items() if (name := dicom_patient(path))}
-        lacking = len(files) - len(found)
-        if len(found) > 1 and len(set(found.values())) == 1:
-            _log.warning(
-                "%s: %d DICOM files have the same PatientID, which tells no patients apart: each"
-                " image is its own patient", self.folder, len(found),
-            )  # fmt: skip
-            return {}
-        if lacking:
-            _log.warning(
-                "%s: %d of %d DICOM files name no patient: each of these is its own",
-                self.folder, lacking, len(files),
-            )  # fmt: skip
-        return found
 
     def _suggest_names(self, named: dict[str, str]) -> None:
         """Warn where names look as if several images were of one patient."""
@@ -355,15 +335,3 @@ def _identity(record: Record) -> tuple[int, int] | None:
     except OSError:  # reading it will say so
         return None
     return (status.st_dev, status.st_ino) if status and status.st_ino else None
-
-
-def _is_dicom_file(path: Path) -> bool:
-    """Whether an image is DICOM by its suffix, or without a known one by its content."""
-    suffix = path.suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
-        return suffix in DICOM_SUFFIXES
-    try:
-        with path.open("rb") as file:
-            return is_dicom(file.read(132))
-    except OSError:
-        return False

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from magsd.data.images import read_image_file, to_gray
+from magsd.data.images import read_image_file, read_orientation, to_gray, upright
 from magsd.data.record import MaskKind
 from magsd.data.sources.files import LeftOut
 from magsd.errors import DataError
@@ -68,15 +68,35 @@ def split_masks(
     return images, found
 
 
-def read_mask_file(path: Path, height: int, width: int) -> NDArray[np.bool_]:
+def turned_mask(
+    mask: NDArray[np.bool_], path: Path, height: int, width: int, orientation: int
+) -> NDArray[np.bool_]:
+    """A mask turned with its image, which has (height, width) once its orientation is applied.
+
+    path: the mask's file. One that has an orientation of its own, or the proportions of the upright
+    image alone, is upright already.
+    """
+    if orientation == 1 or read_orientation(path) != 1:
+        return mask
+    stored = (width, height) if orientation > 4 else (height, width)
+    return upright(mask, orientation) if _same_proportions(mask, *stored) else mask
+
+
+def _same_proportions(mask: NDArray[np.bool_], height: int, width: int) -> bool:
+    rows, columns = mask.shape
+    return bool(abs(columns * height - rows * width) <= 0.02 * rows * width)
+
+
+def read_mask_file(path: Path, height: int, width: int, orientation: int = 1) -> NDArray[np.bool_]:
     """(height, width) bool, True where the mask's file is bright; resized to the nearest pixel.
 
-    Raises DataError where it cannot be read or has other proportions than the image.
+    orientation: that of the image, by which the mask is turned; see `turned_mask`. Raises DataError
+    where it cannot be read or has other proportions than the image.
     """
     mask = to_gray(read_image_file(path))
     # Half of what stands for "inside", be it 1 or 255.
-    inside = mask > mask.max() / 2
-    if abs(inside.shape[1] * height - inside.shape[0] * width) > 0.02 * inside.shape[0] * width:
+    inside = turned_mask(mask > mask.max() / 2, path, height, width, orientation)
+    if not _same_proportions(inside, height, width):
         raise DataError(
             f"{path}: mask of {inside.shape[1]}x{inside.shape[0]} pixels for an image of"
             f" {width}x{height}"

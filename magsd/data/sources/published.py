@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from magsd.data.images import upright
 from magsd.data.record import MaskKind, Record, Side
 from magsd.data.sources.base import FileSource, merge_patients
 from magsd.errors import DataError
@@ -144,7 +145,9 @@ class PublishedSource(FileSource):
         boxes = self._boxes.get(record.key)
         if boxes is None:
             return None
-        height, width = self.read_image(record).shape[:2]
+        height, width, orientation = self._upright_size(record)
+        if orientation > 4:  # the boxes are of the image as it is stored
+            height, width = width, height
         across = width / (self.box_frame or width)
         down = height / (self.box_frame or height)
         mask = np.zeros((height, width), bool)
@@ -153,7 +156,7 @@ class PublishedSource(FileSource):
             top, bottom = box.top * down, (box.top + box.height) * down
             rows = slice(max(0, math.floor(top)), max(0, math.ceil(bottom)))
             mask[rows, max(0, math.floor(left)) : max(0, math.ceil(right))] = True
-        return mask
+        return upright(mask, orientation)
 
     def fingerprint(self, record: Record) -> str:
         """Identity of the image file and of the boxes."""

@@ -16,9 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magsd.data.darwin import DarwinAnnotation, read_darwin
+from magsd.data.dicom_patient import dicom_patients
 from magsd.data.images import IMAGE_SUFFIXES, read_image_file, to_gray
 from magsd.data.record import Record
 from magsd.data.sources.base import FileSource, Options, merge_patients
+from magsd.data.sources.known_tables import mapping_hint
+from magsd.data.sources.masks import turned_mask
 from magsd.data.sources.rows import read_rows
 from magsd.errors import DataError
 
@@ -54,9 +57,9 @@ class TableSource(FileSource):
     file, mask: paths relative to the CSV's folder, or absolute. A file that is not there is looked
     for below that folder by its name, with or without its suffix. mask: an image that is above 0
     in the lesion, or Darwin JSON with the lungs. Without a mask column, ``lungs/<stem>.json``
-    next to the CSV is that image's annotation. Without a patient column each image is its own
-    patient. Images whose annotations name the same patient become one patient. A file on several
-    rows that say the same is one image.
+    next to the CSV is that image's annotation. Where no column names a patient, that of a DICOM file
+    is a hash of its PatientID, and any other image is its own. Images whose annotations name the
+    same patient become one patient. A file on several rows that say the same is one image.
     """
 
     options: ClassVar[Options] = {"file": (), "label": (), "patient": (), "mask": ()}
@@ -99,6 +102,9 @@ class TableSource(FileSource):
         if repeated:
             _log.warning("%s: %d rows repeat an image of another row", path, repeated)
         found = list(records.values())
+        alone = {r.key: r.path for r in found if r.path and r.patient == r.key}
+        named = dicom_patients(alone, str(path))
+        found = [dataclasses.replace(r, patient=named.get(r.key, r.patient)) for r in found]
         annotations = [self._annotations.get(record.key) for record in found]
         merged = merge_patients(found, [a.patients if a else () for a in annotations])
         changed = sum(a.patient != b.patient for a, b in zip(found, merged, strict=True))
@@ -154,10 +160,12 @@ class TableSource(FileSource):
         """Lesion or lungs; None where there are none or where the image was cropped."""
         if record.mask_kind is None:
             return None
-        height, width = self.read_image(record).shape[:2]
+        height, width, orientation = self._upright_size(record)
         if (annotation := self._annotations.get(record.key)) is not None:
-            return annotation.lung_mask(height, width)
-        mask = to_gray(read_image_file(self._masks[record.key])) > 0
+            return annotation.lung_mask(height, width, orientation)
+        path = self._masks[record.key]
+        mask = to_gray(read_image_file(path)) > 0
+        mask = turned_mask(mask, path, height, width, orientation)
         if mask.shape != (height, width):
             raise DataError(
                 f"{self._masks[record.key]}: mask of {mask.shape[1]}x{mask.shape[0]} pixels for"
@@ -208,9 +216,12 @@ class _Files:
 
 def _advice(table: Path, columns: Sequence[str]) -> str:
     """How to name the columns of a table that lacks some."""
+    hint = mapping_hint(columns) or ""
+    if hint.startswith("file="):
+        return f"; name them: csv:{table},{hint}"
     return (
         f"; name the columns: csv:{table},file=COLUMN,label=COLUMN, and perhaps patient=COLUMN,"
-        "mask=COLUMN"
+        f"mask=COLUMN{hint and f'. {hint}'}"
     )
 
 
