@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from typer.testing import CliRunner
 from magsd import cli
 from magsd.cli import training_config
 from magsd.config import load_config
-from magsd.data.run_data import same_source
+from magsd.data.cache import prepare_image
+from magsd.data.images import read_image_file
+from magsd.data.run_data import preprocessing_of, same_source
 from magsd.errors import ConfigError, DataError, RunError
+from magsd.training.run_folder import RunFolder
 from magsd_kernels import info, native
 
 backends = sys.modules["magsd_kernels.backends"]  # a function has its name in the package
@@ -328,6 +332,49 @@ def test_json_replaces_no_other_file(command: str, trained: Path, tmp_path: Path
     with pytest.raises(RunError, match=r"image\.png: that file is there and was not written by"):
         run(command, trained, *([image] if command == "predict" else []), "--json", image)
     assert image.read_bytes() == b"\x89PNG"
+
+
+def test_inspect(trained: Path, tmp_path: Path) -> None:
+    """What was changed on the way, and the image as the network gets it."""
+    deep = np.linspace(100, 4000, 48 * 64).reshape(48, 64).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / "a[1].png"), deep)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    code, output = run("inspect", tmp_path / "a[1].png", "--run", trained, "--out", out)
+    assert code == 0
+    lines = [line.strip() for line in output.splitlines()]
+    assert lines[0] == str(tmp_path / "a[1].png")
+    assert lines[1] == "PNG, 64x48 pixels, 1 channel(s), uint16"
+    assert "become 0 to 255" in lines[2]
+    assert "resized to 32x32, whatever the proportions" in lines
+    assert any(line.startswith("CLAHE") for line in lines)
+    written = cv2.imread(str(out / "a[1].png"), cv2.IMREAD_UNCHANGED)
+    config = RunFolder(trained).load_config()
+    prepared = prepare_image(
+        read_image_file(tmp_path / "a[1].png"), 32, 1, preprocessing_of(config).clahe
+    )
+    np.testing.assert_array_equal(written, prepared)
+    code, output = run("inspect", tmp_path / "bad.png", tmp_path / "a[1].png")
+    assert code == 1
+    assert f"refused: {tmp_path / 'bad.png'}: not a PNG" in output
+    assert "resized to 224x224" in output
+    with pytest.raises(RunError, match="not written by this command"):
+        run("inspect", tmp_path / "a[1].png", "--out", tmp_path)
+
+
+def test_inspect_shows_a_picture_in_a_terminal(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from magsd.cli.inspection import preview
+
+    image = np.zeros((64, 64), np.uint8)
+    image[:, 32:] = 255
+    console = Console(force_terminal=True, color_system="truecolor", width=80, file=StringIO())
+    console.print(preview(image))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) >= 32
+    assert "0;0;0" in lines[0]
+    assert "255;255;255" in lines[0]
 
 
 def test_corrupt_checkpoint_is_said(warm_process: Process, trained: Path, tmp_path: Path) -> None:

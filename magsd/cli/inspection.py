@@ -66,7 +66,7 @@ def inspect(
         for note in [*notes, *_preparation(image, config)]:
             say(console, f"  {note}")
         if console.is_terminal:
-            console.print(_preview(shown))
+            console.print(preview(shown))
         if out is not None:
             with disk_errors(out, "free some space and run the command again"):
                 save_png(names[number], shown)
@@ -91,7 +91,7 @@ def _preparation(image: NDArray[np.uint8], config: Config) -> list[str]:
     return [*steps, "mean 0 and standard deviation 1, by the image's own pixels"]
 
 
-def _preview(image: NDArray[np.uint8]) -> Text:
+def preview(image: NDArray[np.uint8]) -> Text:
     """A small picture for the terminal, of two pixels a character."""
     import cv2
     from rich.text import Text

@@ -127,6 +127,11 @@ def _decode(dataset: Dataset, pixels: Values, name: str, notes: list[str]) -> Le
         kept = sample[~padding(sample)]
         # An image of nothing else shows it.
         sample, padding = (kept, padding) if kept.size else (sample, None)
+    if dataset.get("ModalityLUTSequence"):
+        notes.append("modality table applied")
+    elif dataset.get("RescaleSlope") is not None:
+        intercept = dataset.get("RescaleIntercept", 0)
+        notes.append(f"rescaled: slope {dataset.RescaleSlope}, intercept {intercept}")
     if padding is not None:
         notes.append("padding becomes 0")
     window = _window(dataset, sample, notes)

@@ -57,9 +57,9 @@ class TableSource(FileSource):
     file, mask: paths relative to the CSV's folder, or absolute. A file that is not there is looked
     for below that folder by its name, with or without its suffix. mask: an image that is above 0
     in the lesion, or Darwin JSON with the lungs. Without a mask column, ``lungs/<stem>.json``
-    next to the CSV is that image's annotation. Where no column names a patient, that of a DICOM file
-    is a hash of its PatientID, and any other image is its own. Images whose annotations name the
-    same patient become one patient. A file on several rows that say the same is one image.
+    next to the CSV is that image's annotation. Where no column names a patient, that of a DICOM
+    file is a hash of its PatientID, and any other image is its own. Images whose annotations name
+    the same patient become one patient. A file on several rows that say the same is one image.
     """
 
     options: ClassVar[Options] = {"file": (), "label": (), "patient": (), "mask": ()}
