@@ -72,7 +72,7 @@ def report_tables(
         yield localization_table(localization)
     if not fits:
         name = "confusion_refined.csv" if refined else "confusion.csv"
-        yield Text(f"all numbers: {name} and classes.csv, beside the plots")
+        yield Text(f"all numbers: {name} and per_class.csv, beside the plots")
 
 
 def means_table(raw: Metrics, refined: Metrics | None) -> Table:

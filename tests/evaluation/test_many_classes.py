@@ -206,7 +206,7 @@ def test_memory_of_a_run_of_200_classes(
     assert len(report["classes"]) == 200
     assert 0 <= report["raw"]["accuracy"] <= report["raw"]["top5_accuracy"] <= 1
     plots = tmp_path / "run-many" / "plots" / "validation"
-    for file in ("confusion.csv", "confusion_refined.csv", "classes.csv"):
+    for file in ("confusion.csv", "confusion_refined.csv", "per_class.csv"):
         assert (plots / file).is_file()
     assert done.stdout.count("\n") < 400
     assert "200 classes (000.Black" in done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -149,3 +150,11 @@ def test_no_line_is_printed_past_say() -> None:
     package = Path(cli.__file__).parents[1]
     for path in package.rglob("*.py"):
         assert not re.search(r"onsole\.print\(\s*f[\"']", path.read_text()), path
+
+
+def test_output_that_a_pipe_cannot_encode(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(cli, "app", lambda: print("肺炎", "\udcff", flush=True))
+    cli.main()
+    assert raw.getvalue().split() == [rb"\u80ba\u708e", rb"\udcff"]
