@@ -124,8 +124,8 @@ def test_names_in_pictures() -> None:
     "names",
     [
         ["$a$", r"\frac{$x", "$_$"],
-        ["n" * 200, "m" * 200, "k" * 200],
-        ["肺炎", "正常", "肿瘤"],
+        ["n" * 200, "W" * 200, "k" * 200],
+        ["肺炎", "正常", "肿瘤" * 100],
         ["العربية", "שלום", "ไทย"],
         ["two\nlines", "\udcff", "\x1b[1m"],
     ],
@@ -142,7 +142,7 @@ def test_pictures_of_odd_names(names: list[str], tmp_path: Path) -> None:
         sheet = contact_sheet(tmp_path / "s.png", [item], title=names[0])
         save_items(tmp_path / "items", [item])
     for path in (plot, sheet):
-        assert max(cv2.imread(str(path)).shape) < 1500
+        assert max(cv2.imread(str(path)).shape) < 2000
 
 
 def test_no_line_is_printed_past_say() -> None:
