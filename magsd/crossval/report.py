@@ -80,7 +80,7 @@ def print_report(console: Console, outcomes: Sequence[Outcome], summary: Summary
     console.print(Text(caption(summary)), highlight=False)
     missing = [outcome for outcome in outcomes if outcome.result is None]
     if missing:
-        console.print(f"[red]{len(missing)} of {len(outcomes)} runs are missing:[/]")
+        say(console, "are missing:", first=f"{len(missing)} of {len(outcomes)} runs", style="red")
     for outcome in missing:
         say(console, f"  {outcome.run.title}: {outcome.reason}")
 

@@ -91,8 +91,10 @@ def in_turn(
     cache: ImageCache, indices: Sequence[int], classes: Sequence[str], limit: int
 ) -> list[int]:
     """Up to `limit` of the indices, one of each class after the other."""
-    by_class = [[i for i in indices if cache.records[i].label == name] for name in classes]
-    rounds = chain.from_iterable(zip_longest(*by_class))
+    by_class: dict[str, list[int]] = {name: [] for name in classes}
+    for i in indices:
+        by_class[cache.records[i].label].append(i)
+    rounds = chain.from_iterable(zip_longest(*by_class.values()))
     return [i for i in rounds if i is not None][:limit]
 
 

@@ -54,7 +54,14 @@ class Metrics:
     top5_accuracy: float | None = None
 
 
-AVERAGED = ("precision", "recall", "f1", "specificity", "false_positive_rate", "auroc")
+AVERAGED: tuple[str, ...] = (
+    "precision",
+    "recall",
+    "f1",
+    "specificity",
+    "false_positive_rate",
+    "auroc",
+)
 
 
 def compute_metrics(

@@ -242,6 +242,8 @@ def contact_sheet(
         y = top + (k // columns) * (caption + 2 * side + gap + between) + caption
         color = "#202020" if item.label in (None, item.predicted) else "#b00020"
         text = item.caption()
+        if "\n" not in text and len(text) > 50:
+            text = text.replace(", taken for ", ",\ntaken for ")
         # At 7 points some 38 characters stand over a picture; long class names are set smaller.
         points = 7.0 * min(1.0, 38 / max(map(len, text.split("\n"))))
         _text(figure, x + side / 2, y - 0.05, text, points, "bottom", color=color)

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
+from rich.cells import cell_len
 
 from magsd.errors import RunError
 from magsd.evaluation.metrics import ClassMetrics, Metrics, jsonable
@@ -50,7 +51,7 @@ def plot_confusion(
     named = range(0, count, step)
     names = [set_name(classes[k]) for k in named]
     # What names of ordinary length need beside the cells is in the first number.
-    side = 1.6 + 0.07 * max(0, max(map(len, names)) - 16) + cell * count
+    side = 1.6 + 0.1 * max(0, max(map(cell_len, names)) - 16) + cell * count
     figure = Figure(figsize=(side + 0.9, side), layout="constrained")
     axes = figure.add_subplot()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)

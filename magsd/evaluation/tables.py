@@ -72,7 +72,7 @@ def report_tables(
         yield localization_table(localization)
     if not fits:
         name = "confusion_refined.csv" if refined else "confusion.csv"
-        yield Text(f"all numbers: {name} and classes.csv, beside the plots")
+        yield Text(f"all numbers: {name} and per_class.csv, beside the plots")
 
 
 def means_table(raw: Metrics, refined: Metrics | None) -> Table:
@@ -88,11 +88,17 @@ def means_table(raw: Metrics, refined: Metrics | None) -> Table:
 
 
 def classes_table(metrics: Metrics, title: str) -> Table:
-    """One row a class, against the rest; of many classes the lowest and the highest F1."""
-    table = new_table(title, ["images", *(HEADINGS[name] for name in AVERAGED)])
+    """One row a class, against the rest; of many classes the lowest and the highest F1.
+
+    These have long names as a rule: columns that say little about one of many classes are left out.
+    """
+    columns = AVERAGED
+    if len(metrics.per_class) > _MOST_ROWS:
+        columns = ("precision", "recall", "f1", "auroc")
+    table = new_table(title, ["images", *(HEADINGS[name] for name in columns)])
     rows: list[_Row] = []
     for name, scores in metrics.per_class.items():
-        values = [percent(getattr(scores, column)) for column in AVERAGED]
+        values = [percent(getattr(scores, column)) for column in columns]
         rows.append((scores.f1, [Text(name), str(scores.images), *values]))
     _add_classes(table, rows, "F1")
     return table
@@ -108,11 +114,11 @@ def confusion_table(metrics: Metrics, classes: Sequence[str], title: str) -> Tab
 
 
 def pairs_table(metrics: Metrics, classes: Sequence[str], title: str) -> Table:
-    """True and predicted class of the pairs that most images fell into."""
+    """True and predicted class of the pairs that most images fell into; share: of the true."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for heading in ("true", "predicted"):
         table.add_column(heading, overflow="fold")
-    for heading in ("images", "share of the true class"):
+    for heading in ("images", "share"):
         table.add_column(heading, justify="right")
     for true, predicted, count, share in most_confused(metrics.confusion, _PAIRS):
         table.add_row(Text(classes[true]), Text(classes[predicted]), str(count), percent(share))

@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from magsd.console import say
+
 
 class TrainingProgress:
     """Bar over all steps of a run, with the loss, throughput and time left."""
@@ -60,7 +62,8 @@ class TrainingProgress:
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """Report a finished epoch."""
-        self._console.print(
+        say(
+            self._console,
             f"epoch {row['epoch']}/{self._epochs}"
             f"  loss {row['train_loss']:.4f}"
             f"  train accuracy {row['train_accuracy']:.3f}"
@@ -68,6 +71,4 @@ class TrainingProgress:
             f"  lr {row['lr']:.2e}"
             f"  {row['images_per_second']:.0f} images/s"
             f"  {row['seconds']:.1f} s",
-            highlight=False,
-            soft_wrap=True,
         )

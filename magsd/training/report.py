@@ -74,7 +74,7 @@ def draw_confusion(report: EvaluationReport, folder: Path) -> None:
         title = "raw logits" if kind == "raw" else "raw + refined logits"
         plot_confusion(folder / f"{name}.png", metrics.confusion, report.classes, title=title)
         write_confusion(folder / f"{name}.csv", metrics.confusion, report.classes)
-    write_classes(folder / "classes.csv", kinds)
+    write_classes(folder / "per_class.csv", kinds)
 
 
 def draw_overlays(run: LoadedRun, cache: ImageCache, indices: list[int], folder: Path) -> Path:

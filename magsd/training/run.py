@@ -157,7 +157,7 @@ def _fit(trainer: Trainer, console: Console, *, resumed: bool) -> None:
     """Train with a log, a progress bar and an eye on signals."""
     train, folder = trainer.config.train, trainer.folder
     if resumed:
-        console.print(f"resuming after epoch {trainer.epoch}, step {trainer.step} of the next")
+        say(console, f"resuming after epoch {trainer.epoch}, step {trainer.step} of the next")
     log = MetricsLog(None, None)
     if trainer.team.is_main:
         log = MetricsLog(folder.metrics, folder.tensorboard if train.tensorboard else None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -122,8 +124,8 @@ def test_names_in_pictures() -> None:
     "names",
     [
         ["$a$", r"\frac{$x", "$_$"],
-        ["n" * 200, "m" * 200, "k" * 200],
-        ["肺炎", "正常", "肿瘤"],
+        ["n" * 200, "W" * 200, "k" * 200],
+        ["肺炎", "正常", "肿瘤" * 100],
         ["العربية", "שלום", "ไทย"],
         ["two\nlines", "\udcff", "\x1b[1m"],
     ],
@@ -140,13 +142,19 @@ def test_pictures_of_odd_names(names: list[str], tmp_path: Path) -> None:
         sheet = contact_sheet(tmp_path / "s.png", [item], title=names[0])
         save_items(tmp_path / "items", [item])
     for path in (plot, sheet):
-        assert max(cv2.imread(str(path)).shape) < 1500
+        assert max(cv2.imread(str(path)).shape) < 2000
 
 
-def test_names_are_no_formulas(tmp_path: Path) -> None:
-    """A dollar is drawn: the picture differs from that of the letters in italics between two."""
-    pictures = [
-        plot_confusion(tmp_path / f"{k}.png", [[1]], [name]).read_bytes()
-        for k, name in enumerate(("$a$", r"\$a\$", "a"))
-    ]
-    assert len(set(pictures)) == 3
+def test_no_line_is_printed_past_say() -> None:
+    """Rich would read the names in it as its markup."""
+    package = Path(cli.__file__).parents[1]
+    for path in package.rglob("*.py"):
+        assert not re.search(r"onsole\.print\(\s*f[\"']", path.read_text()), path
+
+
+def test_output_that_a_pipe_cannot_encode(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(cli, "app", lambda: print("肺炎", "\udcff", flush=True))
+    cli.main()
+    assert raw.getvalue().split() == [rb"\u80ba\u708e", rb"\udcff"]

@@ -96,9 +96,9 @@ def localization_report(
 ) -> LocalizationReport:
     """Means over the images with a mask, and by true class for classes that have any."""
     masked = [image for image in found if image.masked]
-    by_class = {
-        name: [image for image in masked if records[image.index].label == name] for name in classes
-    }
+    by_class: dict[str, list[LocalizedImage]] = {name: [] for name in classes}
+    for image in masked:
+        by_class[records[image.index].label].append(image)
     return LocalizationReport(
         threshold,
         tolerance,
