@@ -99,8 +99,10 @@ def walk(folder: Path, left_out: LeftOut) -> list[Path]:
     """All files under a folder, sorted; what is hidden is left out, and junk without a word.
 
     Linked folders are followed, each folder once. Raises nothing: what cannot be opened is left
-    out.
+    out. A link that leads nowhere holds nothing.
     """
+    if folder.is_symlink() and not os.path.exists(folder):
+        return []
     files: list[Path] = []
     # A link to a folder above would lead to all that lies beside this one.
     seen = {_identity(path) for path in folder.resolve().parents}
@@ -225,11 +227,12 @@ def holder(folder: Path, *names: str, deep: int = 2) -> Path | None:
                 os.path.exists(place / name) for name in names
             ):  # False, too, if it may not look
                 return place
-        level = [path for place in level for path in _opened(place)]
+        level = [path for place in level for path in readable_subfolders(place)]
     return None
 
 
-def _opened(folder: Path) -> list[Path]:
+def readable_subfolders(folder: Path) -> list[Path]:
+    """Those of `subfolders`; none where the folder cannot be opened."""
     try:
         return subfolders(folder)
     except DataError:
