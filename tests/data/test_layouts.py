@@ -83,6 +83,12 @@ class TestFiles:
         assert patients["a/deep/1.png"] == patients["b/1.png"] != patients["b/2.png"]
         assert "2 files are there under two names, e.g. b/1.png" in caplog.text
 
+    def test_a_class_that_leads_back(self, tmp_path: Path) -> None:
+        draw_all(tmp_path, "a/1.png", "b/1.png")
+        (tmp_path / "all").symlink_to(tmp_path)
+        with pytest.raises(DataError, match=r"classes all \(1 linked twice \(all\)\)"):
+            open_source(f"folder:{tmp_path}")
+
     def test_a_file_under_two_names_in_a_class_is_one_image(self, tmp_path: Path, caplog) -> None:
         draw_all(tmp_path, "a/1.png", "b/1.png")
         (tmp_path / "a" / "2.png").symlink_to("1.png")

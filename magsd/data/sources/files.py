@@ -105,7 +105,8 @@ def walk(folder: Path, left_out: LeftOut) -> list[Path]:
         return []
     files: list[Path] = []
     # A link to a folder above would lead to all that lies beside this one.
-    seen = {_identity(path) for path in folder.resolve().parents}
+    above = {*folder.absolute().parents, *folder.resolve().parents}
+    seen = {_identity(path) for path in above}
     # Real folders come first, so that a link to one of them never hides it.
     waiting, links = [folder], list[Path]()
     while waiting or links:
