@@ -99,3 +99,44 @@ def _name(patient: str) -> str | None:
         return None
     digest = hashlib.blake2b(patient.encode(), digest_size=8, person=b"magsd patient")
     return f"dicom-{digest.hexdigest()}"
+
+
+def dicom_patients(files: Mapping[str, Path], origin: str) -> dict[str, str]:
+    """Key -> patient, as `dicom_patient`, of those files that name one.
+
+    A patient whom all of several files name tells none apart: then there is none. Warnings, which
+    name `origin`, say so, and of how many files no patient is known. Files that are no DICOM by
+    their suffix, or without a known one by their content, are passed over.
+    """
+    found: dict[str, str] = {}
+    lacking = 0
+    for key, path in files.items():
+        if not _is_dicom_file(path):
+            continue
+        if (patient := dicom_patient(path)) is None:
+            lacking += 1
+        else:
+            found[key] = patient
+    if len(found) > 1 and len(set(found.values())) == 1:
+        _log.warning(
+            "%s: %d DICOM files have the same PatientID, which tells no patients apart: each image"
+            " is its own patient", origin, len(found),
+        )  # fmt: skip
+        return {}
+    if lacking:
+        _log.warning(
+            "%s: %d of %d DICOM files name no patient: each of these is its own",
+            origin, lacking, lacking + len(found),
+        )  # fmt: skip
+    return found
+
+
+def _is_dicom_file(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return suffix in SUFFIXES
+    try:
+        with path.open("rb") as file:
+            return is_dicom(file.read(132))
+    except OSError:
+        return False

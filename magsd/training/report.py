@@ -27,7 +27,7 @@ from magsd.training.run import LoadedRun, TrainedRun, load_run
 #: What `draw_confusion` writes.
 PLOTS = (
     *("confusion.png", "confusion.csv", "confusion_refined.png", "confusion_refined.csv"),
-    "classes.csv",
+    "per_class.csv",
 )
 
 

@@ -83,6 +83,12 @@ class TestFiles:
         assert patients["a/deep/1.png"] == patients["b/1.png"] != patients["b/2.png"]
         assert "2 files are there under two names, e.g. b/1.png" in caplog.text
 
+    def test_a_class_that_leads_back(self, tmp_path: Path) -> None:
+        draw_all(tmp_path, "a/1.png", "b/1.png")
+        (tmp_path / "all").symlink_to(tmp_path)
+        with pytest.raises(DataError, match=r"classes all \(1 linked twice \(all\)\)"):
+            open_source(f"folder:{tmp_path}")
+
     def test_a_file_under_two_names_in_a_class_is_one_image(self, tmp_path: Path, caplog) -> None:
         draw_all(tmp_path, "a/1.png", "b/1.png")
         (tmp_path / "a" / "2.png").symlink_to("1.png")
@@ -238,6 +244,30 @@ class TestSides:
             beside = "folders beside it, or without classes, are left out: chest_xray"
             assert (beside in caplog.text) == (spec != root / "chest_xray")
 
+    def test_sides_in_sides_of_their_name(self, tmp_path: Path) -> None:
+        self.make(tmp_path / "train", "train")
+        self.make(tmp_path / "test", "test")
+        records = open_source(f"folder:{tmp_path}").records
+        assert {r.label for r in records} == {"NORMAL", "SICK"}
+        assert {r.key[:11] for r in records} == {"train/train", "test/test/N", "test/test/S"}
+
+    def test_sides_within_the_classes(self, tmp_path: Path, caplog) -> None:
+        draw_all(tmp_path / "a", "sick/train/1.png", "sick/test/2.png", "well/1.png")
+        records = open_source(f"folder:{tmp_path / 'a'}").records
+        assert [(r.label, r.split) for r in records] == [("sick", None)] * 2 + [("well", None)]
+        assert "sides test, train within a class are no published split" in caplog.text
+        self.make(tmp_path / "two" / "first", "train", "test")
+        self.make(tmp_path / "two" / "second", "train", "test")
+        with pytest.raises(
+            DataError, match=r"first: holds test, train .* it is a set, not a class"
+        ):
+            open_source(f"folder:{tmp_path / 'two'}")
+
+    def test_images_in_place_of_class_folders(self, tmp_path: Path) -> None:
+        draw_all(tmp_path, "train/1.png", "test/1.png")
+        with pytest.raises(DataError, match="train: a side of a split must hold one subfolder"):
+            open_source(f"folder:{tmp_path}")
+
     def test_test_images_without_classes(self, tmp_path: Path, caplog) -> None:
         self.make(tmp_path, "train")
         draw_all(tmp_path / "test", "1.png", "2.png")
@@ -251,9 +281,10 @@ class TestSides:
             open_source(f"folder:{tmp_path}")
 
     def test_classes_that_are_named_as_a_side(self, tmp_path: Path) -> None:
-        draw_all(tmp_path, "bus/1.png", "train/1.png", "valid/1.png/2.png")
-        draw_all(tmp_path / "only", "train/1.png", "bus/1.png")
-        assert open_source(f"folder:{tmp_path / 'only'}").classes == ("bus", "train")
+        draw_all(tmp_path, "train/1.png", "bus/1.png")
+        assert open_source(f"folder:{tmp_path}").classes == ("bus", "train")
+        draw_all(tmp_path, "test/1.png")
+        assert open_source(f"folder:{tmp_path}").classes == ("bus", "test", "train")
 
     def test_a_folder_alone(self, tmp_path: Path, caplog) -> None:
         draw_all(tmp_path / "x" / "y", "a/1.png", "b/1.png")

@@ -638,7 +638,7 @@ class TestDogs:
         }
         assert source.read_image(source.records[0]).shape == (64, 48, 3)
 
-    @pytest.mark.parametrize("place", ["Images", "images/Images", "Images/Images"])
+    @pytest.mark.parametrize("place", ["Images", "images/Images", "Images/Images", "y/images"])
     def test_without_lists(
         self, folder: Path, place: str, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from magsd.data.darwin import DarwinAnnotation, read_darwin
 from magsd.data.record import MaskKind, Record
 from magsd.data.sources.base import FileSource, Options, merge_patients
-from magsd.data.sources.folder import PATIENT_IN_NAME, find_files, find_images
+from magsd.data.sources.files import find_files, find_images
+from magsd.data.sources.names import PATIENT_IN_NAME
 from magsd.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def _release_folder(folder: Path, release: str) -> Path:
             f" {', '.join(names) or 'there is none'}"
         )
     place = releases / release
-    # "latest" may be a link, into which a search does not descend.
+    # "latest" may be a link: annotations are named by where they are.
     return (place / "annotations" if (place / "annotations").is_dir() else place).resolve()
 
 

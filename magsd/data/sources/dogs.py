@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from magsd.data.record import Record, Side
-from magsd.data.sources.files import find_images, holder, subfolders
+from magsd.data.sources.files import find_images, holder, readable_subfolders
 from magsd.data.sources.published import PublishedSource, read_mat
 
 _NUMBER = re.compile(r"^n\d+-")
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 class DogsSource(PublishedSource):
     """120 breeds with the published split; the class is the folder's name after its number.
 
-    DIR holds Images/, or Images/Images/, and train_list.mat and test_list.mat beside it or in
+    DIR holds Images/ at some depth, and train_list.mat and test_list.mat beside it or in
     lists/. Without both lists there is no published split, with a warning. DIR may be Images/, too.
     """
 
@@ -51,14 +51,20 @@ class DogsSource(PublishedSource):
 
     def _images(self) -> Path:
         """The folder that holds a folder for each breed."""
-        names = ("Images", "images")
         level = [self.folder]
-        for _ in range(3):
+        for _ in range(4):
             for place in level:
-                if any(_NUMBER.match(path.name) for path in subfolders(place)):
+                breeds = [p for p in readable_subfolders(place) if _NUMBER.match(p.name)]
+                # The boxes lie in folders of the same names.
+                if any(find_images(breed) for breed in breeds[:3]):
                     return place
-            level = [place / name for place in level for name in names if (place / name).is_dir()]
-        return self._need(*names)
+            level = [
+                path
+                for place in level
+                for path in readable_subfolders(place)
+                if not _NUMBER.match(path.name)
+            ]
+        return self._need("Images", "images")
 
     def _list(self, part: str) -> Path | None:
         name = f"{part}_list.mat"

@@ -99,11 +99,14 @@ def walk(folder: Path, left_out: LeftOut) -> list[Path]:
     """All files under a folder, sorted; what is hidden is left out, and junk without a word.
 
     Linked folders are followed, each folder once. Raises nothing: what cannot be opened is left
-    out.
+    out. A link that leads nowhere holds nothing.
     """
+    if folder.is_symlink() and not os.path.exists(folder):
+        return []
     files: list[Path] = []
     # A link to a folder above would lead to all that lies beside this one.
-    seen = {_identity(path) for path in folder.resolve().parents}
+    above = {*folder.absolute().parents, *folder.resolve().parents}
+    seen = {_identity(path) for path in above}
     # Real folders come first, so that a link to one of them never hides it.
     waiting, links = [folder], list[Path]()
     while waiting or links:
@@ -225,11 +228,12 @@ def holder(folder: Path, *names: str, deep: int = 2) -> Path | None:
                 os.path.exists(place / name) for name in names
             ):  # False, too, if it may not look
                 return place
-        level = [path for place in level for path in _opened(place)]
+        level = [path for place in level for path in readable_subfolders(place)]
     return None
 
 
-def _opened(folder: Path) -> list[Path]:
+def readable_subfolders(folder: Path) -> list[Path]:
+    """Those of `subfolders`; none where the folder cannot be opened."""
     try:
         return subfolders(folder)
     except DataError:

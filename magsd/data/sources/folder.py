@@ -16,36 +16,12 @@ from magsd.data.dicom_patient import dicom_patients
 from magsd.data.images import IMAGE_SUFFIXES
 from magsd.data.record import MaskKind, Record, Side
 from magsd.data.sources.base import FileSource, Options, merge_patients
-from magsd.data.sources.files import (
-    DANGLING,
-    LeftOut,
-    files_in,
-    find_files,
-    find_images,
-    shown,
-    subfolders,
-    walk,
-    why_no_image,
-)
-from magsd.data.sources.masks import (
-    is_image_folder,
-    is_mask_folder,
-    read_mask_file,
-    split_masks,
-)
-from magsd.data.sources.names import PATIENT_IN_NAME, patient_in_path
+from magsd.data.sources.files import LeftOut, shown, walk, why_no_image
+from magsd.data.sources.layout import find_classes
+from magsd.data.sources.masks import read_mask_file, split_masks
+from magsd.data.sources.names import patient_in_path
 from magsd.errors import DataError
 
-__all__ = ["PATIENT_IN_NAME", "FolderSource", "find_files", "find_images"]
-
-#: Folders of a published split, without "set", "data" and separators.
-_SIDES = {
-    **dict.fromkeys(("train", "training", "trainval"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
-#: The highest number of folders, each alone in the one above, that an archive may lie in.
-_DEEP = 4
 _log = logging.getLogger(__name__)
 
 
@@ -83,17 +59,15 @@ class FolderSource(FileSource):
         self._masks: dict[str, tuple[MaskKind, Path]] = {}
         if not _is_folder(folder):
             raise DataError(f"{folder}: no such folder")
-        roots = self._roots(self._innermost(classes))
-        published = any(side for _, side in roots)
         records: list[Record] = []
         empty: list[Path] = []
-        for path, side in roots:
-            empty += self._note_images_beside(path)
-            for child in subfolders(path):
-                found = self._find(child, side)
-                records += found
-                if not found:
-                    empty.append(child)
+        found = find_classes(folder, classes, self._left_out)
+        for path, side in found:
+            images = self._find(path, side)
+            records += images
+            if not images:
+                empty.append(path)
+        published = any(side for _, side in found)
         self._report(records, empty, skip_bad)
         records, twice = self._one_per_file(records)
         patients = self._patients(records, patient, published)
@@ -114,71 +88,6 @@ class FolderSource(FileSource):
         if (path := self.mask_path(record)) is None:
             return None
         return read_mask_file(path, *self._upright_size(record))
-
-    def _innermost(self, classes: Sequence[str] | None) -> Path:
-        """DIR, or the folder within it that holds the classes, where that is alone there."""
-        top = self.folder
-        for _ in range(_DEEP):
-            inner = _only_one(top, classes or ())
-            if inner is None:
-                break
-            self._note_images_beside(top)
-            _log.warning(
-                "%s: holds no classes but the folder %s: its folders are taken, %s",
-                top, inner.name, ", ".join(shown(path.name) for path in subfolders(inner)[:10]),
-            )  # fmt: skip
-            top = inner
-        return top
-
-    def _roots(self, folder: Path) -> list[tuple[Path, Side | None]]:
-        """The folders that hold class folders: the sides of a split, or `folder` alone."""
-        inside = subfolders(folder)
-        words = {path: word for path in inside if (word := _side(path.name))}
-        others = [path for path in inside if path not in words]
-        found = set(words.values())
-        if found <= {"train"} or ("train" not in found and others):
-            return [(folder, None)]
-        if "train" not in found:
-            names = " and ".join(path.name for path in words)
-            raise DataError(
-                f"{folder}: {names} look like sides of a split, but there is no train; to read one"
-                f" of them alone, name it: folder:{next(iter(words))}"
-            )
-        self._note_images_beside(folder)
-        bare = [path for path in words if not subfolders(path)]
-        if any(words[path] == "train" for path in bare):
-            raise DataError(f"{bare[0]}: a side of a split must hold one subfolder per class")
-        sides = {path: word for path, word in words.items() if path not in bare}
-        if others or bare:
-            _log.warning(
-                "%s: a published split; folders beside it, or without classes, are left out: %s",
-                folder, ", ".join(shown(path.name) for path in [*others, *bare]),
-            )  # fmt: skip
-        held = "val" if "val" in sides.values() else "test"
-        left = [path for path, word in sides.items() if word not in ("train", held)]
-        if left:
-            validated = " and ".join(path.name for path, word in sides.items() if word == held)
-            _log.warning(
-                "%s: a published split, validated on %s; the images of %s are left out (evaluate"
-                " them with --data folder:%s)",
-                folder, validated, " and ".join(path.name for path in left), left[0],
-            )  # fmt: skip
-        if held not in sides.values():
-            return [(path, None) for path in sides]
-        return [
-            (path, "train" if word == "train" else "validation")
-            for path, word in sides.items()
-            if path not in left
-        ]
-
-    def _note_images_beside(self, folder: Path) -> list[Path]:
-        """Images beside the classes belong to none; dangling links to classes are returned."""
-        beside = LeftOut()
-        for path in files_in(folder, beside):
-            if why_no_image(path) is None:
-                self._left_out.add(path, "beside the folders of the classes")
-        self._left_out.update(beside)
-        return [path for path in beside.paths(DANGLING) if not path.suffix]
 
     def _find(self, folder: Path, side: Side | None) -> list[Record]:
         """The images of a class."""
@@ -292,34 +201,6 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError as error:
         raise DataError(f"{path}: cannot be opened ({error.strerror})") from error
-
-
-def _side(name: str) -> str | None:
-    """train, val or test, where a folder's name says so: "Train", "test_set", "Training"."""
-    plain = "".join(filter(str.isalnum, name.lower()))
-    for ending in ("", "set", "data", "images"):
-        if plain.endswith(ending) and (side := _SIDES.get(plain.removesuffix(ending))):
-            return side
-    return None
-
-
-def _only_one(folder: Path, classes: Sequence[str]) -> Path | None:
-    """The folder in which the classes lie, where that is the only one that may be meant."""
-    inside = subfolders(folder)
-    if any(is_image_folder(path.name) for path in inside):
-        inside = [path for path in inside if not is_mask_folder(path.name)]
-    if len(inside) != 1 or inside[0].name in classes:
-        return None
-    (inner,) = inside
-    deeper = subfolders(inner)
-    holds_images = any(is_image_folder(path.name) and not subfolders(path) for path in deeper)
-    if not deeper or holds_images or any(_images_in(inner)):
-        return None
-    return inner
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return [path for path in files_in(folder, LeftOut()) if why_no_image(path) is None]
 
 
 def _within_class(record: Record) -> str:
