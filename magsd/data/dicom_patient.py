@@ -56,10 +56,21 @@ def dicom_patient(path: Path) -> str | None:
     return _name(text.strip(" \0\t\r\n"))
 
 
-def dicom_patients(files: Mapping[str, Path], origin: str) -> dict[str, str]:
-    """Key -> patient of those files that are DICOM and name one; see `dicom_patient`.
+def _name(patient: str) -> str | None:
+    plain = re.sub(r"[\W_]", "", patient).lower()
+    # Zeros, and what is painted over: 00000000, XXXX.
+    if plain in _NOBODY or not plain.strip("0") or not plain.strip("x"):
+        return None
+    digest = hashlib.blake2b(patient.encode(), digest_size=8, person=b"magsd patient")
+    return f"dicom-{digest.hexdigest()}"
 
-    One that all of them name is nobody. `origin` is named in warnings.
+
+def dicom_patients(files: Mapping[str, Path], origin: str) -> dict[str, str]:
+    """Key -> patient, as `dicom_patient`, of those files that name one.
+
+    A patient whom all of several files name tells none apart: then there is none. Warnings, which
+    name `origin`, say so, and of how many files no patient is known. Files that are no DICOM by
+    their suffix, or without a known one by their content, are passed over.
     """
     dicom = {key: path for key, path in files.items() if _is_dicom_file(path)}
     with ThreadPoolExecutor() as pool:
@@ -82,56 +93,6 @@ def dicom_patients(files: Mapping[str, Path], origin: str) -> dict[str, str]:
 
 def _is_dicom_file(path: Path) -> bool:
     """Whether an image is DICOM by its suffix, or without a known one by its content."""
-    suffix = path.suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
-        return suffix in SUFFIXES
-    try:
-        with path.open("rb") as file:
-            return is_dicom(file.read(132))
-    except OSError:
-        return False
-
-
-def _name(patient: str) -> str | None:
-    plain = re.sub(r"[\W_]", "", patient).lower()
-    # Zeros, and what is painted over: 00000000, XXXX.
-    if plain in _NOBODY or not plain.strip("0") or not plain.strip("x"):
-        return None
-    digest = hashlib.blake2b(patient.encode(), digest_size=8, person=b"magsd patient")
-    return f"dicom-{digest.hexdigest()}"
-
-
-def dicom_patients(files: Mapping[str, Path], origin: str) -> dict[str, str]:
-    """Key -> patient, as `dicom_patient`, of those files that name one.
-
-    A patient whom all of several files name tells none apart: then there is none. Warnings, which
-    name `origin`, say so, and of how many files no patient is known. Files that are no DICOM by
-    their suffix, or without a known one by their content, are passed over.
-    """
-    found: dict[str, str] = {}
-    lacking = 0
-    for key, path in files.items():
-        if not _is_dicom_file(path):
-            continue
-        if (patient := dicom_patient(path)) is None:
-            lacking += 1
-        else:
-            found[key] = patient
-    if len(found) > 1 and len(set(found.values())) == 1:
-        _log.warning(
-            "%s: %d DICOM files have the same PatientID, which tells no patients apart: each image"
-            " is its own patient", origin, len(found),
-        )  # fmt: skip
-        return {}
-    if lacking:
-        _log.warning(
-            "%s: %d of %d DICOM files name no patient: each of these is its own",
-            origin, lacking, lacking + len(found),
-        )  # fmt: skip
-    return found
-
-
-def _is_dicom_file(path: Path) -> bool:
     suffix = path.suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         return suffix in SUFFIXES
