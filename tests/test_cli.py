@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from magsd.data.images import read_image_file
 from magsd.data.run_data import preprocessing_of, same_source
 from magsd.errors import ConfigError, DataError, RunError
 from magsd.training.run_folder import RunFolder
+from magsd.training.trainer import Interrupted
 from magsd_kernels import info, native
 
 backends = sys.modules["magsd_kernels.backends"]  # a function has its name in the package
@@ -127,6 +130,37 @@ def test_resume_needs_out_and_excludes_overwrite() -> None:
         run("train", "--resume")
     with pytest.raises(ConfigError, match="exclude"):
         run("train", "--resume", "--overwrite", "--out", "x")
+
+
+def test_the_resume_hint_can_be_pasted(
+    pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import magsd.training.run
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Interrupted(signal.SIGTERM, tmp_path / "last.pt")
+
+    monkeypatch.setattr(magsd.training.run, "train_run", stop)
+    out = tmp_path / "it's my run"
+    code, output = run("train", "--out", out, *pairs)
+    assert code == 128 + signal.SIGTERM
+    hint = output.partition("resume with: ")[2].strip()
+    assert shlex.split(hint) == ["magsd", "train", "--resume", "--out", str(out)]
+
+
+def test_an_interruption_says_of_what(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt("images of folder:x were being prepared")
+
+    monkeypatch.setattr(cli, "app", stop)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().err == (
+        "magsd: interrupted: images of folder:x were being prepared\n"
+    )
 
 
 def test_train_writes_a_run_and_a_table(trained: Path) -> None:

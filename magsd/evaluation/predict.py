@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from magsd.outputs import check_file, has_mark
 from magsd.runtime import CPU, Runtime
 
 _NAMED_BAD = 10
+_LONGEST_STEM = 240  # bytes, so that a number and .png fit into a name of 255
 # An image as the model takes it, and as it is drawn.
 _Read = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
@@ -186,14 +188,15 @@ def _as_input(prepared: Sequence[NDArray[np.uint8]]) -> Tensor:
 
 
 def overlay_names(files: Sequence[Path], folder: Path) -> list[Path]:
-    """A PNG in `folder` for every file; files of the same stem are numbered."""
+    """A PNG in `folder` for every file; files of the same stem are numbered, long ones cut."""
     taken: set[str] = set()
     names = []
     for file in files:
-        name, number = file.stem, 1
+        stem = os.fsdecode(os.fsencode(file.stem)[:_LONGEST_STEM])
+        name, number = stem, 1
         while name in taken:
             number += 1
-            name = f"{file.stem}_{number}"
+            name = f"{stem}_{number}"
         taken.add(name)
         names.append(folder / f"{name}.png")
     return names

@@ -186,3 +186,16 @@ def test_loader_and_prediction_prepare_alike(cache, classes, files):
     read = [_read(file, Preprocessing(64, None), 3, draws=False)[0] for file in files[:2]]
     prepared = _as_input(read)
     torch.testing.assert_close(prepared, next(iter(loader)).images)
+
+
+def test_names_of_overlays_fit_the_file_system(model, tmp_path):
+    files = [tmp_path / "a" / f"{'x' * 251}.png", tmp_path / "b" / f"{'x' * 251}.png"]
+    for file in files:
+        file.parent.mkdir()
+        cv2.imwrite(str(file), np.zeros((40, 40), np.uint8))
+    found = predict_images(
+        model, files, classes=("a", "b", "c"), preprocessing=Preprocessing(64, None),
+        overlay_dir=tmp_path / "out",
+    )  # fmt: skip
+    assert [p.overlay.name for p in found] == [f"{'x' * 240}.png", f"{'x' * 240}_2.png"]
+    assert all(p.overlay.is_file() for p in found)
