@@ -26,7 +26,8 @@ FAILED = "failed.txt"
 def check_images(runs: Sequence[PlannedRun]) -> None:
     """Raises `DataError` where no run could read the images: raised once, not by every run."""
     if not all(run.folder.evaluation.is_file() for run in runs):
-        open_source(runs[0].config.data.source)
+        data = runs[0].config.data
+        open_source(data.source, skip_bad=data.skip_bad)
 
 
 def execute(runs: Sequence[PlannedRun], console: Console) -> list[Outcome]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -363,6 +364,16 @@ class TestMasks:
     def test_images_and_masks_above_the_classes(self, tmp_path: Path) -> None:
         draw_all(tmp_path, "images/a/1.png", "images/b/1.png", "masks/a/1.png", "masks/b/1.png")
         assert open_source(f"folder:{tmp_path}").classes == ("a", "b")
+
+    @pytest.mark.parametrize("side", ["", "train", "test"])
+    def test_images_and_masks_of_no_class(self, tmp_path: Path, side: str) -> None:
+        draw_all(tmp_path, "train/a/1.png", "test/a/1.png")
+        root = tmp_path / side if side else tmp_path / "other"
+        for path in list(root.iterdir()) if root.exists() else []:
+            shutil.rmtree(path)
+        draw_all(root, "images/1.png", "masks/1.png")
+        with pytest.raises(DataError, match="holds images, masks, but no class folders"):
+            open_source(f"folder:{tmp_path if side else root}")
 
     def test_a_mask_of_other_proportions(self, tmp_path: Path) -> None:
         draw(tmp_path / "a" / "1.png", size=(40, 60))

@@ -107,6 +107,10 @@ class TestNih:
         (folder / "train_val_list.txt").unlink()
         assert {r.split for r in open_source(f"nih:{folder}").records} == {None}
         (folder / "Data_Entry_2017.csv").unlink()
+        (folder / "Data_Entry_2017.csv").mkdir()
+        with pytest.raises(DataError, match=r"Data_Entry_2017\.csv: cannot be read"):
+            open_source(f"nih:{folder}")
+        (folder / "Data_Entry_2017.csv").rmdir()
         with pytest.raises(DataError, match=r"no Data_Entry_2017\.csv .*nihcc\.app\.box\.com"):
             open_source(f"nih:{folder}")
 
@@ -668,9 +672,10 @@ class TestDogs:
         assert all(r.path is not None and r.path.is_file() for r in records)
 
     def test_what_is_missing(self, folder: Path) -> None:
-        (folder / "lists" / "train_list.mat").write_bytes(b"no matrices")
-        with pytest.raises(DataError, match=r"train_list\.mat: not the list"):
-            open_source(f"dogs:{folder}")
+        for damaged in (b"no matrices", b"", b"\xff\xfe\0"):
+            (folder / "lists" / "train_list.mat").write_bytes(damaged)
+            with pytest.raises(DataError, match=r"train_list\.mat: not the list"):
+                open_source(f"dogs:{folder}")
         (folder / "lists" / "train_list.mat").unlink()
         with pytest.raises(DataError, match=r"no lists/train_list\.mat .*ImageNetDogs"):
             open_source(f"dogs:{folder}")

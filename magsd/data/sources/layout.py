@@ -41,8 +41,13 @@ def find_classes(
     """
     found: list[tuple[Path, Side | None]] = []
     for root, side in _roots(_innermost(folder, classes or (), left_out), left_out):
-        found += [(path, side) for path in _note_images(root, left_out)]
-        found += [(path, side) for path in subfolders(root)]
+        inside = subfolders(root)
+        masks = [path for path in inside if is_mask_folder(path.name)]
+        if masks and all(path in masks or is_image_folder(path.name) for path in inside):
+            raise DataError(
+                f"{root}: holds {', '.join(path.name for path in inside)}, but no class folders"
+            )
+        found += [(path, side) for path in (*_note_images(root, left_out), *inside)]
     for path, _ in found:
         _look_for_sides(path)
     return found

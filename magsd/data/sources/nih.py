@@ -44,7 +44,7 @@ class NihSource(PublishedSource):
 
     def _find(self) -> Iterator[Record]:
         place = holder(self.folder, *_TABLES) or self._need(*_TABLES).parent
-        table = next(path for name in _TABLES if (path := place / name).is_file())
+        table = next(path for name in _TABLES if (path := place / name).exists())
         files, sides = self._find_files(place), self._read_sides(place)
         boxes = self._read_boxes(place)
         others = several = 0

@@ -42,11 +42,10 @@ def read_box(words: Iterable[str], where: str) -> Box:
 def read_mat(path: Path | None, name: str, fields: Sequence[str] = ()) -> Any:
     """The variable of a name in a .mat file; DataError where it or a field is lacking."""
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
 
     try:
         value = loadmat(path, squeeze_me=True)[name]
-    except (OSError, ValueError, KeyError, TypeError, NotImplementedError, MatReadError) as error:
+    except Exception as error:  # scipy raises many kinds where a file is damaged
         raise DataError(f"{path}: not the list of that set ({error})") from error
     lacking = [field for field in fields if field not in (value.dtype.names or ())]
     if lacking:
