@@ -11,27 +11,27 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from benchmarks.harness.device import Device, command_line
-from benchmarks.harness.machine import RESULTS, describe, folder
-from benchmarks.harness.sizes import CLASSES, MAGSD
-from benchmarks.harness.steps import BFLOAT16, FLOAT32, draw_batch, network, train_step
-from benchmarks.harness.timing import quartiles
+from benchmarks.harness.machine import RESULTS, describe, folder, write
+from benchmarks.harness.sizes import MAGSD
+from benchmarks.harness.steps import BFLOAT16, FLOAT32, OURS, draw_batch, networks, train_step
+from benchmarks.harness.timing import Call, quartiles
 from benchmarks.reporting.tables import heading
 from benchmarks.reporting.text import seconds, table
 from magsd.config import TrainConfig
 from magsd.data import Part
 from magsd.distributed import ALONE, Team, team_of
-from magsd.models import MAGSD as Network
 from magsd.runtime import Runtime
 from magsd.training.step import BatchShard
 
@@ -62,31 +62,26 @@ class Constants:
     passes: int = 4
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """Seconds of a step and of what it is made of."""
 
     compute: float
     exchange: float
     exposed: float
-
-    @property
-    def step(self) -> float:
-        """The whole step."""
-        return self.compute + self.exposed
+    step: float
 
 
 def predict(constants: Constants, processes: int, images: int) -> Cost:
     """What a step with so many images in each of so many processes costs."""
     compute = constants.passes * images / constants.rate
     if processes == 1:
-        return Cost(compute, 0.0, 0.0)
+        return Cost(compute, 0.0, 0.0, compute)
     moved = 2 * (processes - 1) / processes * constants.gradient
     waiting = constants.buckets * hops(processes) * constants.latency
     exchange = moved / constants.bandwidth + waiting
     # Only the raw image's backward, the last of all, is left to hide behind.
     exposed = max(exchange - compute / 6, exchange / constants.buckets)
-    return Cost(compute, exchange, exposed)
+    return Cost(compute, exchange, exposed, compute + exposed)
 
 
 def hops(processes: int) -> float:
@@ -105,12 +100,13 @@ def bandwidth_of(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line, in each process."""
     parser = command_line("scaling", __doc__)
-    parser.add_argument("--images", type=int, default=16, help="of each process")
-    parser.add_argument("--backbone", default="resnet50", help="any of timm's with feature maps")
-    parser.add_argument("--side", type=int, default=MAGSD.side, help="of the images, in pixels")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--precision", choices=(FLOAT32, BFLOAT16), default=BFLOAT16)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: results/<machine>")
+    add = parser.add_argument
+    add("--images", type=int, default=16, help="of each process")
+    add("--backbone", default="resnet50", help="any of timm's with feature maps")
+    add("--side", type=int, default=MAGSD.side, help="of the images, in pixels")
+    add("--rounds", type=int, default=5)
+    add("--precision", choices=(FLOAT32, BFLOAT16), default=BFLOAT16)
+    add("--out", type=Path, metavar="DIR", help="default: results/<machine>")
     options = parser.parse_args(arguments)
     with team_of(TrainConfig(device=options.device, batch_size=1 << 20)) as team:
         if team.size < 2:
@@ -118,17 +114,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         saved = measure(team, options)
         if team.is_main:
             out = options.out or RESULTS / folder(Device(options.device))
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "scaling.json").write_text(json.dumps(saved, indent=1) + "\n")
-            (out / "scaling.md").write_text(render(saved))
-            sys.stdout.write(f"{out / 'scaling.md'}\n")
+            write(out / "scaling.json", json.dumps(saved, indent=1) + "\n")
+            write(out / "scaling.md", render(saved))
+            print(out / "scaling.md")
     return 0
 
 
 def measure(team: Team, options: argparse.Namespace) -> dict[str, Any]:
     """Constants of the model, and what they were read off."""
     device = Device(options.device)
-    model = network(options.backbone, CLASSES, options.device)
+    model = networks(options.backbone, options.device)[OURS]
     gradient = sum(4 * p.numel() for p in model.parameters())
     buckets = -(-gradient // _BUCKET)
     parts = list(torch.empty(gradient // 4, device=options.device).split(_BUCKET // 4))
@@ -148,21 +143,18 @@ def measure(team: Team, options: argparse.Namespace) -> dict[str, Any]:
     latency = times["small"] / hops(team.size)
     bandwidth = bandwidth_of(times["exchange"], team.size, gradient, buckets, latency)
     rate = Constants.passes * options.images / times["alone"]
+    told = {name: getattr(options, name) for name in ("images", "backbone", "side")}
     return {
         "machine_info": describe(device),
         "processes": team.size,
-        "images": options.images,
-        "backbone": options.backbone,
-        "side": options.side,
+        **told,
         "arithmetic": options.precision,
         "measured": times,
         "constants": asdict(Constants(gradient, buckets, rate, bandwidth, latency)),
     }
 
 
-def _step(
-    among: Team, team: Team, model: Network, options: argparse.Namespace
-) -> Callable[[], object]:
+def _step(among: Team, team: Team, model: nn.Module, options: argparse.Namespace) -> Call:
     """A training step whose gradients are exchanged among some processes of the team."""
     runtime = Runtime(torch.device(options.device), options.precision, channels_last=True)
     batch = draw_batch(Device(options.device), options.images, options.side, team.rank)
@@ -172,7 +164,7 @@ def _step(
     return partial(step, *batch, generator, BatchShard(part, 1.0, 1.0, team.all_reduce))
 
 
-def _seconds(call: Callable[[], object], device: Device, rounds: int) -> float:
+def _seconds(call: Call, device: Device, rounds: int) -> float:
     """Median over the rounds of what the slowest process took; all begin each round together."""
     times = []
     for number in range(_WARM_UP + rounds):
@@ -227,8 +219,7 @@ def _prediction(known: Constants, processes: int, images: int) -> Sequence[str]:
     if processes > MACHINE:
         known = replace(known, bandwidth=min(known.bandwidth, BETWEEN_MACHINES))
     cost = predict(known, processes, images)
-    parts = map(seconds, (cost.compute, cost.exchange, cost.exposed, cost.step))
-    return (str(processes), str(images), *parts, f"{cost.compute / cost.step:.0%}")
+    return (str(processes), str(images), *map(seconds, cost), f"{cost.compute / cost.step:.0%}")
 
 
 if __name__ == "__main__":
