@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.harness.contender import Contender
 from benchmarks.harness.device import command_line
 from benchmarks.harness.sizes import PRECISIONS
-from benchmarks.harness.subject import Contender, Row
+from benchmarks.harness.subject import Row
 from benchmarks.operations import SUBJECTS
 
 

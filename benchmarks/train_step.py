@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import steps
-from benchmarks.harness.check import WrongResult
+from benchmarks.harness.contender import WrongResult
 from benchmarks.harness.device import Device, HostReads, command_line
 from benchmarks.harness.machine import RESULTS, folder, provenance, rounded, write
 from benchmarks.harness.sizes import MAGSD

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from benchmarks import attention_augment, bilinear_pool, published, run, soft_distance
 from benchmarks.harness import machine
-from benchmarks.harness.check import WrongResult
 from benchmarks.harness.comparison import Comparison
+from benchmarks.harness.contender import WrongResult
 from benchmarks.harness.device import Device, count_activity
 from benchmarks.harness.machine import RESTRICTIONS, describe, restricted
 from benchmarks.harness.session import Session

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness.check import check, definition
+from benchmarks.harness.contender import Contender, check, definition
 from benchmarks.harness.sizes import Network
-from benchmarks.harness.subject import PUBLISHED, Contender, Row, Subject
+from benchmarks.harness.subject import PUBLISHED, Row, Subject
 from benchmarks.operations import SUBJECTS
 
 all_subjects = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)

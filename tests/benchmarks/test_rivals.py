@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import attention_augment, bilinear_pool, rivals
-from benchmarks.harness.check import WrongResult, check, definition
+from benchmarks.harness.contender import Contender, WrongResult, check, definition
 from benchmarks.harness.session import Session
 from benchmarks.harness.sizes import MAGSD, PRECISIONS, WSDAN
-from benchmarks.harness.subject import Contender, Row
+from benchmarks.harness.subject import Row
 
 SUBJECTS = {s.name: s for s in (*attention_augment.SUBJECTS, *bilinear_pool.SUBJECTS)}
 SMALL = replace(MAGSD, side=80, features=((16, 20), (16, 10), (24, 5)), maps=3)

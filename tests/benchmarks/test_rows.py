@@ -49,8 +49,8 @@ class Group:
         if member == "cpu":
             facts["speedup"] = {"eager": (2.0, 2.0, 2.0)}
             if self.error is not None:
-                return Outcome(facts=facts, error=self.error)
-        return Outcome(Samples([1.0, 2.0, 3.0], 1), facts)
+                return Outcome(facts, error=self.error)
+        return Outcome(facts, Samples([1.0, 2.0, 3.0], 1))
 
 
 def measure(monkeypatch, rows, groups: list[Group], *options: str) -> int:

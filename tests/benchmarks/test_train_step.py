@@ -19,7 +19,7 @@ pytest.importorskip("pytest_benchmark", reason="needs the bench extra")
 
 from benchmarks import published, train_step
 from benchmarks.harness import steps
-from benchmarks.harness.check import WrongResult
+from benchmarks.harness.contender import WrongResult
 from benchmarks.harness.device import Device, HostReads
 from benchmarks.harness.sizes import CLASSES
 from benchmarks.harness.steps import (
