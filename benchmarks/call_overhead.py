@@ -76,7 +76,8 @@ class Overhead:
 
 
 def groups(session: Session) -> list[Overhead]:
-    return [Overhead(session.device.type, backward) for backward in (False, True)]
+    directions = () if session.central else (False, True)
+    return [Overhead(session.device.type, backward) for backward in directions]
 
 
 def test_call_overhead(entry: Entry, record: Recorder) -> None:

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness.comparison import Comparison
 from benchmarks.harness.device import Device
 from benchmarks.harness.pieces import AGAIN
 from benchmarks.harness.session import Entry, Recorder, Session
 from benchmarks.harness.sizes import PRECISIONS
-from benchmarks.operations import SUBJECTS
 from magsd_kernels import environment
 
 _SESSION = pytest.StashKey[Session]()
@@ -29,8 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--batches", type=_listed, default=[], help="such as 16,64,256, not the default ones")
     add("--precisions", type=_listed, default=[], help=f"of {','.join(PRECISIONS)}")
     add("--max-autotune", action="store_true", help="on a GPU, of the central rows: takes minutes")
-    add("--rows", type=Path, metavar="FOLDER",
-        help="for a file of each row as soon as it is measured; a row that has one is left out")  # fmt: skip
+    add("--rows", type=Path, metavar="FOLDER", help="a file for each row; who has one is left out")
     add("--again", action="store_true", help="measure rows that failed once more")
     add("--central", action="store_true", help="MAG-SD's central operations alone")
 
@@ -57,15 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
         autotuned=option.max_autotune,
         folder=option.rows,
         again=option.again,
+        central=option.central,
     )
-
-
-def groups_of(module: Any, session: Session, central: bool) -> list[Any]:
-    """A module's own groups, or the rows of its SUBJECTS."""
-    if hasattr(module, "groups"):
-        return [] if central else list(module.groups(session))
-    rows = [Comparison(row) for row in session.rows(module.SUBJECTS)]
-    return [row for row in rows if row.is_central or not central]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -73,23 +63,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "entry" not in metafunc.fixturenames:
         return
     session = metafunc.config.stash[_SESSION]
-    groups = groups_of(metafunc.module, session, metafunc.config.option.central)
     entries = [
         pytest.param(
             Entry(group, member),
             id=f"{group}-{member}",
             marks=pytest.mark.benchmark(group=str(group), timer=session.clock.read),
         )
-        for group in filter(session.wants, groups)
+        for group in filter(session.wants, metafunc.module.groups(session))
         for member in group.members()
     ]
     metafunc.parametrize("entry", entries)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Rows in the order of worth, then the rest."""
-    order = [*dict.fromkeys(subject.operation for subject in SUBJECTS), "call_overhead", "growth"]
-    items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else -1)
+    """Rows first, in the order of worth, then the rest."""
+    items.sort(key=lambda item: item.path.stem != "comparison")
 
 
 @pytest.fixture

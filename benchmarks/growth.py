@@ -92,6 +92,8 @@ class Growth:
 
 
 def groups(session: Session) -> list[Growth]:
+    if session.central:
+        return []
     batches, sides = (_BATCHES[:4], _SIDES[:2]) if session.quick else (_BATCHES, _SIDES)
     device = session.device.type
     over_batch = [Growth(subject, "batch", batches, device) for subject in SUBJECTS]

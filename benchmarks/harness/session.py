@@ -70,6 +70,7 @@ class Session:
         autotuned: whether max-autotune competes, too, which takes minutes for a row.
         folder: of a file for each group, written as soon as it is measured; None: nowhere.
         again: whether groups are measured once more whose file tells of a failure.
+        central: whether MAG-SD's central operations are all that is measured.
     """
 
     device: Device
@@ -80,6 +81,7 @@ class Session:
     autotuned: bool = False
     folder: Path | None = None
     again: bool = False
+    central: bool = False
     clock: Replay = field(default_factory=Replay)
     _measured: dict[str, dict[str, Outcome]] = field(default_factory=dict)
 

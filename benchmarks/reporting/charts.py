@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks.harness.comparison import LIMIT
+from benchmarks.comparison import LIMIT
 from benchmarks.reporting.results import Key, Results, Row
 from benchmarks.reporting.tables import FEWEST_POINTS, fits, points
 from benchmarks.reporting.text import memory, seconds

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.harness.comparison import LIMIT
+from benchmarks.comparison import LIMIT
 from benchmarks.harness.timing import Quartiles
 from benchmarks.reporting.text import ratio
 from magsd_kernels.backends import BACKENDS

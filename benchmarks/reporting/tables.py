@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.call_overhead import BASELINE
-from benchmarks.harness.comparison import LIMIT
+from benchmarks.comparison import LIMIT
 from benchmarks.reporting.results import Entry, Key, Results, Row
 from benchmarks.reporting.targets import CPU, GPU, Target
 from benchmarks.reporting.text import memory, ratio, seconds, table

@@ -1,4 +1,4 @@
-"""A row's competitors, checked and then timed against each other."""
+"""One operation against everybody who computes the same, checked and then timed in turn."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from unittest import SkipTest
 import torch
 
 from benchmarks.harness.contender import Contender, Wanted, check, definition
-from benchmarks.harness.session import Outcome, Session
+from benchmarks.harness.session import Entry, Outcome, Recorder, Session
 from benchmarks.harness.sizes import MAGSD
 from benchmarks.harness.subject import AUTOTUNED, PUBLISHED, Row, nbytes
 from benchmarks.harness.timing import Samples, interleave, ratios
+from benchmarks.operations import SUBJECTS
 from magsd_kernels.cases import Arguments
 
 LIMIT = "limit"
@@ -27,11 +28,6 @@ class Comparison:
 
     def __str__(self) -> str:
         return str(self.row)
-
-    @property
-    def is_central(self) -> bool:
-        """Whether it is of MAG-SD's central operations."""
-        return self.row.subject.central and self.row.network.name == MAGSD.name
 
     def members(self) -> Sequence[str]:
         """Competitors, ours last, and the limit."""
@@ -116,3 +112,15 @@ def _read_off(contender: Contender, session: Session) -> dict[str, Any]:
         if contender.name not in (PUBLISHED, AUTOTUNED):
             facts["kernel"] = device.kernel_seconds(contender.calls())
     return facts
+
+
+def groups(session: Session) -> list[Comparison]:
+    """Every row, or those of MAG-SD's central operations alone."""
+    rows = session.rows(SUBJECTS)
+    if session.central:
+        rows = [row for row in rows if row.subject.central and row.network is MAGSD]
+    return [Comparison(row) for row in rows]
+
+
+def test_comparison(entry: Entry, record: Recorder) -> None:
+    record(entry)
