@@ -8,7 +8,6 @@ every competitor.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 import magsd_kernels as mk
 from benchmarks import published, rivals
-from benchmarks.harness.sizes import CLASSES, MAGSD, WSDAN, Draw
+from benchmarks.harness.sizes import CLASSES, MAGSD, WSDAN, Draw, Network
 from benchmarks.harness.subject import CASE, Function, Rival, Subject
 from benchmarks.rivals import FLOOR, PADDING, WEIGHT
 from magsd_kernels.cases import Arguments
@@ -37,94 +36,59 @@ _sampled = partial(Rival, "grid_sample", tolerance=5e-5)
 _roi_align = Rival("roi_align", rivals.roi_align, why_not=rivals.why_no_torchvision, tolerance=5e-5)
 
 
-def _view(
+def _subject(
     name: str,
+    operation: str,
+    case: str,
     reference: Function,
-    *ranges: tuple[float, float],
-    align_corners: bool = False,
+    networks: tuple[Network, ...] = (MAGSD,),
     **others: Any,
 ) -> Subject:
-    """A guided view: of WS-DAN where corners are aligned, else of MAG-SD."""
+    """What a case calls, with its options, and the published code of the same name."""
+    call = CASE[case]
+    settings = {
+        "function": partial(call.function, **call.options),
+        "published": getattr(published, call.function.__name__),
+        **others,
+    }
+    return Subject(name, operation, call, reference=reference, networks=networks, **settings)
 
-    def prepare(draw: Draw, arguments: Arguments) -> Arguments:
-        return draw.guided(arguments, *ranges)
 
-    corners = {"align_corners": True} if align_corners else {}
-    return Subject(
-        name=name,
-        operation="attention_augment",
-        case=CASE[name.removeprefix("attention_")],
-        function=partial(getattr(mk, name), **corners),
-        reference=partial(reference, align_corners=align_corners),
-        published=partial(getattr(published, name), **corners),
-        networks=(WSDAN if align_corners else MAGSD,),
-        prepare=prepare,
+def _view(
+    name: str, reference: Function, *ranges: tuple[float, float], wsdan: bool = False, **others: Any
+) -> Subject:
+    """A guided view, with thresholds in these ranges. WS-DAN aligns corners, MAG-SD does not."""
+    if wsdan:
+        others["function"] = partial(getattr(mk, name), align_corners=True)
+        others["published"] = partial(getattr(published, name), align_corners=True)
+    return _subject(
+        name,
+        "attention_augment",
+        name.removeprefix("attention_"),
+        partial(reference, align_corners=wsdan),
+        (WSDAN,) if wsdan else (MAGSD,),
+        prepare=lambda draw, arguments: draw.guided(arguments, *ranges),
         saved=("attention", "theta"),
         **others,
     )
 
 
-_mixup = partial(attention_augment.attention_mixup, padding=PADDING, weight=WEIGHT)
-_dim = partial(attention_augment.attention_dim, floor=FLOOR)
-_patch = partial(attention_augment.attention_patch, padding=PADDING)
-_views = partial(attention_augment.attention_views, padding=PADDING, weight=WEIGHT, floor=FLOOR)
-_crop = partial(attention_augment.attention_mixup, padding=PADDING, weight=1.0)
-_drop = partial(attention_augment.attention_dim, floor=0.0)
-_boxes = partial(attention_augment.attention_boxes, padding=PADDING)
-
-_pool = partial(
-    bilinear_pool.bilinear_attention_pool, signed_sqrt=True, normalize=True, scale=100.0, eps=1e-12,
-    allow_tf32=False,
-)  # fmt: skip
-_average = Subject(
-    name="bilinear_attention_pool",
-    operation="bilinear_pool",
-    case=CASE["pool_same_size"],
-    function=partial(mk.bilinear_attention_pool, scale=100.0),
-    reference=partial(_pool, pool="avg"),
-    published=published.bilinear_attention_pool,
-    networks=(MAGSD, WSDAN),
-    saved=("features", "attention"),
-    rivals=(Rival("bmm", rivals.bmm, ("bfloat16", "float16")),),
-    central=True,
-)
-_maximum = replace(
-    _average,
-    name="bilinear_attention_pool max",
-    function=partial(mk.bilinear_attention_pool, pool="max", scale=100.0),
-    reference=partial(_pool, pool="max"),
-    published=partial(published.bilinear_attention_pool, pool="max"),
-    networks=(MAGSD,),
-    rivals=(),
-    uncompiled="the definition loops over 32 maps, and compiling all of them takes a minute",
-    central=False,
-    precisions=("float32",),  # rounded products tie, and the gradient goes to another pixel
-)
-
-_multiscale = Subject(
-    name="multiscale_attention",
-    operation="multiscale_attention",
-    case=CASE["multiscale_train"],
-    function=partial(mk.multiscale_attention, training=True),
-    reference=partial(
-        multiscale_attention.multiscale_attention, training=True, momentum=0.1, eps=1e-3,
-        mode="area", align_corners=False,
-    ),
-    published=published.multiscale_attention,
-    networks=(MAGSD, WSDAN),
-    saved=("projections", "weights"),
-    central=True,
-    least_batch=4,  # over two values batch norm's gradient cancels out
-)  # fmt: skip
-_resample = Subject(
-    name="resample_attention",
-    operation="multiscale_attention",
-    case=CASE["resample_area"],
-    function=mk.resample_attention,
-    reference=partial(multiscale_attention.resample_attention, mode="area", align_corners=False),
-    published=published.resample_attention,
-    networks=(MAGSD,),
-)
+def _pool(name: str, pool: str, **others: Any) -> Subject:
+    """Times 100, as the classifiers take it."""
+    reference = partial(
+        bilinear_pool.bilinear_attention_pool, pool=pool, signed_sqrt=True, normalize=True,
+        scale=100.0, eps=1e-12, allow_tf32=False,
+    )  # fmt: skip
+    return _subject(
+        name,
+        "bilinear_pool",
+        "pool_same_size",
+        reference,
+        function=partial(mk.bilinear_attention_pool, pool=pool, scale=100.0),
+        published=partial(published.bilinear_attention_pool, pool=pool),
+        saved=("features", "attention"),
+        **others,
+    )
 
 
 def _loss(**arguments: Any) -> Tensor:
@@ -139,52 +103,77 @@ def _confident(draw: Draw, arguments: Arguments) -> Arguments:
     return arguments | {"logits": logits.add_(certainty * F.one_hot(targets, CLASSES))}
 
 
-_distance = Subject(
-    name="soft_distance_loss",
-    operation="soft_distance",
-    case=CASE["loss"],
-    function=_loss,
-    reference=partial(
-        soft_distance.soft_distance_loss, class_weights=None, confidence=0.7, smoothing=0.01
-    ),
-    published=published.soft_distance_loss,
-    networks=(MAGSD,),
-    prepare=_confident,
-    saved=("logits", "view_logits", "targets"),
-    central=True,
+_mixup = partial(attention_augment.attention_mixup, padding=PADDING, weight=WEIGHT)
+_dim = partial(attention_augment.attention_dim, floor=FLOOR)
+_patch = partial(attention_augment.attention_patch, padding=PADDING)
+_views = partial(attention_augment.attention_views, padding=PADDING, weight=WEIGHT, floor=FLOOR)
+_crop = partial(attention_augment.attention_mixup, padding=PADDING, weight=1.0)
+_drop = partial(attention_augment.attention_dim, floor=0.0)
+_boxes = partial(attention_augment.attention_boxes, padding=PADDING)
+_multiscale = partial(
+    multiscale_attention.multiscale_attention, training=True, momentum=0.1, eps=1e-3, mode="area",
+    align_corners=False,
+)  # fmt: skip
+_resample = partial(multiscale_attention.resample_attention, mode="area", align_corners=False)
+_distance = partial(
+    soft_distance.soft_distance_loss, class_weights=None, confidence=0.7, smoothing=0.01
 )
+_sample = partial(attention_sampling.sample_attention, eps=1e-12)
 
-_sample = Subject(
-    name="sample_attention",
-    operation="attention_sampling",
-    case=CASE["sample"],
-    function=mk.sample_attention,
-    reference=partial(attention_sampling.sample_attention, eps=1e-12),
-    published=published.sample_attention,
-    networks=(MAGSD, WSDAN),
-    central=True,
-)
+_views_rival = _sampled(rivals.grid_sample_views)
+_mixup_rival = _sampled(rivals.grid_sample_mixup)
+_crop_rivals = (_sampled(rivals.grid_sample_crop), _roi_align)
 
 SUBJECTS = (
-    _view(
-        "attention_views", _views, _BOX, _MASK, _BOX,
-        rivals=(_sampled(rivals.grid_sample_views),), central=True,
-    ),
-    _view("attention_mixup", _mixup, _BOX, rivals=(_sampled(rivals.grid_sample_mixup),)),
+    _view("attention_views", _views, _BOX, _MASK, _BOX, rivals=(_views_rival,), central=True),
+    _view("attention_mixup", _mixup, _BOX, rivals=(_mixup_rival,)),
     _view("attention_dim", _dim, _MASK),
     _view("attention_patch", _patch, _BOX),
-    _view(
-        "attention_crop", _crop, _BOX, align_corners=True,
-        rivals=(_sampled(rivals.grid_sample_crop), _roi_align),
-    ),
-    _view("attention_drop", _drop, _MASK, align_corners=True),
+    _view("attention_crop", _crop, _BOX, wsdan=True, rivals=_crop_rivals),
+    _view("attention_drop", _drop, _MASK, wsdan=True),
     _view("attention_boxes", _boxes, _BOX),
-    _average,
-    _maximum,
-    _multiscale,
-    _resample,
-    _distance,
-    _sample,
-)  # fmt: skip
+    _pool(
+        "bilinear_attention_pool",
+        "avg",
+        networks=(MAGSD, WSDAN),
+        rivals=(Rival("bmm", rivals.bmm, ("bfloat16", "float16")),),
+        central=True,
+    ),
+    _pool(
+        "bilinear_attention_pool max",
+        "max",
+        uncompiled="the definition loops over 32 maps, and compiling all of them takes a minute",
+        precisions=("float32",),  # rounded products tie, and the gradient goes to another pixel
+    ),
+    _subject(
+        "multiscale_attention",
+        "multiscale_attention",
+        "multiscale_train",
+        _multiscale,
+        (MAGSD, WSDAN),
+        saved=("projections", "weights"),
+        central=True,
+        least_batch=4,  # over two values batch norm's gradient cancels out
+    ),
+    _subject("resample_attention", "multiscale_attention", "resample_area", _resample),
+    _subject(
+        "soft_distance_loss",
+        "soft_distance",
+        "loss",
+        _distance,
+        function=_loss,
+        prepare=_confident,
+        saved=("logits", "view_logits", "targets"),
+        central=True,
+    ),
+    _subject(
+        "sample_attention",
+        "attention_sampling",
+        "sample",
+        _sample,
+        (MAGSD, WSDAN),
+        central=True,
+    ),
+)
 #: By name.
 SUBJECT = {subject.name: subject for subject in SUBJECTS}
