@@ -76,7 +76,8 @@ class Device:
         del held
         events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
         changes = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
-        return max(accumulate((e.nbytes() for e in changes), initial=0))
+        peak: int = max(accumulate((e.nbytes() for e in changes), initial=0))
+        return peak
 
     def kernel_seconds(self, calls: Sequence[Call]) -> Quartiles:
         """Seconds per call of a CUDA graph that holds all calls, over replays.
