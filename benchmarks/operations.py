@@ -167,12 +167,7 @@ SUBJECTS = (
         central=True,
     ),
     _subject(
-        "sample_attention",
-        "attention_sampling",
-        "sample",
-        _sample,
-        (MAGSD, WSDAN),
-        central=True,
+        "sample_attention", "attention_sampling", "sample", _sample, (MAGSD, WSDAN), central=True
     ),
 )
 #: By name.

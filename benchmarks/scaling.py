@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -37,12 +37,6 @@ from magsd.training.step import BatchShard
 
 _BUCKET = 25 << 20  # DistributedDataParallel's default
 _WARM_UP = 2
-#: Processes, and images of each, for which the model is asked.
-PROCESSES, IMAGES = (8, 64, 1024), (16, 64, 256)
-#: Processes of one machine; more are on several.
-MACHINE = 8
-#: Assumed, where nothing was measured: bytes a second each way of a network adapter.
-BETWEEN_MACHINES = 50e9
 
 
 @dataclass(frozen=True)
@@ -197,8 +191,6 @@ def render(saved: dict[str, Any]) -> str:
         ("exchange by itself", seconds(measured["exchange"]), seconds(here.exchange)),
         ("step with exchange", seconds(measured["joined"]), seconds(here.step)),
     ]
-    head = ("processes", "images of each", "compute", "exchange", "exposed", "step")
-    predictions = [_prediction(known, p, n) for p in PROCESSES for n in IMAGES]
     parts = [
         heading("Several processes", saved["machine_info"]),
         f"Measured with {saved['processes']} processes of {saved['images']} images each,"
@@ -207,19 +199,8 @@ def render(saved: dict[str, Any]) -> str:
         table(("constant", "measured"), constants),
         "The first two lines made the constants; the third tests the model.",
         table(("", "measured", "the model"), step),
-        "What the model makes of these constants, were there so many such processes, with"
-        f" {BETWEEN_MACHINES / 1e9:.0f} GB/s each way between machines of {MACHINE} at most"
-        " (assumed, not measured):",
-        table((*head, "compute / step"), predictions),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _prediction(known: Constants, processes: int, images: int) -> Sequence[str]:
-    if processes > MACHINE:
-        known = replace(known, bandwidth=min(known.bandwidth, BETWEEN_MACHINES))
-    cost = predict(known, processes, images)
-    return (str(processes), str(images), *map(seconds, cost), f"{cost.compute / cost.step:.0%}")
 
 
 if __name__ == "__main__":

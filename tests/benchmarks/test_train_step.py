@@ -395,7 +395,7 @@ def test_targets_of_a_gpu():
     assert found == [
         ["5x (4.5 to 5.5): ours, bfloat16, channels_last, captured", "met |"],
         ["2.5x (2.25 to 2.75): ours, float32, channels_last", "met |"],
-        ["1.12x (1.12 to 1.12)", "met |"],
+        ["1.12x (1.12 to 1.12): ours, bfloat16, channels_last, captured", "met |"],
         ["0.9x", "**not met** |"],
         ["", "not measured |"],
         ["0", "met |"],
