@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 from unittest import SkipTest
 
@@ -54,12 +53,8 @@ class Growth:
                 if int(name) <= _CHECKED:
                     check(contender, definition(row, arguments))
                 (call,) = calls[name] = contender.calls()
-                call()
-                session.device.synchronize()
-                start = perf_counter()
-                call()
-                session.device.synchronize()
-                seconds = perf_counter() - start
+                session.device.seconds(call)  # the first takes longer
+                seconds = session.device.seconds(call)
         with torch.set_grad_enabled(self._backward):
             times = interleave(calls, session.device.synchronize, budget)
             for name, samples in times.items():

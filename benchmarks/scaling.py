@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -163,11 +162,7 @@ def _seconds(call: Call, device: Device, rounds: int) -> float:
     times = []
     for number in range(_WARM_UP + rounds):
         dist.barrier()
-        device.synchronize()
-        start = perf_counter()
-        call()
-        device.synchronize()
-        taken = torch.tensor(perf_counter() - start, dtype=torch.float64)
+        taken = torch.tensor(device.seconds(call), dtype=torch.float64)
         dist.all_reduce(taken, dist.ReduceOp.MAX)
         if number >= _WARM_UP:
             times.append(float(taken))

@@ -158,9 +158,7 @@ def read_off(contender: Contender, device: Device) -> tuple[dict[str, Any], floa
             peak = device.peak_memory(call)
         seconds = perf_counter() - start
         if seconds < _PROFILER_SECONDS:
-            start = perf_counter()
-            call()
-            seconds = perf_counter() - start
+            seconds = device.seconds(call)
         return {"memory": contender.resident_bytes() + peak, "host_reads": reads.count}, seconds
     call()
     launches, waits = device.activity(call)

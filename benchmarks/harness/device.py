@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -38,6 +39,14 @@ class Device:
         """Wait until all work is done."""
         if self.type == "cuda":
             torch.cuda.synchronize()
+
+    def seconds(self, call: Call) -> float:
+        """Of one call."""
+        self.synchronize()
+        start = perf_counter()
+        call()
+        self.synchronize()
+        return perf_counter() - start
 
     def release(self) -> None:
         """Give back memory that nothing holds any more, that of destroyed CUDA graphs included."""
