@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import SkipTest
 
 import pytest
 import torch
@@ -90,6 +91,8 @@ def record(request: pytest.FixtureRequest, benchmark: Any) -> Recorder:
         entries = [spec.params.get("entry") for spec in specs if spec is not None]
         members = [other.member for other in entries if other and other.group is entry.group]
         outcome = session.outcomes(entry.group, members)[entry.member]
+        if isinstance(outcome.error, SkipTest):
+            pytest.skip(str(outcome.error))
         if outcome.error is not None:
             if session.folder is not None and _broke_the_device(outcome.error):
                 pytest.exit(str(outcome.error), AGAIN)
