@@ -87,10 +87,11 @@ def record(request: pytest.FixtureRequest, benchmark: Any) -> Recorder:
     session = request.config.stash[_SESSION]
 
     def record(entry: Entry) -> None:
-        specs = [getattr(item, "callspec", None) for item in request.session.items]
-        entries = [spec.params.get("entry") for spec in specs if spec is not None]
-        members = [other.member for other in entries if other and other.group is entry.group]
-        outcome = session.outcomes(entry.group, members)[entry.member]
+        specs = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
+        entries = [spec.params.get("entry") for spec in specs]
+        # pytest makes an item without an entry where a file has none to measure.
+        others = [e for e in entries if isinstance(e, Entry) and e.group is entry.group]
+        outcome = session.outcomes(entry.group, [e.member for e in others])[entry.member]
         if isinstance(outcome.error, SkipTest):
             pytest.skip(str(outcome.error))
         if outcome.error is not None:

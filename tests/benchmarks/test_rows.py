@@ -74,6 +74,13 @@ def test_rows_are_saved_and_not_measured_again(tmp_path, monkeypatch, capsys):
     assert text.count("| run |") == 1
 
 
+def test_a_file_with_nothing_to_measure_does_not_stop_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(growth, "groups", lambda session: [])
+    chosen = ("-k", "test_comparison or test_growth")
+    assert measure(monkeypatch, tmp_path, [Group("alone")], *chosen) == 0
+    assert (tmp_path / "alone.json").is_file()
+
+
 def test_a_competitor_that_failed_is_told_and_measured_again_on_request(tmp_path, monkeypatch):
     bad = Group("bad", ValueError("wrong by far"))
     for _ in range(2):
