@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--batches", type=_listed, default=[], help="such as 16,64,256, not the default ones")
     add("--precisions", type=_listed, default=[], help=f"of {','.join(PRECISIONS)}")
     add("--max-autotune", action="store_true", help="on a GPU, of the central rows: takes minutes")
-    add("--rows", type=Path, metavar="FOLDER", help="a file for each row; who has one is left out")
+    add("--rows", type=Path, metavar="FOLDER", help="a file per row; rows with one are left out")
     add("--again", action="store_true", help="measure rows that failed once more")
     add("--central", action="store_true", help="MAG-SD's central operations alone")
 
