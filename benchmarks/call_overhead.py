@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from unittest import SkipTest
 
 import torch
 
-from benchmarks.harness.check import check, definition
+from benchmarks.harness.contender import Contender, check, definition
 from benchmarks.harness.session import Entry, Outcome, Recorder, Session
 from benchmarks.harness.sizes import Network
-from benchmarks.harness.subject import Contender, Row
+from benchmarks.harness.subject import Row
 from benchmarks.harness.timing import Call, interleave, ratios
 from benchmarks.operations import SUBJECTS
 
@@ -42,27 +43,22 @@ class Overhead:
         return (BASELINE, *self._rows())
 
     def _rows(self) -> dict[str, Row]:
-        where = "float32", self.device
-        return {
-            subject.name: Row(
-                subject, _ONE, subject.least_batch, *where, bool(subject.case.differentiable)
-            )
-            for subject in SUBJECTS
-            if subject.case.differentiable or not self.backward
+        rows = {
+            s.name: Row(s, _ONE, s.least_batch, "float32", self.device, bool(s.case.differentiable))
+            for s in SUBJECTS
         }
+        return {name: row for name, row in rows.items() if row.backward or not self.backward}
 
     def measure(self, members: Sequence[str], session: Session) -> dict[str, Outcome]:
         """Time the backend that "auto" takes."""
         facts = {"kind": "overhead", "direction": self._direction}
-        outcomes = {name: Outcome(facts=facts | {"member": name}) for name in self.members()}
+        outcomes = {name: Outcome(facts | {"member": name}) for name in self.members()}
         calls = {BASELINE: [self._baseline()]}
         for name, row in self._rows().items():
-            backend = row.backend()
-            if backend == "reference":
-                outcomes[name].absent = "no compiled backend runs here"
-                continue
             with outcomes[name].failing():
-                contender = Contender(backend, row, [row.draw(0)])
+                if row.backend() == "reference":
+                    raise SkipTest("no compiled backend runs here")
+                contender = Contender(row.backend(), row, [row.draw(0)])
                 check(contender, definition(row, row.draw(0)))
                 calls[name] = contender.calls() if self.backward else contender.forwards()
         times = interleave(calls, session.device.synchronize, session.seconds)
@@ -80,7 +76,8 @@ class Overhead:
 
 
 def groups(session: Session) -> list[Overhead]:
-    return [Overhead(session.device.type, backward) for backward in (False, True)]
+    directions = () if session.central else (False, True)
+    return [Overhead(session.device.type, backward) for backward in directions]
 
 
 def test_call_overhead(entry: Entry, record: Recorder) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import SkipTest
 
 import pytest
 import torch
 
-from benchmarks.harness.comparison import Comparison
 from benchmarks.harness.device import Device
 from benchmarks.harness.pieces import AGAIN
 from benchmarks.harness.session import Entry, Recorder, Session
 from benchmarks.harness.sizes import PRECISIONS
-from benchmarks.operations import SUBJECTS
 from magsd_kernels import environment
 
 _SESSION = pytest.StashKey[Session]()
@@ -22,59 +21,42 @@ collect_ignore = ["harness", "reporting", "published_step.py", "scaling.py", "tr
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("magsd", "benchmarks of magsd_kernels")
-    group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    group.addoption("--quick", action="store_true", help="small sizes, few rounds: does it work?")
-    group.addoption(
-        "--seconds", type=float, help="of timing per group (default: 6 on a CPU, 2 on a GPU)"
-    )
-    group.addoption("--batches", help="such as 16,64,256, instead of the default ones")
-    group.addoption("--precisions", help=f"of {','.join(PRECISIONS)}")
-    group.addoption(
-        "--max-autotune", action="store_true", help="on a GPU, of the central rows: takes minutes"
-    )
-    group.addoption(
-        "--rows",
-        type=Path,
-        metavar="FOLDER",
-        help="for a file of each row as soon as it is measured; a row that has one is left out",
-    )
-    group.addoption("--again", action="store_true", help="measure rows that failed once more")
-    group.addoption("--central", action="store_true", help="MAG-SD's central operations alone")
+    add = parser.getgroup("magsd", "benchmarks of magsd_kernels").addoption
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--quick", action="store_true", help="small sizes, few rounds: does it work?")
+    add("--seconds", type=float, help="of timing per group (default: 6 on a CPU, 2 on a GPU)")
+    add("--batches", type=_listed, default=[], help="such as 16,64,256, not the default ones")
+    add("--precisions", type=_listed, default=[], help=f"of {','.join(PRECISIONS)}")
+    add("--max-autotune", action="store_true", help="on a GPU, of the central rows: takes minutes")
+    add("--rows", type=Path, metavar="FOLDER", help="a file per row; rows with one are left out")
+    add("--again", action="store_true", help="measure rows that failed once more")
+    add("--central", action="store_true", help="MAG-SD's central operations alone")
+
+
+def _listed(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if environment.value(environment.BACKEND):
         raise pytest.UsageError(f"{environment.BACKEND} is set: benchmarks name their backends")
-    device = config.getoption("--device")
+    option = config.option
+    device = option.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    quick = config.getoption("--quick")
-    batches = _listed(config, "--batches") or (["4"] if quick else [])
     # A GPU has more sizes to measure, and less noise.
-    seconds = 0.3 if quick else 6.0 if device == "cpu" else 2.0
+    seconds = 0.3 if option.quick else 6.0 if device == "cpu" else 2.0
     config.stash[_SESSION] = Session(
         Device(device),
-        seconds=config.getoption("--seconds") or seconds,
-        batches=tuple(int(batch) for batch in batches) or None,
-        precisions=tuple(_listed(config, "--precisions")) or None,
-        quick=quick,
-        autotuned=config.getoption("--max-autotune"),
-        folder=config.getoption("--rows"),
-        again=config.getoption("--again"),
+        seconds=option.seconds or seconds,
+        batches=[int(batch) for batch in option.batches] or ([4] if option.quick else []),
+        precisions=option.precisions,
+        quick=option.quick,
+        autotuned=option.max_autotune,
+        folder=option.rows,
+        again=option.again,
+        central=option.central,
     )
-
-
-def _listed(config: pytest.Config, option: str) -> list[str]:
-    return [part for part in (config.getoption(option) or "").split(",") if part]
-
-
-def groups_of(module: Any, session: Session, central: bool) -> list[Any]:
-    """A module's own groups, or the rows of its SUBJECTS."""
-    if hasattr(module, "groups"):
-        return [] if central else list(module.groups(session))
-    rows = [Comparison(row) for row in session.rows(module.SUBJECTS)]
-    return [row for row in rows if row.is_central or not central]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -82,23 +64,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "entry" not in metafunc.fixturenames:
         return
     session = metafunc.config.stash[_SESSION]
-    groups = groups_of(metafunc.module, session, metafunc.config.getoption("--central"))
     entries = [
         pytest.param(
             Entry(group, member),
             id=f"{group}-{member}",
             marks=pytest.mark.benchmark(group=str(group), timer=session.clock.read),
         )
-        for group in filter(session.wants, groups)
+        for group in filter(session.wants, metafunc.module.groups(session))
         for member in group.members()
     ]
     metafunc.parametrize("entry", entries)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Rows in the order of worth, then the rest."""
-    order = [*dict.fromkeys(subject.operation for subject in SUBJECTS), "call_overhead", "growth"]
-    items.sort(key=lambda item: order.index(item.path.stem) if item.path.stem in order else -1)
+    """Rows first, in the order of worth, then the rest."""
+    items.sort(key=lambda item: item.path.stem != "comparison")
 
 
 @pytest.fixture
@@ -107,12 +87,13 @@ def record(request: pytest.FixtureRequest, benchmark: Any) -> Recorder:
     session = request.config.stash[_SESSION]
 
     def record(entry: Entry) -> None:
-        specs = [getattr(item, "callspec", None) for item in request.session.items]
-        entries = [spec.params.get("entry") for spec in specs if spec is not None]
-        members = [other.member for other in entries if other and other.group is entry.group]
-        outcome = session.outcomes(entry.group, members)[entry.member]
-        if outcome.absent is not None:
-            pytest.skip(outcome.absent)
+        specs = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
+        entries = [spec.params.get("entry") for spec in specs]
+        # pytest makes an item without an entry where a file has none to measure.
+        others = [e for e in entries if isinstance(e, Entry) and e.group is entry.group]
+        outcome = session.outcomes(entry.group, [e.member for e in others])[entry.member]
+        if isinstance(outcome.error, SkipTest):
+            pytest.skip(str(outcome.error))
         if outcome.error is not None:
             if session.folder is not None and _broke_the_device(outcome.error):
                 pytest.exit(str(outcome.error), AGAIN)

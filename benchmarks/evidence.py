@@ -16,11 +16,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 
@@ -39,48 +36,183 @@ _WATCHED = (
     "attention_views",
     "soft_distance_loss",
 )
+_SANITIZED = {
+    # torch asks what fails where there is nothing to find
+    "memcheck": ("--report-api-errors", "no"),
+    "racecheck": (),
+}
 _PROFILED = (
     ("bilinear_attention_pool", "bfloat16"),
     ("attention_views", "float32"),
     ("bilinear_attention_pool", "float32"),
 )
+_PROFILER = (
+    *("--profile-from-start", "off", "--clock-control", "none", "--csv"),
+    *("--kernel-name-base", "demangled", "--kernel-name", "regex:magsd"),
+    *("--section", "SpeedOfLight", "--section", "MemoryWorkloadAnalysis"),
+    *("--section", "LaunchStats", "--section", "Occupancy"),
+)
 _LOOK = "import sys; from magsd_kernels import native; sys.exit(native.why_not(sys.argv[1]))"
+#: Stages whose pieces run several at once.
+_PARALLEL = ("native", "triton")
 _PACKING_SECONDS = 5.0
 _LIMIT = 400.0  # of one piece that does not write its results as it goes
 
 
-@dataclass(frozen=True)
 class Plan:
-    """What the stages need to know: options, this run's folder, and the machine's name."""
+    """What runs on a machine. options: of the command. work: this run's folder for results."""
 
-    options: argparse.Namespace
-    work: Path
-    machine: str
-
-    @property
-    def device(self) -> str:
-        """Cpu or cuda."""
-        return str(self.options.device)
-
-    @property
-    def gpu(self) -> bool:
-        """Whether there is one."""
-        return self.device == "cuda"
+    def __init__(self, options: argparse.Namespace, work: Path) -> None:
+        self.options = options
+        self.device: str = options.device
+        self.gpu = self.device == "cuda"
+        self.work = work
 
     def module(self, name: str, *arguments: str) -> tuple[str, ...]:
         """`python -m name`, on the device."""
         return (sys.executable, "-m", name, f"--device={self.device}", *arguments)
 
-    def pytest(self, *arguments: str) -> tuple[str, ...]:
+    def pytest(self, stage: str, name: str, *arguments: str, limit: float = _LIMIT) -> Piece:
         """Every test's line as it passes, so that a log that ends says where."""
         quick = ("--co", "-q") if self.options.quick else ("-v",)
-        return (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, *quick)
+        command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, *quick)
+        environment = {"OMP_NUM_THREADS": "1"} if stage in _PARALLEL else {}
+        if stage == "triton" and not self.gpu:
+            environment["TRITON_INTERPRET"] = "1"
+        return Piece(stage, name, command, limit, environment)
 
-    def tool(self, name: str, *arguments: str) -> tuple[tuple[str, ...], str]:
+    def tool(self, name: str) -> tuple[str, str]:
         """A program of the CUDA toolkit, and why it is absent."""
         found = shutil.which(name) or shutil.which(name, path=_CUDA_TOOLS)
         absent = "" if found else f"there is no {name}"
-        return (found or name, *arguments), absent if self.gpu else "needs a GPU"
+        return found or name, absent if self.gpu else "needs a GPU"
+
+    def build(self) -> list[Piece]:
+        """Of what was carried here, unless it loads; in every run: it may be on another machine."""
+        build = (sys.executable, "setup.py", "build_ext", "--inplace")
+        limits = {"MAGSD_BUILD_CUDA": "0"}
+        if self.gpu:
+            major, minor = torch.cuda.get_device_capability()
+            limits = {"MAGSD_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+        absent = "" if native.why_not(self.device) else "the library loads"
+        look = (sys.executable, "-c", _LOOK, self.device)
+        return [
+            Piece("build", "library", build, environment=limits, absent=absent, repeated=True),
+            Piece("build", "loads", look, repeated=True),
+        ]
+
+    def tests(self, stage: str, backend: str) -> list[Piece]:
+        """Every file with tests of targets; Triton is compiled on a GPU, interpreted on a CPU."""
+        target = f"{backend}-{self.device}"
+        return [
+            self.pytest(stage, path.stem, str(path.relative_to(ROOT)), "-k", target)
+            for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
+            if re.search(r"^def test_\w+\([^)]*\btarget\b", path.read_text(), re.MULTILINE)
+        ]
+
+    def sanitizer(self) -> list[Piece]:
+        """Our kernels alone; each tensor is an allocation, so that a step beyond its end shows."""
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        tool, absent = self.tool("compute-sanitizer")
+        found = []
+        for check, options in _SANITIZED.items():
+            words = (tool, "--tool", check, "--error-exitcode", "9", "--kernel-name", "kns=magsd")
+            for function in _WATCHED:
+                call = self.module("benchmarks.probe", function, "--backend=cuda")
+                command = (*words, *options, *call)
+                name = f"{check}-{function}"
+                found.append(Piece("sanitizer", name, command, _LIMIT, environment, absent))
+        return found
+
+    def ncu(self) -> list[Piece]:
+        """Nsight Compute over what moves most."""
+        tool, absent = self.tool("ncu")
+        found = []
+        for function, precision in _PROFILED:
+            size = ("--backend=cuda", "--batch=256", f"--precision={precision}")
+            command = (tool, *_PROFILER, *self.module("benchmarks.probe", function, *size))
+            found.append(Piece("ncu", f"{function}-{precision}", command, _LIMIT, absent=absent))
+        return found
+
+    def training(self) -> list[Piece]:
+        """The training loop's tests."""
+        return [self.pytest("training", "device", "tests/training/test_training_device.py")]
+
+    def central(self) -> list[Piece]:
+        """MAG-SD's central operations at a batch that fills the device."""
+        return self.rows("central", "--central", f"--batches={256 if self.gpu else 16}")
+
+    def rest(self) -> list[Piece]:
+        """All other rows, growth and call overhead, and the tests of this device not yet run."""
+        device = self.device
+        others = f"{device} and not {device}-{device} and not triton-{device}"
+        tests = self.pytest("rest", "kernels", "tests/kernels", "-k", others, limit=2 * _LIMIT)
+        return [*self.rows("rest"), tests]
+
+    def step(self, stage: str, batch: int) -> list[Piece]:
+        """The whole training step at one batch size."""
+        out = f"--out={self.work / stage / 'train_step.json'}"
+        size = [f"--batch={batch}", "--seconds=60"]
+        if self.options.quick:
+            size = ["--batch=4", "--side=64", "--backbone=test_resnet", "--seconds=0", "--rounds=2"]
+        command = self.module("benchmarks.train_step", out, *size)
+        return [Piece(stage, "train_step", command, _LIMIT)]
+
+    def rows(self, stage: str, *chosen: str) -> list[Piece]:
+        """Rows are written one by one, so that the deadline alone ends them; and a report."""
+        rows, report = self.work / "rows", self.work / "report"
+        chosen = (f"--rows={rows}", "--seconds=2", "-p", "no:cacheprovider", *chosen)
+        if self.options.quick:
+            chosen = (*chosen, "--central", "--quick", "--seconds=0.1")
+        if self.options.max_autotune:
+            chosen = (*chosen, "--max-autotune")
+        if self.options.again:
+            chosen = (*chosen, "--again")
+        joined = (sys.executable, "-m", "benchmarks.report", str(rows), f"--out={report}")
+        return [
+            Piece(stage, "rows", self.module("benchmarks.run", *chosen)),
+            Piece(stage, "report", joined, repeated=True),
+        ]
+
+    def comparison(self, name: str, backbone: str, weights: str) -> list[Piece]:
+        """MAG-SD against its backbone, five folds by patient."""
+        stage, runs = f"crossval-{name}", Path("runs", f"evidence-{name}").resolve()
+        settings = [
+            f"model.backbone={backbone}",
+            f"model.pretrained={weights}",
+            f"train.device={self.device}",
+            "channels_last=true",
+            "overlays=0",
+        ]
+        if self.gpu:
+            settings.append("precision=bfloat16")
+        if self.options.quick:
+            settings += ["folds=2", "epochs=1", "image_size=64", "data.augment.enabled=false"]
+        data = f"--data={self.options.data}"
+        command = (
+            *(sys.executable, "-m", "magsd", "crossval", "--config=finetune", data),
+            *(f"--out={runs}", "--model=plain", "--model=magsd", *settings),
+        )
+        absent = "" if self.options.data else "--data names no images"
+        kept = {runs / file: f"{self.work.name}/{stage}/{file}" for file in _SUMMARY}
+        return [Piece(stage, "crossval", command, absent=absent, kept=kept)]
+
+
+#: In order of worth.
+STAGES: dict[str, Callable[[Plan], list[Piece]]] = {
+    "build": Plan.build,
+    "native": lambda plan: plan.tests("native", plan.device),
+    "triton": lambda plan: plan.tests("triton", "triton"),
+    "sanitizer": Plan.sanitizer,
+    "step16": lambda plan: plan.step("step16", 16),
+    "central": Plan.central,
+    "ncu": Plan.ncu,
+    "training": Plan.training,
+    "step64": lambda plan: plan.step("step64", 64),
+    "rest": Plan.rest,
+    "lite0": lambda plan: plan.comparison("lite0", "tf_efficientnet_lite0", plan.options.weights),
+    "resnet50": lambda plan: plan.comparison("resnet50", "resnet50", "false"),
+}
 
 
 def main(arguments: Sequence[str] | None = None, start: float | None = None) -> int:
@@ -89,31 +221,31 @@ def main(arguments: Sequence[str] | None = None, start: float | None = None) -> 
     start: of the time that the deadline allows, by time.monotonic(); None: now.
     """
     start = time.monotonic() if start is None else start
-    options = _options(arguments)
+    options = parse(arguments)
     signal.signal(signal.SIGTERM, _terminated)
     deadline = start + options.deadline - min(_PACKING_SECONDS, options.deadline / 10)
     found = commit()
     facts = {"commit": found["id"], "dirty": found["dirty"]}
     out = options.out.resolve()
     with unpacked(out / "evidence.zip", options.resume) as archive:
-        plan = Plan(options, archive.folder, folder(Device(options.device)))
-        names = list(STAGES) if "all" in options.stage else options.stage
-        planned = {name: stage(plan) for name, stage in STAGES.items()}
+        plan = Plan(options, archive.folder / folder(Device(options.device)))
+        stages = {name: stage(plan) for name, stage in STAGES.items()}
+        everything = [piece for planned in stages.values() for piece in planned]
+        chosen = list(STAGES) if "all" in options.stage else options.stage
         done = True
-        for name in names:
+        for name in chosen:
             done &= pieces.run(
-                planned[name],
+                stages[name],
                 archive,
                 deadline=deadline,
-                jobs=options.jobs if name in ("native", "triton") else 1,
+                jobs=options.jobs if name in _PARALLEL else 1,
                 facts=facts,
                 folder=ROOT,
                 again=options.again,
             )
-            everything = [piece for stage in planned.values() for piece in stage]
             write(out / "evidence.md", pieces.summary(everything, archive))
-        chosen = [piece for name in names for piece in planned[name] if not piece.absent]
-        outcomes = [archive.outcome(piece) for piece in chosen]
+        ran = [piece for name in chosen for piece in stages[name] if not piece.absent]
+        outcomes = [archive.outcome(piece) for piece in ran]
     if not done:
         return pieces.AGAIN
     return int(any(o is not None and o["ended"] != pieces.PASSED for o in outcomes))
@@ -124,7 +256,8 @@ def _terminated(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options of the command."""
     parser = command_line("evidence", __doc__)
     add = parser.add_argument
     add("--out", type=Path, metavar="DIR", required=True)
@@ -137,160 +270,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--max-autotune", action="store_true", help="let it compete: takes minutes")
     add("--quick", action="store_true", help="does everything work?")
     add("--data", metavar="SOURCE", help="of the comparison, which is absent else")
-    add("--weights", metavar="FILE", help="of tf_efficientnet_lite0; default: timm's")
-    add("--runs", type=Path, default=Path("runs"), help="where trained runs go")
+    add("--weights", metavar="FILE", default="true", help="of tf_efficientnet_lite0, not timm's")
     return parser.parse_args(arguments)
-
-
-def _build(plan: Plan) -> list[Piece]:
-    """Of what was carried here, unless it loads; in every run: it may be on another machine."""
-    build = (sys.executable, "setup.py", "build_ext", "--inplace")
-    limits = {"MAGSD_BUILD_CUDA": "0"}
-    if plan.gpu:
-        major, minor = torch.cuda.get_device_capability()
-        limits = {"MAGSD_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
-    absent = "" if native.why_not(plan.device) else "the library loads"
-    look = (sys.executable, "-c", _LOOK, plan.device)
-    return [
-        Piece("build", "library", build, environment=limits, absent=absent, repeated=True),
-        Piece("build", "loads", look, repeated=True),
-    ]
-
-
-def _tests(stage: str, plan: Plan) -> list[Piece]:
-    """A piece for every file with tests of targets: native are the C++ kernels of the device.
-
-    Triton is compiled on a GPU, interpreted on a CPU.
-    """
-    target = f"{plan.device if stage == 'native' else stage}-{plan.device}"
-    environment = {"OMP_NUM_THREADS": "1"}
-    if stage == "triton" and not plan.gpu:
-        environment["TRITON_INTERPRET"] = "1"
-    return [
-        Piece(
-            stage,
-            path.stem,
-            plan.pytest(str(path.relative_to(ROOT)), "-k", target),
-            _LIMIT,
-            environment,
-        )
-        for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
-        if re.search(r"^def test_\w+\([^)]*\btarget\b", path.read_text(), re.MULTILINE)
-    ]
-
-
-def _sanitizer(plan: Plan) -> list[Piece]:
-    """Our kernels alone; each tensor is an allocation, so that a step beyond its end shows."""
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    found = []
-    for check in ("memcheck", "racecheck"):
-        words = ["--tool", check, "--error-exitcode", "9", "--kernel-name", "kns=magsd"]
-        if check == "memcheck":  # torch asks what fails where there is nothing to find
-            words += ["--report-api-errors", "no"]
-        tool, absent = plan.tool("compute-sanitizer", *words)
-        for function in _WATCHED:
-            command = (*tool, *plan.module("benchmarks.probe", function, "--backend=cuda"))
-            name = f"{check}-{function}"
-            found.append(Piece("sanitizer", name, command, _LIMIT, environment, absent))
-    return found
-
-
-def _ncu(plan: Plan) -> list[Piece]:
-    sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy")
-    tool, absent = plan.tool(
-        *("ncu", "--profile-from-start", "off", "--clock-control", "none", "--csv"),
-        *("--kernel-name-base", "demangled", "--kernel-name", "regex:magsd"),
-        *(word for section in sections for word in ("--section", section)),
-    )
-    found = []
-    for function, precision in _PROFILED:
-        call = plan.module("benchmarks.probe", function, "--backend=cuda", "--batch=256")
-        command = (*tool, *call, f"--precision={precision}")
-        found.append(Piece("ncu", f"{function}-{precision}", command, _LIMIT, absent=absent))
-    return found
-
-
-def _step(batch: int, plan: Plan) -> list[Piece]:
-    """The whole training step at one batch size."""
-    name = f"step{batch}"
-    out = f"--out={plan.work / plan.machine / name / 'train_step.json'}"
-    size = [f"--batch={batch}", "--seconds=60"]
-    if plan.options.quick:
-        size = ["--batch=4", "--side=64", "--backbone=test_resnet", "--seconds=0", "--rounds=2"]
-    return [Piece(name, "train_step", plan.module("benchmarks.train_step", out, *size), _LIMIT)]
-
-
-def _central(plan: Plan) -> list[Piece]:
-    batch = 256 if plan.gpu else 16
-    return _rows("central", plan, "--central", f"--batches={batch}")
-
-
-def _rest(plan: Plan) -> list[Piece]:
-    """All other rows, growth and call overhead, and the tests of this device not yet run."""
-    others = f"{plan.device} and not {plan.device}-{plan.device} and not triton-{plan.device}"
-    tests = plan.pytest("tests/kernels", "-k", others)
-    return [*_rows("rest", plan), Piece("rest", "kernels", tests, 2 * _LIMIT)]
-
-
-def _rows(stage: str, plan: Plan, *chosen: str) -> list[Piece]:
-    """Rows are written one by one, so that the deadline alone ends them; and a report of them."""
-    chosen = ("--seconds=2", "-p", "no:cacheprovider", *chosen)
-    rows, report = (plan.work / plan.machine / name for name in ("rows", "report"))
-    if plan.options.quick:
-        chosen = (*chosen, "--central", "--quick", "--seconds=0.1")
-    if plan.options.max_autotune:
-        chosen = (*chosen, "--max-autotune")
-    if plan.options.again:
-        chosen = (*chosen, "--again")
-    command = plan.module("benchmarks.run", f"--rows={rows}", *chosen)
-    joined = (sys.executable, "-m", "benchmarks.report", str(rows), f"--out={report}")
-    return [Piece(stage, "rows", command), Piece(stage, "report", joined, repeated=True)]
-
-
-def _training(plan: Plan) -> list[Piece]:
-    test = plan.pytest("tests/training/test_training_device.py")
-    return [Piece("training", "device", test, _LIMIT)]
-
-
-def _comparison(name: str, backbone: str, plan: Plan) -> list[Piece]:
-    """MAG-SD against its backbone, five folds by patient."""
-    options = plan.options
-    runs = (options.runs / f"evidence-{name}").resolve()
-    weights = "false" if name == "resnet50" else options.weights or "true"
-    pairs = [
-        f"model.backbone={backbone}",
-        f"model.pretrained={weights}",
-        f"train.device={options.device}",
-        "channels_last=true",
-        "overlays=0",
-    ]
-    if plan.gpu:
-        pairs.append("precision=bfloat16")
-    if options.quick:
-        pairs += ["folds=2", "epochs=1", "image_size=64", "data.augment.enabled=false"]
-    command = (
-        *(sys.executable, "-m", "magsd", "crossval", "--config=finetune"),
-        *(f"--data={options.data}", f"--out={runs}", "--model=plain", "--model=magsd", *pairs),
-    )
-    absent = "" if options.data else "--data names no images"
-    kept = {runs / file: f"{plan.machine}/crossval-{name}/{file}" for file in _SUMMARY}
-    return [Piece(f"crossval-{name}", "crossval", command, absent=absent, kept=kept)]
-
-
-STAGES: dict[str, Callable[[Any], list[Piece]]] = {
-    "build": _build,
-    "native": partial(_tests, "native"),
-    "triton": partial(_tests, "triton"),
-    "sanitizer": _sanitizer,
-    "step16": partial(_step, 16),
-    "central": _central,
-    "ncu": _ncu,
-    "training": _training,
-    "step64": partial(_step, 64),
-    "rest": _rest,
-    "lite0": partial(_comparison, "lite0", "tf_efficientnet_lite0"),
-    "resnet50": partial(_comparison, "resnet50", "resnet50"),
-}
 
 
 if __name__ == "__main__":

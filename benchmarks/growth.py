@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
+from unittest import SkipTest
 
 import torch
 
-from benchmarks.harness.check import check, definition
+from benchmarks.harness.contender import Contender, check, definition
 from benchmarks.harness.session import Entry, Outcome, Recorder, Session
-from benchmarks.harness.subject import Contender, Row, Subject
+from benchmarks.harness.subject import Row, Subject
 from benchmarks.harness.timing import interleave
 from benchmarks.operations import SUBJECTS
 
@@ -39,22 +39,22 @@ class Growth:
 
     def measure(self, members: Sequence[str], session: Session) -> dict[str, Outcome]:
         """Time the backend that "auto" takes, up to the size that still fits in the time."""
-        outcomes, calls = {}, {}
+        rows = {name: self._row(int(name)) for name in members}
+        outcomes = {name: Outcome(self._facts(name, row)) for name, row in rows.items()}
+        calls = {}
         budget = session.seconds / 2  # many groups, and a line through many points needs less
         seconds = 0.0
-        for size in map(int, members):
-            row = self._row(size)
-            outcome = outcomes[str(size)] = Outcome(facts=self._facts(size, row))
-            if 2 * seconds > _CALL_SHARE * budget:
-                outcome.absent = f"one call takes longer than {_CALL_SHARE * budget:g} s"
-                continue
-            with outcome.failing():
+        for name, row in rows.items():
+            with outcomes[name].failing(), torch.set_grad_enabled(row.backward):
+                if 2 * seconds > _CALL_SHARE * budget:
+                    raise SkipTest(f"one call takes longer than {_CALL_SHARE * budget:g} s")
                 arguments = row.draw(0)
                 contender = Contender(row.backend(), row, [arguments])
-                if size <= _CHECKED:
+                if int(name) <= _CHECKED:
                     check(contender, definition(row, arguments))
-                seconds = _second_call(contender, session)
-                calls[str(size)] = contender.calls()
+                (call,) = calls[name] = contender.calls()
+                session.device.seconds(call)  # the first takes longer
+                seconds = session.device.seconds(call)
         with torch.set_grad_enabled(self._backward):
             times = interleave(calls, session.device.synchronize, budget)
             for name, samples in times.items():
@@ -65,10 +65,8 @@ class Growth:
     @property
     def _backward(self) -> bool:
         """In training the images ask for no gradient."""
-        return (
-            bool(self.subject.case.differentiable)
-            and "images" not in self.subject.case.differentiable
-        )
+        leaves = self.subject.case.differentiable
+        return bool(leaves) and "images" not in leaves
 
     def _row(self, size: int) -> Row:
         network, batch = self.subject.networks[0], size
@@ -76,31 +74,21 @@ class Growth:
             network, batch = network.scaled(size), 1
         return Row(self.subject, network, batch, "float32", self.device, self._backward)
 
-    def _facts(self, size: int, row: Row) -> dict[str, Any]:
+    def _facts(self, name: str, row: Row) -> dict[str, Any]:
         return {
             "kind": "growth",
             "function": self.subject.name,
             "direction": row.direction,
             "axis": self.axis,
             # What time and memory must be linear in.
-            "amount": size if self.axis == "batch" else row.network.side**2,
-            "member": str(size),
+            "amount": row.batch if self.axis == "batch" else row.network.side**2,
+            "member": name,
         }
 
 
-def _second_call(contender: Contender, session: Session) -> float:
-    """Seconds of it."""
-    call = contender.calls()[0]
-    with torch.set_grad_enabled(contender.row.backward):
-        call()
-        session.device.synchronize()
-        start = perf_counter()
-        call()
-        session.device.synchronize()
-    return perf_counter() - start
-
-
 def groups(session: Session) -> list[Growth]:
+    if session.central:
+        return []
     batches, sides = (_BATCHES[:4], _SIDES[:2]) if session.quick else (_BATCHES, _SIDES)
     device = session.device.type
     over_batch = [Growth(subject, "batch", batches, device) for subject in SUBJECTS]

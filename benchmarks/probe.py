@@ -11,22 +11,22 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.harness.contender import Contender
 from benchmarks.harness.device import command_line
 from benchmarks.harness.sizes import PRECISIONS
-from benchmarks.harness.subject import Contender, Row
-from benchmarks.operations import SUBJECTS
+from benchmarks.harness.subject import Row
+from benchmarks.operations import SUBJECT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 1 where no compiled backend runs."""
-    subjects = {subject.name: subject for subject in SUBJECTS}
     parser = command_line("probe", __doc__)
-    parser.add_argument("function", choices=subjects)
+    parser.add_argument("function", choices=SUBJECT)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--backend", default="auto")
     options = parser.parse_args(arguments)
-    subject = subjects[options.function]
+    subject = SUBJECT[options.function]
     batch = max(options.batch, subject.least_batch)
     where = options.precision, options.device
     row = Row(subject, subject.networks[0], batch, *where, bool(subject.case.differentiable))

@@ -8,8 +8,8 @@ that cost time are here, and none that would change the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import numpy as np
 import timm
@@ -32,68 +32,38 @@ class HostDraws(NamedTuple):
     offsets: list[list[float]]
 
 
-class _Scale(nn.Module):
-    """1x1 convolution, batch norm and rectifier: (B, C, h, w) -> (B, M, h, w)."""
-
-    def __init__(self, in_channels: int, maps: int) -> None:
-        super().__init__()
-        self.projection = nn.Conv2d(in_channels, maps, 1, bias=False)
-        self.norm = nn.BatchNorm2d(maps, eps=1e-3)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, features: Tensor) -> Tensor:
-        attention: Tensor = self.relu(self.norm(self.projection(features)))
-        return attention
-
-
 class PublishedNetwork(nn.Module):
-    """MA-Net of plain modules: images (B, 1, H, W) -> logits (B, K) and attention (B, M, h, w)."""
+    """MA-Net of plain modules: images (B, 1, H, W) -> logits (B, K) and attention (B, M, h, w).
 
-    def __init__(
-        self,
-        backbone: str = "resnet50",
-        classes: int = 4,
-        maps: int = 32,
-        scales: int = 2,
-        in_channels: int = 1,
-    ) -> None:
+    Its parts are named as those of `magsd.models.MAGSD`, so that it can load the same weights.
+    """
+
+    def __init__(self, backbone: str, classes: int, maps: int = 32, scales: int = 2) -> None:
         super().__init__()
-        self.backbone = timm.create_model(
-            backbone,
-            features_only=True,
-            pretrained=False,
-            in_chans=in_channels,
-            out_indices=tuple(range(-scales, 0)),
+        layers = tuple(range(-scales, 0))
+        net = timm.create_model(
+            backbone, features_only=True, pretrained=False, in_chans=1, out_indices=layers
         )
-        channels = cast(FeatureInfo, self.backbone.feature_info).channels()
-        self.scales = nn.ModuleList(_Scale(count, maps) for count in channels)
+        channels = cast(FeatureInfo, net.feature_info).channels()
+        projections = (nn.Conv2d(count, maps, 1, bias=False) for count in channels)
+        norms = (nn.BatchNorm2d(maps, eps=1e-3) for _ in channels)
+        self.backbone = nn.ModuleDict({"net": net})
+        self.attention = nn.ModuleDict(
+            {"projections": nn.ModuleList(projections), "norms": nn.ModuleList(norms)}
+        )
+        self.relu = nn.ReLU(inplace=True)
         self.head = nn.Linear(maps * channels[-1], classes, bias=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pool every scale to the coarsest, sum, pool the features by the sum, classify."""
-        features = self.backbone(images)
-        size = features[-1].shape[2:]
-        pool = nn.AdaptiveAvgPool2d((size[0], size[1]))
-        pooled = [pool(scale(x)) for scale, x in zip(self.scales, features, strict=True)]
-        attention = pooled[0]
-        for other in pooled[1:]:
-            attention = attention + other
+        features = self.backbone["net"](images)
+        pool = nn.AdaptiveAvgPool2d(tuple(features[-1].shape[2:]))
+        projections, norms = (cast(nn.ModuleList, part) for part in self.attention.values())
+        scales = zip(projections, norms, features, strict=True)
+        first, *others = [pool(self.relu(norm(project(x)))) for project, norm, x in scales]
+        attention = sum(others, start=first)
         matrix = published.bilinear_attention_pool(features[-1], attention)
         return self.head(matrix), attention
-
-    def load_ours(self, state: Mapping[str, Any]) -> None:
-        """Take the weights of `magsd.models.MAGSD`; strict, so that the networks are the same."""
-        self.load_state_dict({_renamed(name): value for name, value in state.items()})
-
-
-def _renamed(name: str) -> str:
-    """attention.norms.1.weight -> scales.1.norm.weight; backbone.net.x -> backbone.x."""
-    for ours, theirs in (("projections", "projection"), ("norms", "norm")):
-        prefix = f"attention.{ours}."
-        if name.startswith(prefix):
-            number, _, rest = name.removeprefix(prefix).partition(".")
-            return f"scales.{number}.{theirs}.{rest}"
-    return name.replace("backbone.net.", "backbone.", 1)
 
 
 def draw(attention: Tensor, generator: np.random.Generator) -> HostDraws:

@@ -21,7 +21,7 @@ def write(paths: Sequence[Path], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     charts = draw(results, folder)
     report = folder / "report.md"
-    report.write_text(render(results, charts.get))
+    report.write_text(render(results, charts))
     return report
 
 

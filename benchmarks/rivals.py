@@ -48,11 +48,16 @@ def _pooled(product: Tensor, pixels: int) -> Tensor:
 
 def grid_sample_crop() -> Function:
     """The crop of WS-DAN, whose corners are aligned."""
-    grid = _compiled(partial(_grid, align_corners=True))
+    return _crop(partial(_grid, align_corners=True), _sampled)
 
-    def crop(images: Tensor, attention: Tensor, index: Tensor, theta: Tensor) -> Tensor:
-        found = grid(attention, index, theta, images.shape[2:])
-        return _sampled(images, found).to(images.dtype)
+
+def _crop(locate: Function, sample: Function) -> Function:
+    """Samples float32: places must be of the images' dtype, and in half precision miss pixels."""
+    places = _compiled(locate)
+
+    def crop(images: Tensor, attention: Tensor, index: Tensor, theta: Tensor) -> Any:
+        found = places(attention, index, theta, images.shape[2:])
+        return sample(images.float(), found).to(images.dtype)
 
     return crop
 
@@ -63,7 +68,8 @@ def grid_sample_mixup() -> Function:
     blend = _compiled(_blend)
 
     def mixup(images: Tensor, attention: Tensor, index: Tensor, theta: Tensor) -> Any:
-        return blend(images, _sampled(images, grid(attention, index, theta, images.shape[2:])))
+        found = grid(attention, index, theta, images.shape[2:])
+        return blend(images, _sampled(images.float(), found))
 
     return mixup
 
@@ -74,15 +80,15 @@ def grid_sample_views() -> Function:
     rest = _compiled(_views)
 
     def views(images: Tensor, attention: Tensor, index: Tensor, theta: Tensor, **rests: Any) -> Any:
-        crop = _sampled(images, grid(attention, index[:, 0], theta[:, 0], images.shape[2:]))
+        found = grid(attention, index[:, 0], theta[:, 0], images.shape[2:])
+        crop = _sampled(images.float(), found)
         return rest(images, crop, attention, index, theta, **rests)
 
     return views
 
 
 def _sampled(images: Tensor, grid: Tensor) -> Tensor:
-    """float32: the grid must be of the images' dtype, and in half precision it misses pixels."""
-    return F.grid_sample(images.float(), grid, "bilinear", "border", align_corners=True)
+    return F.grid_sample(images, grid, "bilinear", "border", align_corners=True)
 
 
 def _grid(
@@ -133,16 +139,10 @@ def roi_align() -> Function:
     """
     from torchvision.ops import roi_align as align
 
-    regions = _compiled(_regions)
+    def sample(images: Tensor, regions: Tensor) -> Any:
+        return align(images, regions, images.shape[2:], sampling_ratio=1, aligned=True)
 
-    def crop(images: Tensor, attention: Tensor, index: Tensor, theta: Tensor) -> Tensor:
-        height, width = images.shape[2:]
-        found = regions(attention, index, theta, images.shape[2:])
-        # Regions must be of the images' dtype, and in half precision they miss pixels.
-        result: Tensor = align(images.float(), found, (height, width), 1.0, 1, True)
-        return result.to(images.dtype)
-
-    return crop
+    return _crop(_regions, sample)
 
 
 def why_no_torchvision() -> str | None:

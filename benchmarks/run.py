@@ -15,33 +15,22 @@ from benchmarks import report
 from benchmarks.harness.device import Device, command_line
 from benchmarks.harness.machine import RESTRICTIONS, RESULTS, folder, restricted, write
 
+_OUT = "JSON; default: results/<machine>/results.json, and with -k none"
+_ROWS = "a file for each row once it is measured, and no more; rows with one are left out"
+_CAPABILITY = "hold torch, its libraries and our kernels back to this instruction set"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit status is pytest's, or 1 where --strict finds a row behind a rival."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = command_line(
-        "run", f"{__doc__} Further options go to pytest: see `pytest benchmarks --help`."
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="JSON; default: results/<machine>/results.json, and with -k none",
-    )
-    parser.add_argument(
-        "--rows",
-        type=Path,
-        metavar="FOLDER",
-        help="a file for each row as soon as it is measured, instead of all that; rows that have "
-        "one are left out",
-    )
-    parser.add_argument("-k", metavar="EXPRESSION", help="a part of the benchmarks, as in pytest")
-    parser.add_argument(
-        "--capability",
-        choices=RESTRICTIONS,
-        help="hold torch, its libraries and our kernels back to this instruction set",
-    )
-    parser.add_argument("--strict", action="store_true", help=report.STRICT)
+    help_ = f"{__doc__} Further options go to pytest: see `pytest benchmarks --help`."
+    parser = command_line("run", help_)
+    add = parser.add_argument
+    add("--out", type=Path, metavar="FILE", help=_OUT)
+    add("--rows", type=Path, metavar="FOLDER", help=_ROWS)
+    add("-k", metavar="EXPRESSION", help="a part of the benchmarks, as in pytest")
+    add("--capability", choices=RESTRICTIONS, help=_CAPABILITY)
+    add("--strict", action="store_true", help=report.STRICT)
     options, others = parser.parse_known_args(arguments)
     environment = restricted(options.capability) if options.capability else None
     if environment is not None:  # the libraries read it when they are loaded
@@ -64,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = options.out or results / "results.json"
         join(files, out)
         written = report.write([out], out.parent)
-        sys.stdout.write(written.read_text() if part else f"{written}\n")
+        print(written.read_text() if part else written)
         return status or (report.judge([out]) if options.strict else 0)
 
 

@@ -11,38 +11,31 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from benchmarks.harness.device import Device, command_line
-from benchmarks.harness.machine import RESULTS, describe, folder
-from benchmarks.harness.sizes import CLASSES, MAGSD
-from benchmarks.harness.steps import BFLOAT16, FLOAT32, draw_batch, network, train_step
-from benchmarks.harness.timing import quartiles
+from benchmarks.harness.machine import RESULTS, describe, folder, write
+from benchmarks.harness.sizes import MAGSD
+from benchmarks.harness.steps import BFLOAT16, FLOAT32, OURS, draw_batch, networks, train_step
+from benchmarks.harness.timing import Call, quartiles
 from benchmarks.reporting.tables import heading
 from benchmarks.reporting.text import seconds, table
 from magsd.config import TrainConfig
 from magsd.data import Part
 from magsd.distributed import ALONE, Team, team_of
-from magsd.models import MAGSD as Network
 from magsd.runtime import Runtime
 from magsd.training.step import BatchShard
 
 _BUCKET = 25 << 20  # DistributedDataParallel's default
 _WARM_UP = 2
-#: Processes, and images of each, for which the model is asked.
-PROCESSES, IMAGES = (8, 64, 1024), (16, 64, 256)
-#: Processes of one machine; more are on several.
-MACHINE = 8
-#: Assumed, where nothing was measured: bytes a second each way of a network adapter.
-BETWEEN_MACHINES = 50e9
 
 
 @dataclass(frozen=True)
@@ -62,31 +55,26 @@ class Constants:
     passes: int = 4
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """Seconds of a step and of what it is made of."""
 
     compute: float
     exchange: float
     exposed: float
-
-    @property
-    def step(self) -> float:
-        """The whole step."""
-        return self.compute + self.exposed
+    step: float
 
 
 def predict(constants: Constants, processes: int, images: int) -> Cost:
     """What a step with so many images in each of so many processes costs."""
     compute = constants.passes * images / constants.rate
     if processes == 1:
-        return Cost(compute, 0.0, 0.0)
+        return Cost(compute, 0.0, 0.0, compute)
     moved = 2 * (processes - 1) / processes * constants.gradient
     waiting = constants.buckets * hops(processes) * constants.latency
     exchange = moved / constants.bandwidth + waiting
     # Only the raw image's backward, the last of all, is left to hide behind.
     exposed = max(exchange - compute / 6, exchange / constants.buckets)
-    return Cost(compute, exchange, exposed)
+    return Cost(compute, exchange, exposed, compute + exposed)
 
 
 def hops(processes: int) -> float:
@@ -105,12 +93,13 @@ def bandwidth_of(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line, in each process."""
     parser = command_line("scaling", __doc__)
-    parser.add_argument("--images", type=int, default=16, help="of each process")
-    parser.add_argument("--backbone", default="resnet50", help="any of timm's with feature maps")
-    parser.add_argument("--side", type=int, default=MAGSD.side, help="of the images, in pixels")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--precision", choices=(FLOAT32, BFLOAT16), default=BFLOAT16)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: results/<machine>")
+    add = parser.add_argument
+    add("--images", type=int, default=16, help="of each process")
+    add("--backbone", default="resnet50", help="any of timm's with feature maps")
+    add("--side", type=int, default=MAGSD.side, help="of the images, in pixels")
+    add("--rounds", type=int, default=5)
+    add("--precision", choices=(FLOAT32, BFLOAT16), default=BFLOAT16)
+    add("--out", type=Path, metavar="DIR", help="default: results/<machine>")
     options = parser.parse_args(arguments)
     with team_of(TrainConfig(device=options.device, batch_size=1 << 20)) as team:
         if team.size < 2:
@@ -118,17 +107,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         saved = measure(team, options)
         if team.is_main:
             out = options.out or RESULTS / folder(Device(options.device))
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "scaling.json").write_text(json.dumps(saved, indent=1) + "\n")
-            (out / "scaling.md").write_text(render(saved))
-            sys.stdout.write(f"{out / 'scaling.md'}\n")
+            write(out / "scaling.json", json.dumps(saved, indent=1) + "\n")
+            write(out / "scaling.md", render(saved))
+            print(out / "scaling.md")
     return 0
 
 
 def measure(team: Team, options: argparse.Namespace) -> dict[str, Any]:
     """Constants of the model, and what they were read off."""
     device = Device(options.device)
-    model = network(options.backbone, CLASSES, options.device)
+    model = networks(options.backbone, options.device)[OURS]
     gradient = sum(4 * p.numel() for p in model.parameters())
     buckets = -(-gradient // _BUCKET)
     parts = list(torch.empty(gradient // 4, device=options.device).split(_BUCKET // 4))
@@ -148,21 +136,18 @@ def measure(team: Team, options: argparse.Namespace) -> dict[str, Any]:
     latency = times["small"] / hops(team.size)
     bandwidth = bandwidth_of(times["exchange"], team.size, gradient, buckets, latency)
     rate = Constants.passes * options.images / times["alone"]
+    told = {name: getattr(options, name) for name in ("images", "backbone", "side")}
     return {
         "machine_info": describe(device),
         "processes": team.size,
-        "images": options.images,
-        "backbone": options.backbone,
-        "side": options.side,
+        **told,
         "arithmetic": options.precision,
         "measured": times,
         "constants": asdict(Constants(gradient, buckets, rate, bandwidth, latency)),
     }
 
 
-def _step(
-    among: Team, team: Team, model: Network, options: argparse.Namespace
-) -> Callable[[], object]:
+def _step(among: Team, team: Team, model: nn.Module, options: argparse.Namespace) -> Call:
     """A training step whose gradients are exchanged among some processes of the team."""
     runtime = Runtime(torch.device(options.device), options.precision, channels_last=True)
     batch = draw_batch(Device(options.device), options.images, options.side, team.rank)
@@ -172,16 +157,12 @@ def _step(
     return partial(step, *batch, generator, BatchShard(part, 1.0, 1.0, team.all_reduce))
 
 
-def _seconds(call: Callable[[], object], device: Device, rounds: int) -> float:
+def _seconds(call: Call, device: Device, rounds: int) -> float:
     """Median over the rounds of what the slowest process took; all begin each round together."""
     times = []
     for number in range(_WARM_UP + rounds):
         dist.barrier()
-        device.synchronize()
-        start = perf_counter()
-        call()
-        device.synchronize()
-        taken = torch.tensor(perf_counter() - start, dtype=torch.float64)
+        taken = torch.tensor(device.seconds(call), dtype=torch.float64)
         dist.all_reduce(taken, dist.ReduceOp.MAX)
         if number >= _WARM_UP:
             times.append(float(taken))
@@ -205,8 +186,6 @@ def render(saved: dict[str, Any]) -> str:
         ("exchange by itself", seconds(measured["exchange"]), seconds(here.exchange)),
         ("step with exchange", seconds(measured["joined"]), seconds(here.step)),
     ]
-    head = ("processes", "images of each", "compute", "exchange", "exposed", "step")
-    predictions = [_prediction(known, p, n) for p in PROCESSES for n in IMAGES]
     parts = [
         heading("Several processes", saved["machine_info"]),
         f"Measured with {saved['processes']} processes of {saved['images']} images each,"
@@ -215,20 +194,8 @@ def render(saved: dict[str, Any]) -> str:
         table(("constant", "measured"), constants),
         "The first two lines made the constants; the third tests the model.",
         table(("", "measured", "the model"), step),
-        "What the model makes of these constants, were there so many such processes, with"
-        f" {BETWEEN_MACHINES / 1e9:.0f} GB/s each way between machines of {MACHINE} at most"
-        " (assumed, not measured):",
-        table((*head, "compute / step"), predictions),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _prediction(known: Constants, processes: int, images: int) -> Sequence[str]:
-    if processes > MACHINE:
-        known = replace(known, bandwidth=min(known.bandwidth, BETWEEN_MACHINES))
-    cost = predict(known, processes, images)
-    parts = map(seconds, (cost.compute, cost.exchange, cost.exposed, cost.step))
-    return (str(processes), str(images), *parts, f"{cost.compute / cost.step:.0%}")
 
 
 if __name__ == "__main__":

@@ -18,19 +18,19 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.harness import steps
-from benchmarks.harness.check import WrongResult
+from benchmarks.harness.contender import WrongResult
 from benchmarks.harness.device import Device, HostReads, command_line
 from benchmarks.harness.machine import RESULTS, folder, provenance, rounded, write
-from benchmarks.harness.sizes import CLASSES, MAGSD
-from benchmarks.harness.steps import BASELINE, FLOOR, OURS, Batch, Contender, Member
+from benchmarks.harness.sizes import MAGSD
+from benchmarks.harness.steps import BASELINE, FLOOR, OURS, PUBLISHED, Batch, Contender, Member
 from benchmarks.harness.timing import Samples, interleave, quartiles, ratios
-from benchmarks.published_step import HostDraws, PublishedNetwork, published_step
+from benchmarks.published_step import HostDraws, published_step
 from benchmarks.reporting.train_step import render
 from magsd.config import Config
 from magsd.methods import method
-from magsd.models import MAGSD as Network
 from magsd.torch_settings import cudnn_benchmark
 from magsd_kernels import AttentionViews, environment
 
@@ -43,18 +43,13 @@ _PROFILER_SECONDS = 10.0  # of which the profiler's own work may be most
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = command_line("train_step", __doc__)
-    parser.add_argument("--batch", type=int, nargs="+", default=[16], metavar="B")
-    parser.add_argument("--backbone", default="resnet50", help="any of timm's with feature maps")
-    parser.add_argument("--side", type=int, default=MAGSD.side, help="of the images, in pixels")
-    parser.add_argument(
-        "--seconds", type=float, default=120.0, help="of timing per batch size (default: 120)"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="at least so many, however long they take"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="default: results/<machine>/train_step.json"
-    )
+    add = parser.add_argument
+    add("--batch", type=int, nargs="+", default=[16], metavar="B")
+    add("--backbone", default="resnet50", help="any of timm's with feature maps")
+    add("--side", type=int, default=MAGSD.side, help="of the images, in pixels")
+    add("--seconds", type=float, default=120.0, help="of timing per batch size (default: 120)")
+    add("--rounds", type=int, default=5, help="at least so many, however long they take")
+    add("--out", type=Path, metavar="FILE", help="default: results/<machine>/train_step.json")
     options = parser.parse_args(arguments)
     if environment.value(environment.BACKEND):
         raise SystemExit(f"{environment.BACKEND} is set: what is measured is the automatic choice")
@@ -69,32 +64,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Here already: a larger batch may not fit, or not end in time.
         write(out, json.dumps(saved, indent=1) + "\n")
         write(report, render(saved))
-        sys.stdout.write(f"{report}\n")
-        sys.stdout.flush()
+        print(report, flush=True)
     return 0
 
 
 def measure(device: Device, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """Check, run and time all members at one batch size."""
-    model = steps.network(options.backbone, CLASSES, device.type)
+    models = steps.networks(options.backbone, device.type)
     batches = [steps.draw_batch(device, batch, options.side, seed) for seed in range(_BATCHES)]
     images, labels = batches[0]
-    few = images[:_CHECKED_IMAGES], labels[:_CHECKED_IMAGES]
-    difference = check(model, options.backbone, few)
-    everyone = steps.members(device.type)
     pool = steps.GraphPool() if device.type == "cuda" else None
-    handle = None if pool is None else pool.handle
 
     def build(member: Member) -> Contender:
-        return Contender(member, model, options.backbone, batches, handle)
+        return Contender(member, models, batches, pool and pool.handle)
 
-    with cudnn_benchmark():  # as in a run; for every member
-        entries = time_members(everyone, device, build, options, batch)
-    return {
-        "batch": batch,
-        "loss_difference": difference,
-        "members": [entries[member] for member in everyone],
-    }
+    with cudnn_benchmark(), steps.no_tf32():  # the one as in a run; for every member
+        difference = check(models, (images[:_CHECKED_IMAGES], labels[:_CHECKED_IMAGES]))
+        entries = time_members(steps.members(device.type), device, build, options, batch)
+    return {"batch": batch, "loss_difference": difference, "members": entries}
 
 
 def time_members(
@@ -103,14 +90,14 @@ def time_members(
     build: Callable[[Member], Contender],
     options: argparse.Namespace,
     batch: int,
-) -> dict[Member, dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """Group by group; a contender is built for its first and freed after its last."""
     alive: dict[Member, Contender] = {}
     facts: dict[Member, dict[str, Any]] = {}
     expected: dict[Member, float] = {}
-    entries = {}
+    entries: dict[Member, dict[str, Any]] = {}
     together = steps.groups(everyone, device.type)
-    for group, told in together.items():
+    for group in together:
         for member in set(alive) - set(group):
             del alive[member]
         device.release()
@@ -118,7 +105,7 @@ def time_members(
             if member not in alive:
                 alive[member] = build(member)
                 facts[member], expected[member] = read_off(alive[member], device)
-                sys.stderr.write(f"B {batch}: {member}: {expected[member]:.3g} s\n")
+                print(f"B {batch}: {member}: {expected[member]:.3g} s", file=sys.stderr)
         times = interleave(
             {str(member): alive[member].calls() for member in group},
             device.synchronize,
@@ -126,41 +113,38 @@ def time_members(
             fewest_rounds=options.rounds,
             expected={str(m): expected[m] for m in group} if device.type == "cpu" else None,
         )
-        for member in told:
-            entries[member] = _entry(member, everyone, times, batch) | facts[member]
-    return entries
+        for member in group:
+            if member not in entries:  # who is in several groups counts in the first
+                entries[member] = _entry(member, times, batch) | facts[member]
+    return [entries[member] for member in everyone]
 
 
-def check(model: Network, backbone: str, batch: Batch) -> float:
+def check(models: Mapping[str, nn.Module], batch: Batch) -> float:
     """Relative difference of our loss from the published one: same weights, same draws, float32.
 
     Gradients are not compared here: the last digit of a resized image can turn a rectifier over,
     and the gradient jumps. Raises WrongResult where rounding does not explain it.
     """
-    with steps.no_tf32(), torch.no_grad():
-        networks = steps.published_network(model, backbone), copy.deepcopy(model)
-        theirs, ours = both_losses(*networks, batch)
+    with torch.no_grad():  # batch norms count the images they see
+        theirs, ours = both_losses(copy.deepcopy(dict(models)), batch)
     difference = float(abs(ours - theirs) / abs(theirs))
     if not difference <= _TOLERANCE:  # NaN is wrong too
         raise WrongResult(f"our loss is {ours}, the published one {theirs}")
     return difference
 
 
-def both_losses(
-    theirs: PublishedNetwork, ours: Network, batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor]:
+def both_losses(models: Mapping[str, nn.Module], batch: Batch) -> tuple[Tensor, Tensor]:
     """The published loss and ours, from the same draws; the networks have the same weights."""
-    device = batch[0].device
+    ours, device = models[OURS], batch[0].device
 
     def generator() -> torch.Generator:
         return torch.Generator(device).manual_seed(0)
 
     with torch.no_grad():
         attention = copy.deepcopy(ours)(batch[0]).attention
-    assert attention is not None
     drawn = AttentionViews().draw(attention, generator())
     replayed = HostDraws(drawn.index, drawn.theta.tolist(), drawn.offsets.tolist())
-    published = published_step(theirs, *batch, lambda _: replayed)
+    published = published_step(models[PUBLISHED], *batch, lambda _: replayed)
     step = method("magsd").objective(Config(), None)
     return published, step(ours, *batch, generator()).loss
 
@@ -174,9 +158,7 @@ def read_off(contender: Contender, device: Device) -> tuple[dict[str, Any], floa
             peak = device.peak_memory(call)
         seconds = perf_counter() - start
         if seconds < _PROFILER_SECONDS:
-            start = perf_counter()
-            call()
-            seconds = perf_counter() - start
+            seconds = device.seconds(call)
         return {"memory": contender.resident_bytes() + peak, "host_reads": reads.count}, seconds
     call()
     launches, waits = device.activity(call)
@@ -188,9 +170,7 @@ def read_off(contender: Contender, device: Device) -> tuple[dict[str, Any], floa
     return facts, 0.0
 
 
-def _entry(
-    member: Member, everyone: Sequence[Member], times: Mapping[str, Samples], batch: int
-) -> dict[str, Any]:
+def _entry(member: Member, times: Mapping[str, Samples], batch: int) -> dict[str, Any]:
     """Times and their ratios within rounds: the published step's over ours, ours over the floor."""
     own = times[str(member)]
     seconds = quartiles(own.seconds)
@@ -203,7 +183,7 @@ def _entry(
         "speedup": ratios(times[str(BASELINE)], own),
     }
     if member.who != FLOOR:
-        floor = str(steps.floor_of(member, everyone))
+        floor = str(member.floor)
         entry |= {"floor": floor, "over_floor": ratios(own, times[floor])}
     return entry
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -23,11 +24,8 @@ from magsd_kernels.cases import tensors_of
 _GRAPH_REPLAYS = 30
 _LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset", "cudaGraphLaunch")
 _WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
-_HOST_READS = frozenset((torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero))
-_FROM_NUMBERS = frozenset((torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor))
-#: Inputs of all sets together pass this many bytes on the CPU, and twice the L2 cache on a GPU.
-#: A processor's last cache is often shared with strangers, so that no size is safely beyond it.
-_CPU_FOOTPRINT = 64 << 20
+_HOST_READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+_FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 _MOST_SETS = 32
 
 
@@ -42,6 +40,14 @@ class Device:
         if self.type == "cuda":
             torch.cuda.synchronize()
 
+    def seconds(self, call: Call) -> float:
+        """Of one call."""
+        self.synchronize()
+        start = perf_counter()
+        call()
+        self.synchronize()
+        return perf_counter() - start
+
     def release(self) -> None:
         """Give back memory that nothing holds any more, that of destroyed CUDA graphs included."""
         gc.collect()
@@ -50,14 +56,14 @@ class Device:
 
     def input_sets(self, set_bytes: int) -> int:
         """How many input sets are needed to leave the caches behind, within reason."""
-        footprint = _CPU_FOOTPRINT
+        footprint = 64 << 20  # a CPU's last cache is often shared with strangers
         if self.type == "cuda":
             footprint = 2 * torch.cuda.get_device_properties(0).L2_cache_size
         return min(max(2, -(-footprint // max(set_bytes, 1))), _MOST_SETS)
 
     def copy(self, quick: bool) -> tuple[Call, int]:
         """A copy between two large buffers, and the bytes that it reads and writes."""
-        count = {"cpu": 64 << 20, "cuda": 1 << 30}[self.type] >> (3 if quick else 0)
+        count = (1 << 30 if self.type == "cuda" else 64 << 20) >> (3 if quick else 0)
         source = torch.randint(256, (count,), dtype=torch.uint8, device=self.type)
         target = torch.empty_like(source)
         return partial(target.copy_, source), 2 * count
@@ -77,11 +83,10 @@ class Device:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             held = call()
         del held
-        events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-        changes: list[tuple[int, int]]
-        changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-        ordered = sorted(changes, key=lambda change: change[0])
-        return max(accumulate((size for _, size in ordered), initial=0))
+        events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        changes = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+        peak: int = max(accumulate((e.nbytes() for e in changes), initial=0))
+        return peak
 
     def kernel_seconds(self, calls: Sequence[Call]) -> Quartiles:
         """Seconds per call of a CUDA graph that holds all calls, over replays.
@@ -89,12 +94,12 @@ class Device:
         The results are held while the graph is captured, so that each call writes memory of its
         own, as its inputs are its own.
         """
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for call in calls:
                 call()
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             held = [call() for call in calls]
@@ -131,8 +136,7 @@ class Device:
 
 def command_line(module: str, description: str | None) -> argparse.ArgumentParser:
     """A parser of a module's options, with --device."""
-    program = f"python -m benchmarks.{module}"
-    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser = argparse.ArgumentParser(f"python -m benchmarks.{module}", description=description)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     help_ = "default: a GPU if there is one"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help=help_)

@@ -38,7 +38,7 @@ _WRITTEN = {"avx2": "AVX2", "avx512": "AVX-512"}
 def restricted(capability: str) -> dict[str, str] | None:
     """The environment of a process that is held back so; None: this one is."""
     limits = RESTRICTIONS[capability]
-    if all(os.environ.get(name) == value for name, value in limits.items()):
+    if limits.items() <= os.environ.items():
         return None
     # The key of torch.compile's cache says nothing of instruction sets.
     usual = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
@@ -108,19 +108,16 @@ def describe(device: Device, processor: str | None = None) -> dict[str, str]:
 
 def provenance(device: Device) -> dict[str, Any]:
     """What was run, where and when."""
-    return _constant(device) | {
-        "datetime": datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    }
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return {"machine_info": _described(device), "commit_info": commit(), "datetime": now}
+
+
+_described = functools.cache(describe)
 
 
 @functools.cache
-def _constant(device: Device) -> dict[str, Any]:
-    """The commit is that of what runs, whatever is committed meanwhile."""
-    return {"machine_info": describe(device), "commit_info": commit()}
-
-
 def commit() -> dict[str, Any]:
-    """Its id, and whether there are uncommitted changes."""
+    """Its id, and whether there are uncommitted changes; of what runs, whatever comes meanwhile."""
     found = get_commit_info()
     return {name: found.get(name) for name in ("id", "dirty")}
 

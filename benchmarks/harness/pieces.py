@@ -28,8 +28,6 @@ from typing import Any
 AGAIN = 75
 PASSED, FAILED, OVERRAN, CUT = "passed", "failed", "overran", "cut"
 EMPTY = "nothing collected"  # the backend is not there; neither passed nor final
-#: What the archive says of a piece that need not be run again.
-_FINAL = (PASSED, FAILED, OVERRAN)
 _BEGUN = ".begun"
 _POLL_SECONDS = 0.05
 _PACK_SECONDS = 2.0  # at least so long between two archives with what running pieces finished
@@ -70,6 +68,9 @@ class Piece:
     repeated: bool = False
     kept: Mapping[Path, str] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return f"{self.stage}/{self.name}"
+
 
 class Archive:
     """A zip file, and a folder with its contents that is packed into it again and again."""
@@ -77,18 +78,15 @@ class Archive:
     def __init__(self, path: Path, folder: Path, earlier: Path | None = None) -> None:
         self.path = path
         self.folder = folder
-        self._partial = path.with_name(f"{path.name}{_BEGUN}")
-        self._packed: set[tuple[str, int, int]] = set()
+        self._packed: dict[Path, int] | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial.unlink(missing_ok=True)
         source = path if path.is_file() else earlier
         if source is not None and source.is_file():
-            with zipfile.ZipFile(source) as packed:
-                packed.extractall(folder)
+            shutil.unpack_archive(source, folder, "zip")
 
     def place(self, piece: Piece, suffix: str) -> Path:
         """A piece's log or outcome."""
-        path = self.folder / piece.stage / f"{piece.name}{suffix}"
+        path = self.folder / f"{piece}{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -101,39 +99,32 @@ class Archive:
     def done(self, piece: Piece, again: bool = False) -> bool:
         """Whether a piece need not be run; again: unless it passed."""
         outcome = self.outcome(piece)
-        final = (PASSED,) if again else _FINAL
+        final = (PASSED,) if again else (PASSED, FAILED, OVERRAN)
         return not piece.repeated and outcome is not None and outcome["ended"] in final
 
     def pack(self) -> None:
         """Replace the archive where a file has changed; logs that grow do not count by themselves.
 
-        What is named *.begun is being written.
+        What is named *.begun is being written; under other names lie whole files.
         """
-        files = [path for path in sorted(self.folder.rglob("*")) if path.suffix != _BEGUN]
-        found = set()
-        for path in files:
-            with contextlib.suppress(FileNotFoundError):  # replaced at this moment
-                if path.is_file() and path.suffix != ".log":
-                    found.add((str(path), path.stat().st_mtime_ns, path.stat().st_size))
-        if found == self._packed and self.path.is_file():
+        paths = [path for path in sorted(self.folder.rglob("*")) if path.suffix != _BEGUN]
+        files = {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
+        changes = {path: when for path, when in files.items() if path.suffix != ".log"}
+        if changes == self._packed:
             return
-        with zipfile.ZipFile(self._partial, "w", zipfile.ZIP_DEFLATED) as packed:
+        begun = self.path.with_name(f"{self.path.name}{_BEGUN}")
+        with zipfile.ZipFile(begun, "w", zipfile.ZIP_DEFLATED) as packed:
             for path in files:
-                with contextlib.suppress(FileNotFoundError):
-                    if path.is_file():
-                        packed.write(path, path.relative_to(self.folder))
-        self._partial.replace(self.path)
-        self._packed = found
+                packed.write(path, path.relative_to(self.folder))
+        begun.replace(self.path)
+        self._packed = changes
 
 
 @contextlib.contextmanager
 def unpacked(path: Path, earlier: Path | None = None) -> Iterator[Archive]:
     """The archive at a path, or the contents of an earlier one, in a folder that is new."""
-    folder = Path(tempfile.mkdtemp(prefix="magsd-evidence-"))
-    try:
-        yield Archive(path, folder, earlier)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="magsd-evidence-", ignore_cleanup_errors=True) as new:
+        yield Archive(path, Path(new), earlier)
 
 
 class _Running:
@@ -143,18 +134,18 @@ class _Running:
         self.piece = piece
         self._archive = archive
         self._start = time.monotonic()
-        self._log = archive.place(piece, ".log").open("wb")
-        self._log.write(f"$ {shlex.join(piece.command)}\n".encode())
-        self._log.flush()
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid()), *piece.command],
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **piece.environment},
-            start_new_session=True,
-        )
+        with archive.place(piece, ".log").open("wb") as log:
+            log.write(f"$ {shlex.join(piece.command)}\n".encode())
+            log.flush()
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid()), *piece.command],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **piece.environment},
+                start_new_session=True,
+            )
 
     @property
     def seconds(self) -> float:
@@ -178,7 +169,6 @@ class _Running:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._log.close()
         for source, name in self.piece.kept.items():
             if source.is_file():
                 target = self._archive.folder / name
@@ -236,9 +226,7 @@ def run(
                     waiting.insert(0, one.piece)
                 elif ended == CUT:
                     complete = False
-                name = f"{one.piece.stage}/{one.piece.name}"
-                sys.stdout.write(f"{name}: {ended}, {one.seconds:.0f} s\n")
-                sys.stdout.flush()
+                print(f"{one.piece}: {ended}, {one.seconds:.0f} s", flush=True)
                 packed = float("-inf")
             if time.monotonic() - packed > _PACK_SECONDS:
                 archive.pack()

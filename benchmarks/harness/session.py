@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from unittest import SkipTest
 
 from benchmarks.harness.device import Device
 from benchmarks.harness.machine import provenance, rounded, write
@@ -18,11 +19,13 @@ from benchmarks.harness.timing import Replay, Samples, quartiles
 
 @dataclass
 class Outcome:
-    """Of one member of a group: samples and facts, or why there are none."""
+    """Of one member of a group: facts and samples, or why there are none.
 
+    error: a SkipTest where the member is absent; else it failed.
+    """
+
+    facts: dict[str, Any]
     samples: Samples | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    absent: str | None = None
     error: Exception | None = None
 
     @contextlib.contextmanager
@@ -62,21 +65,23 @@ class Session:
     Attributes:
         device: that everything runs on.
         seconds: about how long the timing of one group takes.
-        batches, precisions: for all subjects; None means what the device and the subject suggest.
+        batches, precisions: for all subjects; empty means what the device and the subject suggest.
         quick: small sizes and few rounds, to see that everything works.
         autotuned: whether max-autotune competes, too, which takes minutes for a row.
         folder: of a file for each group, written as soon as it is measured; None: nowhere.
         again: whether groups are measured once more whose file tells of a failure.
+        central: whether MAG-SD's central operations are all that is measured.
     """
 
     device: Device
     seconds: float
-    batches: tuple[int, ...] | None = None
-    precisions: tuple[str, ...] | None = None
+    batches: Sequence[int] = ()
+    precisions: Sequence[str] = ()
     quick: bool = False
     autotuned: bool = False
     folder: Path | None = None
     again: bool = False
+    central: bool = False
     clock: Replay = field(default_factory=Replay)
     _measured: dict[str, dict[str, Outcome]] = field(default_factory=dict)
 
@@ -87,7 +92,7 @@ class Session:
             try:
                 self._measured[name] = group.measure(members, self)
             except Exception as error:
-                self._measured[name] = {member: Outcome(error=error) for member in members}
+                self._measured[name] = {member: Outcome({}, error=error) for member in members}
             if self.folder is not None:
                 saved = provenance(self.device) | _saved(self._measured[name])
                 write(self.folder / f"{name}.json", json.dumps(saved, indent=1) + "\n")
@@ -125,18 +130,16 @@ class Session:
 
 def _saved(outcomes: dict[str, Outcome]) -> dict[str, Any]:
     """Statistics, not samples; and who has none, with the reason."""
-    entries = []
+    entries, absent, failed = [], {}, {}
     for member, outcome in outcomes.items():
-        if outcome.samples is None or outcome.error is not None:
-            continue
-        times = outcome.samples.seconds
-        q1, median, q3 = quartiles(times)
-        stats = {"min": min(times), "q1": q1, "median": median, "q3": q3, "rounds": len(times)}
-        facts = outcome.facts | {"iterations": outcome.samples.iterations}
-        entries.append({"name": member, "stats": rounded(stats), "extra_info": rounded(facts)})
-    failed = {name: o.error for name, o in outcomes.items() if o.error is not None}
-    return {
-        "absent": {name: o.absent for name, o in outcomes.items() if o.absent is not None},
-        "failed": {name: f"{type(error).__name__}: {error}" for name, error in failed.items()},
-        "benchmarks": entries,
-    }
+        if isinstance(outcome.error, SkipTest):
+            absent[member] = str(outcome.error)
+        elif outcome.error is not None:
+            failed[member] = f"{type(outcome.error).__name__}: {outcome.error}"
+        elif outcome.samples is not None:
+            times = outcome.samples.seconds
+            q1, median, q3 = quartiles(times)
+            stats = {"min": min(times), "q1": q1, "median": median, "q3": q3, "rounds": len(times)}
+            facts = outcome.facts | {"iterations": outcome.samples.iterations}
+            entries.append({"name": member, "stats": rounded(stats), "extra_info": rounded(facts)})
+    return {"absent": absent, "failed": failed, "benchmarks": entries}

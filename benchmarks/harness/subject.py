@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from benchmarks.harness.sizes import PRECISIONS, Draw, Network, photograph
+from benchmarks.harness.sizes import PRECISIONS, Draw, Network
 from magsd_kernels.backends import preference, select, why_not
 from magsd_kernels.cases import CASES, Arguments, Case, tensors_of
 
 Function = Callable[..., Any]
-Call = Callable[[], Any]
 
-#: float32 by contract whatever the activations are; the published code holds them on the host.
-DRAWS = ("theta", "offsets", "uniforms")
-_ON_HOST = (*DRAWS, "index")
 PUBLISHED, EAGER, COMPILED, AUTOTUNED = "published", "eager", "compiled", "compiled-max"
 CASE = {case.name: case for case in CASES}
 
@@ -129,30 +124,30 @@ class Row:
 
     def competitors(self) -> dict[str, Rival]:
         """Who competes, by name, ours last."""
-        subject = self.subject
-
-        def ours(name: str) -> Rival:
-            reason = partial(why_not, name, subject.operation, self.device, self.dtype)
-            return Rival(name, lambda: partial(subject.function, backend=name), why_not=reason)
-
-        def compiled(name: str, mode: str) -> Rival:
-            return Rival(
-                name,
-                partial(_compiled, subject.reference, mode),
-                why_not=lambda: subject.uncompiled or None,
-            )
-
-        largest = subject.central and self.batch == self.network.batches[-1]
+        largest = self.subject.central and self.batch == self.network.batches[-1]
         tuned = self.autotuned and self.device == "cuda" and largest
         found = [
-            Rival(PUBLISHED, lambda: subject.published),
-            ours("reference")._replace(name=EAGER),
-            compiled(COMPILED, "default"),
-            *([compiled(AUTOTUNED, "max-autotune")] if tuned else []),
-            *(rival for rival in subject.rivals if self.precision in rival.precisions),
-            *map(ours, preference(self.device)),
+            Rival(PUBLISHED, lambda: self.subject.published),
+            self._backend("reference")._replace(name=EAGER),
+            self._compiled(COMPILED, "default"),
+            *([self._compiled(AUTOTUNED, "max-autotune")] if tuned else []),
+            *(rival for rival in self.subject.rivals if self.precision in rival.precisions),
+            *map(self._backend, preference(self.device)),
         ]
         return {rival.name: rival for rival in found}
+
+    def rival(self, name: str) -> Rival:
+        """A competitor, or any backend."""
+        return self.competitors().get(name) or self._backend(name)
+
+    def _backend(self, name: str) -> Rival:
+        subject = self.subject
+        reason = partial(why_not, name, subject.operation, self.device, self.dtype)
+        return Rival(name, lambda: partial(subject.function, backend=name), why_not=reason)
+
+    def _compiled(self, name: str, mode: str) -> Rival:
+        build = partial(_compiled, self.subject.reference, mode)
+        return Rival(name, build, why_not=lambda: self.subject.uncompiled or None)
 
 
 def _read(name: str, arguments: Arguments) -> int:
@@ -167,88 +162,6 @@ def _read(name: str, arguments: Arguments) -> int:
 def nbytes(tree: Any) -> int:
     """Bytes of all tensors in an argument or in all arguments."""
     return sum(x.nbytes for x in tensors_of(tree))
-
-
-class Contender:
-    """One competitor on one row: its own arguments for every input set, ready to be called."""
-
-    def __init__(self, name: str, row: Row, sets: Sequence[Arguments]) -> None:
-        self.name = name
-        self.row = row
-        rival = row.competitors().get(name)
-        self.tolerance = 1e-5 if rival is None else rival.tolerance
-        self._function: Function = partial(row.subject.function, backend=name)
-        if rival is not None:
-            self._function = rival.build()
-        self._sets = [self._own(arguments) for arguments in sets]
-        self._directions: list[list[Tensor]] = []
-
-    def _own(self, arguments: Arguments) -> Arguments:
-        """Leaves of its own; the data is shared, but for what is written."""
-        own = {n: pytree.tree_map_only(Tensor, Tensor.detach, x) for n, x in arguments.items()}
-        for name in self.row.subject.case.written:
-            own[name] = pytree.tree_map_only(Tensor, Tensor.clone, own[name])
-        if self.row.backward:
-            for leaf in self.row.subject.case.leaves(own):
-                leaf.requires_grad_()
-        if self.name == PUBLISHED:
-            own |= {
-                n: x.cpu().numpy() if n == "uniforms" else x.tolist()
-                for n, x in own.items()
-                if n in _ON_HOST
-            }
-        return own
-
-    def forward(self, i: int) -> Any:
-        """The result on input set i; records a graph if the row has a backward."""
-        return self._function(**self._sets[i])
-
-    def backward(self, i: int, result: Any) -> tuple[Tensor, ...]:
-        """Gradients of all leaves, from a gradient of the result that stays the same."""
-        outputs = result if isinstance(result, list) else [result]
-        if not self._directions:
-            direction = self._direction(result)
-            self._directions = [[part.clone() for part in direction] for _ in self._sets]
-        leaves = self.row.subject.case.leaves(self._sets[i])
-        return torch.autograd.grad(outputs, leaves, self._directions[i])
-
-    def _direction(self, result: Any) -> list[Tensor]:
-        """A random gradient of the result, the same for a tensor and for the list of its slices."""
-        if isinstance(result, list):
-            return list(self._direction(torch.stack(result))[0].unbind(0))
-        generator = torch.Generator(result.device).manual_seed(1)
-        if result.dim() < 4:
-            values = torch.randn(result.shape, generator=generator, device=result.device)
-        else:
-            values = photograph(result.shape, generator)
-        return [torch.empty_like(result).copy_(values.to(self.row.dtype))]
-
-    def forwards(self) -> list[Call]:
-        """Calls of the forward, one per input set, with nothing around them."""
-        return [partial(self._function, **own) for own in self._sets]
-
-    def calls(self) -> list[Call]:
-        """What is timed, one call per input set."""
-        if not self.row.backward:
-            return self.forwards()
-        return [partial(self._both, i) for i in range(len(self._sets))]
-
-    def _both(self, i: int) -> Any:
-        result = self.forward(i)
-        return result, self.backward(i, result)
-
-    def outcome(self) -> Iterator[tuple[str, Tensor]]:
-        """Named tensors that a call on input set 0 gives, what it writes included."""
-        with torch.set_grad_enabled(self.row.backward):
-            result = self.forward(0)
-            gradients = self.backward(0, result) if self.row.backward else ()
-        result = torch.stack(result) if isinstance(result, list) else result
-        yield "result", result.detach()
-        for i, gradient in enumerate(gradients):
-            yield f"gradient {i}", gradient
-        for name in self.row.subject.case.written:
-            for value in self._sets[0][name]:
-                yield name, value
 
 
 def _compiled(reference: Function, mode: str) -> Function:

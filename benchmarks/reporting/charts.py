@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks.harness.comparison import LIMIT
+from benchmarks.comparison import LIMIT
 from benchmarks.reporting.results import Key, Results, Row
-from benchmarks.reporting.tables import FEWEST_POINTS, fits
+from benchmarks.reporting.tables import FEWEST_POINTS, fits, points
 from benchmarks.reporting.text import memory, seconds
 
 #: Okabe and Ito's colors, told apart with every kind of color vision; shapes say the same.
@@ -34,7 +34,6 @@ _LOOK = {
     "triton": ("#CC79A7", "p"),
     LIMIT: ("#000000", "|"),
 }
-_LIMIT_WITHIN = 30
 _DRAWN_GROWTH = {
     "attention_views": ("#009E73", "o"),
     "bilinear_attention_pool": ("#D55E00", "s"),
@@ -75,14 +74,14 @@ def _operation(rows: dict[Key, Row], caption: str, path: Path) -> None:
     """Every row a line, every competitor a mark at its median, on a line between its quartiles."""
     figure, axes = plt.subplots(layout="constrained", figsize=(10, 1.4 + 0.3 * len(rows)))
     for name, (color, marker) in _LOOK.items():
-        points = [
+        marks = [
             (y, *row.members[name].seconds)
             for y, row in enumerate(rows.values())
             if name in row.members and not (name == LIMIT and _far_below(row))
         ]
-        if not points:
+        if not marks:
             continue
-        y, low, middle, high = zip(*points, strict=True)
+        y, low, middle, high = zip(*marks, strict=True)
         bar = marker == "|"
         axes.hlines(y, low, high, colors=color, linewidth=1.2, alpha=0.6)
         axes.plot(
@@ -102,19 +101,16 @@ def _operation(rows: dict[Key, Row], caption: str, path: Path) -> None:
 def _far_below(row: Row) -> bool:
     """A limit far under all times says only that the size is small, and squeezes the rest."""
     fastest = min(entry.median for other, entry in row.members.items() if other != LIMIT)
-    return row.members[LIMIT].median < fastest / _LIMIT_WITHIN
+    return row.members[LIMIT].median < fastest / 30
 
 
 def _labels(keys: list[Key]) -> list[str]:
     """Function, size, and what else is not the same for all."""
-    parts = [
-        (key.function, f"{key.network} B {key.batch}", key.precision, key.direction) for key in keys
-    ]
-    varying = [len(set(column)) > 1 for column in zip(*parts, strict=True)]
-    varying[:2] = True, True
+    told = ["precision", "direction"]
+    told = [name for name in told if len({getattr(key, name) for key in keys}) > 1]
     return [
-        ", ".join(part for part, varies in zip(row, varying, strict=True) if varies)
-        for row in parts
+        ", ".join([k.function, f"{k.network} B {k.batch}", *(getattr(k, name) for name in told)])
+        for k in keys
     ]
 
 
@@ -125,14 +121,13 @@ def _growth(results: Results, caption: str, path: Path) -> None:
         if len(entries) < FEWEST_POINTS:
             continue
         amounts = [entry.facts["amount"] for entry in entries]
-        values = [e.median for e in entries], [max(e.facts["memory"], 1) for e in entries]
         x = np.geomspace(amounts[0], amounts[-1], 100)
         label = f"{function}, {entries[0].facts['direction']}"
-        lines = zip((left, right), values, fits(entries), strict=True)
-        for axes, points, (fixed, slope, _) in lines:
+        sides = zip((left, right), points(entries), fits(entries), strict=True)
+        for axes, values, (fixed, slope, _) in sides:
             y = fixed + slope * x
             axes.plot(x, np.where(y > 0, y, np.nan), color=color, linewidth=1)
-            axes.plot(amounts, points, marker, color=color, markersize=5, label=label)
+            axes.plot(amounts, values, marker, color=color, markersize=5, label=label)
     for axes, label, form, base in (
         (left, "time per call", seconds, 10),
         (right, "peak memory", memory, 1024),

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.harness.comparison import LIMIT
+from benchmarks.comparison import LIMIT
 from benchmarks.harness.timing import Quartiles
+from benchmarks.reporting.text import ratio
 from magsd_kernels.backends import BACKENDS
 
 #: At least so many times as long every rival must take.
@@ -34,17 +35,12 @@ class Key(NamedTuple):
         return f"{self.function} {self.direction}, {self.size}"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One member: quartiles of its seconds, and its facts."""
+class Entry(NamedTuple):
+    """One member: quartiles of its seconds, their median, and its facts."""
 
     seconds: Quartiles
+    median: float
     facts: dict[str, Any]
-
-    @property
-    def median(self) -> float:
-        """Seconds."""
-        return self.seconds[1]
 
 
 @dataclass
@@ -59,11 +55,6 @@ class Row:
         """The backend that "auto" takes."""
         return next((name for name, e in self.members.items() if e.facts["ours"]), None)
 
-    @property
-    def rivals(self) -> list[str]:
-        """Members that are not ours."""
-        return [name for name in self.members if name not in (*BACKENDS, LIMIT)]
-
     def fact(self, name: str) -> Any:
         """Of ours, or None."""
         return self.members[self.ours].facts.get(name) if self.ours else None
@@ -75,10 +66,11 @@ class Row:
 
     def kernel(self, name: str | None) -> float | None:
         """Median seconds of a member in a CUDA graph; for the limit those of the copy."""
-        entry = self.members.get(name or "")
-        if entry is None or name == LIMIT:
-            return None if entry is None else entry.median
-        return float(entry.facts["kernel"][1]) if "kernel" in entry.facts else None
+        if name not in self.members:
+            return None
+        entry = self.members[name]
+        times = entry.seconds if name == LIMIT else entry.facts.get("kernel")
+        return None if times is None else float(times[1])
 
 
 class Results:
@@ -89,11 +81,9 @@ class Results:
         self.runs: list[str] = []
         self.rows: dict[Key, Row] = {}
         self.overhead: dict[str, dict[str, Entry]] = {}
-        self.growth: dict[tuple[str, str], list[Entry]] = {}
+        self._growth: dict[tuple[str, str], dict[int, Entry]] = {}
         for path in paths:
             self._add(path)
-        for entries in self.growth.values():
-            entries.sort(key=lambda entry: entry.facts["amount"])
 
     def _add(self, path: Path) -> None:
         saved = json.loads(path.read_text())
@@ -104,15 +94,20 @@ class Results:
             self.runs.append(run_of(saved))
         for bench in saved["benchmarks"]:
             stats, facts = bench["stats"], bench["extra_info"]
-            entry = Entry((stats["q1"], stats["median"], stats["q3"]), facts)
+            entry = Entry((stats["q1"], stats["median"], stats["q3"]), stats["median"], facts)
             if facts["kind"] == "comparison":
                 key = Key(*(facts[name] for name in Key._fields))
                 self.rows.setdefault(key, Row(facts["operation"])).members[facts["member"]] = entry
             elif facts["kind"] == "overhead":
                 self.overhead.setdefault(facts["direction"], {})[facts["member"]] = entry
             else:
-                kept = self.growth.setdefault((facts["function"], facts["axis"]), [])
-                kept[:] = [e for e in kept if e.facts["amount"] != facts["amount"]] + [entry]
+                of = facts["function"], facts["axis"]
+                self._growth.setdefault(of, {})[facts["amount"]] = entry
+
+    @property
+    def growth(self) -> dict[tuple[str, str], list[Entry]]:
+        """Entries from small to large, by function and axis."""
+        return {of: [sizes[n] for n in sorted(sizes)] for of, sizes in self._growth.items()}
 
     def operations(self) -> Iterator[tuple[str, dict[Key, Row]]]:
         """Rows by operation, in the order in which they were measured."""
@@ -120,12 +115,12 @@ class Results:
             yield operation, {k: r for k, r in self.rows.items() if r.operation == operation}
 
     def rivalries(self) -> Iterator[tuple[Key, str, Quartiles]]:
-        """Rows and rivals, and quartiles of the rival's time over ours."""
+        """Rows and rivals, who are none of ours, and quartiles of the rival's time over ours."""
         for key, row in self.rows.items():
-            for rival in row.rivals:
-                found = row.speedup(rival)
+            for name in row.members:
+                found = None if name in (*BACKENDS, LIMIT) else row.speedup(name)
                 if found is not None:
-                    yield key, rival, found
+                    yield key, name, found
 
     def shortfalls(self) -> list[str]:
         """What keeps a run from passing strictly, one line each."""
@@ -137,9 +132,9 @@ class Results:
         return missing + [told(*rivalry) for rivalry in found if rivalry[2][0] < AHEAD]
 
 
-def told(key: Key, rival: str, ratio: Quartiles) -> str:
+def told(key: Key, rival: str, found: Quartiles) -> str:
     """A rivalry in words."""
-    return f"{key}: {ratio[1]:.3g}x ({ratio[0]:.3g} to {ratio[2]:.3g}) {rival}"
+    return f"{key}: {ratio(found)} {rival}"
 
 
 def run_of(saved: dict[str, Any]) -> str:

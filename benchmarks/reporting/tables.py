@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from benchmarks.call_overhead import BASELINE
-from benchmarks.harness.comparison import LIMIT
+from benchmarks.comparison import LIMIT
 from benchmarks.reporting.results import Entry, Key, Results, Row
 from benchmarks.reporting.targets import CPU, GPU, Target
 from benchmarks.reporting.text import memory, ratio, seconds, table
@@ -24,20 +24,13 @@ _NOTES = (
 )
 
 
-def render(results: Results, charts: Callable[[str], str | None]) -> str:
-    """The whole report; `charts` names the picture of an operation, or of "growth"."""
+def render(results: Results, charts: Mapping[str, str]) -> str:
+    """The whole report; `charts` names the pictures of the operations, and of "growth"."""
     machine = heading("Benchmarks", results.machine, results.runs)
     judged = verdicts(GPU if "gpu" in results.machine else CPU, results)
     parts = [machine, _NOTES, f"## Targets\n\n{judged}"]
-
-    def picture(name: str) -> None:
-        path = charts(name)
-        if path:
-            parts.append(f"![{name}]({path})")
-
     for operation, rows in results.operations():
-        parts.append(f"## {operation}")
-        picture(operation)
+        parts += [f"## {operation}", f"![{operation}]({charts[operation]})"]
         functions = dict.fromkeys(key.function for key in rows)
         for function in functions:
             own = {key: row for key, row in rows.items() if key.function == function}
@@ -50,7 +43,8 @@ def render(results: Results, charts: Callable[[str], str | None]) -> str:
         parts.append(_overhead(results))
     if results.growth:
         parts.append(_growth(results))
-        picture("growth")
+    if "growth" in charts:
+        parts.append(f"![growth]({charts['growth']})")
     return "\n\n".join(parts) + "\n"
 
 
@@ -72,16 +66,13 @@ def verdicts(targets: Sequence[Target], measured: Any) -> str:
 
 
 def _by_member(
-    rows: dict[Key, Row], what: str, names: Sequence[str], cell: Callable[[Row, str], str]
+    rows: dict[Key, Row], what: str, names: Iterable[str], cell: Callable[[Row, str], str]
 ) -> str:
+    names = list(dict.fromkeys(names))
     lines = [
-        (key.size, key.direction, *(cell(row, name) for name in names)) for key, row in rows.items()
+        (key.size, key.direction, *(cell(r, name) for name in names)) for key, r in rows.items()
     ]
     return table(("size", what, *names), lines)
-
-
-def _names(rows: dict[Key, Row]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows.values() for name in row.members))
 
 
 def _times(rows: dict[Key, Row]) -> str:
@@ -93,17 +84,16 @@ def _times(rows: dict[Key, Row]) -> str:
         text = f"{seconds(entry.median)}{held}"
         return f"**{text}**" if name == row.ours else text
 
-    return _by_member(rows, "", _names(rows), cell)
+    return _by_member(rows, "", (name for row in rows.values() for name in row.members), cell)
 
 
 def _ratios(rows: dict[Key, Row]) -> str:
     def cell(row: Row, other: str) -> str:
-        found = row.speedup(other)
-        if found is None:
+        if (found := row.speedup(other)) is None:
             return ""
         return f"{found[1]:.0%}" if other == LIMIT else ratio(found)
 
-    others = [n for n in _names(rows) if any(n != row.ours for row in rows.values())]
+    others = (name for row in rows.values() for name in row.members if name != row.ours)
     return _by_member(rows, "time over ours:", others, cell)
 
 
@@ -116,10 +106,10 @@ def _kernels(rows: dict[Key, Row]) -> str:
             if "launches" not in facts:
                 continue
             kernel, limit = row.kernel(name), row.kernel(LIMIT)
-            counts = [
-                " + ".join(str(facts[each]) for each in (fact, f"backward_{fact}") if each in facts)
-                for fact in ("launches", "waits")
-            ]
+            counts = []
+            for fact in ("launches", "waits"):
+                each = [str(facts[f]) for f in (fact, f"backward_{fact}") if f in facts]
+                counts.append(" + ".join(each))
             share = f"{limit / kernel:.0%}" if kernel and limit else ""
             time = seconds(kernel) if kernel else ""
             lines.append((key.size, key.direction, name, time, share, *counts))
@@ -153,8 +143,12 @@ def fit(amounts: Sequence[float], values: Sequence[float]) -> tuple[float, float
 def fits(entries: Sequence[Entry]) -> list[tuple[float, float, float]]:
     """Lines through the times and through the memory of one operation's growth."""
     amounts = [entry.facts["amount"] for entry in entries]
-    held = [max(entry.facts["memory"], 1) for entry in entries]
-    return [fit(amounts, [entry.median for entry in entries]), fit(amounts, held)]
+    return [fit(amounts, values) for values in points(entries)]
+
+
+def points(entries: Sequence[Entry]) -> tuple[list[float], list[float]]:
+    """Times and memory, of which no logarithm is missing."""
+    return [e.median for e in entries], [max(e.facts["memory"], 1) for e in entries]
 
 
 def _growth(results: Results) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from benchmarks.harness.comparison import LIMIT
-from benchmarks.reporting.results import AHEAD, Key, Results, Row, told
+from benchmarks.comparison import LIMIT
+from benchmarks.reporting.results import AHEAD, Key, Results, told
 from benchmarks.reporting.text import ratio
 
-BOTH = "forward+backward"
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 #: A measured figure, to be read, and whether it suffices.
 Verdict = tuple[str, bool]
 
@@ -22,71 +22,52 @@ class Target(NamedTuple):
     judge: Callable[[Any], Verdict | None]
 
 
-def of_row(
-    key: Key, required: str, judge: Callable[[Row], Verdict | None], direction: str = ""
-) -> Target:
-    """A target of one row."""
-
-    def find(results: Results) -> Verdict | None:
-        return judge(results.rows[key]) if key in results.rows else None
-
-    return Target(f"{key.function} {direction or key.direction}, {key.size}", required, find)
-
-
 def faster(key: Key, over: str, at_least: float) -> Target:
     """Ours in less time than a competitor."""
 
-    def judge(row: Row) -> Verdict | None:
-        found = row.speedup(over)
+    def judge(results: Results) -> Verdict | None:
+        found = results.rows[key].speedup(over) if key in results.rows else None
         return None if found is None else (ratio(found), found[1] >= at_least)
 
-    return of_row(key, f">= {at_least:g}x {over}", judge)
+    return Target(str(key), f">= {at_least:g}x {over}", judge)
 
 
 def kernel(key: Key, over: str, at_least: float) -> Target:
     """The same by kernel time; a share of the limit, where that is the competitor."""
-
-    def judge(row: Row) -> Verdict | None:
-        theirs, mine = row.kernel(over), row.kernel(row.ours)
-        if not theirs or not mine:
-            return None
-        text = f"{theirs / mine:.0%}" if over == LIMIT else f"{theirs / mine:.3g}x"
-        return text, theirs / mine >= at_least
-
-    limit = f">= {at_least:.0%} of the limit"
-    return of_row(key, limit if over == LIMIT else f">= {at_least:g}x {over} (kernel time)", judge)
-
-
-def backward(key: Key, over: str, at_least: float) -> Target:
-    """Kernel time of both directions less that of the forward."""
+    limit = over == LIMIT
 
     def judge(results: Results) -> Verdict | None:
-        both, forward = (results.rows.get(key._replace(direction=d)) for d in (BOTH, "forward"))
-        if both is None or forward is None:
+        theirs, mine = _kernel_seconds(results, key, over), _kernel_seconds(results, key)
+        if not theirs or not mine:
             return None
-        spent = []
-        for name in (over, both.ours):
-            together, first = both.kernel(name), forward.kernel(name)
-            if together is None or first is None or together == first:
-                return None
-            spent.append(together - first)
-        found = spent[0] / spent[1]
-        return f"{found:.3g}x", found >= at_least
+        times = theirs / mine
+        return f"{times:.0%}" if limit else f"{times:.3g}x", times >= at_least
 
-    work = f"{key.function} backward, {key.size}"
-    return Target(work, f">= {at_least:g}x {over} (kernel time)", judge)
+    required = f"{at_least:.0%} of the limit" if limit else f"{at_least:g}x {over} (kernel time)"
+    return Target(str(key), f">= {required}", judge)
 
 
-def launches(key: Key, at_most: int, direction: str = "forward") -> Target:
-    """Launches of one call."""
-    fact = "launches" if direction == "forward" else "backward_launches"
+def _kernel_seconds(results: Results, key: Key, name: str | None = None) -> float | None:
+    """Of a member, or of ours; a backward takes what both directions take less the forward."""
+    if key.direction == BACKWARD:
+        both, forward = (
+            _kernel_seconds(results, key._replace(direction=d), name) for d in (BOTH, FORWARD)
+        )
+        return both - forward if both and forward else None
+    row = results.rows.get(key)
+    return None if row is None else row.kernel(name or row.ours)
 
-    def judge(row: Row) -> Verdict | None:
-        count = row.fact(fact)
+
+def launches(key: Key, at_most: int) -> Target:
+    """Launches of one direction, which are counted where both are timed."""
+    fact = "backward_launches" if key.direction == BACKWARD else "launches"
+
+    def judge(results: Results) -> Verdict | None:
+        row = results.rows.get(key._replace(direction=BOTH), results.rows.get(key))
+        count = None if row is None else row.fact(fact)
         return None if count is None else (str(count), count <= at_most)
 
-    required = f"<= {at_most} launch{'es' if at_most > 1 else ''}"
-    return of_row(key, required, judge, direction)
+    return Target(str(key), f"<= {at_most} launch{'es' if at_most > 1 else ''}", judge)
 
 
 def _ahead(results: Results) -> Verdict | None:
@@ -104,31 +85,28 @@ def _magsd(function: str, direction: str, batch: int = 16, precision: str = "flo
     return Key(function, "magsd", batch, precision, direction)
 
 
-_VIEWS = _magsd("attention_views", "forward", 256)
-_POOL = _magsd("bilinear_attention_pool", "forward", 256, "bfloat16")
-_SCALES = _magsd("multiscale_attention", BOTH, 256)
-_LOSS = _magsd("soft_distance_loss", BOTH)
+_POOL = _magsd("bilinear_attention_pool", FORWARD, 256, "bfloat16")
 
 CPU = (
-    faster(_magsd("attention_views", "forward"), "published", 15),
-    faster(_magsd("attention_views", "forward"), "eager", 15),
+    faster(_magsd("attention_views", FORWARD), "published", 15),
+    faster(_magsd("attention_views", FORWARD), "eager", 15),
     faster(_magsd("bilinear_attention_pool", BOTH), "eager", 2.5),
     faster(_magsd("multiscale_attention", BOTH), "eager", 2),
-    faster(_LOSS, "published", 3),
+    faster(_magsd("soft_distance_loss", BOTH), "published", 3),
     Target("every row", f">= {AHEAD:g}x every rival (lower quartile)", _ahead),
 )
 GPU = (
-    kernel(_VIEWS, LIMIT, 0.85),
-    faster(_VIEWS, "published", 1000),
-    kernel(_VIEWS, "compiled", 2),
+    kernel(_magsd("attention_views", FORWARD, 256), LIMIT, 0.85),
+    faster(_magsd("attention_views", FORWARD, 256), "published", 1000),
+    kernel(_magsd("attention_views", FORWARD, 256), "compiled", 2),
     kernel(_POOL, LIMIT, 0.6),
     kernel(_POOL, "compiled", 2),
     kernel(_POOL, "eager", 4),
-    backward(_POOL, "compiled", 2),
-    launches(_SCALES._replace(batch=16), 2),
-    launches(_SCALES._replace(batch=16), 2, "backward"),
-    kernel(_SCALES, "compiled", 2),
-    launches(_LOSS, 1),
-    launches(_LOSS, 1, "backward"),
-    launches(_magsd("sample_attention", "forward"), 1),
+    kernel(_POOL._replace(direction=BACKWARD), "compiled", 2),
+    launches(_magsd("multiscale_attention", FORWARD), 2),
+    launches(_magsd("multiscale_attention", BACKWARD), 2),
+    kernel(_magsd("multiscale_attention", BOTH, 256), "compiled", 2),
+    launches(_magsd("soft_distance_loss", FORWARD), 1),
+    launches(_magsd("soft_distance_loss", BACKWARD), 1),
+    launches(_magsd("sample_attention", FORWARD), 1),
 )

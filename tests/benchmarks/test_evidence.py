@@ -34,8 +34,8 @@ sys.meta_path.insert(0, Blocker())
 
 
 def stage(name: str, tmp_path: Path, *options: str) -> list[Piece]:
-    parsed = evidence._options([f"--out={tmp_path}", *options])
-    return STAGES[name](Plan(parsed, tmp_path / "work", "h100"))
+    parsed = evidence.parse([f"--out={tmp_path}", *options])
+    return STAGES[name](Plan(parsed, tmp_path / "work" / "h100"))
 
 
 def test_stages_are_in_order_of_worth():

@@ -12,19 +12,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import attention_augment, bilinear_pool, published, run, soft_distance
+from benchmarks import comparison, published, run
+from benchmarks.comparison import Comparison
 from benchmarks.harness import machine
-from benchmarks.harness.check import WrongResult
-from benchmarks.harness.comparison import Comparison
+from benchmarks.harness.contender import WrongResult
 from benchmarks.harness.device import Device, count_activity
 from benchmarks.harness.machine import RESTRICTIONS, describe, restricted
 from benchmarks.harness.session import Session
 from benchmarks.harness.sizes import MAGSD
 from benchmarks.harness.subject import Row
 from benchmarks.harness.timing import interleave, quartiles
+from benchmarks.operations import SUBJECT
 
 ROOT = Path(__file__).parents[2]
-(SUBJECT,) = soft_distance.SUBJECTS
+LOSS = SUBJECT["soft_distance_loss"]
 #: Thresholds of mix-up, dim and patch.
 VIEWS = ((0.4, 0.6), (0.2, 0.5), (0.4, 0.6))
 MACHINE = """
@@ -50,7 +51,7 @@ def test_a_wrong_competitor_is_found_and_not_timed(backward):
         # Right, but for its gradient.
         return loss + (loss - loss.detach()) if backward else 1.001 * loss
 
-    subject = replace(SUBJECT, published=wrong)
+    subject = replace(LOSS, published=wrong)
     group = Comparison(row_of(subject, backward=backward))
     outcomes = group.measure(("published", "eager", "limit"), cpu_session())
     assert isinstance(outcomes["published"].error, WrongResult)
@@ -61,7 +62,7 @@ def test_a_wrong_competitor_is_found_and_not_timed(backward):
 
 
 def test_a_competitor_that_gives_nan_is_wrong():
-    subject = replace(SUBJECT, published=lambda **_: torch.tensor(float("nan")))
+    subject = replace(LOSS, published=lambda **_: torch.tensor(float("nan")))
     outcomes = Comparison(row_of(subject)).measure(("published",), cpu_session())
     assert isinstance(outcomes["published"].error, WrongResult)
 
@@ -72,7 +73,7 @@ def test_the_run_fails_with_a_wrong_competitor(tmp_path, monkeypatch, capsys):
     def wrong(**arguments):
         return 1.001 * published.soft_distance_loss(**arguments)
 
-    monkeypatch.setattr(soft_distance, "SUBJECTS", (replace(SUBJECT, published=wrong),))
+    monkeypatch.setattr(comparison, "SUBJECTS", (replace(LOSS, published=wrong),))
     for name in [n for n in os.environ if n.startswith(("MAGSD_", "PYTEST_XDIST"))]:
         monkeypatch.delenv(name)
     out = tmp_path / "run" / "results.json"
@@ -147,7 +148,7 @@ def test_launches_and_waits():
 
 
 def test_bytes_that_must_move():
-    subject = bilinear_pool.SUBJECTS[0]
+    subject = SUBJECT["bilinear_attention_pool"]
     features, attention, matrix = 2048 * 49, 32 * 49, 32 * 2048
     for backward, wanted in (
         (False, features + attention + matrix),
@@ -158,8 +159,7 @@ def test_bytes_that_must_move():
 
 
 def test_only_the_maps_that_an_index_names_must_be_read():
-    (subject,) = (s for s in attention_augment.SUBJECTS if s.name == "attention_boxes")
-    row = row_of(subject, batch=3)
+    row = row_of(SUBJECT["attention_boxes"], batch=3)
     index, theta, box = 8, 4, 16
     moved = row.moved_bytes(row.draw(0), torch.empty(3, 4, dtype=torch.int32))
     assert moved == 3 * (4 * 49 + index + theta + box)
@@ -169,9 +169,8 @@ def test_only_the_maps_that_an_index_names_must_be_read():
     ("name", "ranges"), [("attention_views", VIEWS), ("attention_crop", VIEWS[:1])]
 )
 def test_no_pixel_lies_on_a_threshold(name, ranges):
-    (subject,) = (s for s in attention_augment.SUBJECTS if s.name == name)
-    (network,) = subject.networks
-    arguments = row_of(subject, network, batch=8).draw(0)
+    (network,) = SUBJECT[name].networks
+    arguments = row_of(SUBJECT[name], network, batch=8).draw(0)
     size = (network.side, network.side)
     views = zip(*(arguments[n].view(8, -1).unbind(1) for n in ("index", "theta")), strict=True)
     for (index, theta), (low, high) in zip(views, ranges, strict=True):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness.check import check, definition
+from benchmarks.harness.contender import Contender, check, definition
 from benchmarks.harness.sizes import Network
-from benchmarks.harness.subject import PUBLISHED, Contender, Row, Subject
-from benchmarks.operations import SUBJECTS
+from benchmarks.harness.subject import PUBLISHED, Row, Subject
+from benchmarks.operations import SUBJECT, SUBJECTS
 
 all_subjects = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 
@@ -48,8 +48,7 @@ def test_different_seeds_draw_different_arguments(subject):
     [("attention_views", 8), ("attention_crop", 4), ("soft_distance_loss", 1)],
 )
 def test_published_loops_read_numbers_back_for_every_image(name, per_image):
-    (subject,) = (subject for subject in SUBJECTS if subject.name == name)
-    row = small_row(subject, backward=False)
+    row = small_row(SUBJECT[name], backward=False)
     arguments = row.draw(0)
     for competitor, least in ((PUBLISHED, per_image * row.batch), ("auto", 0)):
         call = Contender(competitor, row, [arguments]).calls()[0]

@@ -8,18 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import attention_augment, bilinear_pool, rivals
-from benchmarks.harness.check import WrongResult, check, definition
+from benchmarks import rivals
+from benchmarks.harness.contender import Contender, WrongResult, check, definition
 from benchmarks.harness.session import Session
 from benchmarks.harness.sizes import MAGSD, PRECISIONS, WSDAN
-from benchmarks.harness.subject import Contender, Row
+from benchmarks.harness.subject import Row
+from benchmarks.operations import SUBJECT
 
-SUBJECTS = {s.name: s for s in (*attention_augment.SUBJECTS, *bilinear_pool.SUBJECTS)}
 SMALL = replace(MAGSD, side=80, features=((16, 20), (16, 10), (24, 5)), maps=3)
 SMALL_WSDAN = replace(WSDAN, side=96, features=((24, 12),), maps=3)
 CASES = [
     pytest.param(name, rival.name, precision, id=f"{name}-{rival.name}-{precision}")
-    for name, subject in SUBJECTS.items()
+    for name, subject in SUBJECT.items()
     for rival in subject.rivals
     for precision in rival.precisions
 ]
@@ -32,7 +32,7 @@ def _uncompiled(monkeypatch):
 
 
 def row_of(name: str, precision: str, backward: bool = True) -> Row:
-    subject = SUBJECTS[name]
+    subject = SUBJECT[name]
     network = SMALL if subject.networks[0] == MAGSD else SMALL_WSDAN
     return Row(subject, network, 3, precision, "cpu", backward)
 
@@ -71,7 +71,7 @@ def test_without_aligned_corners_roi_align_reads_beside_the_box():
     inside = (slice(None), slice(None), slice(1, -1), slice(1, -1))
     torch.testing.assert_close(found[inside], wanted[inside])
     assert (found - wanted)[:, :, 0].abs().max() > 0.05
-    roi_align = {name for name, s in SUBJECTS.items() for r in s.rivals if r.name == "roi_align"}
+    roi_align = {name for name, s in SUBJECT.items() for r in s.rivals if r.name == "roi_align"}
     assert roi_align == {"attention_crop"}
 
 
@@ -92,7 +92,7 @@ def test_max_autotune_competes_on_request(asked):
         type = "cuda"
 
     session = Session(GPU(), 1.0, autotuned=asked)
-    rows = session.rows(SUBJECTS.values())
+    rows = session.rows(SUBJECT.values())
     tuned = [row for row in rows if "compiled-max" in row.competitors()]
     assert {(row.batch, row.network.name) for row in tuned} == (
         {(256, "magsd"), (64, "wsdan")} if asked else set()

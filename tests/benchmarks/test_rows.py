@@ -12,8 +12,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs the bench extra")
 pytest.importorskip("pytest_benchmark", reason="needs the bench extra")
 
-from benchmarks import bilinear_pool, call_overhead, conftest, growth, report, run, soft_distance
-from benchmarks.conftest import groups_of
+from benchmarks import call_overhead, comparison, conftest, growth, report, run
 from benchmarks.harness.device import Device
 from benchmarks.harness.pieces import AGAIN
 from benchmarks.harness.session import Outcome, Session
@@ -22,8 +21,6 @@ from benchmarks.harness.timing import Samples
 
 class Group:
     """Two members; ours takes a second, or fails."""
-
-    is_central = True
 
     def __init__(self, name: str, error: Exception | None = None) -> None:
         self.name = name
@@ -49,18 +46,18 @@ class Group:
         if member == "cpu":
             facts["speedup"] = {"eager": (2.0, 2.0, 2.0)}
             if self.error is not None:
-                return Outcome(facts=facts, error=self.error)
-        return Outcome(Samples([1.0, 2.0, 3.0], 1), facts)
+                return Outcome(facts, error=self.error)
+        return Outcome(facts, Samples([1.0, 2.0, 3.0], 1))
 
 
 def measure(monkeypatch, rows, groups: list[Group], *options: str) -> int:
     """`python -m benchmarks.run`, were these groups all that there is."""
     monkeypatch.delenv("MAGSD_BACKEND", raising=False)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-    monkeypatch.setattr(soft_distance, "groups", lambda session: groups, raising=False)
+    monkeypatch.setattr(comparison, "groups", lambda session: groups)
     # The plugin collects garbage again and again.
     fast = ["-p", "no:cacheprovider", "-p", "no:unraisableexception"]
-    return run.main(["--device=cpu", f"--rows={rows}", "-k", "test_soft_distance", *fast, *options])
+    return run.main(["--device=cpu", f"--rows={rows}", "-k", "test_comparison", *fast, *options])
 
 
 def test_rows_are_saved_and_not_measured_again(tmp_path, monkeypatch, capsys):
@@ -75,6 +72,13 @@ def test_rows_are_saved_and_not_measured_again(tmp_path, monkeypatch, capsys):
     assert "| magsd B 16 float32 | forward | 2x (2 to 2) |" in text
     assert text.index("### z") < text.index("### a")
     assert text.count("| run |") == 1
+
+
+def test_a_file_with_nothing_to_measure_does_not_stop_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(growth, "groups", lambda session: [])
+    chosen = ("-k", "test_comparison or test_growth")
+    assert measure(monkeypatch, tmp_path, [Group("alone")], *chosen) == 0
+    assert (tmp_path / "alone.json").is_file()
 
 
 def test_a_competitor_that_failed_is_told_and_measured_again_on_request(tmp_path, monkeypatch):
@@ -101,14 +105,11 @@ def test_after_an_error_of_the_device_another_process_goes_on(tmp_path, monkeypa
 
 @pytest.mark.parametrize("central", [False, True])
 def test_central_rows_are_those_of_magsd(central):
-    session = Session(Device("cpu"), 1.0)
-    found = {
-        module.__name__.rpartition(".")[2]: set(map(str, groups_of(module, session, central)))
-        for module in (bilinear_pool, call_overhead, growth)
-    }
-    assert bool(found["growth"]) == bool(found["call_overhead"]) == (not central)
-    assert {"bilinear_attention_pool-magsd-b16-float32-forward"} <= found["bilinear_pool"]
-    others = {name for name in found["bilinear_pool"] if "wsdan" in name or "max" in name}
+    session = Session(Device("cpu"), 1.0, central=central)
+    assert bool(growth.groups(session)) == bool(call_overhead.groups(session)) == (not central)
+    found = set(map(str, comparison.groups(session)))
+    assert {"bilinear_attention_pool-magsd-b16-float32-forward"} <= found
+    others = {name for name in found if "wsdan" in name or "max" in name}
     assert bool(others) == (not central)
 
 

@@ -6,8 +6,6 @@ import argparse
 import copy
 import gc
 import json
-import sys
-import types
 import weakref
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -21,8 +19,9 @@ pytest.importorskip("pytest_benchmark", reason="needs the bench extra")
 
 from benchmarks import published, train_step
 from benchmarks.harness import steps
-from benchmarks.harness.check import WrongResult
+from benchmarks.harness.contender import WrongResult
 from benchmarks.harness.device import Device, HostReads
+from benchmarks.harness.sizes import CLASSES
 from benchmarks.harness.steps import (
     BASELINE,
     BFLOAT16,
@@ -34,10 +33,8 @@ from benchmarks.harness.steps import (
     Contender,
     Member,
     draw_batch,
-    floor_of,
     members,
-    network,
-    published_network,
+    networks,
 )
 from benchmarks.harness.timing import interleave
 from benchmarks.published_step import PublishedNetwork, draw
@@ -69,33 +66,33 @@ def distance(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_published_loss_gradients_and_statistics_are_those_of_the_reference(seed):
-    ours = network(BACKBONE, 4, "cpu")
-    theirs = published_network(ours, BACKBONE)
+    models = networks(BACKBONE, "cpu")
+    theirs, ours = models[PUBLISHED], models[OURS]
     with use_backend("reference"):
-        losses = train_step.both_losses(theirs, ours, small_batch(seed))
+        losses = train_step.both_losses(models, small_batch(seed))
         for loss in losses:
             loss.backward()
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
-    gradients = PublishedNetwork(BACKBONE)
-    gradients.load_ours(ours.state_dict() | {n: p.grad for n, p in ours.named_parameters()})
+    gradients = PublishedNetwork(BACKBONE, CLASSES)
+    gradients.load_state_dict(ours.state_dict() | {n: p.grad for n, p in ours.named_parameters()})
     found = [p.grad for p in theirs.parameters()]
     assert distance(found, list(gradients.parameters())) < 1e-5
-    buffers = PublishedNetwork(BACKBONE)
-    buffers.load_ours(ours.state_dict())
+    buffers = PublishedNetwork(BACKBONE, CLASSES)
+    buffers.load_state_dict(ours.state_dict())
     assert distance(list(theirs.buffers()), list(buffers.buffers())) < 1e-6
 
 
 def test_a_wrong_published_step_is_found(monkeypatch):
-    model, batch = network(BACKBONE, 4, "cpu"), small_batch(0)
-    assert train_step.check(model, BACKBONE, batch) < 1e-6
+    models, batch = networks(BACKBONE, "cpu"), small_batch(0)
+    assert train_step.check(models, batch) < 1e-6
     dim = published.attention_dim
     monkeypatch.setattr(published, "attention_dim", lambda *a: dim(*a, floor=0.002))
     with pytest.raises(WrongResult, match="our loss is"):
-        train_step.check(model, BACKBONE, batch)
+        train_step.check(models, batch)
 
 
 def host_reads(member: Member) -> int:
-    contender = Contender(member, network(BACKBONE, 4, "cpu"), BACKBONE, [small_batch(0)])
+    contender = Contender(member, networks(BACKBONE, "cpu"), [small_batch(0)])
     with HostReads() as reads:
         contender.calls()[0]()
     return reads.count
@@ -165,36 +162,36 @@ def test_host_reads_let_pass_what_does_not_wait(way, stand_in):
 
 @pytest.mark.parametrize("member", members("cpu"), ids=str)
 def test_every_member_trains_a_model_of_its_own(member):
-    model = network(BACKBONE, 4, "cpu")
-    before = copy.deepcopy(model.state_dict())
-    contender = Contender(member, model, BACKBONE, [small_batch(0), small_batch(1)])
-    start = [p.detach().clone() for p in contender._model.parameters()]
+    models = networks(BACKBONE, "cpu")
+    before = {who: copy.deepcopy(model.state_dict()) for who, model in models.items()}
+    contender = Contender(member, models, [small_batch(0), small_batch(1)])
+    start = [p.detach().clone() for p in contender.model.parameters()]
     held = contender.resident_bytes()
     for call in contender.calls():
         call()
     moved = [
-        not torch.equal(a, b) for a, b in zip(start, contender._model.parameters(), strict=True)
+        not torch.equal(a, b) for a, b in zip(start, contender.model.parameters(), strict=True)
     ]
     assert not any(moved) if member.who == FLOOR else all(moved)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for who, model in models.items():
+        assert all(torch.equal(v, before[who][name]) for name, v in model.state_dict().items())
     # What the first call finds is what later ones find, so that their peaks compare.
     assert contender.resident_bytes() == held
-    parameters = sum(p.nbytes for p in contender._model.parameters())
+    parameters = sum(p.nbytes for p in contender.model.parameters())
     assert held > (2 if member.who == FLOOR else 3) * parameters
 
 
-@pytest.mark.parametrize("recorder", [None, "a module"])
-def test_every_member_has_a_floor(recorder, monkeypatch):
-    monkeypatch.setattr(steps, "find_spec", lambda name: recorder)
-    for device in ("cpu", "cuda"):
-        everyone = members(device)
-        assert everyone[0] == BASELINE
-        assert len(set(map(str, everyone))) == len(everyone)
-        for member in everyone:
-            floor = floor_of(member, everyone)
-            assert floor == replace(member, who=FLOOR, channels_last=floor.channels_last)
-        captured = [member for member in everyone if member.captured]
-        assert bool(captured) == (device == "cuda" and recorder is not None)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_member_has_a_floor(device):
+    everyone = members(device)
+    assert everyone[0] == BASELINE
+    assert len(set(map(str, everyone))) == len(everyone)
+    for member in everyone:
+        floor = member.floor
+        assert floor in everyone
+        assert floor == replace(member, who=FLOOR, channels_last=floor.channels_last)
+        assert member.who != FLOOR or floor == member
+    assert any(member.captured for member in everyone) == (device == "cuda")
 
 
 class Recorder:
@@ -215,21 +212,20 @@ class Recorder:
 
 @pytest.mark.parametrize("who", [OURS, FLOOR])
 def test_a_captured_member_goes_through_the_trainers_recorder(who, monkeypatch):
-    name = "magsd.training.captured"
-    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(CapturedStep=Recorder))
+    monkeypatch.setattr(steps, "CapturedStep", Recorder)
     member = Member(who, FLOAT32, captured=True)
-    model, batch = network(BACKBONE, 4, "cpu"), small_batch(0)
-    contender = Contender(member, model, BACKBONE, [batch], (0, 7))
-    assert contender._captured.pool == (0, 7)
-    recorded = len(contender._captured.seeds)
+    models, batch = networks(BACKBONE, "cpu"), small_batch(0)
+    contender = Contender(member, models, [batch], (0, 7))
+    assert contender._step.pool == (0, 7)
+    recorded = len(contender._step.seeds)
     assert recorded > 3
     for call in contender.calls() * 2:
         call()
-    assert len(contender._captured.seeds) == recorded + 2
+    assert len(set(contender._step.seeds)) == recorded + 2
     # A slow step that passes for a captured one would be a wrong figure.
     monkeypatch.setattr(Recorder, "refuses", True)
     with pytest.raises(RuntimeError, match=f"{member}: no graph today"):
-        Contender(member, model, BACKBONE, [batch])
+        Contender(member, models, [batch])
 
 
 class Held:
@@ -260,7 +256,6 @@ class OnGPU:
 
 
 def test_on_a_gpu_no_more_than_three_contenders_are_alive(monkeypatch):
-    monkeypatch.setattr(steps, "find_spec", lambda name: "a module")
     monkeypatch.setattr(train_step, "read_off", lambda contender, device: ({}, 0.0))
     monkeypatch.setattr(gc, "collect", lambda: 0)  # thirteen times over all that torch has made
     monkeypatch.setattr(Held, "most", 0)
@@ -275,8 +270,8 @@ def test_on_a_gpu_no_more_than_three_contenders_are_alive(monkeypatch):
     entries = train_step.time_members(everyone, OnGPU(), build, options, 16)
     assert Held.most == 3
     assert sorted(map(str, built)) == sorted(map(str, everyone))  # each once
-    assert set(entries) == set(everyone)
-    for member, found in entries.items():
+    for member, found in zip(everyone, entries, strict=True):
+        assert found["name"] == str(member)
         assert found["rounds"] >= 5
         assert "speedup" in found
         assert ("over_floor" in found) == (member.who != FLOOR)
@@ -400,7 +395,7 @@ def test_targets_of_a_gpu():
     assert found == [
         ["5x (4.5 to 5.5): ours, bfloat16, channels_last, captured", "met |"],
         ["2.5x (2.25 to 2.75): ours, float32, channels_last", "met |"],
-        ["1.12x (1.12 to 1.12)", "met |"],
+        ["1.12x (1.12 to 1.12): ours, bfloat16, channels_last, captured", "met |"],
         ["0.9x", "**not met** |"],
         ["", "not measured |"],
         ["0", "met |"],

@@ -1,18 +1,21 @@
-"""A row's competitors, checked and then timed against each other."""
+"""One operation against everybody who computes the same, checked and then timed in turn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import SkipTest
 
 import torch
 
-from benchmarks.harness.check import check, definition
-from benchmarks.harness.session import Outcome, Session
+from benchmarks.harness.contender import Contender, Wanted, check, definition
+from benchmarks.harness.session import Entry, Outcome, Recorder, Session
 from benchmarks.harness.sizes import MAGSD
-from benchmarks.harness.subject import AUTOTUNED, PUBLISHED, Contender, Row, nbytes
+from benchmarks.harness.subject import AUTOTUNED, PUBLISHED, Row, nbytes
 from benchmarks.harness.timing import Samples, interleave, ratios
+from benchmarks.operations import SUBJECTS
+from magsd_kernels.cases import Arguments
 
 LIMIT = "limit"
 
@@ -26,11 +29,6 @@ class Comparison:
     def __str__(self) -> str:
         return str(self.row)
 
-    @property
-    def is_central(self) -> bool:
-        """Whether it is of MAG-SD's central operations."""
-        return self.row.subject.central and self.row.network.name == MAGSD.name
-
     def members(self) -> Sequence[str]:
         """Competitors, ours last, and the limit."""
         return (*self.row.competitors(), LIMIT)
@@ -38,31 +36,36 @@ class Comparison:
     def measure(self, members: Sequence[str], session: Session) -> dict[str, Outcome]:
         """Check every member against the definition, and time those that are right."""
         torch.compiler.reset()
-        row = self.row
+        row, device = self.row, session.device
         first = row.draw(0)
-        count = 2 if session.quick else session.device.input_sets(nbytes(first))
+        count = 2 if session.quick else device.input_sets(nbytes(first))
         sets = [first, *(row.draw(seed) for seed in range(1, count))]
         expected = definition(row, first)
-        outcomes = {name: Outcome(facts=self._facts(name)) for name in members}
-        contenders, competitors = {}, row.competitors()
-        for name in (name for name in members if name != LIMIT):
-            outcomes[name].absent = competitors[name].why_not()
-            if outcomes[name].absent is None:
-                with outcomes[name].failing():
-                    contender = Contender(name, row, sets)
-                    check(contender, expected)
-                    contenders[name] = contender
         moved = row.moved_bytes(first, expected[0][0].to(row.dtype))
+        outcomes = {name: Outcome(self._facts(name)) for name in members}
+        contenders = {}
+        for name in (name for name in members if name != LIMIT):
+            with outcomes[name].failing():
+                contenders[name] = _checked(name, row, sets, expected)
         del expected
-        for name, samples in self._times(contenders, session, moved).items():
-            if name in outcomes:
-                outcomes[name].samples = samples
-        if LIMIT in outcomes:
-            outcomes[LIMIT].facts["bytes"] = moved
+        copy, copied = device.copy(session.quick)
+        calls = {name: contenders[name].calls() for name in members if name in contenders}
+        with torch.set_grad_enabled(row.backward):
+            times = interleave(calls | {LIMIT: [copy]}, device.synchronize, session.seconds)
+        copies = times[LIMIT]
+        times[LIMIT] = Samples([s * moved / copied for s in copies.seconds], copies.iterations)
+        for name in outcomes.keys() & times.keys():
+            outcomes[name].samples = times[name]
         for name, contender in contenders.items():
-            outcomes[name].facts["speedup"] = _speedups(name, outcomes)
+            outcomes[name].facts["speedup"] = {
+                other: ratios(times[other], times[name])
+                for other in members
+                if other != name and other in times
+            }
             with outcomes[name].failing():
                 outcomes[name].facts |= _read_off(contender, session)
+        if LIMIT in outcomes:
+            outcomes[LIMIT].facts["bytes"] = moved
         return outcomes
 
     def _facts(self, name: str) -> dict[str, Any]:
@@ -79,17 +82,15 @@ class Comparison:
             "ours": name == row.backend(),
         }
 
-    def _times(
-        self, contenders: dict[str, Contender], session: Session, moved: int
-    ) -> dict[str, Samples]:
-        """Samples of every contender, and those of the limit from copies in the same rounds."""
-        copy, copied = session.device.copy(session.quick)
-        calls = {name: contender.calls() for name, contender in contenders.items()}
-        with torch.set_grad_enabled(self.row.backward):
-            times = interleave(calls | {LIMIT: [copy]}, session.device.synchronize, session.seconds)
-        limit = times[LIMIT]
-        scaled = [seconds * moved / copied for seconds in limit.seconds]
-        return times | {LIMIT: Samples(scaled, limit.iterations)}
+
+def _checked(name: str, row: Row, sets: Sequence[Arguments], expected: list[Wanted]) -> Contender:
+    """Raises SkipTest where it cannot run here, WrongResult where it is wrong."""
+    why = row.competitors()[name].why_not()
+    if why is not None:
+        raise SkipTest(why)
+    contender = Contender(name, row, sets)
+    check(contender, expected)
+    return contender
 
 
 def _read_off(contender: Contender, session: Session) -> dict[str, Any]:
@@ -113,12 +114,13 @@ def _read_off(contender: Contender, session: Session) -> dict[str, Any]:
     return facts
 
 
-def _speedups(name: str, outcomes: dict[str, Outcome]) -> dict[str, tuple[float, float, float]]:
-    """Quartiles of how many times as long as this member the others take in the same round."""
-    mine = outcomes[name].samples
-    assert mine is not None
-    return {
-        other: ratios(outcome.samples, mine)
-        for other, outcome in outcomes.items()
-        if other != name and outcome.samples is not None
-    }
+def groups(session: Session) -> list[Comparison]:
+    """Every row, or those of MAG-SD's central operations alone."""
+    rows = session.rows(SUBJECTS)
+    if session.central:
+        rows = [row for row in rows if row.subject.central and row.network is MAGSD]
+    return [Comparison(row) for row in rows]
+
+
+def test_comparison(entry: Entry, record: Recorder) -> None:
+    record(entry)
