@@ -32,7 +32,7 @@ def shards(
 
     check_folder(out, "--out")
     settings = training_config(list(overrides or ()), None, data, None)
-    source = open_source(settings.data.source)
+    source = open_source(settings.data.source, skip_bad=settings.data.skip_bad)
     split = split_of(settings, source.records)
     console = make_console()
     with (

@@ -172,6 +172,14 @@ class TestPatients:
         assert not caplog.text
 
 
+def test_a_column_without_a_name_is_passed_over(folder: Path) -> None:
+    """A header that ends with a comma, as in a public table, and notes of a few rows under it."""
+    source = open_source(table(folder, ",file,label,", "0,im/0.png,a,", "1,im/1.png,b,a note"))
+    assert source.classes == ("a", "b")
+    with pytest.raises(DataError, match="line 2: 5 cells under 4 columns"):
+        open_source(table(folder, ",file,label,", "0,im/0.png,a,x,y"))
+
+
 class TestLabels:
     @pytest.mark.parametrize(
         ("first", "second"),

@@ -89,10 +89,8 @@ def _text(path: Path) -> str:
 def _columns(
     path: Path, given: list[str], required: Sequence[str], advice: Callable[[Sequence[str]], str]
 ) -> list[str]:
-    """The names of the columns; empty ones at the end are none."""
+    """The names of the columns, empty where a column has none."""
     columns = [name.strip().lower() for name in given]
-    while columns and not columns[-1]:
-        columns.pop()
     lacking = [name for name in required if name not in columns]
     if lacking:
         raise DataError(
