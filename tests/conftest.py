@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -48,6 +49,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     if options.numprocesses is None and not (options.usepdb or options.collectonly):
         options.numprocesses, options.dist = "auto", "worksteal"
+
+
+def pytest_collection_finish() -> None:
+    """What is alive now stays: looking for garbage among it takes a tenth of the tests' time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -117,6 +117,7 @@ def test_the_command_ends_with_its_deadline_and_goes_on(tmp_path, monkeypatch, c
         assert json.loads(packed.read("one/slow.json"))["commit"]
 
 
+@pytest.mark.slow
 def test_the_tests_of_the_operations_need_nothing_that_a_rented_machine_lacks(tmp_path):
     (tmp_path / "blocker.py").write_text(BLOCKER)
     paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]

@@ -45,6 +45,7 @@ def test_bandwidth_explains_the_exchange_it_was_read_off() -> None:
     assert bandwidth_of(exchange, 4, 102e6, 5, 20e-6) == pytest.approx(3e9)
 
 
+@pytest.mark.slow
 def test_two_processes_measure_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     torchrun(

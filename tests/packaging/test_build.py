@@ -128,6 +128,7 @@ def test_unknown_switch_is_refused(checkout: Path, name: str):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_failing_compile_fails_with_the_message_of_the_compiler(checkout: Path):
     """Without ninja; with it see below."""
     write(checkout, "cpu/registration.cpp", "int broken = undeclared_name;\n")
@@ -142,6 +143,7 @@ def test_failing_compile_fails_with_the_message_of_the_compiler(checkout: Path):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_mended_build_writes_down_how_it_was_made(checkout: Path):
     write(checkout, "cpu/registration.cpp", "int broken = undeclared_name;\n")
     result = build(checkout)
@@ -158,6 +160,7 @@ def test_a_mended_build_writes_down_how_it_was_made(checkout: Path):
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("ninja") is None, reason="no ninja")
 def test_a_changed_header_recompiles_what_includes_it(checkout: Path):
     """The emulation compiles the same files as nvcc, with the same rule."""
@@ -219,6 +222,7 @@ def cuda_checkout(checkout: Path) -> Path:
     return checkout
 
 
+@pytest.mark.slow
 def test_nvcc_builds_and_reports(cuda_checkout: Path):
     switches = {"MAGSD_BUILD_CPU": "0", "MAGSD_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
     write(cuda_checkout, "common/size.h", "constexpr int size = 1;\n")

@@ -34,6 +34,7 @@ CASES = {
 USE = "int check_{0}(Part part) {{ return static_cast<int>(sizeof(part)){1}; }}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("g++") is None or shutil.which("ld.gold") is None, reason="no g++ with gold"
 )

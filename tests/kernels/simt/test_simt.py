@@ -87,7 +87,10 @@ SOUND = (
 )
 
 
-@pytest.fixture(scope="module", params=BUILDS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=[] if n == "g++" else [pytest.mark.slow]) for n in BUILDS],
+)
 def program(request: pytest.FixtureRequest, made_once: Callable[..., Path]) -> Path:
     """faults.cu and the shim, compiled."""
     name = request.param
