@@ -106,7 +106,8 @@ def save_png(path: Path, picture: NDArray[np.uint8]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     mark = PngInfo()
     mark.add_text(*MARK)
-    Image.fromarray(picture).save(path, "PNG", pnginfo=mark)
+    # A third of the time of the default level, for files that are a sixth larger.
+    Image.fromarray(picture).save(path, "PNG", pnginfo=mark, compress_level=3)
 
 
 def write_text(path: Path, text: str) -> None:
