@@ -28,10 +28,13 @@ def check_file(path: Path, option: str, *, is_own: Callable[[Path], bool]) -> No
     option: what named the file, for the message. is_own: whether a command of ours wrote a file
     that is there.
     """
+    _check_names(path, option)
     if path.is_dir():
         raise RunError(f"{option} {path}: that is a folder; name a file")
     if os.path.lexists(path):
-        if not path.is_file() or not is_own(path):
+        if not path.is_file():
+            raise RunError(f"{option} {path}: that is no regular file; name another")
+        if not is_own(path):
             raise RunError(
                 f"{option} {path}: that file is there and was not written by this command; it is"
                 " not replaced"
@@ -39,6 +42,15 @@ def check_file(path: Path, option: str, *, is_own: Callable[[Path], bool]) -> No
         if not os.access(path, os.W_OK):
             raise RunError(f"{option} {path}: no permission to write that file")
     check_folder(path.parent, option)
+
+
+def _check_names(path: Path, option: str) -> None:
+    """Raise RunError where a name is longer than files have."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise RunError(f"{option} {str(path)[:50]}...: the name is too long") from error
 
 
 def check_folder(
@@ -53,6 +65,7 @@ def check_folder(
     writes: names that will be written. is_own: whether a command of ours wrote the folder, so that
     these may be replaced.
     """
+    _check_names(folder, option)
     present = folder.absolute()
     while not os.path.lexists(present):
         present = present.parent
@@ -72,10 +85,12 @@ def has_json(path: Path, *keys: str) -> bool:
     """Whether a file is JSON: an object with these keys, or a list of such objects."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     items = content if isinstance(content, list) else [content]
-    return all(isinstance(item, dict) and item.keys() >= set(keys) for item in items)
+    return bool(items) and all(
+        isinstance(item, dict) and item.keys() >= set(keys) for item in items
+    )
 
 
 def has_columns(path: Path, *columns: str) -> bool:

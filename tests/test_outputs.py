@@ -112,6 +112,29 @@ def test_a_folder_in_the_way_of_a_file(option: str, commands: Commands, tmp_path
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.usefixtures("no_work")
+def test_a_name_that_is_too_long(option: str, commands: Commands, tmp_path: Path) -> None:
+    with pytest.raises(MagsdError, match="the name is too long"):
+        run(*commands[option], tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize("name", ["/dev/null", "dangling", "pipe"])
+@pytest.mark.usefixtures("no_work")
+def test_what_is_no_file_is_not_replaced(name: str, commands: Commands, tmp_path: Path) -> None:
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    for option in ("evaluate --json", "predict --json"):
+        with pytest.raises(RunError, match=f"{name}: that is no regular file"):
+            run(*commands[option], tmp_path / name)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_json_in_place_of_an_overlay(commands: Commands, tmp_path: Path) -> None:
+    with pytest.raises(MagsdError, match="an overlay is written there"):
+        run(*commands["predict --json"], tmp_path / "o" / "x.png", "--overlay", tmp_path / "o")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.usefixtures("no_work")
 def test_no_permission_is_an_error_before_any_work(
     option: str, commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +177,9 @@ def test_folders_with_files_of_others_are_refused(
 
 
 @pytest.mark.parametrize("option", ["evaluate --json", "predict --json"])
-@pytest.mark.parametrize("content", ["{}", '{"name": "package"}', '[{"x": 1}]', "3", "not json"])
+@pytest.mark.parametrize(
+    "content", ["{}", '{"name": "package"}', '[{"x": 1}]', "3", "not json", "[]", "[" * 10**5]
+)
 def test_json_of_others_is_refused(
     option: str, content: str, commands: Commands, tmp_path: Path
 ) -> None:
@@ -250,6 +275,12 @@ class TestCache:
         with pytest.raises(DataError, match=r"cache.*MAGSD_CACHE"):
             self.fill(place / "deeper" if below else place)
         assert place.read_text() == "somebody's"
+
+    def test_a_home_in_its_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        self.fill(Path("~/cache"))
+        assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
     @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOTSUP, errno.EIO])
     def test_a_folder_that_takes_no_files(

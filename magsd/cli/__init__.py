@@ -229,6 +229,7 @@ def predict(
     """Classify image files: probabilities, and where the model looked."""
     from magsd.data.run_data import preprocessing_of
     from magsd.evaluation import predict_images
+    from magsd.evaluation.predict import overlay_names
     from magsd.evaluation.tables import predictions_table
     from magsd.outputs import check_folder, disk_errors, write_text
     from magsd.training.run import load_run
@@ -236,6 +237,8 @@ def predict(
     check_json_file(json_file, "image", "probabilities")
     if overlay is not None:
         check_folder(overlay, "--overlay")
+        if json_file in overlay_names(images, overlay):
+            raise ConfigError(f"--json {json_file}: an overlay is written there; name another file")
     console = make_console()
     loaded = load_run(run, overrides=() if device is None else (f"train.device={device}",))
     bad: list[tuple[str, str]] = []

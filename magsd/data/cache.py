@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from magsd.data.images import to_gray
 from magsd.data.record import Record
-from magsd.data.sources.base import Source
+from magsd.data.sources.base import Source, expand
 from magsd.errors import DataError
 from magsd.outputs import is_disk_full
 
@@ -122,7 +122,7 @@ def _equalize(image: NDArray[np.uint8], clip: float, tiles: int) -> NDArray[np.u
 
 def default_cache_dir() -> Path:
     """$MAGSD_CACHE, or ~/.cache/magsd."""
-    return Path(os.environ.get("MAGSD_CACHE") or "~/.cache/magsd").expanduser()
+    return expand(os.environ.get("MAGSD_CACHE") or "~/.cache/magsd")
 
 
 def load_cache(
@@ -149,7 +149,7 @@ def load_cache(
     if channels not in (1, 3):
         raise DataError(f"channels must be 1 or 3, not {channels}")
     settings = _Settings(image_size, channels, (float(clahe[0]), int(clahe[1])) if clahe else None)
-    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    root = expand(cache_dir) if cache_dir is not None else default_cache_dir()
     folder = root / _cache_key(source, settings)
     with _disk_errors(root, _bytes_needed(source, settings)):
         if not _is_current(source, settings, folder):

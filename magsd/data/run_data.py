@@ -31,7 +31,7 @@ from magsd.data import (
     write_split,
 )
 from magsd.data.shards import ShardIndex, ShardLoader, is_shards, open_shards
-from magsd.data.sources.base import check_labels, rename_labels
+from magsd.data.sources.base import check_labels, expand, rename_labels
 from magsd.distributed import ALONE, Team
 from magsd.errors import ConfigError, DataError
 from magsd.models import Preprocessing
@@ -230,7 +230,7 @@ def same_source(first: str, second: str) -> bool:
     (kind, _, place), (other_kind, _, other_place) = first.partition(":"), second.partition(":")
     if kind != other_kind or kind == "phantom":
         return first == second
-    return Path(place).expanduser().resolve() == Path(other_place).expanduser().resolve()
+    return expand(place).resolve() == expand(other_place).resolve()
 
 
 def trained_on(split: Path) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +103,48 @@ class TestFiles:
         assert source.read_image(source.records[0]).shape == (8, 8)
         assert open_source("csv:~/t.csv").records == source.records
 
+    @pytest.mark.parametrize("name", ["~x.png", "~$x.png", "~nobody-of-this-name/x.png"])
+    def test_a_name_that_starts_like_a_home(self, name: str, folder: Path) -> None:
+        spec = table(folder, "file,label,mask", f"{name},a,", f"im/1.png,b,{name}")
+        source = open_source(spec)
+        assert source.records[0].path == folder / name
+        with pytest.raises(DataError, match="no such file or folder"):
+            open_source(f"csv:{name}")
+
+    def test_paths_of_windows_to_masks(self, folder: Path) -> None:
+        cv2.imwrite(str(folder / "im" / "m.png"), np.full((8, 8), 255, np.uint8))
+        source = open_source(table(folder, "file,label,mask", "im/0.png,a,im\\m.png"))
+        assert source.mask_path(source.records[0]) == folder / "im" / "m.png"
+        with pytest.raises(DataError, match=r"line 2: C:\\m\.png is a path of Windows"):
+            open_source(table(folder, "file,label,mask", r"im/0.png,a,C:\m.png"))
+
+    def test_a_mask_that_is_not_there_names_the_line(self, folder: Path) -> None:
+        with pytest.raises(DataError, match=r"t\.csv, line 2: .*no\.json: no such file"):
+            open_source(table(folder, "file,label,mask", "im/0.png,a,no.json"))
+
+    @pytest.mark.parametrize("how", [os.symlink, os.link])
+    def test_a_linked_file_is_one_image(self, how: Callable[..., None], folder: Path) -> None:
+        how(folder / "im" / "0.png", folder / "link.png")
+        rows = ["file,label,patient", "im/0.png,a,p", "im/1.png,b,q"]
+        assert len(open_source(table(folder, *rows, "link.png,a,p"))) == 2
+        with pytest.raises(DataError, match=r"line 4: im/0\.png is listed more than once"):
+            open_source(table(folder, *rows, "link.png,a,other"))
+
+    def test_one_file_on_two_rows_without_patients(self, folder: Path) -> None:
+        rows = ["file,label", "im/0.png,a", "im/1.png,b", "0,a", f"{folder}/im/0.png,a"]
+        assert len(open_source(table(folder, *rows))) == 2
+
+    def test_one_file_with_two_masks(self, folder: Path) -> None:
+        rows = ["file,label,mask", "im/0.png,a,im/1.png", "im/0.png,a,im/2.png"]
+        with pytest.raises(DataError, match="line 3: .*another label, patient or mask"):
+            open_source(table(folder, *rows))
+
+    @pytest.mark.parametrize("kind", ["csv", "folder"])
+    def test_a_source_whose_name_is_too_long(self, kind: str) -> None:
+        for place in ("x" * 300, "/tmp/" + "x" * 300):
+            with pytest.raises(DataError, match="xxx: "):
+                open_source(f"{kind}:{place}")
+
     @pytest.mark.parametrize("path", [r"C:\data\0.png", "d:/data/0.png", r"\\server\share\0.png"])
     def test_paths_of_windows(self, path: str, folder: Path) -> None:
         with pytest.raises(DataError, match=r"line 2: .*path of Windows; write it relative"):
@@ -124,7 +167,31 @@ class TestFiles:
 
 
 class TestPatients:
-    @pytest.mark.parametrize("nobody", ["", "nan", "NaN", "NA", "n/a", "None", "NULL", " "])
+    @pytest.mark.parametrize(
+        "column",
+        ["patients", "Patient Nr", "patient_key", "PatID", "pat_id", "pt_id", "subj-id", "person_no",
+         "Participant ID"],
+    )  # fmt: skip
+    def test_other_spellings_are_taken(self, column: str, folder: Path, caplog) -> None:
+        source = open_source(table(folder, f"file,label,{column}", "im/0.png,a,x", "im/1.png,b,x"))
+        assert {record.patient for record in source.records} == {"x"}
+        assert f"patients are taken from the column {column.lower()}" in caplog.text
+
+    @pytest.mark.parametrize("column", ["case_id", "PID", "study_id", "sub", "individual", "pt"])
+    def test_columns_that_may_be_patients_are_named(
+        self, column: str, folder: Path, caplog
+    ) -> None:
+        open_source(table(folder, f"file,label,{column}", "im/0.png,a,x", "im/1.png,b,x"))
+        assert f"each image is its own patient; not used: {column.lower()}" in caplog.text
+
+    def test_studies_are_not_named_beside_patients(self, folder: Path, caplog) -> None:
+        open_source(table(folder, "file,label,patient,study_id", "im/0.png,a,x,1"))
+        assert not caplog.text
+
+    @pytest.mark.parametrize(
+        "nobody",
+        ["", "nan", "NaN", "NA", "n/a", "None", "NULL", " ", "<NA>", "#N/A", "-"],
+    )
     def test_nobody(self, nobody: str, folder: Path) -> None:
         lines = ["file,label,patient", f"im/0.png,a,{nobody}", f"im/1.png,b,{nobody}"]
         source = open_source(table(folder, *lines))
@@ -215,6 +282,58 @@ class TestLabels:
     def test_none_is_a_finding(self, folder: Path) -> None:
         source = open_source(table(folder, "file,label", "im/0.png,None", "im/1.png,b"))
         assert source.classes == ("None", "b")
+
+
+class TestLines:
+    ROWS = ("im/0.png,a,p", "im/1.png,b,q")
+
+    @pytest.mark.parametrize("start", ['"sep=,"', "sep=,,,", "", "  "])
+    def test_before_the_header(self, start: str, folder: Path) -> None:
+        source = open_source(table(folder, start, "file,label,patient", *self.ROWS))
+        assert [record.patient for record in source.records] == ["p", "q"]
+
+    def test_lines_of_spaces_are_empty(self, folder: Path) -> None:
+        rows = ["file,label,patient", "   ", *self.ROWS, " , ,"]
+        assert len(open_source(table(folder, *rows))) == 2
+
+    def test_spaces_before_quotes(self, folder: Path) -> None:
+        rows = ['file, "label", "patient"', 'im/0.png, "a, b", "p, x"', "im/1.png, b, q"]
+        source = open_source(table(folder, *rows))
+        assert [(r.label, r.patient) for r in source.records] == [("a, b", "p, x"), ("b", "q")]
+
+    def test_lines_that_are_quoted_as_a_whole(self, folder: Path) -> None:
+        with pytest.raises(DataError, match="it has file,label; it is quoted as a whole"):
+            open_source(table(folder, '"file,label"', '"im/0.png,a"'))
+
+    def test_a_short_row_is_warned_of(self, folder: Path, caplog) -> None:
+        open_source(table(folder, "file,label,patient", *self.ROWS, "im/2.png,b"))
+        assert "1 rows have fewer cells than the header, the first on line 4" in caplog.text
+        caplog.clear()
+        open_source(table(folder, "file,label,patient,", *self.ROWS))  # nothing is lacking
+        assert not caplog.text
+
+    @pytest.mark.parametrize(
+        ("rows", "what"),
+        [
+            (["im/0.png,a,p,", 'im/1.png,b,"q,', "im/2.png,a,r,", 'im/3.png,b,s",'], "the patient"),
+            (["im/0.png,a,p,", 'im/1.png,b,q,"x', "im/2.png,a,r,", 'im/3.png,b,s,y"'], "a cell of"),
+        ],
+    )
+    def test_two_stray_quotes_swallow_no_rows(
+        self, rows: list[str], what: str, folder: Path
+    ) -> None:
+        with pytest.raises(DataError, match=rf"t\.csv, line 5: {what} .*is a quote stray"):
+            open_source(table(folder, "file,label,patient,note", *rows))
+
+    def test_notes_of_several_lines_are_read(self, folder: Path) -> None:
+        rows = ["file,label,note", 'im/0.png,a,"clear, large', 'heart"', "im/1.png,b,"]
+        assert len(open_source(table(folder, *rows))) == 2
+
+    def test_a_file_of_one_long_line(self, folder: Path) -> None:
+        for text in ('{"images": [' + '{"id": 1, "n": "x"}, ' * 20000, "name," * 20000):
+            with pytest.raises(DataError, match=r"t\.csv") as error:
+                open_source(table(folder, text))
+            assert len(str(error.value)) < 1500
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from magsd.data.sources.base import FileSource, Options, Source
+from magsd.data.sources.base import FileSource, Options, Source, expand
 from magsd.data.sources.birds import CubSource
 from magsd.data.sources.cohen import CohenSource
 from magsd.data.sources.covidx import CovidxSource
@@ -74,9 +74,9 @@ def open_source(
         places = ", ".join(f"{name}:{'FILE' if name == 'csv' else 'DIR'}" for name in _FILES)
         raise DataError(f"data source {spec!r} is not known; use {places} or phantom")
     place, options = _split_options(kind, rest, _FILES[kind].options)
-    path = Path(place).expanduser()
-    if not path.exists() and not path.is_absolute():
-        raise DataError(f"{path}: no such file or folder in the current folder, {Path.cwd()}")
+    path = expand(place)
+    if not os.path.exists(path) and not path.is_absolute():
+        raise DataError(f"{path}: no such file or folder in the current folder, {os.getcwd()}")
     more = {"skip_bad": skip_bad} if _FILES[kind].takes_skip_bad else {}
     source: FileSource = _FILES[kind](path, classes=classes, limit=limit, **options, **more)
     return source
@@ -85,8 +85,10 @@ def open_source(
 def _split_options(kind: str, rest: str, known: Options) -> tuple[str, dict[str, str]]:
     """The path, and the options that follow it as ``,name=value``."""
     options: dict[str, str] = {}
+    if "\0" in rest:
+        raise DataError(f"data source {kind}:{rest!r}: a path holds no NUL")
     # A path may hold commas and equals signs itself.
-    while "=" in rest.rpartition(",")[2] and "," in rest and not Path(rest).expanduser().exists():
+    while "=" in rest.rpartition(",")[2] and "," in rest and not os.path.exists(expand(rest)):
         rest, _, part = rest.rpartition(",")
         name, _, value = part.partition("=")
         if name not in known:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ _NO_TEXT = {
     b"\x1f\x8b": "a file compressed by gzip",
     b"PAR1": "Parquet",
 }
+_SEPARATOR = re.compile(r"\"?sep=(.)\"?[,;\t|]*\s*", re.IGNORECASE)
+_LONGEST_LIST = 500  # characters of the names of columns in an error
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _log = logging.getLogger(__name__)
 
@@ -37,15 +40,18 @@ def read_rows(
     outer spaces. advice: what it makes of the columns is added to the error about a missing one.
 
     Raises DataError where the file is missing, is no CSV, lacks a column, has two of one name or no
-    rows, or where a row has more cells than the header or a cell that no line ends.
+    rows, or where a row has more cells than the header or a cell that no line ends. Rows of fewer cells
+    are warned of.
     """
     lines = list(io.StringIO(_text(path), newline=""))
     first, delimiter = 0, ""
-    if lines and lines[0].lower().startswith("sep=") and len(lines[0].rstrip("\r\n")) == 5:
-        first, delimiter = 1, lines[0][4]
+    if lines and (said := _SEPARATOR.fullmatch(lines[0])):
+        first, delimiter = 1, said[1]
+    while first < len(lines) and not lines[first].strip():
+        first += 1
     head = lines[first] if len(lines) > first else ""
     delimiter = delimiter or _delimiter(head, required)
-    reader = csv.reader(lines[first:], delimiter=delimiter, strict=True)
+    reader = csv.reader(lines[first:], delimiter=delimiter, strict=True, skipinitialspace=True)
     given = _next(path, reader, first)
     columns = _columns(path, given or [], required, advice)
     rows = list(_cells(path, reader, columns, first))
@@ -58,7 +64,11 @@ def _delimiter(head: str, required: Sequence[str]) -> str:
     """The one under which the header has most of the required columns, else most columns."""
 
     def columns(delimiter: str) -> tuple[int, int]:
-        names = [name.strip().lower() for name in next(csv.reader([head], delimiter=delimiter), [])]
+        reader = csv.reader([head], delimiter=delimiter, skipinitialspace=True)
+        try:
+            names = [name.strip().lower() for name in next(reader, [])]
+        except csv.Error:  # told of when the header is read
+            return 0, 0
         return sum(name in names for name in required), len(names)
 
     return max(_DELIMITERS, key=columns)
@@ -93,9 +103,13 @@ def _columns(
     columns = [name.strip().lower() for name in given]
     lacking = [name for name in required if name not in columns]
     if lacking:
+        names = ", ".join(given) or "none"
+        if len(names) > _LONGEST_LIST:
+            names = f"{names[:_LONGEST_LIST]} ..."
+        quoted = len(given) == 1 and any(mark in given[0] for mark in _DELIMITERS)
+        hint = "; it is quoted as a whole: save the table again" if quoted else advice(given)
         raise DataError(
-            f"{path}: no column {' and no column '.join(lacking)}; it has"
-            f" {', '.join(given) or 'none'}{advice(given)}"
+            f"{path}: no column {' and no column '.join(lacking)}; it has {names}{hint}"
         )
     twice = [name for name, count in Counter(columns).items() if count > 1 and name]
     if twice:
@@ -116,6 +130,7 @@ def _cells(
     path: Path, reader: Any, columns: list[str], first: int
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and cells by column, of rows that are not empty."""
+    short = []
     while (cells := _next(path, reader, first)) is not None:
         line = first + reader.line_num
         if any(cells[len(columns) :]):
@@ -123,9 +138,17 @@ def _cells(
                 f"{path}, line {line}: {len(cells)} cells under {len(columns)} columns; is one of"
                 " them to be quoted?"
             )
-        if any(cells):
+        if any(map(str.strip, cells)):
+            if any(columns[len(cells) :]):
+                short.append(line)
             padded = [*cells, *[""] * (len(columns) - len(cells))]
             yield line, {name: cell for name, cell in zip(columns, padded, strict=False) if name}
+    if short:
+        _log.warning(
+            "%s: %d rows have fewer cells than the header, the first on line %d; the last ones are"
+            " taken as empty",
+            path, len(short), short[0],
+        )  # fmt: skip
 
 
 def read_words(path: Path, at_least: int) -> list[list[str]]:

@@ -19,28 +19,31 @@ from magsd.data.darwin import DarwinAnnotation, read_darwin
 from magsd.data.dicom_patient import dicom_patients
 from magsd.data.images import IMAGE_SUFFIXES, read_image_file, to_gray
 from magsd.data.record import Record
-from magsd.data.sources.base import FileSource, Options, merge_patients
+from magsd.data.sources.base import FileSource, Options, expand, merge_patients
 from magsd.data.sources.known_tables import mapping_hint
 from magsd.data.sources.masks import turned_mask
 from magsd.data.sources.rows import read_rows
 from magsd.errors import DataError
 
+_ID = "(?:ids?|uid|identifier|no|nr|num|number|code|key)"
 #: Spellings of the patient column, without what is neither letter nor digit, the first one found.
 _PATIENT = (
-    "patient",
-    "patientid",
-    "patientno",
-    "patientnumber",
-    "subject",
-    "subjectid",
-    "personid",
+    "patients?",
+    f"patients?{_ID}",
+    f"(?:subject|participant)s?{_ID}?",
+    f"(?:persons?|pat|pt|subj){_ID}",
 )
-#: A column with one of these in its name may hold patients, too.
-_LIKE_PATIENT = ("patient", "subject", "person", "mrn")
+#: Such a column may hold patients, too.
+_LIKE_PATIENT = re.compile("patient|subject|person|participant|individual|mrn|pacient|pazient")
+#: And such a one, which is named where no column of patients is taken.
+_MAY_BE_PATIENT = re.compile(f"(?:case|study|exam|record|client|donor|anon|pat|pt|subj?){_ID}?|pid")
 #: What stands for no patient.
-_NOBODY = {"", "nan", "na", "n/a", "none", "null"}
+_NOBODY = {"", "nan", "-nan", "na", "n/a", "n.a.", "#n/a", "#na", "<na>", "none", "null", "-"}
 #: A label that stands for a cell without one.
-_NO_LABEL = {"", "nan", "#n/a"}
+_NO_LABEL = {"", "nan", "#n/a", "#na", "<na>"}
+_IMAGE_ON_A_LINE = re.compile(
+    rf"[\r\n].*(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))})\b", re.IGNORECASE
+)
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _LONGEST_NAME = 255  # bytes, of the file systems of today
 _log = logging.getLogger(__name__)
@@ -82,18 +85,23 @@ class TableSource(FileSource):
         self._masks: dict[str, Path] = {}
         self._annotations: dict[str, DarwinAnnotation] = {}
         self._patient = self._columns.get("patient") or _patient_column(path, list(rows[0][1]))
-        records: dict[str, Record] = {}
-        lines: dict[str, int] = {}
+        records: dict[object, Record] = {}
+        lines: dict[object, int] = {}
+        said: dict[object, object] = {}
         repeated = 0
         for line, row in rows:
             record = self._record(path, line, row)
-            # One file has one place, however it is written.
-            place = os.path.abspath(record.path or "")
+            place = _identity(record.path)
+            says = (
+                record.label,
+                None if record.patient == record.key else record.patient,
+                self._masks[record.key] if record.mask_kind else None,
+            )
             if place not in records:
-                records[place], lines[place] = record, line
+                records[place], lines[place], said[place] = record, line, says
                 continue
             first = records[place]
-            if dataclasses.replace(record, key=first.key, path=first.path) != first:
+            if says != said[place]:
                 raise DataError(
                     f"{path}, line {line}: {first.key} is listed more than once, on line"
                     f" {lines[place]} with another label, patient or mask; keep one of the rows"
@@ -119,21 +127,34 @@ class TableSource(FileSource):
         file, label = row[self._column("file")].strip(), row[self._column("label")].strip()
         if not file or label.lower() in _NO_LABEL:
             raise DataError(f"{table}, line {line}: file or label is empty")
-        if "\n" in file or "\n" in label:
+        patient = row.get(self._patient, "").strip()
+        if any(mark in text for text in (file, label) for mark in "\r\n"):
             raise DataError(f"{table}, line {line}: file or label has several lines")
-        if os.name != "nt" and _WINDOWS.match(file):
+        if any(mark in patient for mark in "\r\n"):
             raise DataError(
-                f"{table}, line {line}: {file} is a path of Windows; write it relative to the table"
+                f"{table}, line {line}: the patient has several lines; is a quote stray?"
             )
+        if any(_IMAGE_ON_A_LINE.search(cell) for cell in row.values()):
+            raise DataError(
+                f"{table}, line {line}: a cell of several lines names images; is a quote stray?"
+            )
+        mask_name = row.get(self._column("mask"), "").strip()
+        for name in (file, mask_name):
+            if os.name != "nt" and _WINDOWS.match(name):
+                raise DataError(
+                    f"{table}, line {line}: {name} is a path of Windows; write it relative to the"
+                    " table"
+                )
         key = posixpath.normpath(file.replace("\\", "/"))
         if max(len(os.fsencode(part)) for part in key.split("/")) > _LONGEST_NAME:
             raise DataError(f"{table}, line {line}: {file[:50]}...: a longer name than files have")
-        patient = row.get(self._patient, "").strip()
         if patient.lower() in _NOBODY:
             patient = key
         try:
             record = Record(key, label, patient, self._files.find(key))
             mask = self._find_mask(table, row, key)
+            if mask is not None and mask.suffix.lower() == ".json":
+                self._annotations[key] = read_darwin(mask)
         except (OSError, DataError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise DataError(f"{table}, line {line}: {file[:50]}: {reason}") from error
@@ -142,13 +163,13 @@ class TableSource(FileSource):
         self._masks[key] = mask
         if mask.suffix.lower() != ".json":
             return dataclasses.replace(record, mask_kind="lesion")
-        annotation = self._annotations[key] = read_darwin(mask)
+        annotation = self._annotations[key]
         return dataclasses.replace(record, mask_kind="lungs") if annotation.lungs else record
 
     def _find_mask(self, table: Path, row: dict[str, str], key: str) -> Path | None:
         if self._column("mask") in row:
-            name = row[self._column("mask")].strip()
-            return None if name.lower() in _NOBODY else table.parent / Path(name).expanduser()
+            name = row[self._column("mask")].strip().replace("\\", "/")
+            return None if name.lower() in _NOBODY else table.parent / expand(name)
         beside = table.parent / "lungs" / f"{PurePosixPath(key).stem}.json"
         return beside if beside.is_file() else None
 
@@ -174,6 +195,16 @@ class TableSource(FileSource):
         return mask
 
 
+def _identity(path: Path | None) -> object:
+    """One file has one, however its path is written or linked."""
+    path = path or Path()
+    try:
+        status = path.stat()
+    except OSError:
+        return os.path.abspath(path)
+    return status.st_dev, status.st_ino
+
+
 class _Files:
     """Finds the files that a table names."""
 
@@ -186,7 +217,7 @@ class _Files:
 
         A path that leads nowhere is returned as it is, for the error of reading it.
         """
-        path = self._folder / Path(name).expanduser()
+        path = self._folder / expand(name)
         # Paths with folders and a suffix are meant as they stand; looking at each takes time.
         complete = "/" in name and path.suffix.lower() in IMAGE_SUFFIXES
         if complete or os.path.lexists(path):
@@ -227,12 +258,16 @@ def _advice(table: Path, columns: Sequence[str]) -> str:
 
 def _patient_column(table: Path, columns: Sequence[str]) -> str:
     """The column of the patients; a warning names it, and columns that look like one."""
-    plain = {"".join(filter(str.isalnum, name)): name for name in reversed(columns)}
-    found = next((plain[name] for name in _PATIENT if name in plain), "patient")
-    others = [
-        name for name in columns if name != found and any(word in name for word in _LIKE_PATIENT)
-    ]
+    plain: dict[str, str] = {}
+    for name in columns:
+        plain.setdefault("".join(filter(str.isalnum, name)), name)
+    found = next(
+        (name for form in _PATIENT for text, name in plain.items() if re.fullmatch(form, text)),
+        "patient",
+    )
+    others = [name for name in columns if name != found and _LIKE_PATIENT.search(name)]
     if found not in columns:
+        others += [name for text, name in plain.items() if _MAY_BE_PATIENT.fullmatch(text)]
         taken = "each image is its own patient"
     else:
         taken = f"patients are taken from the column {found}"
