@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import struct
 import zlib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -28,9 +29,12 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 IMAGE_SUFFIXES = DICOM_SUFFIXES | {
     *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
 }
+_log = logging.getLogger(__name__)
 _ORIENTATION = 0x0112  # of EXIF
-_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # of TIFF
-_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")  # of PNG
+# Of TIFF.
+_BITS, _COMPRESSION, _PHOTOMETRIC, _PAGES = 258, 259, 262, 1 << 16
+_BIG_TIFF, _UNCOMPRESSED, _WHITE_IS_ZERO = 43, 1, 0
+_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT")  # of PNG
 _EXIF_OF_PNG = re.compile(b"eXIf|Raw profile type")
 _STARTS = {
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -64,7 +68,7 @@ def decode_image(data: bytes, name: str, notes: list[str] | None = None) -> NDAr
     if PurePath(name).suffix.lower() in DICOM_SUFFIXES or is_dicom(data):
         return decode_dicom(data, name, notes)
     kind = _kind(data)
-    _check_complete(name, data)
+    data = _complete(name, data)
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
@@ -75,6 +79,10 @@ def decode_image(data: bytes, name: str, notes: list[str] | None = None) -> NDAr
     channels = 1 if image.ndim == 2 else image.shape[2]
     notes.append(f"{kind}, {size} pixels, {channels} channel(s), {image.dtype}")
     header = _read_header(data)
+    if kind == "TIFF" and header.bits > 8 and image.dtype == np.uint8:
+        raise DataError(
+            f"{name}: TIFF of {header.bits} bits in {header.channels} channels is not supported"
+        )
     if header.pages > 1:
         notes.append(f"the first of {header.pages} pages")
     if image.ndim == 3 and channels in (2, 4):
@@ -82,7 +90,7 @@ def decode_image(data: bytes, name: str, notes: list[str] | None = None) -> NDAr
         image = image[..., : channels - 1]
         notes.append("alpha channel dropped")
     if header.white_is_zero and image.dtype != np.uint8:  # opencv inverts 8 bits alone
-        image = image.max() - image
+        image = _inverted(image)
     if header.white_is_zero:
         notes.append("WhiteIsZero: inverted")
     if header.orientation != 1:
@@ -91,6 +99,8 @@ def decode_image(data: bytes, name: str, notes: list[str] | None = None) -> NDAr
         notes.append(f"EXIF orientation {header.orientation}: turned upright")
     if image.dtype != np.uint8:
         low, high = span_of(sample_of(image))
+        if low == high:
+            _log.warning("%s: all pixels are equal", name)
         notes.append(f"levels {low:g} to {high:g} (percentiles 0.5 and 99.5) become 0 to 255")
         image = scaled(image, (low, high))
     levels = _tidy_channels(np.asarray(image, np.uint8))
@@ -128,11 +138,16 @@ def to_gray(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 class _Header(NamedTuple):
-    """What opencv does not say of an image file. pages: images in the file."""
+    """What opencv does not say of an image file.
+
+    pages: images in the file. bits, channels: of a TIFF.
+    """
 
     orientation: int = 1
     white_is_zero: bool = False
     pages: int = 1
+    bits: int = 8
+    channels: int = 1
 
 
 def _kind(data: bytes) -> str:
@@ -146,7 +161,6 @@ def _read_header(data: bytes) -> _Header:
         GifImagePlugin,
         JpegImagePlugin,
         PngImagePlugin,
-        TiffImagePlugin,
         WebPImagePlugin,
     )
 
@@ -154,10 +168,11 @@ def _read_header(data: bytes) -> _Header:
     readers: dict[str, Callable[[BytesIO], ImageFile]] = {
         "JPEG": JpegImagePlugin.JpegImageFile,
         "PNG": PngImagePlugin.PngImageFile,
-        "TIFF": TiffImagePlugin.TiffImageFile,
         "WebP": WebPImagePlugin.WebPImageFile,
         "GIF": GifImagePlugin.GifImageFile,
     }
+    if _kind(data) == "TIFF":
+        return _read_tiff_header(data)
     reader = readers.get(_kind(data))
     # Pillow decodes the whole of a PNG that has none.
     if reader is None or (reader is readers["PNG"] and not _EXIF_OF_PNG.search(data)):
@@ -165,11 +180,44 @@ def _read_header(data: bytes) -> _Header:
     try:
         with reader(BytesIO(data)) as header:
             orientation = header.getexif().get(_ORIENTATION, 1)
-            white = getattr(header, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
             pages = int(getattr(header, "n_frames", 1))
     except Exception:  # Pillow's readers raise many kinds; opencv decoded it all the same
         return _Header()
-    return _Header(orientation if orientation in range(1, 9) else 1, white, pages)
+    return _Header(orientation if orientation in range(1, 9) else 1, pages=pages)
+
+
+def _read_tiff_header(data: bytes) -> _Header:
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+    # Not Pillow's image, which is none of some depths.
+    try:
+        file, pages = BytesIO(data), list[ImageFileDirectory_v2]()
+        place = ImageFileDirectory_v2(data[: 16 if data[2] == _BIG_TIFF else 8]).next
+        while place and len(pages) < _PAGES:
+            tags = ImageFileDirectory_v2(data[: 16 if data[2] == _BIG_TIFF else 8])
+            file.seek(place)
+            tags.load(file)
+            pages.append(tags)
+            place = tags.next
+        first = pages[0]
+        orientation, bits = first.get(_ORIENTATION, 1), first.get(_BITS, (1,))
+        return _Header(
+            orientation if orientation in range(1, 9) else 1,
+            first.get(_PHOTOMETRIC) == _WHITE_IS_ZERO,
+            len(pages),
+            max(bits),
+            len(bits),
+        )
+    except Exception:  # as above
+        return _Header()
+
+
+def _inverted(image: NDArray[Any]) -> NDArray[Any]:
+    """The largest value less each; what is not finite becomes NaN."""
+    if image.dtype.kind == "f":
+        image = np.where(np.isfinite(image), image, np.nan)
+    inverted: NDArray[Any] = np.fmax.reduce(image, axis=None) - image
+    return inverted
 
 
 def read_orientation(path: Path) -> int:
@@ -200,12 +248,30 @@ def _tidy_channels(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(image[..., 2::-1])
 
 
-def _check_complete(name: str, data: bytes) -> None:
-    """Raise DataError on a damaged file: opencv fills what is missing with gray, unasked."""
+def _complete(name: str, data: bytes) -> bytes:
+    """The file; DataError where it is damaged: opencv fills what is missing with gray, unasked."""
     if _kind(data) == "JPEG":
-        check_jpeg(data, name)
-    elif _kind(data) == "PNG" and (damage := _damage_of_png(data)):
+        return check_jpeg(data, name)
+    if _kind(data) == "PNG" and (damage := _damage_of_png(data)):
         raise DataError(f"{name}: {damage}")
+    if _kind(data) == "TIFF" and (damage := _damage_of_tiff(data)):
+        raise DataError(f"{name}: damaged TIFF ({damage})")
+    return data
+
+
+def _damage_of_tiff(data: bytes) -> str:
+    """What the decoder of a compressed TIFF says, of which opencv takes no notice."""
+    from PIL.TiffImagePlugin import TiffImageFile
+
+    try:
+        with TiffImageFile(BytesIO(data)) as image:
+            if image.tag_v2.get(_COMPRESSION, _UNCOMPRESSED) != _UNCOMPRESSED:
+                image.load()
+    except OSError as error:
+        return str(error)
+    except Exception:  # Pillow does not know all kinds
+        return ""
+    return ""
 
 
 def _damage_of_png(data: bytes) -> str:

@@ -11,31 +11,54 @@ _END, _SCAN, _PROGRESSIVE = 0xD9, 0xDA, 0xC2
 _FRAMES = {0xC0, 0xC1, 0xC2}  # Huffman coded; the others are rare, and opencv refuses them
 _COEFFICIENTS = 64
 #: What libjpeg says of pixels that are lost; its other warnings are of headers.
-_DAMAGE = re.compile("corrupt|premature end|inconsistent progression", re.IGNORECASE)
+_DAMAGE = re.compile(
+    "corrupt|premature end|inconsistent progression|unsupported marker|file structure|bogus"
+    "|invalid sos",
+    re.IGNORECASE,
+)
+_FOUR_COLORS = "Unsupported color conversion"
 _AFTER_PIXELS = re.compile(r"(\d+) extraneous bytes before marker 0xd9", re.IGNORECASE)
 _log = logging.getLogger(__name__)
 
 
-def check_jpeg(data: bytes, name: str) -> None:
-    """Raise DataError where a JPEG is cut off, lacks a scan, or holds pixels that are damaged.
+def check_jpeg(data: bytes, name: str) -> bytes:
+    """The JPEG with its end marker.
 
-    Bytes after the end are accepted, and equal bytes between pixels and end with a warning.
+    Raises DataError where it is cut off, lacks a scan, or holds pixels that are damaged.
+
+    Bytes after the end are accepted; equal bytes between pixels and end, and an end marker alone
+    that is missing, with a warning.
     """
-    import simplejpeg
-
     end, lacks = _end(data)
     if lacks:
         raise DataError(f"{name}: truncated JPEG ({lacks})")
-    try:
-        # The smallest picture: every coded pixel is read all the same.
-        simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=1)
-    except ValueError as error:
-        reason = str(error)
+    if endless := end == len(data):  # the decoder finds whether more is missing
+        data += b"\xff\xd9"
+    reason = _complaint(data, "GRAY")
+    if _FOUR_COLORS in reason:
+        reason = _complaint(data, "CMYK")
+    if reason:
         after = _AFTER_PIXELS.search(reason)
         if after and len(set(data[max(0, end - int(after[1])) : end])) == 1:
             _log.warning("%s: %s", name, reason)
         elif _DAMAGE.search(reason):
-            raise DataError(f"{name}: damaged JPEG ({reason})") from None
+            kind = "truncated" if endless else "damaged"
+            raise DataError(f"{name}: {kind} JPEG ({reason})")
+    if endless:
+        _log.warning("%s: a JPEG without an end marker", name)
+    return data
+
+
+def _complaint(data: bytes, colors: str) -> str:
+    """What libjpeg says of a JPEG while it decodes it; empty where that is nothing."""
+    import simplejpeg
+
+    try:
+        # The smallest picture: every coded pixel is read all the same.
+        simplejpeg.decode_jpeg(data, colors, min_height=1, min_width=1, min_factor=1)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _end(data: bytes) -> tuple[int, str]:
@@ -51,8 +74,7 @@ def _end(data: bytes) -> tuple[int, str]:
     while (at := data.find(b"\xff", at)) >= 0 and at + 1 < len(data):
         marker = data[at + 1]
         if marker == _END:
-            sent = (bit for bits in lowest.values() for bit in (bits if progressive else bits[:1]))
-            return at, "a scan is missing" if any(sent) or not lowest else ""
+            break
         # Fill bytes, a 0xff of coded pixels, restarts, and a thumbnail's begin have no length.
         if marker in (0x00, 0x01, 0xD8) or 0xD0 <= marker <= 0xD7:
             at += 2
@@ -72,4 +94,7 @@ def _end(data: bytes) -> tuple[int, str]:
                     lowest.setdefault(component, [1] * _COEFFICIENTS)[k] = bits & 15
         elif marker in range(0xC3, 0xD0) and marker not in (0xC4, 0xC8, 0xCC):
             lowest = {0: [0] * _COEFFICIENTS}  # another coding: its scans are not known here
-    return len(data), "no end marker"
+    else:
+        at = len(data)
+    sent = (bit for bits in lowest.values() for bit in (bits if progressive else bits[:1]))
+    return at, "a scan is missing" if any(sent) or not lowest else ""

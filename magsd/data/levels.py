@@ -15,9 +15,10 @@ Values = NDArray[np.bool_ | np.number]
 
 
 def sample_of(image: Values) -> Values:
-    """At most about a million values, spread evenly over the image."""
+    """At most about a million values, spread evenly over the image; all where those are equal."""
     values = image.reshape(-1)
-    return values[:: max(1, values.size // _SAMPLE)]
+    some = values[:: max(1, values.size // _SAMPLE)]
+    return values if some.size and some.min() == some.max() else some
 
 
 def span_of(values: Values) -> tuple[float, float]:

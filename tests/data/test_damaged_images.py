@@ -37,6 +37,18 @@ def test_a_hole_in_a_jpeg_is_found(options: dict[str, object]) -> None:
         decode_image(bytes(data), "a.jpg")
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("marker", [b"\xff\xbd", b"\xff\xd8", b"\xff\xe5\0\2", b"\xff\xc0\0\2"])
+def test_a_marker_among_the_pixels_is_found(marker: bytes, mode: str) -> None:
+    """The decoder ends there, and what it says last may be of the marker."""
+    buffer = BytesIO()
+    Image.fromarray(NOISE).convert(mode).save(buffer, "JPEG")
+    data = buffer.getvalue()
+    middle = len(data) // 2
+    with pytest.raises(DataError, match=r"a\.jpg: (damaged|truncated) JPEG"):
+        decode_image(data[:middle] + marker * 4 + data[middle:], "a.jpg")
+
+
 @pytest.mark.parametrize("color", [False, True])
 def test_a_jpeg_without_its_last_scans_is_found(color: bool) -> None:
     """libjpeg decodes what is there without a word."""
@@ -68,6 +80,16 @@ def test_bytes_between_pixels_and_end_are_a_warning(caplog: pytest.LogCaptureFix
     assert "extraneous bytes" in caplog.text
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_lacks_its_end_marker_alone(progressive: bool, caplog) -> None:
+    data = encoded("JPEG", progressive=progressive)
+    expected = decode_image(data, "a.jpg")
+    np.testing.assert_array_equal(decode_image(data[:-2], "b.jpg"), expected)
+    assert "b.jpg: a JPEG without an end marker" in caplog.text
+    with pytest.raises(DataError, match=r"c\.jpg: truncated JPEG"):
+        decode_image(data[:-12], "c.jpg")
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("size", [(1, 1), (7, 300), (64, 64)])
@@ -95,15 +117,32 @@ def test_other_formats_that_end_too_early(kind: str, share: float) -> None:
         decode_image(data[: int(share * len(data))], "a")
 
 
-def test_a_damaged_jpeg_inside_dicom_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate"])
+def test_damage_in_a_compressed_tiff(compression: str) -> None:
+    smooth = cv2.GaussianBlur(NOISE, (0, 0), 3)
+    data = encoded("TIFF", smooth, compression=compression)
+    assert decode_image(data, "a.tif").shape == smooth.shape
+    middle = len(data) // 2
+    with pytest.raises(DataError, match=r"a\.tif: damaged TIFF"):
+        decode_image(data[:middle] + bytes(100) + data[middle + 100 :], "a.tif")
+
+
+def test_checksums_of_what_is_no_pixel_do_not_matter() -> None:
+    data = bytearray(encoded("PNG"))
+    data[-1] ^= 1  # of the end chunk
+    assert decode_image(bytes(data), "a.png").shape == NOISE.shape
+
+
+@pytest.mark.parametrize("syntax", ["JPEGBaseline8Bit", "JPEGExtended12Bit"])
+def test_a_damaged_jpeg_inside_dicom_is_found(tmp_path: Path, syntax: str) -> None:
     pydicom = pytest.importorskip("pydicom")
     from pydicom.encaps import encapsulate
-    from pydicom.uid import JPEGBaseline8Bit, generate_uid
+    from pydicom.uid import generate_uid
 
     def file(frame: bytes, name: str) -> Path:
         dataset = pydicom.Dataset()
         dataset.file_meta = pydicom.dataset.FileMetaDataset()
-        dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+        dataset.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
         dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.1", generate_uid()
         dataset.Rows, dataset.Columns = NOISE.shape
         dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, 0

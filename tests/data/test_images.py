@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import struct
+from io import BytesIO
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from magsd.data.images import read_image_file, to_uint8
+from magsd.data.images import decode_image, read_image_file, to_uint8
 from magsd.errors import DataError
 
 
@@ -163,14 +165,25 @@ RAMP = np.arange(0, 4000, 40, dtype=np.uint16).reshape(10, 10)
             {"WindowCenter": 1000, "WindowWidth": 800, "VOILUTFunction": "SIGMOID"},
             1 / (1 + np.exp(-4 * (RAMP - 1000.0) / 800)),
         ),
+        ({"WindowCenter": 1000, "WindowWidth": 801, "VOILUTFunction": ""}, (RAMP - 599.5) / 800),
+        ({"WindowCenter": 1000, "WindowWidth": -801}, to_uint8(RAMP) / 255),
         # No pixel lies in the window: the percentiles.
         ({"WindowCenter": 50000, "WindowWidth": 100}, to_uint8(RAMP) / 255),
     ],
-    ids=["second window", "linear exact", "sigmoid", "outside"],
+    ids=["second", "exact", "sigmoid", "no function", "negative", "outside"],
 )
 def test_windows(tmp_path: Path, settings: dict[str, object], shares: np.ndarray) -> None:
     image = read_image_file(_write_dicom(tmp_path / "a.dcm", RAMP, **settings))
-    np.testing.assert_allclose(image, shares * 255, atol=1)
+    np.testing.assert_allclose(image, np.clip(shares, 0, 1) * 255, atol=1)
+
+
+@pytest.mark.parametrize("number", [b"1,5 ", b"abc ", b"NaN ", b"inf ", b"    "])
+def test_a_window_that_is_no_number_is_passed_over(tmp_path: Path, number: bytes) -> None:
+    settings = {"WindowCenter": ["3", "1000"], "WindowWidth": ["9876", "801"]}
+    path = _write_dicom(tmp_path / "a.dcm", RAMP, **settings)
+    path.write_bytes(path.read_bytes().replace(b"9876", number))
+    expected = np.clip((RAMP - 599.5) / 800, 0, 1) * 255
+    np.testing.assert_allclose(read_image_file(path), expected, atol=1)
 
 
 @pytest.mark.parametrize("last", [None, 65000])
@@ -195,6 +208,109 @@ def test_a_table_is_scaled_by_its_largest_entry(tmp_path: Path, bits: int) -> No
     tables = Sequence([table])
     image = read_image_file(_write_dicom(tmp_path / "a.dcm", RAMP, VOILUTSequence=tables))
     np.testing.assert_allclose(image, RAMP / 4095 * 255, atol=1)
+
+
+def _lut(entries: np.ndarray, bits: int, first: int = 0) -> object:
+    from pydicom import DataElement, Dataset
+
+    table = Dataset()
+    table.add_new("LUTDescriptor", "US", [4096, first % (1 << 16), bits])
+    table.add(DataElement("LUTData", "OW", entries.tobytes(), already_converted=True))
+    return table
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2"])
+def test_tables_of_eight_bits_have_a_byte_or_two_each(tmp_path: Path, dtype: str) -> None:
+    tables = [_lut((np.arange(4096) >> 4).astype(dtype), 8)]
+    image = read_image_file(_write_dicom(tmp_path / "a.dcm", RAMP, VOILUTSequence=tables))
+    np.testing.assert_allclose(image, RAMP // 16 / 255 * 255, atol=1)
+    image = read_image_file(_write_dicom(tmp_path / "b.dcm", RAMP, ModalityLUTSequence=tables))
+    np.testing.assert_array_equal(image, to_uint8(RAMP >> 4 << 8))
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_modality_tables_of_any_depth(tmp_path: Path, bits: int) -> None:
+    entries = (np.arange(4096)[::-1] >> max(0, 12 - bits)).astype("<u2")
+    settings = {
+        "ModalityLUTSequence": [_lut(entries, bits)],
+        "WindowCenter": 500,
+        "WindowWidth": 401,
+    }
+    image = read_image_file(_write_dicom(tmp_path / "a.dcm", RAMP, **settings))
+    expected = np.clip((entries[RAMP] - 299.5) / 400, 0, 1)
+    np.testing.assert_allclose(image, expected * 255, atol=1)
+
+
+def test_a_table_of_negative_values_that_was_read_without_its_sign(tmp_path: Path) -> None:
+    tables = [_lut(np.arange(4096, dtype="<u2"), 12, first=-1000)]
+    settings = {"RescaleSlope": 1, "RescaleIntercept": -1000, "VOILUTSequence": tables}
+    image = read_image_file(_write_dicom(tmp_path / "a.dcm", RAMP, **settings))
+    np.testing.assert_allclose(image, RAMP / 4095 * 255, atol=1)
+
+
+def test_tables_and_rescaling_that_are_not_valid(tmp_path: Path, caplog) -> None:
+    short = [_lut(np.arange(99, dtype="<u2"), 12)]
+    path = _write_dicom(tmp_path / "a.dcm", RAMP, VOILUTSequence=short)
+    np.testing.assert_array_equal(read_image_file(path), to_uint8(RAMP))
+    assert "a.dcm: VOI LUT 1 is not valid (it holds 99 of 4096 entries)" in caplog.text
+    path = _write_dicom(tmp_path / "b.dcm", RAMP, ModalityLUTSequence=short)
+    with pytest.raises(DataError, match=r"b\.dcm: the modality table is not valid"):
+        read_image_file(path)
+    path = _write_dicom(tmp_path / "c.dcm", RAMP, RescaleSlope=0, RescaleIntercept=5)
+    assert read_image_file(path).max() == 255
+    assert "c.dcm: a RescaleSlope of 0 is ignored" in caplog.text
+    path = _write_dicom(tmp_path / "d.dcm", RAMP, RescaleSlope="98.5")
+    path.write_bytes(path.read_bytes().replace(b"98.5", b"abc "))
+    with pytest.raises(DataError, match=r"d\.dcm: RescaleSlope or"):
+        read_image_file(path)
+
+
+def test_bits_around_the_stored_ones(tmp_path: Path) -> None:
+    settings = {"BitsStored": 12, "WindowCenter": 2000, "WindowWidth": 4001}
+    plain = read_image_file(_write_dicom(tmp_path / "a.dcm", RAMP, **settings))
+    for name, stored, high in (("b", RAMP << 4, 15), ("c", RAMP, 15), ("d", RAMP | 0x8000, 11)):
+        path = _write_dicom(tmp_path / f"{name}.dcm", stored, HighBit=high, **settings)
+        np.testing.assert_array_equal(read_image_file(path), plain)
+    padded = RAMP.copy()
+    padded[0], padded[1] = 65535, 4095
+    settings |= {"HighBit": 11, "PixelPaddingValue": 65535}
+    image = read_image_file(_write_dicom(tmp_path / "e.dcm", padded, **settings))
+    assert image[0].max() == 0
+    assert image[1].min() == 255
+    np.testing.assert_array_equal(image[2:], plain[2:])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"PixelPaddingValue": [3, 4]}, {"PixelPaddingValue": 3, "PixelPaddingRangeLimit": None}],
+)
+def test_odd_padding(tmp_path: Path, settings: dict[str, object]) -> None:
+    image = read_image_file(_write_dicom(tmp_path / "a.dcm", RAMP, **settings))
+    np.testing.assert_array_equal(image, to_uint8(RAMP))
+
+
+@pytest.mark.parametrize(("bits", "factor"), [(8, 1), (16, 257), (16, 1)])
+def test_palettes_of_any_depth(tmp_path: Path, bits: int, factor: int) -> None:
+    settings: dict[str, object] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for shift, color in enumerate(("Red", "Green", "Blue")):
+        entries = np.roll(np.arange(256), shift) * factor
+        settings[f"{color}PaletteColorLookupTableDescriptor"] = [256, 0, bits]
+        settings[f"{color}PaletteColorLookupTableData"] = entries.astype("<u2").tobytes()
+    pixels = np.arange(256).reshape(16, 16)
+    image = read_image_file(_write_dicom(tmp_path / "a.dcm", pixels, **settings))
+    np.testing.assert_array_equal(image[..., 0], pixels)
+    np.testing.assert_array_equal(image[..., 1], np.roll(np.arange(256), 1).reshape(16, 16))
+
+
+def test_big_endian_without_meta_header(tmp_path: Path) -> None:
+    import pydicom
+
+    path = _write_dicom(tmp_path / "a.dcm", RAMP)
+    expected, dataset = read_image_file(path), pydicom.dcmread(path)
+    dataset.PixelData = RAMP.byteswap().tobytes()
+    bare = pydicom.Dataset(dict(dataset.items()))
+    bare.save_as(path, implicit_vr=False, little_endian=False)
+    np.testing.assert_array_equal(read_image_file(path), expected)
 
 
 @pytest.mark.parametrize("kind", ["RLELossless", "JPEG2000Lossless", "JPEGBaseline8Bit"])
@@ -291,16 +407,57 @@ def test_other_formats_and_bytes_after_the_end(
         np.testing.assert_array_equal(read_image_file(tmp_path / f"a{suffix}"), image)
 
 
-def test_white_is_zero_in_a_deep_tiff(tmp_path: Path) -> None:
-    path = tmp_path / "a.tif"
-    cv2.imwrite(str(path), RAMP, [cv2.IMWRITE_TIFF_COMPRESSION, 1])
-    black = read_image_file(path)
-    entry = (262).to_bytes(2, "little") + (3).to_bytes(2, "little") + (1).to_bytes(4, "little")
-    data = path.read_bytes()
-    at = data.index(entry) + len(entry)
-    assert data[at] == 1
-    path.write_bytes(data[:at] + b"\0" + data[at + 1 :])
-    np.testing.assert_allclose(read_image_file(path), 255 - black, atol=1)
+def _white_is_zero(tiff: bytes) -> bytes:
+    for order in ("little", "big"):
+        words = ((262, 2), (3, 2), (1, 4))
+        entry = b"".join(word.to_bytes(size, order) for word, size in words)
+        at = tiff.find(entry) + len(entry)
+        if at >= len(entry):
+            assert int.from_bytes(tiff[at : at + 2], order) == 1
+            return tiff[:at] + bytes(2) + tiff[at + 2 :]
+    raise AssertionError("no such tag")
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2", "i2", "u4", "i4", "f4", "f8", "nan", "big endian"])
+def test_white_is_zero_in_a_tiff_of_any_depth(kind: str) -> None:
+    from PIL import Image
+
+    values = RAMP // 16 if kind == "u1" else RAMP
+    if kind == "big endian":
+        buffer = BytesIO()
+        Image.frombytes("I;16B", (10, 10), RAMP.astype(">u2").tobytes()).save(buffer, "TIFF")
+        data = buffer.getvalue()
+        assert data.startswith(b"MM")
+    else:
+        values = values.astype("f4" if kind == "nan" else kind)
+        if kind == "nan":
+            values[0, 0] = np.nan
+        _, coded = cv2.imencode(".tif", values, [cv2.IMWRITE_TIFF_COMPRESSION, 1])
+        data = coded.tobytes()
+    black, white = decode_image(data, "a.tif"), decode_image(_white_is_zero(data), "a.tif")
+    assert black.max() == 255 or kind == "u1"
+    known = (slice(1, None), slice(None))
+    np.testing.assert_allclose(white[known], 255 - black[known], atol=1)
+
+
+def test_a_tiff_that_would_lose_bits_is_an_error() -> None:
+    words = [(256, 10), (257, 10), (258, 16 << 16 | 16), (259, 1), (262, 1), (273, 8), (277, 2)]
+    words += [(278, 10), (279, 400)]
+    entries = b"".join(
+        struct.pack("<HHII", tag, 3 if tag == 258 else 4, 2 if tag == 258 else 1, value)
+        for tag, value in words
+    )
+    head = struct.pack("<2sHI", b"II", 42, 408)
+    pixels = np.dstack([RAMP, RAMP]).astype("<u2").tobytes()
+    data = head + pixels + struct.pack("<H", len(words)) + entries + bytes(4)
+    with pytest.raises(DataError, match=r"a\.tif: TIFF of 16 bits in 2 channels"):
+        decode_image(data, "a.tif")
+
+
+def test_a_spot_between_the_samples_is_seen() -> None:
+    image = np.zeros((4096, 1024), np.uint16)
+    image[5:7, 5:7] = 9
+    assert to_uint8(image).max() == 255
 
 
 def test_a_large_deep_image_takes_little_memory(tmp_path: Path) -> None:
