@@ -60,6 +60,8 @@ def decode_dicom(data: bytes, name: str, notes: list[str] | None = None) -> Leve
         raise DataError(
             f"{name}: reading DICOM needs pydicom (pip install 'magsd[dicom]')"
         ) from None
+    # Its lines name no file, and hold tracebacks of errors that are raised as well.
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     if not is_dicom(data):
         for start, kind in _OTHERS.items():
             if data.startswith(start):

@@ -339,6 +339,21 @@ def test_compressed_dicom(tmp_path: Path, kind: str) -> None:
     np.testing.assert_allclose(read_image_file(path).astype(int), expected, atol=atol)
 
 
+def test_what_no_decoder_reads_is_said_once(tmp_path: Path, caplog) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.encaps import encapsulate, generate_frames
+
+    path = _write_dicom(tmp_path / "a.dcm", RAMP.repeat(8, 0).repeat(8, 1))
+    dataset = pydicom.dcmread(path)
+    dataset.compress(pydicom.uid.RLELossless)
+    (frame,) = generate_frames(dataset.PixelData, number_of_frames=1)
+    dataset.PixelData = encapsulate([frame[: len(frame) // 2]])
+    dataset.save_as(path)
+    with pytest.raises(DataError, match=r"a\.dcm: DICOM image cannot be read"):
+        read_image_file(path)
+    assert "Traceback" not in caplog.text
+
+
 def test_dicom_without_preamble_and_what_is_none(tmp_path: Path, ramp: np.ndarray) -> None:
     path = _write_dicom(tmp_path / "a.dcm", RAMP)
     expected, data = read_image_file(path), path.read_bytes()

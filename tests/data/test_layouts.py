@@ -361,6 +361,11 @@ class TestMasks:
         assert keys(f"folder:{tmp_path}") == ["benign/benign (1).png", "mask/no_mask.png"]
         assert "2 masks among the images" in caplog.text
 
+    def test_masks_beside_the_classes_are_said_to_be_a_class(self, tmp_path: Path, caplog) -> None:
+        draw_all(tmp_path, "a/1.png", "b/1.png", "masks/a/1.png")
+        assert open_source(f"folder:{tmp_path}").classes == ("a", "b", "masks")
+        assert "the folder masks is taken for a class" in caplog.text
+
     def test_images_and_masks_above_the_classes(self, tmp_path: Path) -> None:
         draw_all(tmp_path, "images/a/1.png", "images/b/1.png", "masks/a/1.png", "masks/b/1.png")
         assert open_source(f"folder:{tmp_path}").classes == ("a", "b")

@@ -271,6 +271,12 @@ class TestCovidx:
         patients = [r.patient for r in source.records[:3]]
         assert patients == ["cohen/1", "cohen/1", "fig1/1"]  # numbers are the source's own
 
+    def test_a_row_without_its_patient_is_no_class(self, tmp_path: Path) -> None:
+        self.make(tmp_path, "train.txt", "test.txt")
+        write(tmp_path / "train.txt", *self.TRAIN, "a.png normal rsna")
+        with pytest.raises(DataError, match=r"train\.txt: 'a\.png normal rsna' names no image"):
+            open_source(f"covidx:{tmp_path}")
+
     def test_patients_of_several_words_and_images_listed_twice(self, tmp_path: Path) -> None:
         self.make(tmp_path, "train.txt", "test.txt")
         lines = ("COVID 1 a.png COVID-19 sirm", "x b.png normal rsna", "y b.png normal rsna")

@@ -85,6 +85,8 @@ class CovidxSource(PublishedSource):
             sourced = len(words) > 3 and (_is_image(words[-3]) or not _is_image(words[-2]))
             label, source = words[-2:] if sourced else (words[-1], None)
             *patient, file = words[: -2 if sourced else -1]
+            if not sourced and _is_image(patient[-1]) and not _is_image(file):
+                raise DataError(f"{path}: {' '.join(words)!r} names no image before its class")
             patient, file = _whole_name(folder, patient, file)
             yield self._record(folder / file, label, split=side), " ".join(patient), source
 

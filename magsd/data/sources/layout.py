@@ -47,6 +47,11 @@ def find_classes(
             raise DataError(
                 f"{root}: holds {', '.join(path.name for path in inside)}, but no class folders"
             )
+        if taken := [path.name for path in masks if path.name not in (classes or ())]:
+            _log.warning(
+                "%s: the folder %s is taken for a class; masks belong into the folder of each"
+                " class", root, " and ".join(taken),
+            )  # fmt: skip
         found += [(path, side) for path in (*_note_images(root, left_out), *inside)]
     for path, _ in found:
         _look_for_sides(path)
