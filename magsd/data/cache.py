@@ -29,7 +29,7 @@ from magsd.data.sources.base import Source, expand
 from magsd.errors import DataError
 from magsd.outputs import is_disk_full
 
-_FORMAT = 2  # part of the key: raise it when what is stored changes
+_FORMAT = 3  # part of the key: raise it when what is stored changes
 #: What decodes images; another version may decode them otherwise, or decode more of them.
 _DECODERS = ("pillow", "simplejpeg", "pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "python-gdcm")
 _NAMED_BAD = 10
