@@ -139,9 +139,11 @@ def test_a_run_within_its_images(place: str, tmp_path: Path, small_pairs: list[s
     """Its pictures would be a class, or images of one, when the folder is read again."""
     (tmp_path / "a").mkdir()
     (tmp_path / "link").symlink_to(tmp_path)
-    with pytest.raises(RunError, match="its pictures would be taken for images"):
-        run("train", *small_pairs, f"data.source=folder:{tmp_path}/link",
-            "--out", tmp_path / place)  # fmt: skip
+    source = f"data.source=folder:{tmp_path}/link"
+    for command in (["train"], ["crossval", "--model", "magsd"]):
+        with pytest.raises(RunError, match="its pictures would be taken for images"):
+            run(*command, *small_pairs, source, "--out", tmp_path / place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "link"]
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -6,7 +6,6 @@ from typing import Any
 
 from magsd.config import Config
 from magsd.data.run_data import RunData
-from magsd.data.sources.base import expand
 from magsd.distributed import note_launch
 from magsd.errors import ConfigError, RunError
 from magsd.training.checkpoint import load_checkpoint
@@ -35,18 +34,8 @@ def claim(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool) -
         _check_resumable(folder.load_config(), config)
         folder.lock()
     else:
-        _check_apart(folder, config.data.source)
+        folder.require_apart(config.data.source)
         folder.require_free(overwrite=overwrite)
-
-
-def _check_apart(folder: RunFolder, source: str) -> None:
-    """Raise RunError where the run's pictures would be taken for images of a class."""
-    kind, _, place = source.partition(":")
-    if kind == "folder" and folder.root.resolve().is_relative_to(expand(place).resolve()):
-        raise RunError(
-            f"--out {folder.root}: lies within {source}, where its pictures would be taken for"
-            " images; choose a folder elsewhere"
-        )
 
 
 def begin(
