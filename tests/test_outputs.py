@@ -133,6 +133,19 @@ def test_json_in_place_of_an_overlay(commands: Commands, tmp_path: Path) -> None
         run(*commands["predict --json"], tmp_path / "o" / "x.png", "--overlay", tmp_path / "o")
 
 
+@pytest.mark.parametrize("place", [".", "run", "a/run"])
+@pytest.mark.usefixtures("no_work")
+def test_a_run_within_its_images(place: str, tmp_path: Path, small_pairs: list[str]) -> None:
+    """Its pictures would be a class, or images of one, when the folder is read again."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    source = f"data.source=folder:{tmp_path}/link"
+    for command in (["train"], ["crossval", "--model", "magsd"]):
+        with pytest.raises(RunError, match="its pictures would be taken for images"):
+            run(*command, *small_pairs, source, "--out", tmp_path / place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "link"]
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.usefixtures("no_work")
 def test_no_permission_is_an_error_before_any_work(
@@ -300,6 +313,8 @@ class TestCache:
             lambda meta: None,
             lambda meta: {**meta, "kept": [*meta["kept"][:-1], 99]},
             lambda meta: {**meta, "kept": "12345678"},
+            lambda meta: {**meta, "kept": [0, *meta["kept"][:-1]]},
+            lambda meta: {**meta, "kept": [float("inf")]},
             lambda meta: {**meta, "bad": [["a"]]},
             lambda meta: {**meta, "has_mask": []},
             lambda meta: {key: value for key, value in meta.items() if key != "bad"},
@@ -313,6 +328,12 @@ class TestCache:
         again = self.fill(tmp_path)
         np.testing.assert_array_equal(again.images, content)
 
+    @pytest.mark.parametrize("text", ["", "[" * 10**5, "\udcff"])
+    def test_damaged_text_is_rebuilt(self, text: str, tmp_path: Path) -> None:
+        first = self.fill(tmp_path)
+        (first.path / "meta.json").write_bytes(os.fsencode(text))
+        assert len(self.fill(tmp_path)) == 8
+
     def test_a_file_in_place_of_a_cache_is_rebuilt(self, tmp_path: Path) -> None:
         import shutil
 
@@ -321,12 +342,43 @@ class TestCache:
         first.path.write_text("")
         assert len(self.fill(tmp_path)) == 8
 
+    def test_a_link_in_place_of_a_cache_is_rebuilt(self, tmp_path: Path) -> None:
+        import shutil
+
+        first = self.fill(tmp_path / "cache")
+        shutil.rmtree(first.path)
+        (tmp_path / "other").mkdir()
+        first.path.symlink_to(tmp_path / "other")
+        assert len(self.fill(tmp_path / "cache")) == 8
+        assert (tmp_path / "other").is_dir()
+
     def test_ctrl_c_says_what_was_interrupted(self, tmp_path: Path) -> None:
         def stop(done: int, _: int) -> None:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt, match=r"phantom:n=8.*prepared"):
             self.fill(tmp_path, progress=stop)
+
+    def test_the_command_says_so_too(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """Typer, too, looks for Ctrl-C."""
+        import magsd.data.run_data
+
+        def stop(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt("images were being prepared")
+
+        monkeypatch.setattr(magsd.data.run_data, "load_cache", stop)
+        monkeypatch.setattr(
+            "sys.argv", ["magsd", "train", "--data", self.PHANTOM, "--out", str(tmp_path / "run")]
+        )
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 130
+        assert "magsd: interrupted: images were being prepared\n" in capsys.readouterr().err
 
     def test_few_results_wait_for_a_slow_disk(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

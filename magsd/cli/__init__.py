@@ -28,6 +28,7 @@ from magsd.launch import launched, process_rank
 
 try:
     import typer
+    from typer.core import TyperGroup
 except ImportError as _error:  # the base install holds the kernels alone
     raise SystemExit(
         f"magsd: {_error.name} is not installed; the command needs: pip install 'magsd[train]'"
@@ -40,7 +41,21 @@ from magsd.cli.shards import shards
 
 # torch, timm and the rest are imported by the command that needs them: help must be quick.
 
+
+class _Stopped(Exception):
+    """Ctrl-C, with what was going on: typer would end the process without a word of it."""
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            raise _Stopped(*stopped.args) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Attention-guided classification of chest radiographs.",
     no_args_is_help=True,
     add_completion=False,
@@ -74,7 +89,7 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(2) from None
-    except KeyboardInterrupt as stopped:
+    except (KeyboardInterrupt, _Stopped) as stopped:
         print(": ".join(["magsd: interrupted", *map(str, stopped.args)]), file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except BrokenPipeError:

@@ -69,6 +69,8 @@ def crossval(
     runs = plan_runs(
         out, base, model, seeds=seed_numbers or (), folds=fold_numbers, overrides=pairs
     )
+    for planned in runs:
+        planned.folder.require_apart(planned.config.data.source)
     _compare(out, runs)
 
 

@@ -222,7 +222,7 @@ def _fill(
     """Write the cache next to its final path and rename it; the caller holds its lock."""
     temporary = folder.with_name(f"{folder.name}.part")
     for leftover in (temporary, folder):  # of a process that was killed, or damaged
-        if leftover.is_dir():
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
         else:
             leftover.unlink(missing_ok=True)
@@ -338,7 +338,7 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
             "bad": [(str(key), str(reason)) for key, reason in meta["bad"]],
             "masks": bool(meta["masks"]),
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -346,7 +346,8 @@ def _is_complete(meta: dict[str, Any], settings: _Settings, folder: Path, total:
     """Whether all images are accounted for, with files of the right length."""
     kept = meta["kept"]
     rows = len(kept)
-    if rows + len(meta["bad"]) != total or not set(kept) <= set(range(total)):
+    rising = kept == sorted(set(kept)) and set(kept) <= set(range(total))
+    if rows + len(meta["bad"]) != total or not rising:
         return False
     sizes = {"images.bin": rows * int(np.prod(settings.shape))}
     if meta["masks"]:

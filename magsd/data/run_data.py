@@ -203,7 +203,8 @@ def open_validation(
     cache = _cache(config, open_source(spec, skip_bad=True), skip_bad=True)
     indices = read_split(split, cache.records, complete=False).validation
     if not indices:
-        raise DataError(f"{spec}: no image is there that {split} validates on")
+        bad = f"; {len(cache.bad)} others cannot be read" if cache.bad else ""
+        raise DataError(f"{spec}: no image is there that {split} validates on{bad}")
     check_labels([cache.records[index] for index in indices], classes, spec)
     return cache, indices
 
@@ -237,8 +238,9 @@ def trained_on(split: Path) -> set[str]:
     """Keys of the training images in a run's split.csv; of shards, the files' names."""
     if not split.is_file():
         return set()
-    with open(split, newline="", encoding="utf-8") as file:
-        return {row["key"] for row in csv.DictReader(file) if row["split"] == "train"}
+    with open(split, newline="", encoding="utf-8", errors="replace") as file:
+        rows = list(csv.DictReader(file))
+    return {row["key"] for row in rows if "key" in row and row.get("split") == "train"}
 
 
 def plain_loader(

@@ -215,17 +215,18 @@ def read_split(
             others.append(key)
         sides[row["split"]].append(index)
     added = [record.key for record in records if record.key not in seen]
-    _report(path, gone, "listed images are not among the data", fatal=complete)
-    _report(path, relabeled, "images have another label in the data", fatal=complete)
+    need = "; a run resumes with the images that it began with: put them back, or start another"
+    _report(path, gone, "listed images are not among the data", need if complete else None)
+    _report(path, relabeled, "images have another label in the data", need if complete else None)
     _report(path, others, "images have another patient in the data")
     _report(path, added, "images of the data are not listed, and left out")
     return Split(sorted(sides["train"]), sorted(sides["validation"]))
 
 
-def _report(path: Path, keys: Sequence[str], what: str, *, fatal: bool = False) -> None:
-    """Warn of images, or raise DataError."""
+def _report(path: Path, keys: Sequence[str], what: str, advice: str | None = None) -> None:
+    """Warn of images, or raise DataError with an advice."""
     if keys:
         text = f"{path}: {len(keys)} {what}, the first {keys[0]}"
-        if fatal:
-            raise DataError(text)
+        if advice is not None:
+            raise DataError(text + advice)
         _log.warning("%s", text)

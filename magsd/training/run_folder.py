@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from magsd.config import Config, dump_yaml, is_of_run, load_config
+from magsd.data.sources.base import expand
 from magsd.errors import RunError
 from magsd.outputs import check_folder, disk_errors
 from magsd.training.checkpoint import remove_leftovers, write_atomically
@@ -69,6 +70,15 @@ class RunFolder:
             raise RunError(
                 f"{self.root} holds another run; continue it with --resume, replace it with "
                 "--overwrite, or choose another --out"
+            )
+
+    def require_apart(self, source: str) -> None:
+        """Raises `RunError` where the run's pictures would be taken for images of a source."""
+        kind, _, place = source.partition(":")
+        if kind == "folder" and self.root.resolve().is_relative_to(expand(place).resolve()):
+            raise RunError(
+                f"--out {self.root}: lies within {source}, where its pictures would be taken for"
+                " images; choose a folder elsewhere"
             )
 
     def create(self, config: Config, *, overwrite: bool) -> None:

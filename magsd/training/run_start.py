@@ -34,6 +34,7 @@ def claim(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool) -
         _check_resumable(folder.load_config(), config)
         folder.lock()
     else:
+        folder.require_apart(config.data.source)
         folder.require_free(overwrite=overwrite)
 
 

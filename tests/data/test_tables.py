@@ -136,7 +136,7 @@ class TestFiles:
 
     def test_one_file_with_two_masks(self, folder: Path) -> None:
         rows = ["file,label,mask", "im/0.png,a,im/1.png", "im/0.png,a,im/2.png"]
-        with pytest.raises(DataError, match="line 3: .*another label, patient or mask"):
+        with pytest.raises(DataError, match=r"line 3: .*another label, patient or mask"):
             open_source(table(folder, *rows))
 
     @pytest.mark.parametrize("kind", ["csv", "folder"])
@@ -169,8 +169,8 @@ class TestFiles:
 class TestPatients:
     @pytest.mark.parametrize(
         "column",
-        ["patients", "Patient Nr", "patient_key", "PatID", "pat_id", "pt_id", "subj-id", "person_no",
-         "Participant ID"],
+        ["patients", "Patient Nr", "patient_key", "PatID", "pat_id", "pt_id", "subj-id",
+         "person_no", "Participant ID"],
     )  # fmt: skip
     def test_other_spellings_are_taken(self, column: str, folder: Path, caplog) -> None:
         source = open_source(table(folder, f"file,label,{column}", "im/0.png,a,x", "im/1.png,b,x"))

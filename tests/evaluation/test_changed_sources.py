@@ -107,8 +107,22 @@ def test_an_image_that_became_readable_is_left_out(
 
 def test_a_run_does_not_resume_without_one_of_its_images(root: Path) -> None:
     (root / "images" / "a" / "0.png").unlink()
-    with pytest.raises(DataError, match=r"1 listed images .*a/0\.png"):
+    with pytest.raises(DataError, match=r"1 listed images .*a/0\.png; .*put them back"):
         run("train", "--resume", "--out", root / "run", "epochs=2")
+
+
+def test_validation_images_that_became_unreadable_are_counted(root: Path) -> None:
+    for key in validated(root):
+        (root / "images" / key).write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"validates on; \d+ others cannot be read"):
+        measured(root)
+
+
+@pytest.mark.parametrize("split", [b"x,y\n1,2\n", b"key,split\n\xff,train\n", b"key\na\n"])
+def test_a_damaged_split_does_not_matter_to_other_images(root: Path, split: bytes) -> None:
+    (root / "run" / "split.csv").write_bytes(split)
+    shutil.copytree(root / "images", root / "others")
+    assert "12 images of" in run("evaluate", root / "run", "--data", f"folder:{root / 'others'}")
 
 
 def test_localize_of_changed_images(root: Path) -> None:

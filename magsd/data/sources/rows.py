@@ -40,8 +40,8 @@ def read_rows(
     outer spaces. advice: what it makes of the columns is added to the error about a missing one.
 
     Raises DataError where the file is missing, is no CSV, lacks a column, has two of one name or no
-    rows, or where a row has more cells than the header or a cell that no line ends. Rows of fewer cells
-    are warned of.
+    rows, or where a row has more cells than the header or a cell that no line ends. Rows of fewer
+    cells are warned of.
     """
     lines = list(io.StringIO(_text(path), newline=""))
     first, delimiter = 0, ""
