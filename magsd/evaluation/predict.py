@@ -127,7 +127,7 @@ def _described(
 
 
 def _check_present(files: Sequence[Path]) -> None:
-    missing = [str(file) for file in files if not file.is_file()]
+    missing = [str(file) for file in files if not os.path.isfile(file)]
     if missing:
         more = f" and {len(missing) - _NAMED_BAD} more" if len(missing) > _NAMED_BAD else ""
         raise DataError(
