@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from magsd.data import jpeg
 from magsd.data.images import decode_image, read_image_file, read_orientation, upright
 from magsd.errors import DataError
 
@@ -47,6 +48,20 @@ def test_a_marker_among_the_pixels_is_found(marker: bytes, mode: str) -> None:
     middle = len(data) // 2
     with pytest.raises(DataError, match=r"a\.jpg: (damaged|truncated) JPEG"):
         decode_image(data[:middle] + marker * 4 + data[middle:], "a.jpg")
+
+
+def test_without_its_checker_a_jpeg_is_read_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(jpeg, "find_spec", lambda name: None)
+    jpeg._warn_once.cache_clear()
+    for _ in range(2):
+        assert decode_image(encoded("JPEG"), "a.jpg").shape == NOISE.shape
+    assert caplog.text.count("simplejpeg is not installed") == 1
+    with pytest.raises(DataError, match="a scan is missing"):
+        decode_image(encoded("JPEG")[:200] + b"\xff\xd9", "a.jpg")
+    with pytest.raises(DataError, match="no end marker"):
+        decode_image(encoded("JPEG")[:-2], "a.jpg")
 
 
 @pytest.mark.parametrize("color", [False, True])
