@@ -30,14 +30,14 @@ def check_file(path: Path, option: str, *, is_own: Callable[[Path], bool]) -> No
     """
     _check_names(path, option)
     if path.is_dir():
-        raise RunError(f"{option} {path}: that is a folder; name a file")
+        raise RunError(f"{option} {path}: is a folder; expected a file")
     if os.path.lexists(path):
         if not path.is_file():
-            raise RunError(f"{option} {path}: that is no regular file; name another")
+            raise RunError(f"{option} {path}: not a regular file; choose another")
         if not is_own(path):
             raise RunError(
-                f"{option} {path}: that file is there and was not written by this command; it is"
-                " not replaced"
+                f"{option} {path}: exists and was not written by this command; it is not"
+                " overwritten"
             )
         if not os.access(path, os.W_OK):
             raise RunError(f"{option} {path}: no permission to write that file")

@@ -363,7 +363,7 @@ def test_folder_that_is_no_run(command: str, tmp_path: Path) -> None:
 def test_json_replaces_no_other_file(command: str, trained: Path, tmp_path: Path) -> None:
     image = tmp_path / "image.png"
     image.write_bytes(b"\x89PNG")
-    with pytest.raises(RunError, match=r"image\.png: that file is there and was not written by"):
+    with pytest.raises(RunError, match=r"image\.png: exists and was not written by"):
         run(command, trained, *([image] if command == "predict" else []), "--json", image)
     assert image.read_bytes() == b"\x89PNG"
 

@@ -106,7 +106,7 @@ def test_a_file_in_the_way_is_an_error_before_any_work(
 @pytest.mark.parametrize("option", [name for name in OPTIONS if name.endswith("--json")])
 @pytest.mark.usefixtures("no_work")
 def test_a_folder_in_the_way_of_a_file(option: str, commands: Commands, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="that is a folder"):
+    with pytest.raises(RunError, match="is a folder"):
         run(*commands[option], tmp_path)
 
 
@@ -123,7 +123,7 @@ def test_what_is_no_file_is_not_replaced(name: str, commands: Commands, tmp_path
     (tmp_path / "dangling").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe")
     for option in ("evaluate --json", "predict --json"):
-        with pytest.raises(RunError, match=f"{name}: that is no regular file"):
+        with pytest.raises(RunError, match=f"{name}: not a regular file"):
             run(*commands[option], tmp_path / name)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from magsd.data import ImageCache
     from magsd.training.run import LoadedRun
 
-CLASSES_HELP = "Labels of other images by our names: 'theirs=ours,...'; 'theirs=' leaves out."
+CLASSES_HELP = "Labels of SOURCE to classes of the run; 'theirs=' leaves images out."
 SOURCES = (
     "folder:DIR, csv:FILE, phantom[:n=..,seed=..,size=..], or a public set (docs/data.md): v7:DIR, "
     "nih:DIR, cohen:DIR, covidx:DIR, cub:DIR, aircraft:DIR, cars:DIR, dogs:DIR; or shards:PATTERN"
@@ -88,8 +88,8 @@ def select_images(
             _, cache = open_images(loaded.config, spec, classes=loaded.classes, names=given)
         except UnknownLabelError as error:
             raise DataError(
-                f"{error}; or say which they are: --classes 'THEIRS=OURS,THEIRS=OURS', with nothing"
-                " after the = for what is to be left out"
+                f"{error}; or map them: --classes 'THEIRS=OURS,THEIRS=OURS'; 'THEIRS='"
+                " leaves images out"
             ) from error
         indices, what = list(range(len(cache.records))), f"images of {spec}"
         seen = trained_on(loaded.folder.split).intersection(r.key for r in cache.records)

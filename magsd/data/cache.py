@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 
 from magsd.data.images import to_gray
 from magsd.data.record import Record
-from magsd.data.sources.base import Source, expand
+from magsd.data.sources.base import Source
 from magsd.errors import DataError
 from magsd.outputs import is_disk_full
+from magsd.paths import expand
 
 _FORMAT = 3  # part of the key: raise it when what is stored changes
 #: What decodes images; another version may decode them otherwise, or decode more of them.
@@ -238,7 +239,7 @@ def _fill(
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(
-                f"images of {source.spec} were being prepared; that starts anew next time"
+                f"images of {source.spec} were being prepared; the next start prepares them again"
             ) from None
         raise
 

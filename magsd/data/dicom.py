@@ -12,22 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from magsd.data.formats import format_of
 from magsd.data.jpeg import check_jpeg
-from magsd.data.levels import Values, by_rows, sample_of, scaled, span_of
+from magsd.data.levels import Values, by_rows, described, sample_of, scaled, span_of
 from magsd.errors import DataError
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
 SUFFIXES = frozenset({".dcm", ".dicom", ".dic"})
-_OTHERS = {
-    b"\x89PNG": "PNG",
-    b"\xff\xd8\xff": "JPEG",
-    b"BM": "BMP",
-    b"GIF8": "GIF",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-}
 _log = logging.getLogger(__name__)
 
 Levels = NDArray[np.uint8]
@@ -41,7 +34,7 @@ Padding = Callable[[Values], NDArray[np.bool_]]
 
 def is_dicom(data: bytes) -> bool:
     """Whether the content of a file says that it is DICOM."""
-    return data[128:132] == b"DICM"
+    return format_of(data) == "DICOM"
 
 
 def decode_dicom(data: bytes, name: str, notes: list[str] | None = None) -> Levels:
@@ -60,12 +53,11 @@ def decode_dicom(data: bytes, name: str, notes: list[str] | None = None) -> Leve
         raise DataError(
             f"{name}: reading DICOM needs pydicom (pip install 'magsd[dicom]')"
         ) from None
-    # Its lines name no file, and hold tracebacks of errors that are raised as well.
+    # Its lines name no file, and hold tracebacks of errors that are raised as well. Its import sets
+    # a level of its own.
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-    if not is_dicom(data):
-        for start, kind in _OTHERS.items():
-            if data.startswith(start):
-                raise DataError(f"{name}: named as DICOM, but its content is {kind}; rename it")
+    if (kind := format_of(data)) not in (None, "DICOM"):
+        raise DataError(f"{name}: named as DICOM, but its content is {kind}; rename it")
     try:
         dataset = pydicom.dcmread(BytesIO(data), force=not is_dicom(data))
         if "Rows" not in dataset:
@@ -157,9 +149,9 @@ def _decode(
             raise DataError(f"{name}: DICOM with {kind} pixels is not supported")
         if pixels.dtype == np.uint8:
             return pixels.astype(np.uint8, copy=False)
-        low, high = span_of(sample_of(pixels))
-        notes.append(f"levels {low:g} to {high:g} (percentiles 0.5 and 99.5) become 0 to 255")
-        return scaled(pixels, (low, high))
+        span = span_of(sample_of(pixels))
+        notes.append(described(span))
+        return scaled(pixels, span)
     if kind == "MONOCHROME2" and dataset.get("PresentationLUTShape") == "INVERSE":
         _log.warning(
             "%s: MONOCHROME2 with PresentationLUTShape INVERSE is read without inversion", name
@@ -309,7 +301,7 @@ def _window(dataset: Dataset, sample: Values, name: str, notes: list[str]) -> Wi
         if np.nanmax(shown) > np.nanmin(shown):
             notes.append(what)
             return window
-    notes.append(f"levels {low:g} to {high:g} (percentiles 0.5 and 99.5) become 0 to 255")
+    notes.append(described((low, high)))
     return lambda pixels: (pixels.astype(np.float32) - low) / (high - low)
 
 

@@ -85,7 +85,7 @@ def dicom_patients(files: Mapping[str, Path], origin: str) -> dict[str, str]:
         return {}
     if lacking:
         _log.warning(
-            "%s: %d of %d DICOM files name no patient: each of these is its own",
+            "%s: %d of %d DICOM files have no PatientID: each of these is its own patient",
             origin, lacking, len(dicom),
         )  # fmt: skip
     return found

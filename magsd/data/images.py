@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from magsd.data.dicom import SUFFIXES as DICOM_SUFFIXES
 from magsd.data.dicom import decode_dicom, is_dicom
+from magsd.data.formats import format_of
 from magsd.data.jpeg import check_jpeg
-from magsd.data.levels import sample_of, scaled, span_of
+from magsd.data.levels import described, sample_of, scaled, span_of
 from magsd.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,16 +37,6 @@ _BITS, _COMPRESSION, _PHOTOMETRIC, _PAGES = 258, 259, 262, 1 << 16
 _BIG_TIFF, _UNCOMPRESSED, _WHITE_IS_ZERO = 43, 1, 0
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT")  # of PNG
 _EXIF_OF_PNG = re.compile(b"eXIf|Raw profile type")
-_STARTS = {
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"\xff\xd8": "JPEG",
-    b"BM": "BMP",
-    b"GIF8": "GIF",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"II+\0": "TIFF",
-    b"MM\0+": "TIFF",
-}
 
 
 def read_image_file(path: Path, notes: list[str] | None = None) -> NDArray[np.uint8]:
@@ -67,7 +58,7 @@ def decode_image(data: bytes, name: str, notes: list[str] | None = None) -> NDAr
     # Archives often name DICOM files without a suffix.
     if PurePath(name).suffix.lower() in DICOM_SUFFIXES or is_dicom(data):
         return decode_dicom(data, name, notes)
-    kind = _kind(data)
+    kind = format_of(data)
     data = _complete(name, data)
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -77,7 +68,7 @@ def decode_image(data: bytes, name: str, notes: list[str] | None = None) -> NDAr
         raise DataError(f"{name}: not a PNG, JPEG, BMP, TIFF, WebP, GIF or DICOM image, or damaged")
     size = "x".join(map(str, image.shape[1::-1]))
     channels = 1 if image.ndim == 2 else image.shape[2]
-    notes.append(f"{kind}, {size} pixels, {channels} channel(s), {image.dtype}")
+    notes.append(f"{kind or 'unknown format'}, {size} pixels, {channels} channel(s), {image.dtype}")
     header = _read_header(data)
     if kind == "TIFF" and header.bits > 8 and image.dtype == np.uint8:
         raise DataError(
@@ -98,11 +89,11 @@ def decode_image(data: bytes, name: str, notes: list[str] | None = None) -> NDAr
             image = upright(image, header.orientation)
         notes.append(f"EXIF orientation {header.orientation}: turned upright")
     if image.dtype != np.uint8:
-        low, high = span_of(sample_of(image))
-        if low == high:
+        span = span_of(sample_of(image))
+        if span[0] == span[1]:
             _log.warning("%s: all pixels are equal", name)
-        notes.append(f"levels {low:g} to {high:g} (percentiles 0.5 and 99.5) become 0 to 255")
-        image = scaled(image, (low, high))
+        notes.append(described(span))
+        image = scaled(image, span)
     levels = _tidy_channels(np.asarray(image, np.uint8))
     if channels > 2 and levels.ndim == 2:
         notes.append("equal channels: gray")
@@ -150,12 +141,6 @@ class _Header(NamedTuple):
     channels: int = 1
 
 
-def _kind(data: bytes) -> str:
-    """The format by the first bytes, "unknown" where it is none of ours."""
-    known = (name for start, name in _STARTS.items() if data.startswith(start))
-    return next(known, "WebP" if data[8:12] == b"WEBP" else "unknown")
-
-
 def _read_header(data: bytes) -> _Header:
     from PIL import (
         GifImagePlugin,
@@ -171,9 +156,9 @@ def _read_header(data: bytes) -> _Header:
         "WebP": WebPImagePlugin.WebPImageFile,
         "GIF": GifImagePlugin.GifImageFile,
     }
-    if _kind(data) == "TIFF":
+    if format_of(data) == "TIFF":
         return _read_tiff_header(data)
-    reader = readers.get(_kind(data))
+    reader = readers.get(format_of(data) or "")
     # Pillow decodes the whole of a PNG that has none.
     if reader is None or (reader is readers["PNG"] and not _EXIF_OF_PNG.search(data)):
         return _Header()
@@ -250,11 +235,11 @@ def _tidy_channels(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _complete(name: str, data: bytes) -> bytes:
     """The file; DataError where it is damaged: opencv fills what is missing with gray, unasked."""
-    if _kind(data) == "JPEG":
+    if format_of(data) == "JPEG":
         return check_jpeg(data, name)
-    if _kind(data) == "PNG" and (damage := _damage_of_png(data)):
+    if format_of(data) == "PNG" and (damage := _damage_of_png(data)):
         raise DataError(f"{name}: {damage}")
-    if _kind(data) == "TIFF" and (damage := _damage_of_tiff(data)):
+    if format_of(data) == "TIFF" and (damage := _damage_of_tiff(data)):
         raise DataError(f"{name}: damaged TIFF ({damage})")
     return data
 

@@ -30,6 +30,11 @@ def span_of(values: Values) -> tuple[float, float]:
     return (low, high) if high > low else (float(known.min()), float(known.max()))
 
 
+def described(span: tuple[float, float]) -> str:
+    """What `scaled` does, in words."""
+    return f"levels {span[0]:g} to {span[1]:g} (percentiles 0.5 and 99.5) become 0 to 255"
+
+
 def scaled(image: Values, span: tuple[float, float]) -> NDArray[np.uint8]:
     """uint8 with the span as 0..255; NaN is 0, as is an image without a span."""
     low, high = span

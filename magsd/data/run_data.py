@@ -31,10 +31,11 @@ from magsd.data import (
     write_split,
 )
 from magsd.data.shards import ShardIndex, ShardLoader, is_shards, open_shards
-from magsd.data.sources.base import check_labels, expand, rename_labels
+from magsd.data.sources.base import check_labels, rename_labels
 from magsd.distributed import ALONE, Team
 from magsd.errors import ConfigError, DataError
 from magsd.models import Preprocessing
+from magsd.paths import expand
 from magsd.runtime import choose_device
 
 
@@ -204,7 +205,7 @@ def open_validation(
     indices = read_split(split, cache.records, complete=False).validation
     if not indices:
         bad = f"; {len(cache.bad)} others cannot be read" if cache.bad else ""
-        raise DataError(f"{spec}: no image is there that {split} validates on{bad}")
+        raise DataError(f"{spec}: none of the validation images of {split} is there{bad}")
     check_labels([cache.records[index] for index in indices], classes, spec)
     return cache, indices
 
@@ -410,8 +411,8 @@ def _open_cached(
         split = Split([], [])
     elif stored_split is not None and stored_split.is_file():
         split = read_split(stored_split, cache.records)
-        listed = [cache.records[i] for i in (*split.train, *split.validation)]
-        check_labels(listed, classes, spec)
+        used = [cache.records[i] for i in (*split.train, *split.validation)]
+        check_labels(used, classes, spec)
     else:
         whole = split_of(config, source.records)
         split = split_of_rest(source.records, whole, cache.records)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from magsd.config import Config, dump_yaml, is_of_run, load_config
-from magsd.data.sources.base import expand
 from magsd.errors import RunError
 from magsd.outputs import check_folder, disk_errors
+from magsd.paths import expand
 from magsd.training.checkpoint import remove_leftovers, write_atomically
 
 _OWN = (

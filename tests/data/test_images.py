@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -339,7 +341,9 @@ def test_compressed_dicom(tmp_path: Path, kind: str) -> None:
     np.testing.assert_allclose(read_image_file(path).astype(int), expected, atol=atol)
 
 
-def test_what_no_decoder_reads_is_said_once(tmp_path: Path, caplog) -> None:
+def test_what_no_decoder_reads_is_said_once(
+    tmp_path: Path, caplog, warm_python: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     pydicom = pytest.importorskip("pydicom")
     from pydicom.encaps import encapsulate, generate_frames
 
@@ -352,6 +356,10 @@ def test_what_no_decoder_reads_is_said_once(tmp_path: Path, caplog) -> None:
     with pytest.raises(DataError, match=r"a\.dcm: DICOM image cannot be read"):
         read_image_file(path)
     assert "Traceback" not in caplog.text
+    done = warm_python("-m", "magsd", "inspect", path)
+    assert done.returncode == 1
+    assert done.stdout.count("DICOM image cannot be read") == 1
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_dicom_without_preamble_and_what_is_none(tmp_path: Path, ramp: np.ndarray) -> None:

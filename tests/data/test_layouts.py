@@ -260,7 +260,7 @@ class TestSides:
         self.make(tmp_path / "two" / "first", "train", "test")
         self.make(tmp_path / "two" / "second", "train", "test")
         with pytest.raises(
-            DataError, match=r"first: holds test, train .* it is a set, not a class"
+            DataError, match=r"first: holds test, train .* it is a data set, not a class"
         ):
             open_source(f"folder:{tmp_path / 'two'}")
 
@@ -291,7 +291,7 @@ class TestSides:
         draw_all(tmp_path / "x" / "y", "a/1.png", "b/1.png")
         source = open_source(f"folder:{tmp_path}")
         assert source.classes == ("a", "b")
-        assert "no classes but the folder x" in caplog.text
+        assert "holds only the folder x" in caplog.text
         draw_all(tmp_path / "one" / "a", "p1/1.png", "p2/1.png")
         known = open_source(f"folder:{tmp_path / 'one'}", classes=["a", "b"])
         assert {r.label for r in known.records} == {"a"}
@@ -476,7 +476,7 @@ class TestPatients:
         write_dicom(tmp_path / "a" / "6", "")
         records = open_source(f"folder:{tmp_path}").records
         assert len({r.patient for r in records}) == 4
-        assert "2 of 7 DICOM files name no patient" in caplog.text
+        assert "2 of 7 DICOM files have no PatientID" in caplog.text
 
     def test_names_and_headers(self, tmp_path: Path, write_dicom) -> None:
         """patient=name asks the header where the name says nothing."""

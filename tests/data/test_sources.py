@@ -272,7 +272,7 @@ class TestTable:
             ("1.png,a,p\n\0.png,a,p\n", "line 3: a NUL byte"),
             ('1.png,"a\nb",p\n', "line 3: file or label has several lines"),
             ("x/1.png,a,p\nx/../x/1.png,b,q\n", "x/1.png is listed more than once"),
-            (f"{'n' * 300}.png,a,p\n", "line 2: n+...: a longer name than files have"),
+            (f"{'n' * 300}.png,a,p\n", "line 2: n+...: the file name is too long"),
         ],
         ids=["open quote", "stray quote", "long row", "NUL", "two lines", "one file", "long name"],
     )

@@ -115,7 +115,7 @@ class TestFiles:
         cv2.imwrite(str(folder / "im" / "m.png"), np.full((8, 8), 255, np.uint8))
         source = open_source(table(folder, "file,label,mask", "im/0.png,a,im\\m.png"))
         assert source.mask_path(source.records[0]) == folder / "im" / "m.png"
-        with pytest.raises(DataError, match=r"line 2: C:\\m\.png is a path of Windows"):
+        with pytest.raises(DataError, match=r"line 2: C:\\m\.png is a Windows path"):
             open_source(table(folder, "file,label,mask", r"im/0.png,a,C:\m.png"))
 
     def test_a_mask_that_is_not_there_names_the_line(self, folder: Path) -> None:
@@ -147,7 +147,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("path", [r"C:\data\0.png", "d:/data/0.png", r"\\server\share\0.png"])
     def test_paths_of_windows(self, path: str, folder: Path) -> None:
-        with pytest.raises(DataError, match=r"line 2: .*path of Windows; write it relative"):
+        with pytest.raises(DataError, match=r"line 2: .*Windows path; write it relative"):
             open_source(table(folder, "file,label", f"{path},a"))
 
     def test_backslashes_are_slashes(self, folder: Path) -> None:
@@ -228,7 +228,7 @@ class TestPatients:
         lines = ["file,label,patient", f"im/0.png,a,{first}", f"im/1.png,b,{second}"]
         source = open_source(table(folder, *lines))
         assert [r.patient for r in source.records] == [first, second]
-        assert "patients that differ in spelling alone" in caplog.text
+        assert "patients that differ only in spelling" in caplog.text
         assert repr(first) in caplog.text
         assert repr(second) in caplog.text
 
@@ -263,7 +263,7 @@ class TestLabels:
     ) -> None:
         source = open_source(table(folder, "file,label", f"im/0.png,{first}", f"im/1.png,{second}"))
         assert set(source.classes) == {first, second}
-        assert "classes that differ in spelling alone" in caplog.text
+        assert "classes that differ only in spelling" in caplog.text
         assert repr(first) in caplog.text
 
     def test_of_folders_too(self, folder: Path, caplog) -> None:

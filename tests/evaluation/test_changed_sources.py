@@ -82,7 +82,7 @@ def test_an_image_that_is_gone_is_counted(how: str, root: Path, caplog) -> None:
     assert f"1 listed images are not among the data, the first {first}" in caplog.text
     for key in rest:
         (root / "images" / key).unlink()
-    with pytest.raises(DataError, match=r"no image is there that .* validates on"):
+    with pytest.raises(DataError, match=r"none of the validation images of .* is there"):
         measured(root)
 
 
@@ -114,7 +114,7 @@ def test_a_run_does_not_resume_without_one_of_its_images(root: Path) -> None:
 def test_validation_images_that_became_unreadable_are_counted(root: Path) -> None:
     for key in validated(root):
         (root / "images" / key).write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"validates on; \d+ others cannot be read"):
+    with pytest.raises(DataError, match=r"is there; \d+ others cannot be read"):
         measured(root)
 
 

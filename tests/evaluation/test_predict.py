@@ -104,10 +104,10 @@ def test_a_radiograph_is_not_replaced(model, cache, tmp_path):
     for name in ("x.png", "y.jpg"):
         cv2.imwrite(str(folder / name), cache.images[0])
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(RunError, match=r"x\.png: that file is there"):
+    with pytest.raises(RunError, match=r"x\.png: exists and was not written"):
         predict_images(model, [folder / "x.png"], overlay_dir=folder)
     (folder / "y.png").write_bytes(b"somebody's")
-    with pytest.raises(RunError, match=r"y\.png: that file is there"):
+    with pytest.raises(RunError, match=r"y\.png: exists and was not written"):
         predict_images(model, [folder / "y.jpg"], overlay_dir=folder)
     assert all((folder / name).read_bytes() == data for name, data in before.items())
     for _ in range(2):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from magsd.data.sources.base import FileSource, Options, Source, expand
+from magsd.data.sources.base import FileSource, Options, Source
 from magsd.data.sources.birds import CubSource
 from magsd.data.sources.cohen import CohenSource
 from magsd.data.sources.covidx import CovidxSource
@@ -19,6 +19,7 @@ from magsd.data.sources.published import PublishedSource
 from magsd.data.sources.table import TableSource
 from magsd.data.sources.vehicles import AircraftSource, CarsSource
 from magsd.errors import DataError
+from magsd.paths import expand
 
 __all__ = [
     "DarwinSource",

@@ -109,14 +109,6 @@ class FileSource(Source):
         return ":".join(parts)
 
 
-def expand(name: str | os.PathLike[str]) -> Path:
-    """A path whose ~ is the home folder; as it is where no such folder is known, as of ~x.png."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:
-        return Path(name)
-
-
 def file_fingerprint(path: Path) -> str:
     """Identity of a file's content, "missing" where it cannot be read.
 

@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from magsd.data.dicom import is_dicom
+from magsd.data.formats import format_of
 from magsd.data.images import IMAGE_SUFFIXES
 from magsd.errors import DataError
+from magsd.paths import file_identity
 
 #: What systems and tools leave behind: never of interest.
 _JUNK = frozenset({
@@ -106,16 +107,16 @@ def walk(folder: Path, left_out: LeftOut) -> list[Path]:
     files: list[Path] = []
     # A link to a folder above would lead to all that lies beside this one.
     above = {*folder.absolute().parents, *folder.resolve().parents}
-    seen = {_identity(path) for path in above}
+    seen = {file_identity(path) for path in above} - {None}
     # Real folders come first, so that a link to one of them never hides it.
     waiting, links = [folder], list[Path]()
     while waiting or links:
         place = waiting.pop() if waiting else links.pop(0)
+        identity = file_identity(place)
+        if identity in seen:
+            left_out.add(place, "linked twice")
+            continue
         try:
-            identity = _identity(place)
-            if identity in seen:
-                left_out.add(place, "linked twice")
-                continue
             found = list(_look(place, left_out))
         except (OSError, DataError):
             left_out.add(place, "that cannot be opened")
@@ -126,11 +127,6 @@ def walk(folder: Path, left_out: LeftOut) -> list[Path]:
             if deeper:
                 (links if path.is_symlink() else waiting).append(path)
     return sorted(files)
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino
 
 
 def _look(folder: Path, left_out: LeftOut) -> Iterator[tuple[Path, bool]]:
@@ -188,22 +184,14 @@ def why_no_image(path: Path) -> str | None:
             head = file.read(132)
     except OSError:
         return "that cannot be opened"
-    if is_dicom(head):
+    kind = format_of(head)
+    if kind == "DICOM":
         return None
     if not _SUFFIX.fullmatch(suffix):
-        return None if _is_picture(head) else "of no suffix"
+        return None if kind else "of no suffix"
     if suffix in _PACKED:
         suffix = "".join(path.suffixes[-2:]).lower()
     return f"of {suffix}"
-
-
-def _is_picture(head: bytes) -> bool:
-    starts = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
-    return (
-        head.startswith(starts)
-        or (head.startswith(b"RIFF") and head[8:12] == b"WEBP")
-        or (head.startswith(b"BM") and len(head) > 26 and head[6:10] == bytes(4))
-    )
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from magsd.data.sources.layout import find_classes
 from magsd.data.sources.masks import read_mask_file, split_masks
 from magsd.data.sources.names import patient_in_path
 from magsd.errors import DataError
+from magsd.paths import file_identity
 
 _log = logging.getLogger(__name__)
 
@@ -127,8 +128,8 @@ class FolderSource(FileSource):
             )
             raise DataError(
                 f"{self.folder}: no image in the folders of classes {names}"
-                f" ({there or 'they are empty'}); remove these folders, or go on without them by"
-                " data.skip_bad=true"
+                f" ({there or 'they are empty'}); remove these folders, or continue without"
+                " them with data.skip_bad=true"
             )
         if self._left_out:
             _log.warning(
@@ -149,7 +150,7 @@ class FolderSource(FileSource):
         identities: list[tuple[str, ...]] = []
         again: list[Record] = []
         for record in records:
-            identity = _identity(record)
+            identity = file_identity(record.path) if record.path else None
             before = first.setdefault(identity, record) if identity else record
             if before is not record:
                 again.append(record)
@@ -207,12 +208,3 @@ def _within_class(record: Record) -> str:
     """The part of the key after the class."""
     parts = record.key.split("/")
     return "/".join(parts[parts.index(record.label) + 1 :])
-
-
-def _identity(record: Record) -> tuple[int, int] | None:
-    """The file itself, whatever its name."""
-    try:
-        status = record.path.stat() if record.path else None
-    except OSError:  # reading it will say so
-        return None
-    return (status.st_dev, status.st_ino) if status and status.st_ino else None

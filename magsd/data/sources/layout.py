@@ -49,7 +49,7 @@ def find_classes(
             )
         if taken := [path.name for path in masks if path.name not in (classes or ())]:
             _log.warning(
-                "%s: the folder %s is taken for a class; masks belong into the folder of each"
+                "%s: the folder %s is taken for a class; put masks into the folder of each"
                 " class", root, " and ".join(taken),
             )  # fmt: skip
         found += [(path, side) for path in (*_note_images(root, left_out), *inside)]
@@ -66,7 +66,7 @@ def _innermost(folder: Path, classes: Sequence[str], left_out: LeftOut) -> Path:
             break
         _note_images(folder, left_out)
         _log.warning(
-            "%s: holds no classes but the folder %s: its folders are taken, %s",
+            "%s: holds only the folder %s: its subfolders are taken for the classes, %s",
             folder, inner.name, ", ".join(shown(path.name) for path in subfolders(inner)[:10]),
         )  # fmt: skip
         folder = inner
@@ -158,8 +158,8 @@ def _look_for_sides(folder: Path) -> None:
     deeper = (path for side in sides for path in readable_subfolders(side))
     if any(not is_image_folder(path.name) and not is_mask_folder(path.name) for path in deeper):
         raise DataError(
-            f"{folder}: holds {names} with folders of their own, so it is a set, not a class; name"
-            f" it: folder:{folder}"
+            f"{folder}: holds {names} with folders of their own, so it is a data set, not a class;"
+            f" use folder:{folder}"
         )
     _log.warning(
         "%s: the sides %s within a class are no published split here: images are divided into"

@@ -22,7 +22,7 @@ def warn_of_spellings(what: str, names: Iterable[str], origin: str) -> None:
         shown = "; ".join(", ".join(map(repr, spellings)) for spellings in sorted(alike)[:_NAMED])
         more = f"; and {len(alike) - _NAMED} more" if len(alike) > _NAMED else ""
         _log.warning(
-            "%s: %s that differ in spelling alone are taken as different: %s%s",
+            "%s: %s that differ only in spelling are treated as different: %s%s",
             origin, what, shown, more,
         )  # fmt: skip
 

@@ -19,11 +19,12 @@ from magsd.data.darwin import DarwinAnnotation, read_darwin
 from magsd.data.dicom_patient import dicom_patients
 from magsd.data.images import IMAGE_SUFFIXES, read_image_file, to_gray
 from magsd.data.record import Record
-from magsd.data.sources.base import FileSource, Options, expand, merge_patients
+from magsd.data.sources.base import FileSource, Options, merge_patients
 from magsd.data.sources.known_tables import mapping_hint
 from magsd.data.sources.masks import turned_mask
 from magsd.data.sources.rows import read_rows
 from magsd.errors import DataError
+from magsd.paths import expand, file_identity
 
 _ID = "(?:ids?|uid|identifier|no|nr|num|number|code|key)"
 #: Spellings of the patient column, without what is neither letter nor digit, the first one found.
@@ -91,7 +92,8 @@ class TableSource(FileSource):
         repeated = 0
         for line, row in rows:
             record = self._record(path, line, row)
-            place = _identity(record.path)
+            file = record.path or Path()
+            place = file_identity(file) or os.path.abspath(file)
             says = (
                 record.label,
                 None if record.patient == record.key else record.patient,
@@ -142,12 +144,12 @@ class TableSource(FileSource):
         for name in (file, mask_name):
             if os.name != "nt" and _WINDOWS.match(name):
                 raise DataError(
-                    f"{table}, line {line}: {name} is a path of Windows; write it relative to the"
+                    f"{table}, line {line}: {name} is a Windows path; write it relative to the"
                     " table"
                 )
         key = posixpath.normpath(file.replace("\\", "/"))
         if max(len(os.fsencode(part)) for part in key.split("/")) > _LONGEST_NAME:
-            raise DataError(f"{table}, line {line}: {file[:50]}...: a longer name than files have")
+            raise DataError(f"{table}, line {line}: {file[:50]}...: the file name is too long")
         if patient.lower() in _NOBODY:
             patient = key
         try:
@@ -193,16 +195,6 @@ class TableSource(FileSource):
                 f" an image of {width}x{height}"
             )
         return mask
-
-
-def _identity(path: Path | None) -> object:
-    """One file has one, however its path is written or linked."""
-    path = path or Path()
-    try:
-        status = path.stat()
-    except OSError:
-        return os.path.abspath(path)
-    return status.st_dev, status.st_ino
 
 
 class _Files:
