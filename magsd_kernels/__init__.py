@@ -11,6 +11,7 @@ from magsd_kernels.attention_augment import (
 )
 from magsd_kernels.attention_sampling import sample_attention
 from magsd_kernels.backends import BackendUnavailable, backends, use_backend
+from magsd_kernels.batch_norm_act import batch_norm_act
 from magsd_kernels.bilinear_pool import BilinearAttentionPool, bilinear_attention_pool
 from magsd_kernels.guided_views import AttentionViews, ViewDraws
 from magsd_kernels.multiscale_attention import (
@@ -38,6 +39,7 @@ __all__ = [
     "attention_patch",
     "attention_views",
     "backends",
+    "batch_norm_act",
     "bilinear_attention_pool",
     "multiscale_attention",
     "resample_attention",

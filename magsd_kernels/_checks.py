@@ -122,6 +122,14 @@ def number(op: str, name: str, value: Any, low: float = -_LARGEST, high: float =
         raise ValueError(f"{op}: {name} must be {bound}, got {value}")
 
 
+def count(op: str, name: str, value: Any) -> None:
+    """Require an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{op}: {name} must be at least 1, got {value}")
+
+
 def flag(op: str, name: str, value: Any) -> None:
     """Require a bool."""
     if not isinstance(value, bool):

@@ -18,6 +18,7 @@ OPERATIONS = (
     "attention_sampling",
     "attention_augment",
     "soft_distance",
+    "batch_norm_act",
 )
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 NAMES = (*BACKENDS, "auto")

@@ -197,6 +197,28 @@ def _multiscale(size: Size, draw: Draw) -> Arguments:
     }
 
 
+def _norm(size: Size, draw: Draw) -> Arguments:
+    # What layers have beside bfloat16 activations.
+    dtype = torch.float32 if draw.dtype == torch.bfloat16 else draw.dtype
+
+    def parameter() -> Tensor:
+        return draw.normal(size.channels, dtype=dtype)
+
+    return {
+        "x": 2 * draw.normal(size.batch, size.channels, *size.features),
+        "weight": parameter(),
+        "bias": parameter(),
+        "running_mean": parameter(),
+        "running_var": parameter().abs() + 0.5,
+        "groups": next((n for n in range(2, size.batch + 1) if size.batch % n == 0), 1),
+    }
+
+
+def _norm_residual(size: Size, draw: Draw) -> Arguments:
+    arguments = _norm(size, draw)
+    return arguments | {"residual": draw.normal(*arguments["x"].shape)}
+
+
 def _pool(size: Size, draw: Draw) -> Arguments:
     return {
         "features": draw.normal(size.batch, size.channels, *size.features).abs() + 0.1,
@@ -280,8 +302,10 @@ def sampled_views(*arguments: Any, **options: Any) -> Tensor:
 def _cases() -> tuple[Case, ...]:
     resample, multiscale = mk.resample_attention, mk.multiscale_attention
     pool, loss = mk.bilinear_attention_pool, mk.soft_distance_loss
+    norm, normed = mk.batch_norm_act, ("x", "weight", "bias")
     maps, images, both = ("maps",), ("images",), ("features", "attention")
     affine, running = ("projections", "weights", "biases"), ("running_means", "running_vars")
+    statistics = ("running_mean", "running_var")
     logits = ("logits", "view_logits")
     return (
         *(
@@ -307,6 +331,19 @@ def _cases() -> tuple[Case, ...]:
         Case("sampled_pair", sampled_views, _sampled_pair, images),
         Case("loss", loss, _loss, logits),
         Case("weighted_loss", loss, _weighted_loss, logits),
+        Case("norm_train", norm, _norm, normed, statistics, options={"training": True}),
+        *(
+            Case(
+                f"norm_residual_{act}",
+                norm,
+                _norm_residual,
+                (*normed, "residual"),
+                statistics,
+                options={"training": True, "act": act},
+            )
+            for act in ("relu", "silu", "none")
+        ),
+        Case("norm_eval", norm, _norm, normed, options={"training": False, "act": "silu"}),
     )
 
 
