@@ -238,25 +238,6 @@ void channels_last_forward(const std::vector<Scale<T>>& scales, int64_t height, 
   });
 }
 
-// Entry m of a (M,) tensor.
-double entry(const Tensor& values, int64_t m) {
-  double result = 0;
-  visit_floating(values.scalar_type(), [&](auto type) {
-    result = static_cast<double>(data<decltype(type)>(values)[m * values.stride(0)]);
-  });
-  return result;
-}
-
-// running <- (1 - momentum) running + momentum value, rounded once.
-void update_running(const Tensor& running, int64_t m, double momentum, double value) {
-  visit_floating(running.scalar_type(), [&](auto type) {
-    using R = decltype(type);
-    R* at = mutable_data<R>(running) + m * running.stride(0);
-    const double updated = (1 - momentum) * static_cast<double>(*at) + momentum * value;
-    *at = static_cast<R>(static_cast<accumulate_t<R>>(updated));
-  });
-}
-
 // Scales of a forward pass; the maps are brought to the memory format of the first.
 template <typename T>
 std::vector<Scale<T>> scales_of(const std::vector<FeatureMap>& maps, int64_t height, int64_t width,

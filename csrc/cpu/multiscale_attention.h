@@ -8,6 +8,7 @@
 #include "common/tensor.h"
 #include "cpu/axis.h"
 #include "cpu/cell_sums.h"
+#include "cpu/parameters.h"
 
 namespace magsd::MAGSD_ISA::multiscale_attention {
 
@@ -42,16 +43,6 @@ template <int64_t kMaps, typename T, typename A>
 void add_pixel(const T* MAGSD_RESTRICT pixel, int64_t count, A weight, A* MAGSD_RESTRICT sum) {
   const int64_t channels = kMaps > 0 ? kMaps : count;
   for (int64_t m = 0; m < channels; ++m) sum[m] += weight * static_cast<A>(pixel[m]);
-}
-
-// Entries of a (M,) tensor of any floating dtype and stride.
-template <typename A>
-void read_parameters(const Tensor& values, std::vector<A>& to) {
-  visit_floating(values.scalar_type(), [&](auto type) {
-    const auto* from = data<decltype(type)>(values);
-    const int64_t step = values.stride(0);
-    for (size_t m = 0; m < to.size(); ++m) to[m] = static_cast<A>(from[m * step]);
-  });
 }
 
 }  // namespace magsd::MAGSD_ISA::multiscale_attention

@@ -13,6 +13,8 @@
   X(attention_augment, attention_augment)                \
   X(attention_augment, attention_augment_backward)       \
   X(attention_sampling, attention_sampling)              \
+  X(batch_norm_act, batch_norm_act)                      \
+  X(batch_norm_act, batch_norm_act_backward)             \
   X(bilinear_pool, bilinear_pool)                        \
   X(bilinear_pool, bilinear_pool_backward)               \
   X(multiscale_attention, multiscale_attention)          \
