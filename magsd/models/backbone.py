@@ -86,7 +86,7 @@ class Backbone(nn.Module):
 
     @property
     def draws(self) -> bool:
-        """Whether a pass draws random numbers; to keep their state is costly, and waits for a GPU."""
+        """Whether a pass draws; to keep the state of a generator is costly, and waits for a GPU."""
         return draws(self.net)
 
     def _recomputed(self, images: Tensor) -> list[Tensor]:
