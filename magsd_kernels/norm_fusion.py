@@ -158,10 +158,10 @@ class _Sequential(_Fused):
     def concerns(cls, module: nn.Module) -> bool:
         return any(act is not None for *_, act in _steps(module._modules.items()))
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, input: Any) -> Any:
         for _, module, act in _steps(self._modules.items()):
-            x = module(x) if act is None else norm_act(module, x, act)
-        return x
+            input = module(input) if act is None else norm_act(module, input, act)
+        return input
 
 
 def _steps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -10,16 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from magsd.config import Config, load_config
+from magsd.config import Config, TrainConfig, load_config
+from magsd.data import Part
 from magsd.data.run_data import open_images, plain_loader
-from magsd.distributed import synchronize_batchnorm
+from magsd.distributed import ALONE, Team, synchronize_batchnorm, team_of
 from magsd.methods import method
 from magsd.models import build_model
 from magsd.models.backbone import Backbone
 from magsd.runtime import Runtime
 from magsd.training.optim import build_optimizer
 from magsd.training.run_folder import RunFolder
-from magsd.training.step import StepResult
+from magsd.training.step import BatchShard, StepResult
 from magsd.training.train_step import TrainStep
 from magsd.training.trainer import Trainer
 from magsd_kernels import norm_groups
@@ -52,9 +54,10 @@ class Training:
         config: Config,
         dtype: torch.dtype = torch.float64,
         prepare: Callable[[nn.Module], None] = lambda model: None,
+        team: Team = ALONE,
     ) -> None:
         torch.manual_seed(0)
-        self.dtype = dtype
+        self.dtype, self.team = dtype, team
         runtime = Runtime.from_config(config.train)
         self.model = runtime.model(build_model(config.model, CLASSES).to(dtype))
         self.model.backbone.recompute = config.train.recompute
@@ -66,16 +69,21 @@ class Training:
             build_optimizer(self.model, config.optim),
             method(config.model.name).objective(config, None),
             runtime,
+            team=team,
             fuse_norm=config.train.fuse_norm,
         )
 
     def one(self, number: int) -> StepResult:
-        draw = torch.Generator().manual_seed(number)
+        rank, size = self.team.rank, self.team.size
+        draw = torch.Generator().manual_seed(size * number + rank)
         images = torch.randn(IMAGES, 1, 8, 8, generator=draw, dtype=torch.float64)
         images = nn.functional.interpolate(images, (32, 32), mode="bilinear").to(self.dtype)
         labels = torch.randint(0, CLASSES, (IMAGES,), generator=draw)
         torch.manual_seed(number)  # of what layers draw
-        return self.step(images, labels, draw)
+        if size == 1:
+            return self.step(images, labels, draw)
+        shard = BatchShard(Part(rank * IMAGES, size * IMAGES), 1.0, 1.0, self.team.all_reduce)
+        return self.step(images, labels, torch.Generator().manual_seed(number), shard)
 
     def follow(self, other: Training) -> None:
         """Take over the other's parameters, buffers and optimizer."""
@@ -157,6 +165,32 @@ def test_synchronized_norms_run_group_by_group() -> None:
     grouped = Training(config_of("views=grouped"), prepare=synchronize_batchnorm)
     compare(grouped, Training(config_of("views=separate")), steps=2)
     assert grouped.passes == [IMAGES, 3 * IMAGES] * 2
+
+
+#: What `compare_together` below is called by.
+TOGETHER = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_grouped_views import compare_together
+compare_together()
+"""
+
+
+def compare_together() -> None:
+    with team_of(TrainConfig(device="cpu")) as team:
+        grouped, separate = (
+            Training(config_of(f"views={views}"), team=team) for views in ("grouped", "separate")
+        )
+        compare(grouped, separate, steps=2)
+        assert grouped.passes == [IMAGES, 3 * IMAGES] * 2
+
+
+def test_in_two_processes(
+    torchrun: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "script.py").write_text(TOGETHER)
+    done = torchrun(tmp_path / "script.py")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_recomputed_groups_pass_one_at_a_time() -> None:
