@@ -103,8 +103,12 @@ class OptimConfig:
 class TrainConfig:
     """Length, precision, device, and what is written how often (steps; 0: at epochs' ends only).
 
-    views: "separate" passes the views through the network one by one, each with its own batch
-        statistics, as published; "merged" passes all as one batch, with common statistics.
+    views: "grouped" passes the views through the network as one batch in which each has its own
+        batch statistics; "separate" passes them one by one, which gives the same; so does
+        "grouped", and a line says so, where dropout would be drawn otherwise or a batch norm cannot
+        tell the views apart. "merged" passes them as one batch with common statistics, not as
+        published.
+    fuse_norm: batch norm, residual addition and activation of the backbone in one operation.
     precision: of the forward passes; "tf32" is float32 whose products may run in TF32 on a GPU.
     recompute: the backbone's activations are computed again in the backward instead of being kept.
     compile: torch.compile for the backbone.
@@ -121,7 +125,8 @@ class TrainConfig:
     seed: int = setting(0, at_least(0))
     device: str = "auto"
     kernels: str = "auto"
-    views: Literal["separate", "merged"] = setting("separate", needs="views")
+    views: Literal["grouped", "separate", "merged"] = setting("grouped", needs="views")
+    fuse_norm: bool = True
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
     channels_last: bool = False
     recompute: bool = False

@@ -10,9 +10,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from magsd_kernels import _checks as check
 from magsd_kernels._layout import accumulation_dtype, dense, empty_like_format, is_channels_last
+from magsd_kernels._norms import (
+    GroupAware,
+    count_batches,
+    current_groups,
+    fusible,
+    normalized,
+    unhooked,
+)
 from magsd_kernels.backends import select
 from magsd_kernels.registry import define
 
@@ -93,6 +102,113 @@ def batch_norm_act(
         training, momentum, eps, backend,
     )[0]  # fmt: skip
     return result
+
+
+class BatchNormAct(GroupAware, nn.Module):
+    """Batch norm, addition of a residual, and activation: act(norm(x) + residual).
+
+    Args:
+        num_features: C.
+        eps, momentum: of the batch norm.
+        act: "relu", "silu" or "none".
+        groups: how many parts of the batch are normalized by themselves; 1 leaves it to
+            `norm_groups`.
+
+    Shapes: forward takes x (groups * B, C, H, W), and a residual of x's shape or None; returns the
+    shape of x.
+
+    `norm` is a plain `nn.BatchNorm2d`. Whatever is put in its place, as by `SyncBatchNorm`
+    conversion, runs unfused, and so do a norm with hooks and a residual of another dtype or shape,
+    with the same meaning.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        act: str = "relu",
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        check.choice("BatchNormAct", "act", act, ACTS)
+        check.count("BatchNormAct", "groups", groups)
+        self.act = act
+        self.groups = groups
+        self.norm = nn.BatchNorm2d(num_features, eps=eps, momentum=momentum)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x, and what is added before the activation -> the shape of x."""
+        groups = self.groups if self.groups > 1 else current_groups()
+        return norm_act(self.norm, x, self.act, residual, groups=groups)
+
+    def extra_repr(self) -> str:
+        """The settings that submodules do not show."""
+        return f"act={self.act!r}, groups={self.groups}"
+
+
+def norm_act(
+    norm: nn.Module,
+    x: torch.Tensor,
+    act: nn.Module | str,
+    residual: torch.Tensor | None = None,
+    *,
+    groups: int | None = None,
+) -> torch.Tensor:
+    """act(norm(x) + residual), in one operation where it does exactly what the modules do.
+
+    groups: parts of the batch that are normalized alone; None: those of `norm_groups`.
+    """
+    groups = current_groups() if groups is None else groups
+    name = act_name(act)
+    fits = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+    if fits and fusible(norm):
+        result = fused(norm, x, name or "none", residual, groups)
+        return result if name is not None else _activated(act, result)
+    result = normalized(norm, x, groups)
+    if residual is not None:
+        result += residual  # as blocks do, in the dtype of x
+    return _activated(act, result)
+
+
+def fused(
+    norm: Any, x: torch.Tensor, act: str, residual: torch.Tensor | None, groups: int
+) -> torch.Tensor:
+    """The operation with a batch norm's parameters, statistics and mode."""
+    count_batches(norm, groups)
+    return batch_norm_act(
+        x,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        groups=groups,
+        residual=residual,
+        act=act,
+        training=norm.training,
+        momentum=norm.momentum,
+        eps=norm.eps,
+    )
+
+
+def act_name(act: Any) -> str | None:
+    """What the operation calls an activation; None where it lacks it or calling it does more."""
+    if isinstance(act, str):
+        return act
+    name = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: "none"}.get(type(act))
+    return name if name is not None and unhooked(act) else None
+
+
+def _activated(act: nn.Module | str, x: torch.Tensor) -> torch.Tensor:
+    if isinstance(act, str):
+        return {"relu": torch.relu, "silu": nn.functional.silu, "none": _unchanged}[act](x)
+    result: torch.Tensor = act(x)
+    return result
+
+
+def _unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def _forward_fake(

@@ -14,6 +14,14 @@ from torch import nn
 
 from magsd_kernels import _checks as check
 from magsd_kernels._layout import accumulation_dtype, dense, empty_like_format, is_channels_last
+from magsd_kernels._norms import (
+    GroupAware,
+    count_batches,
+    current_groups,
+    fusible,
+    norm_groups,
+    uses_batch,
+)
 from magsd_kernels.backends import select
 from magsd_kernels.registry import define
 
@@ -120,7 +128,7 @@ def multiscale_attention(
     return attention
 
 
-class MultiscaleAttention(nn.Module):
+class MultiscaleAttention(GroupAware, nn.Module):
     """1x1 convolution without bias and batch norm per scale, ReLU, resample, sum.
 
     Args:
@@ -134,7 +142,8 @@ class MultiscaleAttention(nn.Module):
 
     The batch norms are submodules. One that is not a plain `nn.BatchNorm2d` with running
     statistics and parameters (after `SyncBatchNorm` conversion, say), or that has hooks or
-    another mode than the layer, runs unfused, with the same meaning.
+    another mode than the layer, runs unfused, with the same meaning. Within `norm_groups` each part
+    of the batch is normalized by itself.
     """
 
     def __init__(
@@ -169,14 +178,21 @@ class MultiscaleAttention(nn.Module):
         size = self.size if size is None else size
         check.sequence("MultiscaleAttention", "features", features, len(self.projections))
         projections = [project(x) for project, x in zip(self.projections, features, strict=True)]
+        groups = current_groups()
+        if groups == 1 or not any(uses_batch(norm) for norm in self.norms):
+            return self._attention(projections, size)
+        parts = zip(*(_parts(x, groups) for x in projections), strict=True)
+        with norm_groups(1):
+            return torch.cat([self._attention(part, size) for part in parts])
+
+    def _attention(self, projections: Tensors, size: tuple[int, int] | None) -> torch.Tensor:
+        """Of one group of the batch."""
         norms: list[Any] = list(self.norms)
         if not all(_fusible(norm, norms[0]) for norm in norms):
             maps = [torch.relu(norm(x)) for norm, x in zip(norms, projections, strict=True)]
             return resample_attention(maps, size, mode=self.mode)
-        training = norms[0].training
-        if training:
-            for norm in norms:
-                norm.num_batches_tracked.add_(1)
+        for norm in norms:
+            count_batches(norm, 1)
         return multiscale_attention(
             projections,
             [norm.weight for norm in norms],
@@ -184,7 +200,7 @@ class MultiscaleAttention(nn.Module):
             [norm.running_mean for norm in norms],
             [norm.running_var for norm in norms],
             size,
-            training=training,
+            training=norms[0].training,
             momentum=norms[0].momentum,
             eps=norms[0].eps,
             mode=self.mode,
@@ -196,16 +212,18 @@ class MultiscaleAttention(nn.Module):
 
 
 def _fusible(norm: Any, first: Any) -> bool:
-    """Whether the op does exactly what calling the batch norm would do."""
-    return (
-        type(norm) is nn.BatchNorm2d
-        and norm.affine
-        and norm.track_running_stats
-        and norm.momentum is not None
-        and (norm.training, norm.momentum, norm.eps) == (first.training, first.momentum, first.eps)
-        and not (norm._forward_hooks or norm._forward_pre_hooks)
-        and not (norm._backward_hooks or norm._backward_pre_hooks)
+    """Whether the op does exactly what calling the batch norm, one of several, would do."""
+    return fusible(norm) and all(
+        getattr(norm, name) == getattr(first, name) for name in ("training", "momentum", "eps")
     )
+
+
+def _parts(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, ...]:
+    if x.shape[0] % groups:
+        raise ValueError(
+            f"MultiscaleAttention: groups must divide the batch of {x.shape[0]}, got {groups}"
+        )
+    return x.chunk(groups)
 
 
 def _check_maps(op: str, name: str, maps: Any) -> None:

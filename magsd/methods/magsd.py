@@ -165,7 +165,7 @@ def objective(config: Config, class_weights: Tensor | None) -> StepFunction:
         else CountableSoftDistance(
             confidence=loss.confidence, smoothing=loss.smoothing, class_weights=class_weights
         ),
-        merged=config.train.views == "merged",
+        passes=config.train.views,
     )
 
 

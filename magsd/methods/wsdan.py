@@ -145,7 +145,7 @@ def objective(config: Config, class_weights: Tensor | None) -> StepFunction:
         if loss.name == "soft_distance"
         else MeanCrossEntropy(class_weights),
         added=CenterLoss(loss.center_weight, loss.center_rate),
-        merged=config.train.views == "merged",
+        passes=config.train.views,
     )
 
 

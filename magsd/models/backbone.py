@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from magsd.errors import ConfigError, MagsdError
+from magsd_kernels import norm_groups
+from magsd_kernels._norms import current_groups
 
 #: Attributes of layers that draw. Dense layers call dropout as a function, by `drop_rate`.
 _RATES = ("p", "prob", "drop", "drop_prob", "drop_rate")
@@ -27,7 +29,7 @@ class Backbone(nn.Module):
     """`scales` feature maps of a timm model, fine to coarse, up to `level`, -1 being its last.
 
     In training with `recompute` set, activations are not kept for the backward but computed again
-    there, one pass at a time.
+    there, one pass at a time; of a batch of several groups (`magsd_kernels.norm_groups`) one group.
 
     name: a timm model that supports `features_only`. pretrained: False, True (timm's weights, which
     may be downloaded), or the path of a safetensors file with timm's parameter names; the stem is
@@ -73,13 +75,7 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps (B, channels[i], h_i, w_i) of images (B, in_channels, H, W)."""
         if self.recompute and self.training and torch.is_grad_enabled():
-            maps = checkpoint(
-                self.net,
-                images,
-                use_reentrant=False,
-                context_fn=self._recomputation,
-                preserve_rng_state=self.draws,
-            )
+            maps = self._recomputed(images)
         else:
             maps = self.net(images)
         return [m.permute(0, 3, 1, 2) for m in maps] if self._channels_last else list(maps)
@@ -90,15 +86,36 @@ class Backbone(nn.Module):
 
     @property
     def draws(self) -> bool:
-        """Whether a pass draws random numbers; their state is costly to keep, and waits for a GPU.
+        """Whether a pass draws; to keep the state of a generator is costly, and waits for a GPU."""
+        return draws(self.net)
 
-        Told by the rates that dropout and stochastic depth have in torch and in timm.
-        """
-        rates = (getattr(module, name, 0) for module in self.net.modules() for name in _RATES)
-        return any(isinstance(rate, float) and rate > 0 for rate in rates)
+    def _recomputed(self, images: Tensor) -> list[Tensor]:
+        """Maps whose activations are computed again in the backward, outside of all groups."""
+        groups = images.chunk(current_groups())
+        with norm_groups(1):
+            maps = [
+                checkpoint(
+                    self.net,
+                    group,
+                    use_reentrant=False,
+                    context_fn=self._recomputation,
+                    preserve_rng_state=self.draws,
+                )
+                for group in groups
+            ]
+        return maps[0] if len(maps) == 1 else [torch.cat(same) for same in zip(*maps, strict=True)]
 
     def _recomputation(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         return contextlib.nullcontext(), _statistics_kept(self.net)
+
+
+def draws(model: nn.Module) -> bool:
+    """Whether a pass in training draws random numbers.
+
+    Told by the rates that dropout and stochastic depth have in torch and in timm.
+    """
+    rates = (getattr(module, name, 0) for module in model.modules() for name in _RATES)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 @contextlib.contextmanager

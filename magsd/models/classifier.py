@@ -54,6 +54,8 @@ class Classifier(
     name: str
     #: Share of the crop in the refined view; the published weight of mix-up.
     refine_weight: float = 0.4
+    #: Whether several batches may pass as one within `magsd_kernels.norm_groups`; TrainStep looks.
+    takes_groups: bool = False
 
     def __init__(
         self,

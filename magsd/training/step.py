@@ -1,7 +1,7 @@
 """The published training steps: the raw image and its attention-guided views, one loss.
 
-A forward pass for the image and one for each view, each with its own batch statistics, or two where
-the views are merged in one batch. Nothing here reads device memory: so the step can be traced,
+A forward pass for the image and one for each view, or one for all views together, each with its own
+batch statistics. Nothing here reads device memory: so the step can be traced,
 replayed and captured. Sources: Li et al., IEEE JBHI 2021 (arXiv 2012.02278); Hu et al., WS-DAN
 (arXiv 1901.09891).
 """
@@ -9,7 +9,7 @@ replayed and captured. Sources: Li et al., IEEE JBHI 2021 (arXiv 2012.02278); Hu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from magsd.data import Loader, Part
 from magsd.errors import ConfigError
 from magsd.models import ClassifierOutput
-from magsd_kernels import SoftDistance, SoftDistanceLoss, soft_distance_loss
+from magsd_kernels import SoftDistance, SoftDistanceLoss, norm_groups, soft_distance_loss
 
 
 class StepResult(NamedTuple):
@@ -203,13 +203,15 @@ def attention_step(
     views: GuidedViews,
     loss: ViewLoss,
     added: OutputLoss | None = None,
-    merged: bool = False,
+    passes: Literal["grouped", "separate", "merged"] = "separate",
 ) -> StepResult:
     """Forward passes and loss of an attention model.
 
     images (B, C, H, W), labels (B,) int64; the generator, on their device, draws the views.
-    With `merged` the V views pass as one batch of V B images: one pass instead of V, batch
-    statistics over all views, and running statistics that move twice a step instead of V + 1 times.
+    passes: the V views go "separate", or as one batch of V B images: "grouped", each with its own
+    batch statistics, which gives what separate passes give, where `model.takes_groups` (else they
+    pass separately); or "merged", with batch statistics over all views, and running statistics that
+    move twice a step instead of V + 1 times.
     `added` counts as a part of the distance.
     """
     raw: ClassifierOutput = model(images)
@@ -221,11 +223,12 @@ def attention_step(
         assert generator is not None, "processes that share a batch must draw alike"
         uniforms = shard.part.uniform(len(images), views.uniforms_per_image, generator=generator)
     guided = views(images, raw.attention, uniforms)
-    if merged:
-        batch = guided.flatten(0, 1) if isinstance(guided, Tensor) else torch.cat(list(guided))
-        view_logits = list(model(batch).logits.chunk(len(guided)))
-    else:
+    if passes == "separate" or (passes == "grouped" and not getattr(model, "takes_groups", False)):
         view_logits = [model(view).logits for view in guided]
+    else:
+        batch = guided.flatten(0, 1) if isinstance(guided, Tensor) else torch.cat(list(guided))
+        with norm_groups(len(guided) if passes == "grouped" else 1):
+            view_logits = list(model(batch).logits.chunk(len(guided)))
     result = loss(raw.logits, view_logits, labels)
     correct = (raw.logits.detach().argmax(1) == labels).sum()
     entropy, distance = result.cross_entropy, result.distance

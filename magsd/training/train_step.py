@@ -12,10 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from magsd.data import Batch
 from magsd.distributed import ALONE, Team, synchronize_batchnorm
+from magsd.models import Classifier
+from magsd.models.backbone import draws
 from magsd.runtime import Runtime
 from magsd.training.metrics_log import StepSums
 from magsd.training.optim import load_optimizer
 from magsd.training.step import BatchShard, StepFunction, StepResult
+from magsd_kernels import fuse_batch_norms
+from magsd_kernels.norm_fusion import ungrouped_norms
 
 # No buffers are given out before each forward; torch 2.14 renamed the argument.
 _KEEP_BUFFERS: dict[str, Any] = {
@@ -33,7 +37,8 @@ class TrainStep:
     clip_norm: largest norm of all gradients together. sums: where the losses are added up.
     team: processes that average their gradients; the first step gives the weights and buffers of
     the main process to all. sync_batchnorm: batch statistics are those of all of them; the model's
-    batch norms are converted in place.
+    batch norms are converted in place. fuse_norm: its batch norms run in one operation with what
+    follows them, see `fuse_batch_norms`.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class TrainStep:
         sums: StepSums | None = None,
         team: Team = ALONE,
         sync_batchnorm: bool = False,
+        fuse_norm: bool = False,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -58,6 +64,12 @@ class TrainStep:
         self.scaler = runtime.grad_scaler()
         if sync_batchnorm and team.size > 1:
             synchronize_batchnorm(model)
+        if fuse_norm:
+            fuse_batch_norms(model)
+        #: Why views cannot pass as one batch of several groups, or None.
+        self.ungrouped = why_not_grouped(model)
+        if isinstance(model, Classifier):
+            model.takes_groups = self.ungrouped is None
         self._data_parallel: DistributedDataParallel | None = None
         self._start_momentum()
 
@@ -163,6 +175,24 @@ class _ObjectiveOf(nn.Module):
         shard: BatchShard | None,
     ) -> StepResult:
         return self.objective(self.model, images, labels, generator, shard)
+
+
+def why_not_grouped(model: nn.Module) -> str | None:
+    """Why several batches cannot pass a model as one within `norm_groups`, or None.
+
+    As one they must give what they give one after the other, in training.
+    """
+    if draws(model):
+        return "dropout or stochastic depth would be drawn otherwise"
+    norms = ungrouped_norms(model)
+    if norms:
+        more = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
+        return f"the batch statistics of {norms[0]}{more} would be those of all views"
+    # Such a model runs its parts again in the backward, outside of the groups.
+    for name, module in model.named_modules():
+        if any(getattr(module, key, False) for key in ("grad_checkpointing", "memory_efficient")):
+            return f"{name} computes its activations again by itself"
+    return None
 
 
 def shard_of(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,10 @@ class Trainer:
             sums=self.sums,
             team=team,
             sync_batchnorm=config.train.sync_batchnorm,
+            fuse_norm=config.train.fuse_norm,
         )
+        if config.train.views == "grouped" and fields(config.views) and self.train_step.ungrouped:
+            warn(f"the views pass one by one (views=separate): {self.train_step.ungrouped}")
         self.captured_step: CapturedStep[StepResult] | None = None
         if capture:
             self.captured_step = CapturedStep(

@@ -24,6 +24,7 @@ PUBLIC = {
     "attention_mixup",
     "attention_patch",
     "attention_views",
+    "batch_norm_act",
     "bilinear_attention_pool",
     "multiscale_attention",
     "resample_attention",
@@ -33,11 +34,14 @@ PUBLIC = {
 OTHERS = {
     "AttentionViews",
     "BackendUnavailable",
+    "BatchNormAct",
     "BilinearAttentionPool",
     "MultiscaleAttention",
     "SoftDistance",
     "SoftDistanceLoss",
     "backends",
+    "fuse_batch_norms",
+    "norm_groups",
     "use_backend",
 }
 
@@ -55,7 +59,7 @@ def test_public_names():
     assert set(mk.__all__) >= PUBLIC | OTHERS
     functions = {name for name in mk.__all__ if inspect.isfunction(getattr(mk, name))}
     # What `AttentionViews` calls is no public name.
-    wanted = functions - {"backends"} | {"sampled_views"}
+    wanted = functions - {"backends", "fuse_batch_norms"} | {"sampled_views"}
     assert {case.function.__name__ for case in CASES} == wanted, "a public function without a case"
     assert all(getattr(mk, name).__doc__ for name in functions)
 

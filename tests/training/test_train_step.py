@@ -51,9 +51,14 @@ class Objective:
         return StepResult(loss, loss.detach(), torch.zeros_like(loss.detach()), correct)
 
 
-def make_step(runtime: Runtime, factor: float = 1.0, **optim: Any) -> TrainStep:
+def make_step(
+    runtime: Runtime, factor: float = 1.0, *, fuse_norm: bool = False, **optim: Any
+) -> TrainStep:
     torch.manual_seed(0)
-    model = nn.Linear(4, 3)
+    model: nn.Module = nn.Linear(4, 3)
+    if fuse_norm:
+        as_images = nn.Unflatten(1, (4, 1, 1))
+        model = nn.Sequential(as_images, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), model)
     settings = OptimConfig(**{"lr": 0.1, **optim})
     return TrainStep(
         model,
@@ -62,6 +67,7 @@ def make_step(runtime: Runtime, factor: float = 1.0, **optim: Any) -> TrainStep:
         runtime,
         clip_norm=settings.clip_norm,
         sums=StepSums(runtime.device),
+        fuse_norm=fuse_norm,
     )
 
 
@@ -75,7 +81,12 @@ def weights(step: TrainStep) -> Tensor:
 
 
 #: Every setting of the step itself, switched on.
-SETTINGS: list[dict[str, Any]] = [{}, {"name": "adamw"}, {"clip_norm": 0.1}]
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"name": "adamw"},
+    {"clip_norm": 0.1},
+    {"fuse_norm": True},
+]
 in_every_way = pytest.mark.parametrize(
     ("settings", "runtime"), list(itertools.product(SETTINGS, (CPU, FLOAT16)))
 )

@@ -300,7 +300,7 @@ def test_a_step_that_draws_again_is_not_recorded(
 ) -> None:
     """Which is said before the first step."""
     monkeypatch.setattr(trainer_module, "CAPTURE_DEVICES", frozenset(("cpu",)))
-    config = small_config(*settings)
+    config = small_config(*settings, "views=separate")
     classes, cache = open_images(config, config.data.source)
     loader = plain_loader(config, cache, list(range(8)), classes)
     model, said = build_model(config.model, len(classes)), []
