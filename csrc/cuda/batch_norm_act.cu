@@ -7,10 +7,10 @@
 //               which the L2 still holds most.
 // Evaluation, and an empty batch, is the second launch alone.
 //
-// Statistics: a thread adds up differences from the first value that it meets; the threads of a
-// warp merge by the formula of Chan et al. 1983; beyond, sums of differences from the median of
-// three values of the group run in double. All in a fixed order: neither a large common mean nor a
-// value far off takes the others' digits.
+// Statistics: a thread adds up differences from a value that it meets, a median, lest one far off is
+// taken; the threads of a warp merge by the formula of Chan et al. 1983; beyond, sums of differences
+// from the channel's pivot, the median of three values of the group, run in double. All in a fixed
+// order: neither a large common mean nor a value far off takes the others' digits.
 #include <string>
 #include <tuple>
 
@@ -116,15 +116,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   A pivot[G::kOwn], shift[G::kOwn] = {}, sum[G::kOwn] = {}, squares[G::kOwn] = {};
   const auto prepare = [&] {
-    A first[G::kItems], a[G::kItems], b[G::kItems], c[G::kItems];
+    A first[G::kItems], second[G::kItems], a[G::kItems], b[G::kItems], c[G::kItems];
     unpack<G>(raw[0], first);
+    unpack<G>(raw[1], second);
     unpack<G>(samples[0], a);
     unpack<G>(samples[1], b);
     unpack<G>(samples[2], c);
 #pragma unroll
     for (int k = 0; k < G::kOwn; ++k) {
-      shift[k] = first[k];
       pivot[k] = median(a[k], b[k], c[k]);
+      shift[k] = place.turns > 1 ? median(first[k], second[k], pivot[k]) : first[k];
     }
   };
   const auto load = [&](int u, int64_t offset) { raw[u] = load_raw<G>(call.x + offset); };
@@ -216,12 +217,11 @@ __device__ __forceinline__ void activate(Act act, typename G::A (&z)[G::kItems])
   }
 }
 
-template <typename G>
-__global__ void __launch_bounds__(kThreads, 1)
-    apply_kernel(const __grid_constant__ Apply<typename G::T> call) {
+template <typename G, bool kResidual>
+__device__ __forceinline__ void apply(const Apply<typename G::T>& call,
+                                      Norm<typename G::A> (&norms)[G::kChannels]) {
   using A = typename G::A;
-  constexpr int kUnroll = G::kBytes < 16 ? 8 : 4;
-  MAGSD_SHARED(Norm<A>, norms, [G::kChannels]);
+  constexpr int kUnroll = kResidual && G::kBytes == 16 ? 4 : 8;
   const Partition& p = call.partition;
   const Place<G> place(p);
   Norm<A> own[G::kOwn] = {};
@@ -239,14 +239,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   Raw<G> raw[kUnroll] = {}, raw_residual[kUnroll] = {};
   const auto load = [&](int u, int64_t offset) {
     raw[u] = load_raw<G>(call.x + offset);
-    if (call.residual != nullptr) raw_residual[u] = load_raw<G>(call.residual + offset);
+    if constexpr (kResidual) raw_residual[u] = load_raw<G>(call.residual + offset);
   };
   for_positions<G, kUnroll, true>(p, place, prepare, load, [&](int u, int64_t offset) {
     A z[G::kItems];
     unpack<G>(raw[u], z);
 #pragma unroll
     for (int k = 0; k < G::kItems; ++k) z[k] = own[G::kLast ? k : 0](z[k]);
-    if (call.residual != nullptr) {
+    if constexpr (kResidual) {
       A residual[G::kItems];
       unpack<G>(raw_residual[u], residual);
 #pragma unroll
@@ -255,6 +255,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     activate<G>(call.act, z);
     store<G>(call.output + offset, z);
   });
+}
+
+template <typename G>
+__global__ void __launch_bounds__(kThreads, 1)
+    apply_kernel(const __grid_constant__ Apply<typename G::T> call) {
+  MAGSD_SHARED(Norm<typename G::A>, norms, [G::kChannels]);
+  if (call.residual != nullptr) {
+    apply<G, true>(call, norms);
+  } else {
+    apply<G, false>(call, norms);
+  }
 }
 
 struct Forward {

@@ -232,7 +232,7 @@ struct RawOf<2> {
 };
 // The values of a position as they lie in memory.
 template <typename G>
-using Raw = typename RawOf<static_cast<int>(sizeof(typename G::T)) * G::kItems>::type;
+using Raw = typename RawOf<G::kBytes>::type;
 
 template <typename G>
 __device__ __forceinline__ Raw<G> load_raw(const typename G::T* at) {
