@@ -7,10 +7,10 @@
 //               which the L2 still holds most.
 // Evaluation, and an empty batch, is the second launch alone.
 //
-// Statistics: a thread adds up differences from a value that it meets, a median, lest one far off is
-// taken; the threads of a warp merge by the formula of Chan et al. 1983; beyond, sums of differences
-// from the channel's pivot, the median of three values of the group, run in double. All in a fixed
-// order: neither a large common mean nor a value far off takes the others' digits.
+// Statistics: a thread adds up differences from a value that it meets, a median, lest one far off
+// is taken; the threads of a warp merge by the formula of Chan et al. 1983; beyond, sums of
+// differences from the channel's pivot, the median of three values of the group, run in double. All
+// in a fixed order: neither a large common mean nor a value far off takes the others' digits.
 #include <string>
 #include <tuple>
 

@@ -27,7 +27,6 @@ namespace magsd::MAGSD_ISA::batch_norm_act {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kLeastTurns = 2;  // of a thread, below which a channel is not split further
 
 template <typename Type, bool kChannelsLast, int kCount>
 struct Grain {
@@ -97,7 +96,7 @@ Partition partition_of(const NormShape& shape) {
   p.lanes = G::kLast ? kThreads / G::kLanes : kWarp * p.team;
   p.ranges = ceil_div<int64_t>(p.channels, p.block_channels);
   const int64_t turns = ceil_div<int64_t>(p.positions, p.lanes);
-  const int64_t taken = ceil_div(turns, splits_of(p.groups * p.ranges, turns / kLeastTurns));
+  const int64_t taken = ceil_div(turns, splits_of(p.groups * p.ranges, turns));
   p.share = taken * p.lanes;
   p.splits = static_cast<int32_t>(std::max<int64_t>(taken > 0 ? ceil_div(turns, taken) : 1, 1));
   if (G::kLast) {
