@@ -5,7 +5,8 @@
 //               channels makes of all parts the mean, rstd and running statistics of every group
 //   apply       normalizes, adds the residual, activates. It goes through the map from the end, of
 //               which the L2 still holds most.
-// Evaluation, and an empty batch, is the second launch alone.
+// Evaluation, and an empty batch, is the second launch alone. So training moves 3 values an element,
+// 4 with a residual, and evaluation 2 or 3.
 //
 // Statistics: a thread adds up differences from a value that it meets, a median, lest one far off
 // is taken; the threads of a warp merge by the formula of Chan et al. 1983; beyond, sums of
