@@ -157,17 +157,18 @@ def by_channel(values, units, UNITS: tl.constexpr, PLANES: tl.constexpr, SPAN: t
 
 
 @triton.jit
-def combined(mean, squares, size, AXIS: tl.constexpr):
+def combined(base, rest, squares, size, AXIS: tl.constexpr):
     """Mean, squared deviations and size along an axis of parts that have them (Chan et al. 1983).
 
-    The mean is found in two steps: the second knows the small distances from the first.
+    A mean is base + rest, which are added up last, so that a far mean costs no digits of the
+    distances of the parts.
     """
     total = tl.sum(size, AXIS)
-    first = tl.sum(mean * size, AXIS) / tl.maximum(total, 1.0)
-    apart = tl.where(size > 0, mean - tl.expand_dims(first, AXIS), 0.0)
-    rest = tl.sum(apart * size, AXIS) / tl.maximum(total, 1.0)
-    apart -= tl.expand_dims(rest, AXIS)
-    return first + rest, tl.sum(squares + apart * apart * size, AXIS), total
+    middle = tl.sum(base * size, AXIS) / tl.maximum(total, 1.0)
+    apart = tl.where(size > 0, base - tl.expand_dims(middle, AXIS) + rest, 0.0)
+    mean = tl.sum(apart * size, AXIS) / tl.maximum(total, 1.0)
+    apart -= tl.expand_dims(mean, AXIS)
+    return middle, mean, tl.sum(squares + apart * apart * size, AXIS), total
 
 
 @triton.jit

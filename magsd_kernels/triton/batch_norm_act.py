@@ -68,14 +68,15 @@ def _statistics_kernel(
     steps = (tl.maximum(PLANES * count_of(2, units, UNITS) - lane, 0) + (LANES - 1)) // LANES
     size = (rows * steps).to(ACC)
     apart = total / tl.maximum(size, 1.0)
-    mean, deviations, count = combined(first + apart, squares - total * apart, size, 0)
+    base, rest, deviations, count = combined(first, apart, squares - total * apart, size, 0)
     if SPAN > 1:
-        mean, deviations, count = combined(
-            by_channel(mean, units, UNITS, PLANES, SPAN),
+        base, rest, deviations, _ = combined(
+            by_channel(base, units, UNITS, PLANES, SPAN),
+            by_channel(rest, units, UNITS, PLANES, SPAN),
             by_channel(deviations, units, UNITS, PLANES, SPAN),
             by_channel(count, units, UNITS, PLANES, SPAN), 1,
         )  # fmt: skip
-    store_part(mean, deviations, parts, tl.program_id(0), sizes, units, UNITS, PLANES)
+    store_part(base + rest, deviations, parts, tl.program_id(0), sizes, units, UNITS, PLANES)
 
 
 @triton.jit
@@ -88,8 +89,8 @@ def _batch_statistics(
     part = tl.arange(0, PARTS)[:, None]
     items = tl.minimum(tl.maximum(sizes[0] - part * sizes[2], 0), sizes[2])
     size = tl.where(present, (items * count_of(2, units, UNITS)).to(ACC), 0.0)
-    mean, deviations, count = combined(mean, deviations, size, 0)
-    return mean, deviations / tl.maximum(count, 1.0), count
+    base, rest, deviations, count = combined(mean, 0.0, deviations, size, 0)
+    return base + rest, deviations / tl.maximum(count, 1.0), count
 
 
 @triton.jit
