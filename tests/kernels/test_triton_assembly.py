@@ -47,6 +47,10 @@ def viewed(batch: int, planes: int, side: int, low: int) -> Size:
     return Size(batch, maps=32, planes=planes, image=(side, side), low=(low, low))
 
 
+def normed(channels: int, side: int) -> Size:
+    return Size(64, channels=channels, features=(side, side))
+
+
 #: Names of the package's cases, a size, and options in place of the cases' own.
 CASES: dict[str, tuple[tuple[str, ...], Size, dict[str, Any]]] = {
     "pool 7x7": (("pool_same_size",), pooled(256, 2048, 7), {"scale": 100.0}),
@@ -64,7 +68,12 @@ CASES: dict[str, tuple[tuple[str, ...], Size, dict[str, Any]]] = {
     "sampling": (("sample",), viewed(64, 1, 224, 7), {}),
     "distance": (("loss",), Size(64), {}),
     "distance of many rows": (("loss",), Size(4096), {}),
+    "norm 112x112": (("norm_train", "norm_residual_relu"), normed(64, 112), {}),
+    "norm 56x56": (("norm_train", "norm_residual_relu"), normed(256, 56), {}),
+    "norm 7x7": (("norm_train", "norm_residual_relu"), normed(2048, 7), {}),
+    "norm of few channels": (("norm_train", "norm_eval"), normed(24, 56), {"act": "silu"}),
 }
+NORMS = [case for case in CASES if case.startswith("norm ")]
 PRODUCTS = ("pool 7x7", "pool 14x14", "pool 28x28", "pool resized")
 #: Each distinct kernel for each GPU; every dtype and layout for one GPU of either maker.
 SPANNING = [
@@ -129,7 +138,9 @@ def test_nothing_spills_and_shared_memory_suffices(gpu, case, dtype, layout):
 
 
 @pytest.mark.parametrize("gpu", TARGETS)
-@pytest.mark.parametrize("case", [*PRODUCTS, "multiscale", "multiscale evaluation", "resample"])
+@pytest.mark.parametrize(
+    "case", [*PRODUCTS, *NORMS, "multiscale", "multiscale evaluation", "resample"]
+)
 def test_dense_channels_move_sixteen_bytes_at_a_time(gpu, case):
     """All kernels that pass over features or maps, which excludes the sums of small shares."""
     for kernel in kernels_of(gpu, case, torch.bfloat16, "channels_last"):
@@ -147,6 +158,15 @@ def test_planes_of_a_multiple_of_four_pixels_are_copied_in_vectors(dtype, size):
             assert kernel.count(rf"cp\.async\.\w+\.shared\.global.*, {size},", "") > 0
             assert kernel.count(r"cp\.async\.\w+\.shared\.global.*, 0x4,", "") == 0
             assert kernel.half_words == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", NORMS)
+def test_planes_of_any_size_are_normalized_sixteen_bytes_at_a_time(case, dtype):
+    """Planes of 49 elements begin anywhere; those of several channels are taken together."""
+    for kernel in kernels_of("sm_90", case, dtype, "contiguous"):
+        assert kernel.vector > 0, kernel.name
+        assert kernel.half_words == 0, kernel.name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
