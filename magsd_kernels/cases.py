@@ -30,7 +30,8 @@ class Size:
         image: (H, W) of the images, which have `planes` channels.
         low: (h, w) of the attention.
         features: (H, W) of the features, which have `channels` channels.
-        scales, output: (h, w) of the maps of a multiscale attention, and of their sum.
+        scales, output: (h, w) of the maps of a multiscale attention, and of their sum; None means
+            the size of the last.
     """
 
     batch: int = 2
@@ -44,7 +45,7 @@ class Size:
     features: tuple[int, int] = (6, 7)
     channels: int = 5
     scales: tuple[tuple[int, int], ...] = ((9, 7), (5, 4), (3, 2))
-    output: tuple[int, int] = (4, 3)
+    output: tuple[int, int] | None = (4, 3)
 
 
 SMALL = Size()
@@ -116,6 +117,18 @@ class Draw:
     def integers(self, count: int, step: int, below: int) -> Tensor:
         """(count,) int64: multiples of `step`, modulo `below`."""
         return torch.arange(count, device=self.device) * step % below
+
+    def features(self, *shape: int) -> Tensor:
+        """Positive numbers."""
+        return self.normal(*shape).abs() + 0.1
+
+    def index(self, batch: int, maps: int) -> Tensor:
+        """(batch, 3) int64: the maps of three views."""
+        return self.integers(3 * batch, 7, maps).view(batch, 3)
+
+    def theta(self, batch: int) -> Tensor:
+        """(batch, 3) float32: the thresholds of three views."""
+        return self.uniform(batch, 3, low=0.2, high=0.6)
 
 
 Arguments = dict[str, Any]
@@ -221,7 +234,7 @@ def _norm_residual(size: Size, draw: Draw) -> Arguments:
 
 def _pool(size: Size, draw: Draw) -> Arguments:
     return {
-        "features": draw.normal(size.batch, size.channels, *size.features).abs() + 0.1,
+        "features": draw.features(size.batch, size.channels, *size.features),
         "attention": draw.attention(size.batch, size.maps, *size.features),
     }
 
@@ -241,8 +254,8 @@ def _views(size: Size, draw: Draw) -> Arguments:
     return {
         "images": draw.normal(size.batch, size.planes, *size.image),
         "attention": draw.attention(size.batch, size.maps, *size.low),
-        "theta": draw.uniform(size.batch, 3, low=0.2, high=0.6),
-        "index": draw.integers(3 * size.batch, 7, size.maps).view(size.batch, 3),
+        "theta": draw.theta(size.batch),
+        "index": draw.index(size.batch, size.maps),
         "offsets": draw.uniform(size.batch, 2),
     }
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+from typing import Any
 
-from magsd_kernels.cases import CASES, Case
+import pytest
+import torch
+
+from magsd_kernels.cases import CASES, Case, tensors_of
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -16,3 +20,13 @@ def each(cases: list[Case]) -> pytest.MarkDecorator:
 
 all_cases = each(list(CASES))
 differentiable_cases = each([case for case in CASES if case.differentiable])
+
+
+def run(case: Case, arguments: dict[str, Any], function: Callable[..., Any] | None = None):
+    """Outputs, then gradients of a fixed function of them."""
+    out = tensors_of((function or case.function)(**arguments))
+    leaves = case.leaves(arguments)
+    if not leaves:
+        return out
+    total = sum((x.double() * (i + 1)).square().sum() + x.sum() for i, x in enumerate(out))
+    return [*(x.detach() for x in out), *torch.autograd.grad(total, leaves)]

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from .interpreter import replace_language_once
+from .interpreter import speed_up
 from .support import INTERPRETED, Target, available_targets
 
 if INTERPRETED:
-    replace_language_once()
+    speed_up()
 
 
 @pytest.fixture(scope="session", params=available_targets(), ids=str)

@@ -1,22 +1,26 @@
-"""Strategies for the sweeps: calls described by a few numbers and words.
+"""Strategies for the sweeps: the package's cases at drawn sizes, with drawn values and options.
 
-A test that fails prints the description it drew, so that it holds no tensors: `Floats` names a
-shape, a fill, a seed and strides, short lists stand as they are. All shrink to the smallest shape,
-the first fill, seed 0 and contiguous memory.
+A test that fails prints what it drew. All shrinks to the smallest sizes, the first fill, seed 0 and
+contiguous memory.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from magsd_kernels.cases import Arguments, Case, Draw, Size, tensors_of
+
+from .cases import BY_NAME
 from .support import LAYOUTS, examples, make_strided, random
 
 #: The same examples in every run, few enough for every push.
@@ -38,321 +42,224 @@ FILLS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 MODES = ("area", "bilinear", "nearest")
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-@dataclass(frozen=True)
-class Floats:
-    """A floating tensor, to be built in any dtype; a fill of NOT_FINITE has one such entry."""
-
-    shape: tuple[int, ...]
-    fill: str = "signed"
-    seed: int = 0
-    layout: str = "contiguous"
-
-    def build(self, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-        values = random(*self.shape, seed=self.seed)
-        if self.fill in FILLS:
-            values = FILLS[self.fill](values)
-        elif values.numel():
-            values.view(-1)[self.seed * 7 % values.numel()] = NOT_FINITE[self.fill]
-        return make_strided(values.to(device, dtype), self.layout)
-
-
-dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
-seeds = st.integers(0, 99)
-layouts = st.sampled_from(LAYOUTS)
-batches = st.integers(1, 5)
-sides = st.integers(1, 9) | st.integers(10, 37)
-low_sides = st.integers(1, 7) | st.integers(8, 15)
-#: Attention maps and channels: few, or past the blocks of 16, 32 and 64 by which kernels cut them.
-maps = st.integers(1, 5) | st.sampled_from([31, 33, 40])
-channels = st.integers(1, 5) | st.sampled_from([17, 65, 70])
 SIGNED = ("signed", "steps", "zero", "constant", "negative", "positive", "small")
 RECTIFIED = ("rectified", "steps", "zero", "constant", "positive", "small")
+ATTENTION = (*RECTIFIED, "signed", "negative", *NOT_FINITE)
 #: Many products of these are equal, in every arithmetic.
 TIED = ("steps", "zero", "constant")
-fractions = st.floats(0, 1, width=32)
-uniforms = st.floats(0, 1, width=32, exclude_max=True)
-corners = st.booleans()
+
+dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+layouts = st.sampled_from(LAYOUTS)
 shuffles = st.randoms(use_true_random=False)
+fractions = st.floats(0, 1, width=32)
+uniforms = st.floats(0, 1, width=32, exclude_max=True) | st.sampled_from([0.25, 0.5])
+_sides = st.integers(1, 9) | st.integers(10, 37)
+_low_sides = st.integers(1, 7) | st.integers(8, 15)
+_low_sizes = st.tuples(_low_sides, _low_sides)
+#: Attention maps and channels: few, or past the blocks of 16, 32 and 64 by which kernels cut them.
+_channels = st.integers(1, 5) | st.sampled_from([17, 65, 70])
+sizes = st.builds(
+    Size,
+    batch=st.integers(0, 5),
+    maps=st.integers(1, 5) | st.sampled_from([31, 33, 40]),
+    classes=st.integers(1, 6) | st.just(101),
+    draws=st.integers(0, 4),
+    rows=st.integers(1, 5) | st.just(67),
+    image=st.tuples(_sides, _sides),
+    planes=_channels,
+    low=_low_sizes,
+    features=_low_sizes,
+    channels=_channels,
+    scales=st.lists(_low_sizes, min_size=1, max_size=3).map(tuple),
+    output=st.none() | st.tuples(_sides, _sides),
+)
+
+#: Of every optional argument that is no tensor or size.
+OPTIONS: dict[str, st.SearchStrategy[Any]] = {
+    "align_corners": st.booleans(),
+    "class_weights": st.none(),
+    "confidence": st.sampled_from([0.7, 0.0, 0.3, 1.0]),
+    "floor": st.sampled_from([0.001, 0.0, 1.0]),
+    "mode": st.sampled_from(MODES),
+    "momentum": st.sampled_from([0.1, 0.0, 0.75]),
+    "normalize": st.booleans(),
+    "padding": st.sampled_from([0.1, 0.0, 0.37, 3.0, 1e300]) | st.floats(0, 1),
+    "pool": st.sampled_from(["avg", "max"]),
+    "scale": st.sampled_from([1.0, 100.0, -0.5, 0.0]),
+    "signed_sqrt": st.booleans(),
+    "smoothing": st.sampled_from([0.01, 0.0, 0.2]),
+    "training": st.booleans(),
+    "weight": st.sampled_from([0.4, 0.0, 1.0]) | fractions,
+}
+EPS = {
+    "multiscale_attention": st.sampled_from([1e-3, 1e-5, 0.5]),
+    "bilinear_attention_pool": st.sampled_from([1e-12, 0.0, 0.01]),
+    "sample_attention": st.sampled_from([1e-12, 0.0, 1.0]),
+}
 
 
-def floats(shape: Sequence[int], fills: Sequence[str] = SIGNED) -> st.SearchStrategy[Floats]:
-    return st.builds(Floats, st.just(tuple(shape)), st.sampled_from(fills), seeds, layouts)
+class Drawn(Draw):
+    """What `cases` fills arguments with, of values that hypothesis chooses; `log` tells them."""
 
+    def __init__(self, draw: st.DrawFn, fills: Sequence[str], attention: Sequence[str]) -> None:
+        super().__init__(draw(dtypes))
+        self.draw = draw
+        self.fills, self.attention_fill = fills, draw(st.sampled_from(attention))
+        self.attention_dtype = self.dtype
+        self.wide_parameters = draw(st.booleans())
+        self.filled_with: set[str] = set()
+        self.log: list[str] = []
 
-def rows(batch: int, *entries: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Any]]:
-    """One tuple of `entries`, or the one entry alone, per image."""
-    row = entries[0] if len(entries) == 1 else st.tuples(*entries)
-    return st.lists(row, min_size=batch, max_size=batch)
+    def filled(self, shape: tuple[int, ...], fill: str, dtype: torch.dtype) -> Tensor:
+        """A fill of NOT_FINITE has one such entry."""
+        seed = self.draw(st.integers(0, 99))
+        self.filled_with.add(fill)
+        self.log.append(f"{fill}{shape} of seed {seed}, {dtype}")
+        values = random(*shape, seed=seed)
+        if fill in FILLS:
+            values = FILLS[fill](values)
+        elif values.numel():
+            values.view(-1)[seed * 7 % values.numel()] = NOT_FINITE[fill]
+        return values.to(dtype)
 
+    def chosen(
+        self, shape: tuple[int, ...], entries: st.SearchStrategy[Any], dtype: torch.dtype
+    ) -> Tensor:
+        """Every entry on its own."""
+        count = math.prod(shape)
+        values = self.draw(st.lists(entries, min_size=count, max_size=count))
+        self.log.append(f"{values}")
+        return torch.tensor(values, dtype=dtype).reshape(shape)
 
-def as_tensor(values: Sequence[Any], *trailing: int, dtype: torch.dtype) -> Tensor:
-    """Rows as a tensor; `trailing` are the sizes behind the batch, which no rows would hide."""
-    return torch.tensor(values, dtype=dtype).reshape(len(values), *trailing)
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        if len(shape) == 1:  # parameters
+            wide = dtype if self.wide_parameters else None
+            return self.filled(shape, "signed", wide or self.dtype)
+        return self.filled(shape, self.draw(st.sampled_from(self.fills)), self.dtype)
+
+    def features(self, *shape: int) -> Tensor:
+        return self.normal(*shape)
+
+    def attention(self, *shape: int) -> Tensor:
+        return self.filled(shape, self.attention_fill, self.attention_dtype)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return self.chosen(shape, uniforms, torch.float32) * (high - low) + low
+
+    def theta(self, batch: int) -> Tensor:
+        # A threshold of 0 leaves no margin to rounding, which decides where U crosses it among
+        # values of both signs: it is for maps without.
+        special = [0.5, 1.0, 1.5, math.nan]
+        if self.attention_fill not in ("steps", "signed", "small", *NOT_FINITE):
+            special.append(0.0)
+        thresholds = st.floats(0.125, 1, width=32) | st.sampled_from(special)
+        return self.chosen((batch, 3), thresholds, torch.float32)
+
+    def index(self, batch: int, maps: int) -> Tensor:
+        # One outside the maps counts as the nearest one inside.
+        outside = st.sampled_from([-(2**40), -1, maps, 2**40])
+        return self.chosen((batch, 3), st.integers(0, maps - 1) | outside, torch.int64)
+
+    def integers(self, count: int, step: int, below: int) -> Tensor:
+        few = self.draw(st.lists(st.integers(0, below - 1), min_size=1, max_size=5))
+        self.log.append(f"{few}")
+        return torch.tensor(few).repeat(count)[:count]
 
 
 @dataclass(frozen=True)
-class Resample:
-    """A call of resample_attention."""
+class Call:
+    """A call of a case's function; the tensors are contiguous and on the CPU."""
 
-    maps: tuple[Floats, ...]
-    dtype: torch.dtype
-    size: tuple[int, int] | None
-    mode: str
-    align_corners: bool
+    case: Case
+    size: Size
+    arguments: Arguments
+    layouts: list[str]
+    fills: set[str]
+    log: list[str]
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"size": self.size, "mode": self.mode, "align_corners": self.align_corners}
+    def __repr__(self) -> str:
+        options = {k: v for k, v in self.arguments.items() if not tensors_of(v)}
+        return f"{self.case.name}: {'; '.join(self.log)}; {self.layouts}; {options}"
 
+    def on(self, device: str) -> Arguments:
+        """Fresh arguments in their strides."""
+        layouts = iter(self.layouts)
+        return pytree.tree_map_only(
+            Tensor,
+            lambda x: make_strided(x.to(device, copy=True), next(layouts)),
+            self.arguments,
+        )
 
-@dataclass(frozen=True)
-class Multiscale(Resample):
-    """A call of multiscale_attention; `seed` gives weights, biases and running statistics."""
+    def leaves(self, device: str) -> list[Tensor]:
+        """The arguments that have gradients."""
+        return self.case.leaves(self.on(device))
 
-    seed: int
-    training: bool
-    eps: float
-    momentum: float
-    wide_parameters: bool
-
-    @property
-    def parameter_dtype(self) -> torch.dtype:
-        """float32 beside bfloat16 where the contract allows it."""
-        wide = self.wide_parameters and self.dtype == torch.bfloat16
-        return torch.float32 if wide else self.dtype
-
-    def parameters(self, device: str = "cpu") -> list[list[Tensor]]:
-        """Weights, biases, running means and variances, one of each a scale."""
-        count, scales = self.maps[0].shape[1], range(len(self.maps))
-        groups = [
-            [random(count, seed=self.seed + 10 * group + i) for i in scales] for group in range(4)
-        ]
-        groups[3] = [x.abs() + 0.5 for x in groups[3]]
-        return [[x.to(device, self.parameter_dtype) for x in group] for group in groups]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {**super().options, "training": self.training, "eps": self.eps}
+    def taking(
+        self, leaves: Iterable[Tensor], device: str = "cpu", wide: bool = False
+    ) -> Arguments:
+        """Arguments with others in place of those that have gradients; `wide` makes all float64."""
+        arguments, others = self.on(device), iter(leaves)
+        if wide:
+            arguments = pytree.tree_map_only(Tensor, widened, arguments)
+        for name in self.case.differentiable:
+            arguments[name] = pytree.tree_map_only(Tensor, lambda _: next(others), arguments[name])
+        return arguments
 
 
-@st.composite
-def resamples(draw: st.DrawFn, fills: Sequence[str] = SIGNED) -> Resample:
-    return Resample(**_resampling(draw, fills))
+def widened(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
 
 
 @st.composite
-def multiscales(draw: st.DrawFn, fills: Sequence[str] = SIGNED) -> Multiscale:
-    return Multiscale(
-        **_resampling(draw, fills),
-        seed=draw(seeds),
-        training=draw(st.booleans()),
-        eps=draw(st.sampled_from([1e-3, 1e-5, 0.5])),
-        momentum=draw(st.sampled_from([0.1, 0.0, 0.75])),
-        wide_parameters=draw(st.booleans()),
-    )
-
-
-def _resampling(draw: st.DrawFn, fills: Sequence[str]) -> dict[str, Any]:
-    batch, count = draw(st.integers(0, 5)), draw(maps)
-    sizes = draw(st.lists(st.tuples(low_sides, low_sides), min_size=1, max_size=3))
-    return {
-        "maps": tuple(draw(floats((batch, count, *size), fills)) for size in sizes),
-        "dtype": draw(dtypes),
-        "size": draw(st.none() | st.tuples(sides, sides)),
-        "mode": draw(st.sampled_from(MODES)),
-        "align_corners": draw(corners),
-    }
-
-
-@dataclass(frozen=True)
-class Pool:
-    """A call of bilinear_attention_pool."""
-
-    features: Floats
-    attention: Floats
-    dtype: torch.dtype
-    pool: str
-    signed_sqrt: bool
-    normalize: bool
-    scale: float
-    eps: float
-
-    @property
-    def options(self) -> dict[str, Any]:
-        names = ("pool", "signed_sqrt", "normalize", "scale", "eps")
-        return {name: getattr(self, name) for name in names}
-
-
-@st.composite
-def pools(
+def calls(
     draw: st.DrawFn,
+    name: str,
     fills: Sequence[str] = SIGNED,
-    attention: Sequence[str] = RECTIFIED,
+    attention: Sequence[str] = ATTENTION,
     same: bool = False,
-) -> Pool:
-    """`same`: maps and features of one size, as every second time anyhow."""
-    batch, size = draw(batches), draw(st.tuples(low_sides, low_sides))
-    low = size if same or draw(st.booleans()) else draw(st.tuples(low_sides, low_sides))
-    return Pool(
-        features=draw(floats((batch, draw(channels), *size), fills)),
-        attention=draw(floats((batch, draw(maps), *low), attention)),
-        dtype=draw(dtypes),
-        pool=draw(st.sampled_from(["avg", "max"])),
-        signed_sqrt=draw(st.booleans()),
-        normalize=draw(st.booleans()),
-        scale=draw(st.sampled_from([1.0, 100.0, -0.5, 0.0])),
-        eps=draw(st.sampled_from([1e-12, 0.0, 0.01])),
-    )
+    **fixed: Any,
+) -> Call:
+    """Of a case by name.
 
-
-@dataclass(frozen=True)
-class Sample:
-    """A call of sample_attention."""
-
-    attention: Floats
-    dtype: torch.dtype
-    uniforms: list[list[float]]
-    draws: int
-    eps: float
-
-    def arguments(self, device: str = "cpu") -> dict[str, Any]:
-        uniforms = as_tensor(self.uniforms, self.draws, dtype=torch.float32)
-        attention = self.attention.build(self.dtype, device)
-        return {"attention": attention, "uniforms": uniforms.to(device), "eps": self.eps}
-
-
-@st.composite
-def samples(draw: st.DrawFn) -> Sample:
-    batch, draws = draw(st.integers(0, 5)), draw(st.integers(0, 4))
-    shape = (batch, draw(maps), draw(low_sides), draw(low_sides))
-    row = st.lists(uniforms | st.sampled_from([0.25, 0.5]), min_size=draws, max_size=draws)
-    return Sample(
-        attention=draw(floats(shape, (*RECTIFIED, "signed", "negative", *NOT_FINITE))),
-        dtype=draw(dtypes),
-        uniforms=draw(rows(batch, row)),
-        draws=draws,
-        eps=draw(st.sampled_from([1e-12, 0.0, 1.0])),
-    )
-
-
-@dataclass(frozen=True)
-class Views:
-    """Images and the guides of three views, the first of which serves the single operations."""
-
-    images: Floats
-    attention: Floats
-    dtype: torch.dtype
-    attention_dtype: torch.dtype
-    index: list[tuple[int, int, int]]
-    theta: list[tuple[float, float, float]]
-    offsets: list[tuple[float, float]]
-    padding: float
-    weight: float
-    floor: float
-    align_corners: bool
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.images.shape[-2:]
-
-    def guide(self, device: str = "cpu") -> dict[str, Tensor]:
-        """Attention, index (B, 3), theta (B, 3) and offsets (B, 2)."""
-        return {
-            "attention": self.attention.build(self.attention_dtype, device),
-            "index": as_tensor(self.index, 3, dtype=torch.int64).to(device),
-            "theta": as_tensor(self.theta, 3, dtype=torch.float32).to(device),
-            "offsets": as_tensor(self.offsets, 2, dtype=torch.float32).to(device),
-        }
-
-    def single(self, device: str = "cpu", view: int = 0) -> dict[str, Any]:
-        """Attention, index and theta (B,) of one view, and align_corners."""
-        guide = self.guide(device)
-        one_map = self.attention.shape[1] == 1
-        return {
-            "attention": guide["attention"],
-            "index": None if one_map else guide["index"][:, view],
-            "theta": guide["theta"][:, view],
-            "align_corners": self.align_corners,
-        }
-
-
-ATTENTION = (*RECTIFIED, "signed", "negative", *NOT_FINITE)
+    Args:
+        fills, attention: of what `cases` draws as normal numbers and features, and as attention.
+        same: maps of the size of features or images, as every second time anyhow.
+        fixed: arguments that are not drawn.
+    """
+    case = BY_NAME[name]
+    parameters = inspect.signature(case.function).parameters
+    guided = "theta" in parameters
+    values = Drawn(draw, fills, attention)
+    size = draw(sizes)
+    if case.function.__name__ == "bilinear_attention_pool":
+        size = replace(size, batch=max(size.batch, 1))
+    if same or draw(st.booleans()):
+        size = replace(size, low=size.image if guided else size.features)
+    if guided:
+        values.attention_dtype = draw(st.just(values.dtype) | dtypes)
+    arguments = case.build(size, values)
+    if guided and size.maps == 1 and parameters["index"].default is None:
+        arguments["index"] = draw(st.sampled_from([None, arguments["index"]]))
+    for option, parameter in parameters.items():
+        given = option in arguments or option == "backend"
+        if option in case.options or (parameter.default is not parameter.empty and not given):
+            strategy = EPS[case.function.__name__] if option == "eps" else OPTIONS[option]
+            arguments[option] = draw(strategy)
+    arguments |= fixed
+    strides = [draw(layouts) for _ in tensors_of(arguments)]
+    return Call(case, size, arguments, strides, values.filled_with, values.log)
 
 
 @st.composite
-def views(
-    draw: st.DrawFn, images: Sequence[str] = SIGNED, attention: Sequence[str] = ATTENTION
-) -> Views:
-    batch, count = draw(st.integers(0, 5)), draw(maps)
-    size = draw(st.tuples(sides, sides))
-    low = draw(st.tuples(low_sides, low_sides) | st.just(size))
-    # An index outside the maps counts as the nearest one inside.
-    index = st.integers(0, count - 1) | st.sampled_from([-(2**40), -1, count, 2**40])
-    # A threshold of 0 leaves no margin to rounding, which decides where U crosses it among values
-    # of both signs: it is for maps without.
-    dtype, fill = draw(dtypes), draw(st.sampled_from(attention))
-    special = [0.5, 1.0, 1.5, math.nan]
-    if fill not in ("steps", "signed", "small", *NOT_FINITE):
-        special.append(0.0)
-    theta = st.floats(0.125, 1, width=32) | st.sampled_from(special)
-    return Views(
-        images=draw(floats((batch, draw(channels), *size), images)),
-        attention=draw(floats((batch, count, *low), (fill,))),
-        dtype=dtype,
-        attention_dtype=draw(st.just(dtype) | dtypes),
-        index=draw(rows(batch, index, index, index)),
-        theta=draw(rows(batch, theta, theta, theta)),
-        offsets=draw(rows(batch, uniforms, uniforms)),
-        padding=draw(st.sampled_from([0.1, 0.0, 0.37, 3.0, 1e300]) | st.floats(0, 1)),
-        weight=draw(st.sampled_from([0.4, 0.0, 1.0]) | fractions),
-        floor=draw(st.sampled_from([0.001, 0.0, 1.0])),
-        align_corners=draw(corners),
-    )
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A call of soft_distance_loss; `targets` repeat over the batch."""
-
-    logits: Floats
-    views: Floats
-    dtype: torch.dtype
-    targets: list[int]
-    class_weights: list[float] | None
-    wide_weights: bool
-    confidence: float
-    smoothing: float
-    as_list: bool
-
-    def fixed(self, device: str = "cpu") -> dict[str, Any]:
-        """Every argument but the logits."""
-        batch = self.logits.shape[0]
-        weights = None
-        if self.class_weights is not None:
-            dtype = torch.float32 if self.wide_weights else self.dtype
-            weights = torch.tensor(self.class_weights, dtype=dtype, device=device)
-        return {
-            "targets": torch.tensor(self.targets, device=device).repeat(batch)[:batch],
-            "class_weights": weights,
-            "confidence": self.confidence,
-            "smoothing": self.smoothing,
-        }
-
-
-@st.composite
-def losses(draw: st.DrawFn, fills: Sequence[str] = SIGNED) -> Loss:
-    batch, classes = draw(batches | st.just(67)), draw(st.integers(1, 6) | st.just(101))
+def losses(draw: st.DrawFn, fills: Sequence[str] = SIGNED) -> Call:
+    """Of soft_distance_loss: one to four views, in a list or stacked; class weights or none."""
+    call = draw(calls("loss", fills))
+    arguments, classes = call.arguments, call.size.classes
+    views = (2 * arguments["view_logits"])[: draw(st.integers(1, 4))]
+    arguments["view_logits"] = views if draw(st.booleans()) else torch.stack(views)
     weight = st.sampled_from([1.0, 0.5, 2.0, 0.0])
-    return Loss(
-        logits=draw(floats((batch, classes), fills)),
-        views=draw(floats((draw(st.integers(1, 4)), batch, classes), fills)),
-        dtype=draw(dtypes),
-        targets=draw(st.lists(st.integers(0, classes - 1), min_size=1, max_size=5)),
-        class_weights=draw(st.none() | st.lists(weight, min_size=classes, max_size=classes)),
-        wide_weights=draw(st.booleans()),
-        confidence=draw(st.sampled_from([0.7, 0.0, 0.3, 1.0])),
-        smoothing=draw(st.sampled_from([0.01, 0.0, 0.2])),
-        as_list=draw(st.booleans()),
-    )
+    weights = draw(st.none() | st.lists(weight, min_size=classes, max_size=classes))
+    if weights is not None:
+        dtype = draw(st.sampled_from([torch.float32, views[0].dtype]))
+        arguments["class_weights"] = torch.tensor(weights, dtype=dtype)
+    return replace(call, layouts=[draw(layouts) for _ in tensors_of(arguments)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import magsd_kernels as mk
 from magsd_kernels.cases import sampled_views
 
-from .cases import CASES, all_cases, differentiable_cases
+from .cases import CASES, all_cases, differentiable_cases, run
 from .support import all_dtypes, identical, random, tensors_of
 
 PUBLIC = {
@@ -47,12 +48,7 @@ OTHERS = {
 
 
 def outputs_and_gradients(target, case, arguments):
-    out = tensors_of(target.call(case.function, **arguments))
-    leaves = case.leaves(arguments)
-    if not leaves:
-        return out
-    total = sum((x.double() * (i + 1)).square().sum() + x.sum() for i, x in enumerate(out))
-    return [*(x.detach() for x in out), *torch.autograd.grad(total, leaves)]
+    return run(case, arguments, functools.partial(target.call, case.function))
 
 
 def test_public_names():

@@ -5,20 +5,48 @@ Whatever comes in, an operator gives a result of the promised shape or raises; t
 
 from __future__ import annotations
 
+import functools
+import inspect
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils import _pytree as pytree
 
-from magsd_kernels import native
+from magsd_kernels import native, registry
+from magsd_kernels.cases import CASES, Size
 
+from .cases import run
 from .support import Library, every_library
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OTHERS = (torch.int32, torch.int64, torch.bool, torch.uint8, torch.complex64)
 ROUNDS = 300
+OPERATORS = sorted(
+    name.removeprefix("magsd::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("magsd::")
+)
+
+#: Primes that are factors of no constant: what is recorded at this size tells its dimensions apart.
+RECORDED = Size(
+    batch=5,
+    maps=7,
+    classes=11,
+    draws=11,
+    image=(13, 17),
+    planes=11,
+    low=(19, 23),
+    features=(13, 17),
+    channels=11,
+    scales=((13, 17), (11, 19), (23, 29)),
+    output=(31, 37),
+)
+PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
 
 def _size(draw: random.Random) -> int:
@@ -76,157 +104,108 @@ def _spoil_any(draw: random.Random, value: Any) -> Any:
     return value
 
 
-def _floats(draw: random.Random, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-    values = torch.randn(shape, dtype=torch.float64)
+@functools.cache
+def recorded() -> dict[str, list[list[Any]]]:
+    """Arguments of every operator, as the cases give them in every dtype."""
+    draw = random.Random(0)
+    calls: dict[str, list[list[Any]]] = {}
+    original = registry.call_backend
+
+    def call_backend(backend: str, operation: str, name: str, arguments: Sequence[Any]) -> Any:
+        calls.setdefault(name, []).append([*arguments])
+        return original(backend, operation, name, arguments)
+
+    with mock.patch.object(registry, "call_backend", call_backend):
+        for case, dtype, _ in itertools.product(CASES, FLOATS, range(2)):
+            size = replace(RECORDED, scales=draw.sample(RECORDED.scales, draw.choice((1, 2, 3))))
+            arguments = case.arguments(size, dtype=dtype)
+            for name, parameter in inspect.signature(case.function).parameters.items():
+                if isinstance(arguments.get(name, parameter.default), bool):
+                    arguments[name] = draw.random() < 0.5
+            run(case, arguments | {"backend": "reference"})
+    return calls
+
+
+def _resized(size: int, extents: dict[int, int]) -> int:
+    """A recorded size, or a product of some, with other numbers in place of the primes."""
+    for prime in PRIMES if size else ():
+        if size % prime == 0:
+            return extents[prime] * _resized(size // prime, extents)
+    return size
+
+
+def _redrawn(draw: random.Random, value: Any, extents: dict[int, int]) -> Any:
+    """A recorded argument at other sizes, with values like the recorded ones and worse."""
+    if isinstance(value, list):
+        if value and isinstance(value[0], bool):
+            return [draw.random() < 0.7 for _ in value]
+        return [_redrawn(draw, each, extents) for each in value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _resized(value, extents)
+    if not isinstance(value, torch.Tensor):
+        return value
+    shape = [_resized(n, extents) for n in value.shape]
+    if not value.is_floating_point():
+        far = draw.choice((1, 1, 2**20, torch.iinfo(value.dtype).max // 16))
+        return torch.randint(-2, 12, shape, dtype=value.dtype) * far
+    if not value.numel():
+        return value
+    values = value.detach().flatten()[torch.randint(value.numel(), shape)]
     if draw.random() < 0.1 and values.numel():
-        values.flatten()[draw.randrange(values.numel())] = draw.choice((float("nan"), float("inf")))
-    values = values.to(dtype)
+        wrong = draw.choice((float("nan"), float("inf"), 1e30, -1.0))
+        values.flatten()[draw.randrange(values.numel())] = wrong
     if len(shape) == 4 and draw.random() < 0.5:
         values = values.contiguous(memory_format=torch.channels_last)
     return values
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _pool(draw: random.Random, dtype: torch.dtype) -> dict[str, list[Any]]:
-    batch, maps, channels = _size(draw), _size(draw), draw.choice((1, 3, 16, 33))
-    features = _floats(draw, batch, channels, _size(draw), _size(draw), dtype=dtype)
-    attention = _floats(draw, batch, maps, _size(draw), _size(draw), dtype=dtype)
-    pool = draw.choice(("avg", "max"))
-    normalize = draw.random() < 0.7
-    settings = [pool, draw.random() < 0.7, normalize, 2.0, 1e-12, draw.random() < 0.5]
-    matrix = _floats(draw, batch, maps * channels, dtype=dtype)
-    argmax = torch.full((batch, maps, channels), draw.choice((-7, 0, 3, 2**31 - 1))).int()
-    norm = torch.rand(batch, dtype=_wide(dtype))
-    if not normalize:
-        norm = norm[:0]
-    if pool == "avg":
-        argmax = argmax.flatten()[:0]
-    return {
-        "bilinear_attention_pool": [features, attention, *settings],
-        "bilinear_attention_pool_backward": [
-            matrix, features, attention, matrix.clone(), norm, argmax, *settings,
-            [draw.random() < 0.7, draw.random() < 0.7],
-        ],
-    }  # fmt: skip
-
-
-def _multiscale(draw: random.Random, dtype: torch.dtype) -> dict[str, list[Any]]:
-    batch, maps, scales = _size(draw), _size(draw), draw.choice((1, 2, 3))
-    parameters = draw.choice((dtype, torch.float32))
-    projections = [
-        _floats(draw, batch, maps, _size(draw), _size(draw), dtype=dtype) for _ in range(scales)
-    ]
-    groups = [[torch.rand(maps, dtype=parameters) for _ in range(scales)] for _ in range(4)]
-    size = [_size(draw), _size(draw)]
-    grad = _floats(draw, batch, maps, *size, dtype=dtype)
-    mode, training = draw.choice(("area", "bilinear", "nearest")), draw.random() < 0.7
-    corners = draw.random() < 0.5
-    statistics = [torch.rand(scales, maps, dtype=_wide(dtype)) for _ in range(2)]
-    sizes = [[x.shape[d] for x in projections] for d in (2, 3)]
-    return {
-        "resample_attention": [projections, size, mode, corners],
-        "resample_attention_backward": [grad, *sizes, mode, corners],
-        "multiscale_attention": [projections, *groups, size, training, 0.1, 1e-3, mode, corners],
-        "multiscale_attention_backward": [
-            grad, projections, *groups[:2], *statistics, training, mode, corners,
-        ],
-    }  # fmt: skip
-
-
-def _loss(draw: random.Random, dtype: torch.dtype) -> dict[str, list[Any]]:
-    batch, classes = _size(draw), _size(draw)
-    logits = _floats(draw, batch, classes, dtype=dtype)
-    views = [_floats(draw, batch, classes, dtype=dtype) for _ in range(draw.choice((1, 3)))]
-    if draw.random() < 0.5:
-        views = [torch.stack(views)]
-    targets = torch.randint(-2, 12, (batch,)) * draw.choice((1, 1, 2**40))
-    weights = draw.choice((None, torch.rand(classes, dtype=dtype)))
-    grads = [draw.choice((None, torch.ones((), dtype=_wide(dtype)))) for _ in range(3)]
-    return {
-        "soft_distance_loss": [logits, views, targets, weights, 0.7, 0.01],
-        "soft_distance_loss_backward": [*grads, logits, views, targets, weights, 0.7, 0.01],
-    }
-
-
-def _sample(draw: random.Random, dtype: torch.dtype) -> dict[str, list[Any]]:
-    batch = _size(draw)
-    attention = _floats(draw, batch, _size(draw), _size(draw), _size(draw), dtype=dtype)
-    return {"sample_attention": [attention, torch.rand(batch, _size(draw)), 1e-12]}
-
-
-def _guided(draw: random.Random, dtype: torch.dtype) -> dict[str, list[Any]]:
-    batch, size = _size(draw), [_size(draw), _size(draw)]
-    images = _floats(draw, batch, draw.choice((0, 1, 3)), *size, dtype=dtype)
-    maps = draw.choice((1, 3))
-    attention = _floats(draw, batch, maps, _size(draw), _size(draw), dtype=dtype)
-    index = torch.randint(-1, maps + 1, (batch,)) * draw.choice((1, 1, 2**40))
-    index = draw.choice((None, index))
-    theta, offsets = torch.rand(batch), torch.rand(batch, 2) * draw.choice((1, 1, 1e30))
-    indices = torch.randint(0, maps, (batch, 3))
-    thetas = torch.rand(batch, 3)
-    boxes = torch.randint(-1, 9, (batch, 4)).int() * draw.choice((1, 1, 2**20))
-    both = torch.stack([boxes, boxes.flip(1)])
-    grads = _floats(draw, 3 * batch, *images.shape[1:], dtype=dtype).view(3, *images.shape)
-    guide, corners = [attention, index, theta], draw.random() < 0.5
-    guides = [attention, indices, thetas, offsets]
-    some = draw.choice((2, 3))
-    sampled = [attention, torch.rand(batch, some), thetas[:, :some]]
-    sampled_offsets = offsets if some == 3 else None
-    return {
-        "attention_boxes": [*guide, size, 0.1, corners],
-        "attention_mixup": [images, *guide, 0.1, 0.4, corners],
-        "attention_mixup_backward": [images, boxes, 0.4, corners],
-        "attention_patch": [images, *guide, offsets, 0.1, corners],
-        "attention_patch_backward": [images, boxes, offsets],
-        "attention_dim": [images, *guide, 0.001, corners],
-        "attention_views": [images, *guides, 0.1, 0.4, 0.001, corners],
-        "sampled_views": [
-            images, *sampled, sampled_offsets, 1e-12, 0.1, 0.4, 0.001, corners,
-        ],
-        "attention_views_backward": [
-            grads[:some], attention, indices[:, :some], *sampled[2:], sampled_offsets,
-            both[: some - 1], 0.4, 0.001, corners,
-        ],
-    }  # fmt: skip
-
-
-BUILDERS: dict[str, Callable[[random.Random, torch.dtype], dict[str, list[Any]]]] = {
-    "bilinear_pool": _pool,
-    "multiscale_attention": _multiscale,
-    "soft_distance": _loss,
-    "attention_sampling": _sample,
-    "attention_augment": _guided,
-}
+def _call(draw: random.Random, name: str) -> list[Any]:
+    """Arguments of an operator that fit together: some as recorded, most at other sizes."""
+    arguments = draw.choice(recorded()[name])
+    if draw.random() < 0.8:
+        extents = {prime: _size(draw) for prime in PRIMES}
+        arguments = [_redrawn(draw, value, extents) for value in arguments]
+    else:
+        arguments = pytree.tree_map_only(torch.Tensor, lambda x: x.detach().clone(), arguments)
+    for at, argument in enumerate(getattr(torch.ops.magsd, name).default._schema.arguments[:-1]):
+        if isinstance(argument.type, torch.OptionalType) and draw.random() < 0.3:
+            arguments[at] = None
+    # What layers have beside activations in half precision is float32, or of the same dtype.
+    lists = [each for each in arguments if isinstance(each, list) and len(each)]
+    tensors = [each for each in lists if isinstance(each[0], torch.Tensor)]
+    if tensors and draw.random() < 0.5:
+        dtype = draw.choice(tensors)[0].dtype
+        for each in tensors:
+            each[:] = [x.to(dtype) for x in each]
+    return arguments
 
 
 #: In messages of what no argument may cause: a kernel that reads outside, hangs or cannot start.
 FAULTS = ("CUDA error", "emulated kernel", "INTERNAL ASSERT")
 
 
-def fuzz(operation: str, library: Library, seed: int) -> tuple[int, int]:
-    """Call every operator of one file with good and bad arguments; how many returned and raised."""
+def fuzz(name: str, library: Library, seed: int) -> tuple[int, int]:
+    """Call an operator with good and bad arguments; how often it returned and raised."""
     torch.manual_seed(seed)
     draw = random.Random(seed)
+    operator = getattr(native.operations(library.backend), name)
     returned = raised = 0
     for _ in range(ROUNDS):
-        calls = BUILDERS[operation](draw, draw.choice(FLOATS))
-        calls = pytree.tree_map_only(torch.Tensor, lambda x: x.to(library.device), calls)
-        for name, arguments in calls.items():
-            for _ in range(draw.choice((0, 1, 1, 2))):
-                at = draw.randrange(len(arguments))
-                arguments[at] = _spoil_any(draw, arguments[at])
-            try:
-                getattr(native.operations(library.backend), name)(*arguments)
-                if library.device == "cuda":
-                    torch.cuda.synchronize()
-                returned += 1
-            except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
-                if any(fault in str(error) for fault in FAULTS):
-                    raise
-                raised += 1
+        arguments = pytree.tree_map_only(
+            torch.Tensor, lambda x: x.to(library.device), _call(draw, name)
+        )
+        for _ in range(draw.choice((0, 1, 1, 2))):
+            at = draw.randrange(len(arguments))
+            arguments[at] = _spoil_any(draw, arguments[at])
+        try:
+            operator(*arguments)
+            if library.device == "cuda":
+                torch.cuda.synchronize()
+            returned += 1
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
+            if any(fault in str(error) for fault in FAULTS):
+                raise
+            raised += 1
     return returned, raised
 
 
@@ -248,40 +227,35 @@ def follow_an_argmax_from_outside(library: Library) -> bool:
 def test_direct_calls_with_bad_arguments_leave_the_process_alive(library):
     """In a process of its own, so that a crash is a failure of this test and of no other."""
     code = """
+import torch
 from tests.kernels import test_native_fuzz as t
-for operation in t.BUILDERS:
-    print(operation, *t.fuzz(operation, library, seed=0), flush=True)
+torch.set_num_threads(1)
+t.recorded()
+torch.set_num_threads(2)
+for name in t.OPERATORS:
+    print(name, *t.fuzz(name, library, seed=0), flush=True)
 print(t.follow_an_argmax_from_outside(library))
 """
-    *lines, followed = library.run(code, OMP_NUM_THREADS="2").splitlines()
+    *lines, followed = library.run(code).splitlines()
     assert followed == "True"
-    assert [line.split()[0] for line in lines] == list(BUILDERS)
+    assert [line.split()[0] for line in lines] == OPERATORS
     for line in lines:
-        operation, returned, raised = line.split()
-        assert min(int(returned), int(raised)) > ROUNDS // 10, operation
+        name, returned, raised = line.split()
+        assert min(int(returned), int(raised)) > ROUNDS // 10, name
 
 
 @every_library
 def test_the_library_holds_every_operator(library):
-    """The operators that the builders call are registered by the library, and by no other."""
-    draw = random.Random(1)
-    names = [name for build in BUILDERS.values() for name in build(draw, torch.float32)]
+    """It registers every operator, and no other library does."""
     code = f"""
 import torch
-from magsd_kernels import native
+from magsd_kernels import native, registry
 held = torch._C._dispatch_has_kernel_for_dispatch_key
 for loaded in (False, True):
     if loaded:
         native.operations(library.backend)
-    for name in {names}:
+    for name in {OPERATORS}:
         print(held(f"magsd_{{library.backend}}::{{name}}", library.device.upper()))
 """
-    assert library.run(code).split() == ["False"] * len(names) + ["True"] * len(names)
-
-
-def test_no_operator_is_left_out():
-    draw = random.Random(1)
-    fuzzed = {name for build in BUILDERS.values() for name in build(draw, torch.float32)}
-    known = [x.split("::") for x in torch._C._dispatch_get_all_op_names()]
-    for backend in ("cpu", "cuda"):
-        assert fuzzed == {name for space, name in known if space == f"magsd_{backend}"}
+    found = library.run(code).split()
+    assert found == ["False"] * len(OPERATORS) + ["True"] * len(OPERATORS)

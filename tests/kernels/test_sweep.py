@@ -7,13 +7,10 @@ nothing about a kernel (sums that cancel, a maximum that two pixels share) and i
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +20,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import magsd_kernels as mk
+from magsd_kernels.cases import Arguments, sampled_views
 
 from . import oracles
 from . import strategies as draw
-from .cases import CASES
+from .cases import BY_NAME, CASES
 from .strategies import SWEEP
 from .support import Target, assert_agrees, error_bound, identical, make_strided, random
 
@@ -34,9 +32,9 @@ Run = Callable[..., Tensor]
 
 
 def test_no_public_function_is_left_out() -> None:
-    called = {*re.findall(r"\bmk\.(\w+)", Path(__file__).read_text())}
-    called |= {f"attention_{view}" for view in VIEWS}
-    assert {case.function.__name__ for case in CASES} - {"sampled_views"} <= called
+    names = {*re.findall(r"draw\.calls\(\s*\"(\w+)", Path(__file__).read_text()), *VIEWS, "loss"}
+    called = {BY_NAME[name].function for name in names}
+    assert {case.function for case in CASES} - {sampled_views} <= called
 
 
 def with_gradients(
@@ -115,159 +113,167 @@ def check(
     return found
 
 
+def both(target: Target, call: draw.Call) -> tuple[Run, Run]:
+    """The function, and its oracle, of the arguments that have gradients."""
+    function = call.case.function
+    return (
+        lambda *leaves: target.call(function, **call.taking(leaves, target.device)),
+        lambda *leaves: getattr(oracles, function.__name__)(**call.taking(leaves, wide=True)),
+    )
+
+
 def shuffled(shuffle: Random, count: int) -> list[int]:
     order = list(range(count))
     shuffle.shuffle(order)
     return order
 
 
+def reordered(arguments: Arguments, order: list[int]) -> Arguments:
+    return {k: v[order] if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
 # ---------------------------------------------------------------- attention
 
 
 @SWEEP
-@given(draw.resamples(), draw.layouts, draw.shuffles)
+@given(draw.calls("resample_area"), draw.layouts, draw.shuffles)
 def test_resample(target, call, layout, shuffle):
-    def run(*maps: Tensor) -> Tensor:
-        return target.call(mk.resample_attention, maps, **call.options)
-
-    def oracle(*maps: Tensor) -> Tensor:
-        return oracles.resample_attention(maps, *call.options.values())
-
-    maps = [x.build(call.dtype, target.device) for x in call.maps]
+    run, oracle = both(target, call)
+    maps = call.leaves(target.device)
     found = check(target, run, oracle, maps, layout)[0]
     order = shuffled(shuffle, len(found))
     assert identical(run(*(x[order] for x in maps)), found[order])
 
 
 @SWEEP
-@given(draw.floats((2, 3, 5, 4), (*draw.SIGNED, *draw.NOT_FINITE)), draw.dtypes, draw.corners)
-def test_resample_to_the_same_size_is_the_identity(target, maps, dtype, align_corners):
-    x = maps.build(dtype, target.device)
+@given(draw.calls("resample_area", (*draw.SIGNED, *draw.NOT_FINITE)))
+def test_resample_to_the_same_size_is_the_identity(target, call):
+    x = call.leaves(target.device)[0]
     # Whether a weight of 0 carries a NaN is not said; the other modes have none.
-    modes = ["area", "nearest"] if maps.fill in draw.NOT_FINITE else draw.MODES
+    modes = draw.MODES if x.isfinite().all() else ["area", "nearest"]
     for mode in modes:
-        options = {"mode": mode, "align_corners": align_corners}
+        options = {"mode": mode, "align_corners": call.arguments["align_corners"]}
         assert identical(target.call(mk.resample_attention, [x], **options), x)
 
 
+def has_statistics(call: draw.Call) -> bool:
+    """Whether there is a variance to each map."""
+    arguments = call.arguments
+    return (
+        all(x.numel() > x.shape[1] for x in arguments["projections"]) or not arguments["training"]
+    )
+
+
 @SWEEP
-@given(draw.multiscales(), draw.layouts)
+@given(draw.calls("multiscale_train"), draw.layouts)
 def test_multiscale(target, call, layout):
-    n = len(call.maps)
-    assume(not call.training or all(math.prod(x.shape) > x.shape[1] for x in call.maps))
-    means, variances = call.parameters()[2:]
+    assume(has_statistics(call))
+    arguments = call.arguments
+    after = running_statistics(arguments)
 
     def run(*leaves: Tensor) -> Tensor:
-        groups = [leaves[i : i + n] for i in range(0, 3 * n, n)]
-        statistics = call.parameters(target.device)[2:]
-        out = target.call(
-            mk.multiscale_attention, *groups, *statistics, momentum=call.momentum, **call.options
-        )
-        after = running_statistics(groups[0], means, variances, call)
-        for found, wanted in zip([*statistics[0], *statistics[1]], after, strict=True):
+        given = call.taking(leaves, target.device)
+        out = target.call(mk.multiscale_attention, **given)
+        statistics = [*given["running_means"], *given["running_vars"]]
+        for found, wanted in zip(statistics, after, strict=True):
             assert_agrees(found, wanted, "running statistics")
         return out
 
     def oracle(*leaves: Tensor) -> Tensor:
-        groups = [leaves[i : i + n] for i in range(0, 3 * n, n)]
-        statistics = [[x.double() for x in group] for group in (means, variances)]
-        return oracles.multiscale_attention(*groups, *statistics, **call.options)
+        given = call.taking(leaves, wide=True)
+        del given["momentum"]
+        return oracles.multiscale_attention(**given)
 
     def frozen(*leaves: Tensor) -> Tensor:
-        groups = [leaves[i : i + n] for i in range(0, 3 * n, n)]
-        flat = [x.detach().transpose(0, 1).flatten(1) for x in groups[0]]
-        statistics = [x.mean(1) for x in flat], [x.var(1, correction=0) for x in flat]
-        options = call.options | {"training": False}
-        return oracles.multiscale_attention(*groups, *statistics, **options)
+        given = call.taking(leaves, wide=True)
+        del given["momentum"]
+        flat = [x.detach().transpose(0, 1).flatten(1) for x in given["projections"]]
+        statistics = {
+            "running_means": [x.mean(1) for x in flat],
+            "running_vars": [x.var(1, correction=0) for x in flat],
+        }
+        return oracles.multiscale_attention(**given | statistics | {"training": False})
 
-    parameters = [x for group in call.parameters(target.device)[:2] for x in group]
-    maps = [x.build(call.dtype, target.device) for x in call.maps]
-    leaves = [*maps, *parameters]
-    check(target, run, oracle, leaves, layout, frozen=frozen if call.training else None)
+    leaves = call.leaves(target.device)
+    check(target, run, oracle, leaves, layout, frozen=frozen if arguments["training"] else None)
 
 
 @SWEEP
-@given(draw.multiscales(("nan",)))
+@given(draw.calls("multiscale_train", ("nan",)))
 def test_multiscale_carries_nan(target, call):
     """To wherever a pixel that is NaN has a weight: a rectifier must not swallow it."""
-    assume(not call.training or all(math.prod(x.shape) > x.shape[1] for x in call.maps))
+    assume(has_statistics(call))
     # Whether a weight of 0 carries a NaN is not said; these modes have none.
-    assume(call.mode != "bilinear")
-    maps = [x.build(call.dtype, target.device) for x in call.maps]
-    groups = call.parameters(target.device)
-    found = target.call(mk.multiscale_attention, maps, *groups, **call.options).cpu()
-    nans = [x.isnan().cpu() for x in maps]
-    if call.training:
+    mode, maps = call.arguments["mode"], call.arguments["projections"]
+    assume(mode != "bilinear")
+    found = target.call(mk.multiscale_attention, **call.on(target.device)).cpu()
+    nans = [x.isnan() for x in maps]
+    if call.arguments["training"]:
         nans = [x.any(3).any(2).any(0)[None, :, None, None].expand_as(x) for x in nans]
-    size = call.size or call.maps[-1].shape[2:]
-    reached = [oracles.resize(x.double(), size, call.mode) > 0 for x in nans]
+    size = call.size.output or maps[-1].shape[2:]
+    reached = [oracles.resize(x.double(), size, mode) > 0 for x in nans]
     assert torch.equal(found.isnan(), torch.stack(reached).any(0))
 
 
-def running_statistics(
-    maps: Sequence[Tensor], means: list[Tensor], variances: list[Tensor], call: draw.Multiscale
-) -> list[Tensor]:
+def running_statistics(arguments: Arguments) -> list[Tensor]:
     """What a call leaves behind: the means, then the unbiased variances."""
-    before = [x.double() for x in (*means, *variances)]
-    if not call.training:
+    before = [x.double() for x in (*arguments["running_means"], *arguments["running_vars"])]
+    if not arguments["training"]:
         return before
-    wide = [x.detach().cpu().double().transpose(0, 1).flatten(1) for x in maps]
+    wide = [x.double().transpose(0, 1).flatten(1) for x in arguments["projections"]]
     batch = [*(x.mean(1) for x in wide), *(x.var(1) for x in wide)]
-    return [(1 - call.momentum) * a + call.momentum * b for a, b in zip(before, batch, strict=True)]
+    momentum = arguments["momentum"]
+    return [(1 - momentum) * a + momentum * b for a, b in zip(before, batch, strict=True)]
 
 
 # ---------------------------------------------------------------- pooling
 
 
 @SWEEP
-@given(draw.pools(), draw.layouts)
+@given(draw.calls("pool_avg", attention=draw.RECTIFIED), draw.layouts)
 def test_pool(target, call, layout):
     check_pool(target, call, layout)
 
 
-def check_pool(target: Target, call: draw.Pool, layout: str) -> None:
-    resized = call.features.shape[2:] != call.attention.shape[2:]
-    leaves = [x.build(call.dtype, target.device) for x in (call.features, call.attention)]
-
-    def run(features: Tensor, attention: Tensor) -> Tensor:
-        return target.call(mk.bilinear_attention_pool, features, attention, **call.options)
-
-    def oracle(features: Tensor, attention: Tensor) -> Tensor:
-        return oracles.bilinear_attention_pool(features, attention, **call.options)
-
+def check_pool(target: Target, call: draw.Call, layout: str) -> None:
+    options = call.arguments
+    leaves = call.leaves(target.device)
+    run, oracle = both(target, call)
     # Sums of steps, and equal products of whatever, are what they are in every arithmetic.
-    free = {"steps", "zero"} if call.pool == "avg" else draw.TIED
-    exact = not resized and {call.features.fill, call.attention.fill} <= set(free)
+    free = {"steps", "zero"} if options["pool"] == "avg" else {*draw.TIED}
+    exact = call.size.low == call.size.features and {*call.fills} <= free
     masters = [x.cpu().double() for x in leaves]
-    assume(exact or call.pool == "avg" or clear_maxima(*masters))
-    assume(exact or not call.signed_sqrt or clear_signs(*masters, pool=call.pool))
+    assume(exact or options["pool"] == "avg" or clear_maxima(*masters))
+    assume(exact or not options["signed_sqrt"] or clear_signs(*masters, pool=options["pool"]))
 
-    def frozen(features: Tensor, attention: Tensor) -> Tensor:
-        options = call.options | {"normalize": False}
-        rows = oracles.bilinear_attention_pool(features, attention, **options)
-        norm = rows.detach().norm(dim=1, keepdim=True) / abs(call.scale or 1.0)
+    def frozen(*leaves: Tensor) -> Tensor:
+        given = call.taking(leaves, wide=True) | {"normalize": False}
+        rows = oracles.bilinear_attention_pool(**given)
+        norm = rows.detach().norm(dim=1, keepdim=True) / abs(options["scale"] or 1.0)
         return rows / norm.clamp_min(1e-12)
 
-    held = frozen if call.normalize else None
+    held = frozen if options["normalize"] else None
     check(target, run, oracle, leaves, layout, frozen=held, exact=exact)
 
 
 @SWEEP
-@given(draw.pools(draw.TIED, attention=draw.TIED, same=True), draw.layouts)
+@given(
+    draw.calls("pool_max", draw.TIED, draw.TIED, same=True, pool="max", signed_sqrt=False),
+    draw.layouts,
+)
 def test_pool_of_equal_pixels(target, call, layout):
     """Of the pixels that share the maximum the first is meant."""
-    check_pool(target, replace(call, pool="max", signed_sqrt=False), layout)
+    check_pool(target, call, layout)
 
 
 @SWEEP
-@given(draw.pools(("nan",)))
+@given(draw.calls("pool_avg", ("nan",), draw.RECTIFIED))
 def test_pool_carries_nan(target, call):
     """A NaN under any attention is a NaN of its channel; through the norm, of its whole image."""
-    features = call.features.build(call.dtype, target.device)
-    attention = call.attention.build(call.dtype, target.device)
-    found = target.call(mk.bilinear_attention_pool, features, attention, **call.options)
-    wanted = features.isnan().any(3).any(2)[:, None].expand(-1, attention.shape[1], -1)
-    if call.normalize:
+    found = target.call(mk.bilinear_attention_pool, **call.on(target.device)).cpu()
+    nans = call.arguments["features"].isnan().any(3).any(2)
+    wanted = nans[:, None].expand(-1, call.size.maps, -1)
+    if call.arguments["normalize"]:
         wanted = wanted.any(2, keepdim=True).expand_as(wanted)
     assert torch.equal(found.isnan(), wanted.flatten(1))
 
@@ -295,15 +301,16 @@ def clear_signs(features: Tensor, attention: Tensor, pool: str) -> bool:
 
 
 @SWEEP
-@given(draw.samples(), draw.shuffles)
+@given(draw.calls("sample"), draw.shuffles)
 def test_sample(target, call, shuffle):
-    arguments = call.arguments(target.device)
+    arguments = call.on(target.device)
     found = target.call(mk.sample_attention, **arguments)
-    lowest, highest = allowed_indices(**call.arguments())
+    lowest, highest = allowed_indices(**call.arguments)
     assert ((lowest <= found.cpu().numpy()) & (found.cpu().numpy() <= highest)).all(), found
     order = shuffled(shuffle, len(found))
-    arguments = {k: v[order] if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    assert torch.equal(target.call(mk.sample_attention, **arguments), found[order])
+    assert torch.equal(
+        target.call(mk.sample_attention, **reordered(arguments, order)), found[order]
+    )
 
 
 def allowed_indices(attention: Tensor, uniforms: Tensor, eps: float) -> tuple[np.ndarray, ...]:
@@ -321,33 +328,47 @@ def allowed_indices(attention: Tensor, uniforms: Tensor, eps: float) -> tuple[np
 # ---------------------------------------------------------------- guided views
 
 
-def sides_of(call: draw.Views, view: int) -> list[oracles.Sides]:
-    guide = call.guide()
-    nearest = guide["index"][:, view].clamp(0, call.attention.shape[1] - 1)
+def guide_of(call: draw.Call, view: int, device: str = "cpu") -> Arguments:
+    """What guides one view, the only one of most functions."""
+    arguments = call.on(device)
+    names = ("attention", "index", "theta", "align_corners")
+    guide = {name: arguments[name] for name in names if name in arguments}
+    for name in ("index", "theta"):
+        if guide[name] is not None and guide[name].dim() == 2:
+            guide[name] = guide[name][:, view]
+    return guide
+
+
+def sides_of(call: draw.Call, view: int) -> list[oracles.Sides]:
+    guide = guide_of(call, view)
+    index = torch.zeros(call.size.batch).long() if guide["index"] is None else guide["index"]
     return [
-        oracles.threshold_sides(maps[m], theta, call.size, call.align_corners)
-        for maps, m, theta in zip(guide["attention"], nearest, guide["theta"][:, view], strict=True)
+        oracles.threshold_sides(maps[m], theta, call.size.image, guide["align_corners"])
+        for maps, m, theta in zip(
+            guide["attention"], index.clamp(0, call.size.maps - 1), guide["theta"], strict=True
+        )
     ]
 
 
-def checked_boxes(target: Target, call: draw.Views, view: int = 0) -> list[oracles.Box]:
+def checked_boxes(target: Target, call: draw.Call, view: int = 0) -> list[oracles.Box]:
     """The target's boxes, each of which the contract allows."""
-    arguments = call.single(target.device, view) | {"padding": call.padding}
-    found = target.call(mk.attention_boxes, size=call.size, **arguments)
+    guide, padding = guide_of(call, view, target.device), call.arguments["padding"]
+    found = target.call(mk.attention_boxes, size=call.size.image, padding=padding, **guide)
     assert found.dtype == torch.int32
     boxes = [oracles.Box(*row) for row in found.tolist()]
     for box, sides in zip(boxes, sides_of(call, view), strict=True):
-        assert oracles.box_is_allowed(box, sides, call.padding), (
-            f"{box}, oracle {oracles.box_of(sides.passes, call.padding)}, "
+        assert oracles.box_is_allowed(box, sides, padding), (
+            f"{box}, oracle {oracles.box_of(sides.passes, padding)}, "
             f"{int(sides.undecided.sum())} pixels undecided"
         )
     return boxes
 
 
-def checked_masks(target: Target, call: draw.Views, view: int = 0) -> Tensor:
+def checked_masks(target: Target, call: draw.Call, view: int = 0) -> Tensor:
     """The target's [U < t] as (B, 1, H, W) float64, each of which the contract allows."""
-    ones = torch.ones(call.images.shape[0], 1, *call.size, device=target.device)
-    found = target.call(mk.attention_drop, ones, **call.single(target.device, view)).cpu()
+    ones = torch.ones(call.size.batch, 1, *call.size.image, device=target.device)
+    guide = guide_of(call, view, target.device)
+    found = target.call(mk.attention_drop, ones, **guide).cpu()
     assert ((found == 0) | (found == 1)).all()
     for mask, sides in zip(found[:, 0].bool().numpy(), sides_of(call, view), strict=True):
         assert (mask | ~sides.below).all(), "a pixel below the threshold is dropped"
@@ -356,44 +377,28 @@ def checked_masks(target: Target, call: draw.Views, view: int = 0) -> Tensor:
 
 
 @SWEEP
-@given(draw.views(), draw.shuffles)
+@given(draw.calls("boxes"), draw.shuffles)
 def test_boxes(target, call, shuffle):
     boxes = checked_boxes(target, call)
     order = shuffled(shuffle, len(boxes))
-    arguments = call.single(target.device)
-    arguments = {k: v[order] if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    found = target.call(mk.attention_boxes, size=call.size, padding=call.padding, **arguments)
+    found = target.call(mk.attention_boxes, **reordered(call.on(target.device), order))
     assert found.tolist() == [list(boxes[i]) for i in order]
 
 
 VIEWS = ("crop", "mixup", "patch", "dim", "drop")
 
 
-def view_functions(target: Target, call: draw.Views, view: str) -> tuple[Run, Run]:
-    """The operation and its oracle, given the boxes or the mask that the target itself finds."""
-    guide = call.single(target.device)
-    function = getattr(mk, f"attention_{view}")
+def view_oracle(target: Target, call: draw.Call) -> Run:
+    """Given the boxes or the mask that the target itself finds."""
+    view, arguments = call.case.name, call.arguments
     if view in ("dim", "drop"):
-        masks = checked_masks(target, call)
-        options = {"floor": call.floor} if view == "dim" else {}
-        factor = masks + options.get("floor", 0.0)
-        return lambda x: target.call(function, x, **guide, **options), lambda x: x * factor
+        factor = checked_masks(target, call) + arguments.get("floor", 0.0)
+        return lambda x: x * factor
     boxes = checked_boxes(target, call)
-    options: dict[str, Any] = {"padding": call.padding}
     if view == "patch":
-        offsets = call.guide()["offsets"]
-        options["offsets"] = offsets.to(target.device)
-        return (
-            lambda x: target.call(function, x, **guide, **options),
-            lambda x: oracles.paste_boxes(x, boxes, offsets),
-        )
-    weight = 1.0 if view == "crop" else call.weight
-    if view == "mixup":
-        options["weight"] = weight
-    return (
-        lambda x: target.call(function, x, **guide, **options),
-        lambda x: blend(x, boxes, weight, call.align_corners),
-    )
+        return lambda x: oracles.paste_boxes(x, boxes, arguments["offsets"])
+    weight = 1.0 if view == "crop" else arguments["weight"]
+    return lambda x: blend(x, boxes, weight, arguments["align_corners"])
 
 
 def blend(images: Tensor, boxes: list[oracles.Box], weight: float, align_corners: bool) -> Tensor:
@@ -403,71 +408,69 @@ def blend(images: Tensor, boxes: list[oracles.Box], weight: float, align_corners
 
 @pytest.mark.parametrize("view", VIEWS)
 @SWEEP
-@given(call=draw.views(), layout=draw.layouts)
-def test_view(target, view, call, layout):
-    run, oracle = view_functions(target, call, view)
-    images = call.images.build(call.dtype, target.device)
-    check(target, run, oracle, [images], layout)
+@given(st.data(), draw.layouts)
+def test_view(target, view, data, layout):
+    call = data.draw(draw.calls(view))
+    images = call.leaves(target.device)
+    check(target, both(target, call)[0], view_oracle(target, call), images, layout)
 
 
 @pytest.mark.parametrize("view", ["patch", "dim", "drop"])
 @SWEEP
-@given(call=draw.views(images=tuple(draw.NOT_FINITE)), layout=draw.layouts)
-def test_view_of_images_that_are_not_finite(target, view, call, layout):
+@given(st.data(), draw.layouts)
+def test_view_of_images_that_are_not_finite(target, view, data, layout):
     """What copies or scales pixels one by one keeps NaN and infinities where they are."""
-    run, oracle = view_functions(target, call, view)
-    check(target, run, oracle, [call.images.build(call.dtype, target.device)], layout, exact=True)
+    call = data.draw(draw.calls(view, tuple(draw.NOT_FINITE)))
+    images = call.leaves(target.device)
+    check(target, both(target, call)[0], view_oracle(target, call), images, layout, exact=True)
 
 
 @SWEEP
-@given(draw.views())
+@given(draw.calls("drop"))
 def test_drop_twice_is_drop_once(target, call):
-    images, guide = call.images.build(call.dtype, target.device), call.single(target.device)
-    once = target.call(mk.attention_drop, images, **guide)
-    assert identical(target.call(mk.attention_drop, once, **guide), once)
+    run = both(target, call)[0]
+    once = run(*call.leaves(target.device))
+    assert identical(run(once), once)
+
+
+WHOLE = ("zero", "nan")
 
 
 @SWEEP
-@given(draw.views(attention=("zero", "nan")), st.sampled_from(["patch", "crop"]))
-def test_a_box_of_the_whole_image_changes_nothing(target, call, view):
-    guide = call.single(target.device) | {"padding": 1.0}
-    whole = [[0, 0, *call.size]] * len(call.theta)
-    assume(target.call(mk.attention_boxes, size=call.size, **guide).tolist() == whole)
-    if view == "patch":
-        guide["offsets"] = call.guide(target.device)["offsets"]
-    images = call.images.build(call.dtype, target.device)
-    found = target.call(getattr(mk, f"attention_{view}"), images, **guide)
-    if view == "patch":
+@given(
+    draw.calls("patch", attention=WHOLE, padding=1.0)
+    | draw.calls("crop", attention=WHOLE, padding=1.0)
+)
+def test_a_box_of_the_whole_image_changes_nothing(target, call):
+    height, width = call.size.image
+    assume(set(checked_boxes(target, call)) <= {(0, 0, height, width)})
+    (images,) = call.leaves(target.device)
+    found = both(target, call)[0](images)
+    if call.case.name == "patch":
         assert identical(found, images)
     else:
         assert_agrees(found, images.double())
 
 
 @SWEEP
-@given(draw.views(), draw.layouts, draw.shuffles, st.floats(-3, 3))
+@given(draw.calls("views"), draw.layouts, draw.shuffles, st.floats(-3, 3))
 def test_views(target, call, layout, shuffle, factor):
     """All three at once against the oracle; linear in the images; images do not see each other."""
-    options = {name: getattr(call, name) for name in ("padding", "weight", "floor")}
-    options["align_corners"] = call.align_corners
-    guide = call.guide(target.device)
+    arguments = call.arguments
     mixed, patched = (checked_boxes(target, call, view) for view in (0, 2))
-    factors = checked_masks(target, call, view=1) + call.floor
-    offsets = call.guide()["offsets"]
-
-    def run(images: Tensor) -> Tensor:
-        return target.call(mk.attention_views, images, **guide, **options)
+    factors = checked_masks(target, call, view=1) + arguments["floor"]
 
     def oracle(images: Tensor) -> Tensor:
-        pasted = oracles.paste_boxes(images, patched, offsets)
-        mixture = blend(images, mixed, call.weight, call.align_corners)
+        pasted = oracles.paste_boxes(images, patched, arguments["offsets"])
+        mixture = blend(images, mixed, arguments["weight"], arguments["align_corners"])
         return torch.stack([mixture, images * factors, pasted])
 
-    images = call.images.build(call.dtype, target.device)
+    run = both(target, call)[0]
+    (images,) = call.leaves(target.device)
     found = check(target, run, oracle, [images], layout)[0]
 
     order = shuffled(shuffle, len(images))
-    guides = {name: value[order] for name, value in guide.items()}
-    again = target.call(mk.attention_views, images[order], **guides, **options)
+    again = target.call(mk.attention_views, **reordered(call.on(target.device), order))
     assert identical(again, found[:, order])
 
     x, y = images.double(), random(*images.shape, seed=5).to(target.device)
@@ -480,43 +483,38 @@ def test_views(target, call, layout, shuffle, factor):
 @SWEEP
 @given(draw.losses())
 def test_loss(target, call):
-    arguments = call.fixed(target.device)
-    oracle_arguments = call.fixed()
-    if oracle_arguments["class_weights"] is not None:
-        oracle_arguments["class_weights"] = oracle_arguments["class_weights"].double()
-    leaves = [x.build(call.dtype, target.device) for x in (call.logits, call.views)]
-    logits, views = (x.cpu().double() for x in leaves)
-    assume(bool(((logits.softmax(1).amax(1) - call.confidence).abs() > 1e-6).all()))
-    assume(distance_has_a_gradient(logits, views, oracle_arguments))
-
-    def run(logits: Tensor, views: Tensor) -> Tensor:
-        stacked = list(views) if call.as_list else views
-        found = target.call(mk.soft_distance_loss, logits, stacked, **arguments)
-        return torch.stack(found)
-
-    def oracle(logits: Tensor, views: Tensor) -> Tensor:
-        return torch.stack(oracles.soft_distance_loss(logits, views, **oracle_arguments))
-
-    dtype = torch.float64 if call.dtype == torch.float64 else torch.float32
-    check(target, run, oracle, leaves, dtype=dtype)
+    run, oracle = both(target, call)
+    leaves = call.leaves(target.device)
+    masters = [x.cpu().double() for x in leaves]
+    confidence = call.arguments["confidence"]
+    assume(bool(((masters[0].softmax(1).amax(1) - confidence).abs() > 1e-6).all()))
+    assume(distance_has_a_gradient(oracle, masters))
+    dtype = torch.float64 if leaves[0].dtype == torch.float64 else torch.float32
+    check(
+        target,
+        lambda *leaves: torch.stack(run(*leaves)),
+        lambda *leaves: torch.stack(oracle(*leaves)),
+        leaves,
+        dtype=dtype,
+    )
 
 
-def distance_has_a_gradient(logits: Tensor, views: Tensor, arguments: dict[str, Any]) -> bool:
+def distance_has_a_gradient(oracle: Run, masters: Sequence[Tensor]) -> bool:
     """Whether the softmax leaves of it more than rounding; of one class it leaves exactly 0."""
-    views = views.clone().requires_grad_()
-    distance = oracles.soft_distance_loss(logits, views, **arguments)[2]
-    (gradient,) = torch.autograd.grad(distance, views)
-    largest = views.detach().softmax(2).max() / logits.numel()
-    return logits.shape[1] == 1 or bool(gradient.abs().max() >= largest / 16)
+    logits, *views = (x.clone().requires_grad_() for x in masters)
+    gradients = torch.autograd.grad(oracle(logits, *views)[2], views)
+    gradient = max(float(x.abs().max()) for x in gradients)
+    largest = max(float(x.detach().softmax(-1).max()) for x in views) / logits.numel()
+    return logits.shape[1] == 1 or gradient >= largest / 16
 
 
 @SWEEP
 @given(draw.losses(("nan", "signed")))
 def test_loss_carries_nan(target, call):
     """A NaN of the logits is one of the cross entropy, a NaN of a view one of the distance."""
-    logits, views = (x.build(call.dtype, target.device) for x in (call.logits, call.views))
-    arguments = call.fixed(target.device) | {"class_weights": None}
-    found = target.call(mk.soft_distance_loss, logits, views, **arguments)
-    assert bool(found.cross_entropy.isnan()) == bool(logits.isnan().any())
-    assert bool(found.distance.isnan()) == bool(views.isnan().any())
-    assert bool(found.loss.isnan()) == bool(logits.isnan().any() or views.isnan().any())
+    given = call.on(target.device) | {"class_weights": None}
+    found = target.call(mk.soft_distance_loss, **given)
+    logits, *views = (bool(x.isnan().any()) for x in call.case.leaves(call.arguments))
+    assert bool(found.cross_entropy.isnan()) == logits
+    assert bool(found.distance.isnan()) == any(views)
+    assert bool(found.loss.isnan()) == (logits or any(views))
