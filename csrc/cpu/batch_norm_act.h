@@ -11,7 +11,9 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <limits>
 #include <new>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -31,9 +33,9 @@ constexpr int64_t kMostRows = 128;
 constexpr int64_t kPlanePiece = 2048;
 // Elements of a row that are treated for all rows of a piece before the next, so that their
 // coefficients and sums stay in the first cache; shorter rows hold several pixels.
-constexpr int64_t kSlab = 512;
+constexpr int64_t kSlab = 2048;
 // A result from here on is streamed: a smaller one, the next layer finds in the last cache.
-constexpr int64_t kStreamed = int64_t{1} << 44;
+constexpr int64_t kStreamed = int64_t{1} << 25;
 // Pixels of a plane that form a row, so that a sum over them has as many chains.
 constexpr int64_t kLaneRow = 64;
 
@@ -123,10 +125,11 @@ struct Norms {
 };
 
 // exp(x) for a loop that becomes vector code: 2^k e^r, |r| <= log(2) / 2, with the polynomial of
-// the Cephes library. Within 2 units in the last place; beyond the range of float it ends at its
-// ends, and NaN stays.
+// the Cephes library, within 2 units in the last place. Beyond the range of float it is 0 or
+// infinity; NaN stays.
 MAGSD_HD float exponential(float x) {
-  const float clamped = x > 88.0f ? 88.0f : (x < -87.0f ? -87.0f : x);
+  constexpr float kMost = 88.72283f, kLeast = -87.33654f;
+  const float clamped = x > kMost ? kMost : (x < kLeast ? kLeast : x);
   const float k = __builtin_rintf(clamped * 1.44269504f);
   const float r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
@@ -136,12 +139,13 @@ MAGSD_HD float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // A NaN has no integer.
-  const int32_t exponent = static_cast<int32_t>(k == k ? k : 0.0f);
-  const int32_t bits = (exponent + 127) * (1 << 23);
-  float power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return p * power;
+  // Half of the exponent at a time: 2^128 is no float. A NaN has no integer.
+  const int32_t exponent = static_cast<int32_t>(k == k ? k : 0.0f), half = exponent / 2;
+  const int32_t bits[2] = {(half + 127) * (1 << 23), (exponent - half + 127) * (1 << 23)};
+  float powers[2];
+  std::memcpy(powers, bits, sizeof(powers));
+  const float result = p * powers[0] * powers[1];
+  return x > kMost ? std::numeric_limits<float>::infinity() : (x < kLeast ? 0.0f : result);
 }
 MAGSD_HD double exponential(double x) { return std::exp(x); }
 
@@ -280,7 +284,7 @@ struct Pieces {
     });
     const bool dense = all([&](const Pixels& map) { return map.step == shape.channels; });
     images = follow ? shape.batch : 1;
-    pixels = dense ? std::clamp<int64_t>(kSlab / shape.channels, 1, images * shape.pixels) : 1;
+    pixels = dense ? std::clamp<int64_t>(512 / shape.channels, 1, images * shape.pixels) : 1;
     width = pixels * shape.channels;
     total_ = images * shape.pixels;
     rows = (total_ + pixels - 1) / pixels;

@@ -67,13 +67,17 @@ void add_rows(Values<X> of, int64_t count, Norm norm, A* first, A* second,
   }
 }
 
-template <Act kAct, Source kSource, typename A, typename X, typename Norm, typename Gradient>
-void apply_row(Values<X> of, int64_t count, Norm norm, Gradient gradient, X* out) {
+// grad_x of a row; without statistics of the batch it does not depend on x, which may be infinite.
+template <Act kAct, Source kSource, bool kOfBatch, typename A, typename X, typename Norm,
+          typename Gradient>
+void apply_row(Values<X> of, int64_t count, Norm norm, [[maybe_unused]] Gradient gradient, X* out) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
-    const A g = before_activation<kAct, kSource, A>(of, norm, 0, i);
-    const A centered = upcast(of.x.first[i]) - norm.mean[i];
-    out[i] = downcast<X>(norm.factor[i] * (g - gradient.shift[i] - centered * gradient.slope[i]));
+    A g = before_activation<kAct, kSource, A>(of, norm, 0, i);
+    if constexpr (kOfBatch) {
+      g -= gradient.shift[i] + (upcast(of.x.first[i]) - norm.mean[i]) * gradient.slope[i];
+    }
+    out[i] = downcast<X>(norm.factor[i] * g);
   }
 }
 
@@ -82,6 +86,8 @@ class Backward {
   using A = accumulate_t<T>;
   using X = Readable<T>;
   static constexpr bool kKeeps = kSource != Source::kX;
+  // The second pass takes g from the residual's gradient where that has not rounded it.
+  static constexpr bool kReadsWritten = kAct == Act::kRelu || std::is_same_v<T, A>;
 
  public:
   explicit Backward(const NormBackward& call)
@@ -214,15 +220,25 @@ class Backward {
     for (int64_t r = 0; r < rows; ++r) {
       const At at = start.after(r, step);
       X* out = buffers.grad_x.begin(grad_x_ + at.out);
-      if (call_.of_residual) {  // g has been written
+      if (kReadsWritten && call_.of_residual) {
         const Values<X> of{buffers.grad.read(grad_residual_ + at.out, step.out, 1, count),
                            buffers.x.read(x_ + at.x, step.x, 1, count),
                            {nullptr, 0}};
-        apply_row<Act::kNone, Source::kX, A>(of, count, norm, gradient, out);
+        apply_row_of<Act::kNone, Source::kX>(of, count, norm, gradient, out);
       } else {
-        apply_row<kAct, kSource, A>(read(buffers, at, step, 1, count), count, norm, gradient, out);
+        apply_row_of<kAct, kSource>(read(buffers, at, step, 1, count), count, norm, gradient, out);
       }
       buffers.grad_x.end(grad_x_ + at.out, count);
+    }
+  }
+
+  template <Act kOfAct, Source kOf, typename Norm, typename Gradient>
+  void apply_row_of(const Values<X>& of, int64_t count, const Norm& norm, const Gradient& gradient,
+                    X* out) const {
+    if (call_.of_batch) {
+      apply_row<kOfAct, kOf, true, A>(of, count, norm, gradient, out);
+    } else {
+      apply_row<kOfAct, kOf, false, A>(of, count, norm, gradient, out);
     }
   }
 
