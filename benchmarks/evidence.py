@@ -155,7 +155,7 @@ class Plan:
         size = [f"--batch={batch}", "--seconds=60"]
         if self.options.quick:
             size = ["--batch=4", "--side=64", "--backbone=test_resnet", "--seconds=0", "--rounds=2"]
-        command = self.module("benchmarks.train_step", out, *size)
+        command = self.module("benchmarks.train_step", out, "--no-compiled", *size)
         return [Piece(stage, "train_step", command, _LIMIT)]
 
     def rows(self, stage: str, *chosen: str) -> list[Piece]:

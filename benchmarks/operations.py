@@ -11,18 +11,20 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import magsd_kernels as mk
 from benchmarks import published, rivals
-from benchmarks.harness.sizes import CLASSES, MAGSD, WSDAN, Draw, Network
+from benchmarks.harness.sizes import CLASSES, EFFICIENTNET, MAGSD, RESNET50, WSDAN, Draw, Network
 from benchmarks.harness.subject import CASE, Function, Rival, Subject
 from benchmarks.rivals import FLOOR, PADDING, WEIGHT
 from magsd_kernels.cases import Arguments
 from magsd_kernels.reference import (
     attention_augment,
     attention_sampling,
+    batch_norm_act,
     bilinear_pool,
     multiscale_attention,
     soft_distance,
@@ -91,6 +93,45 @@ def _pool(name: str, pool: str, **others: Any) -> Subject:
     )
 
 
+def _norm(after: str, case: str = "norm_train") -> Subject:
+    """In channels_last. after: what follows the norm; "residual": its addition and a rectifier."""
+    act = "relu" if after == "residual" else after
+    reference = partial(
+        batch_norm_act.batch_norm_act, residual=None, groups=1, act=act, training=True,
+        momentum=0.1, eps=1e-5,
+    )  # fmt: skip
+    return _subject(
+        f"batch_norm_act {after}",
+        "batch_norm_act",
+        case,
+        reference,
+        (*RESNET50.get(after, ()), *EFFICIENTNET.get(after, ())),
+        function=partial(mk.batch_norm_act, act=act, training=True),
+        published=partial(published.batch_norm_act, act=act),
+        prepare=_unbent,
+        least_batch=4,  # as of multiscale_attention
+        # On a CPU torch adds up a channel's pixels in float32 one by one, and silu's gradient is
+        # rounded before those of the parameters, which are float32.
+        rounds={"float32": 1e-4, "bfloat16": 4e-3, "float16": 1e-3},
+        saved=("x", "weight"),
+        central=True,
+    )
+
+
+def _unbent(draw: Draw, arguments: Arguments) -> Arguments:
+    """As one group, in channels_last; no sum so near 0 that rounding decides whether it passes."""
+    made = {name: value for name, value in arguments.items() if name != "groups"}
+    for name in made.keys() & {"x", "residual"}:
+        made[name] = made[name].contiguous(memory_format=torch.channels_last)
+    sums = F.batch_norm(made["x"].float(), None, None, made["weight"], made["bias"], training=True)
+    last = made.get("residual", made["x"])
+    if "residual" in made:
+        sums += last.float()
+    gap = max(1e-4, 4 * torch.finfo(draw.dtype).eps)
+    last += torch.where(sums.abs() < gap, 8 * gap * sums.sign(), 0).to(last.dtype)
+    return made
+
+
 def _loss(**arguments: Any) -> Tensor:
     return mk.soft_distance_loss(**arguments).loss
 
@@ -155,6 +196,10 @@ SUBJECTS = (
         central=True,
         least_batch=4,  # over two values batch norm's gradient cancels out
     ),
+    _norm("relu"),
+    _norm("residual", "norm_residual_relu"),
+    _norm("silu"),
+    _norm("none"),
     _subject("resample_attention", "multiscale_attention", "resample_area", _resample),
     _subject(
         "soft_distance_loss",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,16 @@ def multiscale_attention(
         total = x if total is None else total + x
     assert total is not None
     return total
+
+
+def batch_norm_act(
+    x: Tensor, residual: Tensor | None = None, act: str = "relu", **norm: Any
+) -> Tensor:
+    """Batch norm, and in place the addition and the activation, as in torchvision's networks."""
+    x = F.batch_norm(x, training=True, **norm)
+    if residual is not None:
+        x += residual
+    return x if act == "none" else {"relu": F.relu, "silu": F.silu}[act](x, inplace=True)
 
 
 def resample_attention(maps: Sequence[Tensor], size: Size) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from benchmarks.harness.sizes import photograph
 from benchmarks.harness.subject import EAGER, PUBLISHED, Row
 from benchmarks.harness.timing import Call
-from magsd_kernels.cases import Arguments
+from magsd_kernels.cases import Arguments, tensors_of
 
 #: float32 by contract whatever the activations are; the published code holds them on the host.
 _DRAWS = ("theta", "offsets", "uniforms")
@@ -104,7 +104,7 @@ class Contender:
         for i, gradient in enumerate(gradients):
             yield f"gradient {i}", gradient
         for name in self.row.subject.case.written:
-            for value in self._sets[0][name]:
+            for value in tensors_of(self._sets[0][name]):
                 yield name, value
 
 

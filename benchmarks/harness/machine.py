@@ -95,6 +95,8 @@ def describe(device: Device, processor: str | None = None) -> dict[str, str]:
     if native.why_not("cpu") is None:
         facts["C++ kernels run"] = native.instruction_set()
     facts |= _restriction()
+    if facts["machine"] == "cpu-avx512" and torch.cpu._is_avx512_bf16_supported():
+        facts["bfloat16"] = "the processor has its instructions"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(0)
         facts["gpu"] = (

@@ -58,6 +58,28 @@ MAGSD = Network("magsd", 1, 224, ((512, 28), (1024, 14), (2048, 7)), (16, 64, 25
 WSDAN = Network("wsdan", 3, 448, ((2048, 14),), (16, 64), align_corners=True, draws=2)
 
 
+def _norms(name: str, *inputs: tuple[int, int, int]) -> dict[Network, int]:
+    """By input (channels, side) of batch norms: how many of them the network has."""
+    return {
+        Network(f"{name}-{channels}x{side}", 3, 224, ((channels, side),), (16,)): count
+        for channels, side, count in inputs
+    }
+
+
+#: Inputs of all batch norms of ResNet-50, by what follows: the shortcut and a rectifier, or nothing
+#: in the shortcut itself. Small ones first: they are those that grow.
+RESNET50 = {
+    "relu": _norms("resnet50", (512, 7, 5), (512, 14, 1), (256, 14, 11), (256, 28, 1),
+                   (128, 28, 7), (128, 56, 1), (64, 56, 6), (64, 112, 1)),
+    "residual": _norms("resnet50", (2048, 7, 3), (1024, 14, 6), (512, 28, 4), (256, 56, 3)),
+    "none": _norms("resnet50", (2048, 7, 1), (1024, 14, 1), (512, 28, 1), (256, 56, 1)),
+}  # fmt: skip
+#: The same of some of EfficientNet's. lite0 rectifies up to 6, which no backend does with the norm.
+EFFICIENTNET = {
+    "silu": _norms("efficientnet_b0", (1152, 7, 8), (480, 14, 6), (240, 28, 3), (144, 56, 3),
+                   (32, 112, 2)),
+    "none": _norms("tf_efficientnet_lite0", (1152, 7, 8), (112, 14, 3), (144, 56, 3)),
+}  # fmt: skip
 #: dtypes of activations, in half precision channels_last; parameters and draws are float32.
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

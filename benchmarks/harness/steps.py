@@ -26,9 +26,11 @@ from magsd.runtime import Runtime
 from magsd.training.captured import CapturedStep
 from magsd.training.metrics_log import StepSums
 from magsd.training.optim import build_optimizer
-from magsd.training.train_step import TrainStep
+from magsd.training.train_step import TrainStep, why_not_grouped
+from magsd_kernels import fuse_batch_norms
 
-PUBLISHED, OURS, FLOOR = "published", "ours", "floor"
+PUBLISHED, OURS, SEPARATE = "published", "ours", "separate"
+FLOOR, COMPILED = "floor", "compiled floor"
 FLOAT32, TF32, BFLOAT16 = "float32", "tf32", "bfloat16"
 _PASSES = 4
 _REPLAYED_AFTER = 5  # calls: three beside the graph, one that records, one that replays
@@ -41,7 +43,8 @@ Batch = tuple[Tensor, Tensor]
 class Member:
     """Someone's step: whose, in which arithmetic and memory format, replayed from a graph or not.
 
-    The floor is the backbone alone: four forward passes and a backward, without an optimizer.
+    Ours has fused batch norms and grouped views, "separate" neither. The floor is the backbone
+    alone: four forward passes and a backward, without an optimizer.
     """
 
     who: str
@@ -56,29 +59,28 @@ class Member:
 
     @property
     def floor(self) -> Member:
-        """The bare backbone in the same arithmetic, captured if this is."""
-        channels_last = self.captured or self.arithmetic != FLOAT32
-        return Member(FLOOR, self.arithmetic, channels_last, self.captured)
+        """The bare backbone in the same arithmetic and memory format, captured if this is."""
+        return replace(self, who=FLOOR)
 
 
 #: What every other member is compared with.
 BASELINE = Member(PUBLISHED, FLOAT32)
 
 
-def members(device: str) -> tuple[Member, ...]:
-    """All that run on a device, the published step first, the floors last."""
-    found = [
-        BASELINE,
-        Member(PUBLISHED, BFLOAT16),
-        Member(OURS, FLOAT32),
-        Member(OURS, FLOAT32, channels_last=True),
-        Member(OURS, BFLOAT16, channels_last=True),
-    ]
+def members(device: str, compiled: bool = True) -> tuple[Member, ...]:
+    """All that run on a device, the published step first, the floors last.
+
+    compiled: also the floors of torch.compile.
+    """
+    settings = ((FLOAT32, False), (FLOAT32, True), (BFLOAT16, True))
+    found = [BASELINE, Member(PUBLISHED, BFLOAT16)]
+    found += [Member(who, *setting) for who in (OURS, SEPARATE) for setting in settings]
     if device == "cuda":
         found += [Member(PUBLISHED, TF32), Member(OURS, TF32, channels_last=True)]
         for arithmetic in (FLOAT32, TF32, BFLOAT16):
             found.append(Member(OURS, arithmetic, channels_last=True, captured=True))
-    return (*found, *dict.fromkeys(member.floor for member in found))
+    floors = dict.fromkeys(member.floor for member in found)
+    return (*found, *floors, *(Member(COMPILED, *setting) for setting in settings if compiled))
 
 
 def groups(everyone: Sequence[Member], device: str) -> list[tuple[Member, ...]]:
@@ -98,10 +100,16 @@ def groups(everyone: Sequence[Member], device: str) -> list[tuple[Member, ...]]:
 def networks(backbone: str, device: str) -> dict[str, nn.Module]:
     """By who takes part, untrained, with the same weights; ours as published but for these."""
     torch.manual_seed(0)
-    ours = build_model(ModelConfig(backbone=backbone, pretrained=False), CLASSES)
-    published = PublishedNetwork(backbone, CLASSES)
-    published.load_state_dict(ours.state_dict())
-    return {PUBLISHED: published.to(device), OURS: ours.to(device), FLOOR: ours.backbone}
+    separate = build_model(ModelConfig(backbone=backbone, pretrained=False), CLASSES).to(device)
+    published = PublishedNetwork(backbone, CLASSES).to(device)
+    published.load_state_dict(separate.state_dict())
+    ours = copy.deepcopy(separate)
+    fuse_batch_norms(ours)
+    ours.takes_groups = why_not_grouped(ours) is None
+    return {
+        **{PUBLISHED: published, OURS: ours, SEPARATE: separate},
+        **dict.fromkeys((FLOOR, COMPILED), separate.backbone),
+    }
 
 
 def draw_batch(device: Device, batch: int, side: int, seed: int) -> Batch:
@@ -152,10 +160,15 @@ class Contender:
         if member.who == PUBLISHED:
             self._step = self._published
             self._optimizer = published_step.optimizer(self.model)
-        elif member.who == OURS:
-            step = train_step(self.model, self._runtime, captured=member.captured)
+        elif member.who in (OURS, SEPARATE):
+            fused = member.who == OURS
+            step = train_step(self.model, self._runtime, ALONE, member.captured, fused)
             self._step, self._optimizer = step, step.optimizer
         self._settle()
+        self._network: Callable[[Tensor], Sequence[Tensor]] = self.model
+        if member.who == COMPILED:
+            self._network = torch.compile(self.model, dynamic=False)
+            self._call(batches[0])
         if member.captured:
             self._capture(device, pool)
 
@@ -209,24 +222,33 @@ class Contender:
     def _floor(self, images: Tensor, *_: Any) -> None:
         with self._runtime.autocast():
             images = self._runtime.images(images)
-            maps = [found for _ in range(_PASSES) for found in self.model(images)]
+            maps = [found for _ in range(_PASSES) for found in self._network(images)]
         self.model.zero_grad(set_to_none=True)
         torch.autograd.backward(maps, [torch.ones_like(found) for found in maps])
 
 
 def train_step(
-    model: nn.Module, runtime: Runtime, team: Team = ALONE, *, captured: bool = False
+    model: nn.Module,
+    runtime: Runtime,
+    team: Team = ALONE,
+    captured: bool = False,
+    fused: bool = True,
 ) -> TrainStep:
-    """The trainer's own step of MAG-SD with the published settings; captured: in a CUDA graph."""
-    settings = OptimConfig()
+    """The trainer's own step of MAG-SD with the published settings.
+
+    captured: in a CUDA graph. fused: with fused batch norms and grouped views.
+    """
+    config, settings = Config(), OptimConfig()
+    config.train.views = "grouped" if fused else "separate"
     return TrainStep(
         model,
         build_optimizer(model, settings, capturable=captured),
-        method("magsd").objective(Config(), None),
+        method("magsd").objective(config, None),
         runtime,
         clip_norm=settings.clip_norm,
         sums=StepSums(runtime.device, team),
         team=team,
+        fuse_norm=fused,
     )
 
 

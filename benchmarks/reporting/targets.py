@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from benchmarks.comparison import LIMIT
+from benchmarks.harness.sizes import RESNET50
 from benchmarks.reporting.results import AHEAD, Key, Results, told
 from benchmarks.reporting.text import ratio
 
@@ -81,6 +82,22 @@ def _ahead(results: Results) -> Verdict | None:
     return f"{len(rows - behind)} of {len(rows)} rows; least: {told(*worst)}", not behind
 
 
+_CPU_BOTH = (16, "float32", BOTH)
+
+
+def _norms(results: Results) -> Verdict | None:
+    """All batch norms of ResNet-50 in float32: their times together."""
+    theirs = ours = 0.0
+    for after, norms in RESNET50.items():
+        for network, count in norms.items():
+            row = results.rows.get(Key(f"batch_norm_act {after}", network.name, *_CPU_BOTH))
+            if row is None or (found := row.speedup("published")) is None:
+                return None
+            seconds = count * row.members[str(row.ours)].median
+            ours, theirs = ours + seconds, theirs + seconds * found[1]
+    return f"{theirs / ours:.3g}x", theirs >= 1.5 * ours
+
+
 def _magsd(function: str, direction: str, batch: int = 16, precision: str = "float32") -> Key:
     return Key(function, "magsd", batch, precision, direction)
 
@@ -93,6 +110,9 @@ CPU = (
     faster(_magsd("bilinear_attention_pool", BOTH), "eager", 2.5),
     faster(_magsd("multiscale_attention", BOTH), "eager", 2),
     faster(_magsd("soft_distance_loss", BOTH), "published", 3),
+    Target(
+        "batch_norm_act forward+backward, ResNet-50's, B 16 float32", ">= 1.5x published", _norms
+    ),
     Target("every row", f">= {AHEAD:g}x every rival (lower quartile)", _ahead),
 )
 GPU = (

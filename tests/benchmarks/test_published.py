@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness.contender import Contender, check, definition
-from benchmarks.harness.sizes import Network
+from benchmarks.harness.sizes import RESNET50, Network
 from benchmarks.harness.subject import PUBLISHED, Row, Subject
 from benchmarks.operations import SUBJECT, SUBJECTS
 
@@ -33,6 +34,35 @@ def test_published_and_ours_agree_on_the_same_draws(subject, seed):
     wanted = definition(row, arguments)
     for name in (PUBLISHED, "auto"):
         check(Contender(name, row, [arguments]), wanted)
+
+
+def test_norms_are_all_those_of_resnet50():
+    timm = pytest.importorskip("timm", reason="needs the train extra")
+    found: Counter[tuple[int, int]] = Counter()
+    with torch.device("meta"):
+        model = timm.create_model("resnet50", pretrained=False)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.register_forward_hook(lambda _, x, y: found.update([tuple(y.shape[1:3])]))
+        model(torch.empty(2, 3, 224, 224))
+    wanted: Counter[tuple[int, int]] = Counter()
+    for norms in RESNET50.values():
+        for network, count in norms.items():
+            wanted[network.features[-1]] += count
+    assert found == wanted
+
+
+@pytest.mark.parametrize("name", [s.name for s in SUBJECTS if s.operation == "batch_norm_act"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_norms_are_channels_last_and_agree_with_their_gradients(name, precision):
+    row = replace(small_row(SUBJECT[name]), precision=precision)
+    arguments = row.draw(0)
+    images = [x for x in arguments.values() if x.dim() == 4]
+    assert len(images) == 1 + ("residual" in name)
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in images)
+    wanted = definition(row, arguments)
+    for member in (PUBLISHED, "auto"):
+        check(Contender(member, row, [arguments]), wanted)
 
 
 @all_subjects

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs the bench extra")
 
 from benchmarks import report, run
+from benchmarks.harness.sizes import RESNET50
 from benchmarks.reporting.tables import fit
 from benchmarks.reporting.text import memory, seconds
 
@@ -131,6 +132,27 @@ def test_strictly_every_rival_counts_by_its_lower_quartile(tmp_path, capsys):
     assert report.main([str(ahead), "--strict"]) == 0
     assert any(" | 1 of 1 rows; " in line and line.endswith("| met |") for line in
                lines(tmp_path, ahead))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stem", "text"), [(2, "2x | met"), (0.5, "1.25x | **not met**"), (None, " | not measured")]
+)
+def test_batch_norms_count_as_often_as_the_network_has_them(stem, text, tmp_path):
+    """Twice as long each; that of the stem takes ours as long as all others together."""
+    facts = {"operation": "batch_norm_act", "direction": "forward+backward", "ours": True}
+    entries = []
+    for after, norms in RESNET50.items():
+        for network, count in norms.items():
+            first = network.name == "resnet50-64x112"
+            times = stem if first else 2
+            size = {"function": f"batch_norm_act {after}", "network": network.name}
+            speedup = {"published": [times] * 3}
+            seconds = 15.0 if first else 1 / count
+            if times is not None:
+                entries.append(competitor("cpu", seconds, **facts, **size, speedup=speedup))
+    found = lines(tmp_path, save(tmp_path / "a.json", *entries))
+    work = "| batch_norm_act forward+backward, ResNet-50's, B 16 float32 | >= 1.5x published |"
+    assert [line for line in found if line.startswith(f"{work} {text} |")]
 
 
 @pytest.mark.parametrize("entries", [[], [competitor("eager", 1.0)]], ids=["no row", "not ours"])
