@@ -81,16 +81,43 @@ def batch_norm(
     training: bool,
     eps: float,
 ) -> Tensor:
-    """Batch norm channel by channel, biased variance in training."""
-    channels = []
-    for m in range(x.shape[1]):
-        values = x[:, m]
-        mu, sigma2 = mean[m], var[m]
-        if training:
-            mu = values.sum() / values.numel()
-            sigma2 = ((values - mu) ** 2).sum() / values.numel()
-        channels.append((values - mu) / torch.sqrt(sigma2 + eps) * weight[m] + bias[m])
-    return torch.stack(channels, dim=1)
+    """Batch norm, by the batch's biased variance in training."""
+    mu, sigma2 = (x[:, None, None] for x in (mean, var))
+    if training:
+        count = x.numel() // x.shape[1]
+        mu = x.sum((0, 2, 3), keepdim=True) / count
+        sigma2 = ((x - mu) ** 2).sum((0, 2, 3), keepdim=True) / count
+    scaled = (x - mu) / torch.sqrt(sigma2 + eps) * weight[:, None, None]
+    return scaled + bias[:, None, None]
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    act: str = "relu",
+    training: bool,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Each group's batch norm, the residual, the activation. An empty group has no statistics."""
+    own = training and len(x) > 0
+    rows = len(x) // groups
+    z = torch.cat(
+        [
+            batch_norm(part, weight, bias, running_mean, running_var, own, eps)
+            for part in (x[i * rows : (i + 1) * rows] for i in range(groups))
+        ]
+    )
+    if residual is not None:
+        z = z + residual
+    if act == "relu":
+        return torch.where(z <= 0, 0.0, z)  # The gradient at 0 is 0, and NaN passes.
+    return z * torch.sigmoid(z) if act == "silu" else z
 
 
 def multiscale_attention(

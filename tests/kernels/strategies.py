@@ -76,6 +76,7 @@ sizes = st.builds(
 
 #: Of every optional argument that is no tensor or size.
 OPTIONS: dict[str, st.SearchStrategy[Any]] = {
+    "act": st.sampled_from(["relu", "silu", "none"]),
     "align_corners": st.booleans(),
     "class_weights": st.none(),
     "confidence": st.sampled_from([0.7, 0.0, 0.3, 1.0]),
@@ -85,6 +86,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "normalize": st.booleans(),
     "padding": st.sampled_from([0.1, 0.0, 0.37, 3.0, 1e300]) | st.floats(0, 1),
     "pool": st.sampled_from(["avg", "max"]),
+    "residual": st.none(),
     "scale": st.sampled_from([1.0, 100.0, -0.5, 0.0]),
     "signed_sqrt": st.booleans(),
     "smoothing": st.sampled_from([0.01, 0.0, 0.2]),
@@ -92,6 +94,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "weight": st.sampled_from([0.4, 0.0, 1.0]) | fractions,
 }
 EPS = {
+    "batch_norm_act": st.sampled_from([1e-5, 1e-3, 0.5]),
     "multiscale_attention": st.sampled_from([1e-3, 1e-5, 0.5]),
     "bilinear_attention_pool": st.sampled_from([1e-12, 0.0, 0.01]),
     "sample_attention": st.sampled_from([1e-12, 0.0, 1.0]),
@@ -245,6 +248,9 @@ def calls(
         if option in case.options or (parameter.default is not parameter.empty and not given):
             strategy = EPS[case.function.__name__] if option == "eps" else OPTIONS[option]
             arguments[option] = draw(strategy)
+    if "groups" in arguments:
+        batch = size.batch or 4  # Of nothing, any number.
+        arguments["groups"] = draw(st.sampled_from([n for n in range(1, 6) if batch % n == 0]))
     arguments |= fixed
     strides = [draw(layouts) for _ in tensors_of(arguments)]
     return Call(case, size, arguments, strides, values.filled_with, values.log)

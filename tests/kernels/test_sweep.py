@@ -226,6 +226,80 @@ def running_statistics(arguments: Arguments) -> list[Tensor]:
     return [(1 - momentum) * a + momentum * b for a, b in zip(before, batch, strict=True)]
 
 
+# ---------------------------------------------------------------- batch norm
+
+
+@SWEEP
+@given(draw.calls("norm_train") | draw.calls("norm_residual_relu"), draw.layouts)
+def test_norm(target, call, layout):
+    arguments = call.arguments
+    assume(has_variances(arguments))
+    training = arguments["training"] and call.size.batch > 0
+    after = norm_statistics(arguments)
+
+    def run(*leaves: Tensor) -> Tensor:
+        given = call.taking(leaves, target.device)
+        out = target.call(mk.batch_norm_act, **given)
+        for name, wanted in after.items():
+            assert_agrees(given[name], wanted, name)
+        return out
+
+    def oracle(*leaves: Tensor) -> Tensor:
+        given = call.taking(leaves, wide=True)
+        del given["momentum"]
+        return oracles.batch_norm_act(**given)
+
+    def frozen(x: Tensor, *leaves: Tensor) -> Tensor:
+        given = call.taking([x, *leaves], wide=True)
+        del given["momentum"]
+        parts = {"x": x, "residual": given["residual"]}
+        split = {k: [None] * given["groups"] if v is None else v.chunk(given["groups"])
+                 for k, v in parts.items()}  # fmt: skip
+        own = given | {"training": False, "groups": 1}
+        views = []
+        for part, residual in zip(split["x"], split["residual"], strict=True):
+            var, mean = torch.var_mean(part.detach(), (0, 2, 3), correction=0)
+            held = {"x": part, "residual": residual, "running_mean": mean, "running_var": var}
+            views.append(oracles.batch_norm_act(**own | held))
+        return torch.cat(views)
+
+    leaves = call.leaves(target.device)
+    check(target, run, oracle, leaves, layout, frozen=frozen if training else None)
+
+
+@SWEEP
+@given(draw.calls("norm_train", ("nan",)))
+def test_norm_carries_nan(target, call):
+    """In training to its channel of its group, in evaluation no further."""
+    arguments = call.arguments
+    assume(has_variances(arguments))
+    found = target.call(mk.batch_norm_act, **call.on(target.device)).cpu()
+    wanted = arguments["x"].isnan()
+    if arguments["training"] and call.size.batch:
+        groups = wanted.unflatten(0, (arguments["groups"], -1))
+        wanted = groups.any(4, True).any(3, True).any(1, True).expand_as(groups).flatten(0, 1)
+    assert torch.equal(found.isnan(), wanted)
+
+
+def has_variances(arguments: Arguments) -> bool:
+    """Whether a group has a variance, or needs none."""
+    x = arguments["x"]
+    return not arguments["training"] or x[:, 0].numel() != arguments["groups"]
+
+
+def norm_statistics(arguments: Arguments) -> dict[str, Tensor]:
+    """What a call leaves behind, rounded after every group."""
+    after = {name: arguments[name] for name in ("running_mean", "running_var")}
+    if arguments["training"] and len(arguments["x"]):
+        for part in arguments["x"].double().chunk(arguments["groups"]):
+            values = part.transpose(0, 1).flatten(1)
+            for name, now in zip(after, (values.mean(1), values.var(1)), strict=True):
+                moved = (1 - arguments["momentum"]) * after[name].double()
+                moved += arguments["momentum"] * now
+                after[name] = moved.to(after[name].dtype)
+    return {name: value.double() for name, value in after.items()}
+
+
 # ---------------------------------------------------------------- pooling
 
 
