@@ -36,16 +36,16 @@ pytestmark = pytest.mark.skipif(CPU != "available", reason=f"C++ kernels: {CPU}"
 
 
 class Bounds(NamedTuple):
-    """Relative differences that rounding explains."""
+    """Relative differences that rounding explains; float32's gradient over the reference's own."""
 
     loss: float
     statistics: float
     gradient: float
 
 
-#: A few units in the last place of a loss; of a gradient what four passes through a network make
-#: of that.
-BOUNDS = {torch.float32: Bounds(1e-6, 1e-6, 3e-6), torch.float64: Bounds(1e-14, 1e-14, 1e-10)}
+#: A few units in the last place of a loss; of a gradient in float64 what four passes through a
+#: network make of that. In float32 the reference's own gradient tells that, see the test.
+BOUNDS = {torch.float32: Bounds(1e-6, 1e-6, 2.0), torch.float64: Bounds(1e-14, 1e-14, 1e-10)}
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +141,17 @@ def test_steps_agree(
     gradient.
 
     A gradient has corners (rectifiers, the thresholds of the views, the root in the pooling), at
-    which float32 may stand on either side; so there the median step is judged. In float64 no step
-    comes that near to one, and each is.
+    which float32 may stand on either side; so there the median step is judged: its distance from
+    the same step in float64 may be at most twice that of the reference in float32. In float64 no
+    step comes that near to a corner, and each is judged.
     """
     gradients = compared(config, images, dtype, tmp_path, steps=STEPS)
-    judged = statistics.median(gradients) if dtype == torch.float32 else max(gradients)
-    assert judged <= BOUNDS[dtype].gradient, gradients
+    bound = BOUNDS[dtype].gradient
+    if dtype == torch.float64:
+        assert max(found.between for found in gradients) <= bound, gradients
+        return
+    ours, theirs = (statistics.median(found[i] for found in gradients) for i in (1, 2))
+    assert ours <= bound * theirs, gradients
 
 
 @pytest.mark.parametrize("model", ["magsd-up", "magsd-cascade", "magsd-max", "wsdan"])
@@ -160,7 +165,17 @@ def test_steps_of_other_models_agree(
     pairs = [f"model={model}", "backbone_args={output_stride: 16}"]
     other = load_config(None, pairs, base=deepcopy(config))
     gradients = compared(other, images, torch.float64, tmp_path, steps=4)
-    assert max(gradients) <= BOUNDS[torch.float64].gradient, gradients
+    assert max(found.between for found in gradients) <= BOUNDS[torch.float64].gradient, gradients
+
+
+class Gradients(NamedTuple):
+    """Differences of a step's gradients: of the kernels' from the reference's, and of both from the
+    reference's in float64.
+    """
+
+    between: float
+    ours: float
+    theirs: float
 
 
 def compared(
@@ -170,18 +185,24 @@ def compared(
     folder: Path,
     *,
     steps: int,
-) -> list[float]:
-    """Check losses and statistics of the first steps; relative differences of their gradients."""
+) -> list[Gradients]:
+    """Check losses and statistics of the first steps; how their gradients differ."""
     bounds = BOUNDS[dtype]
     reference = Run("reference", config, images, dtype, folder / "reference")
     cpu = Run("cpu", config, images, dtype, folder / "cpu")
+    exact = Run("reference", config, images, torch.float64, folder / "exact")
     gradients = []
     for number, batch in zip(range(steps), reference.trainer.train_loader.epoch(0), strict=False):
-        cpu.follow(reference)
+        for run in (cpu, exact):
+            run.follow(reference)
         for run in (reference, cpu):
             run.step(batch._replace(images=batch.images.to(dtype)))
+        if dtype != torch.float64:
+            exact.step(batch._replace(images=batch.images.double()))
         assert difference(cpu.losses(), reference.losses()) <= bounds.loss, number
         assert difference(cpu.statistics(), reference.statistics()) <= bounds.statistics, number
-        gradients.append(difference(cpu.gradient(), reference.gradient()))
+        right = reference if dtype == torch.float64 else exact
+        found = [(cpu, reference), (cpu, right), (reference, right)]
+        gradients.append(Gradients(*(difference(a.gradient(), b.gradient()) for a, b in found)))
     assert len(gradients) == steps
     return gradients
