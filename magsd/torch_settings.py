@@ -1,8 +1,9 @@
-"""Settings of torch that hold for a whole process: changed within a context, then put back."""
+"""Settings of a whole process, of torch and of memory: changed within a context, then put back."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -89,3 +90,32 @@ def cudnn_benchmark() -> Iterator[None]:
         yield
     finally:
         cudnn.benchmark = before
+
+
+# glibc's malloc.h: options, what they are within `kept_memory`, and glibc's own values.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+_KEEPING = {_MMAP_MAX: 0, _TOP_PAD: 1 << 26, _TRIM_THRESHOLD: -1}
+_GLIBC = {_MMAP_MAX: 65536, _TOP_PAD: 1 << 17, _TRIM_THRESHOLD: 1 << 17}
+
+
+@contextlib.contextmanager
+def kept_memory(device: torch.device) -> Iterator[None]:
+    """Within the context memory that a CPU tensor frees stays with the process, for the next one.
+
+    By default glibc gives tensors of 32 MiB and more back to the system, which hands their pages
+    out anew, zeroed and one by one: of a step of ResNet-50 in float32 that was a quarter. In turn
+    the process holds more memory at its peak. Another C library is left as it is.
+    """
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    if device.type != "cpu" or not hasattr(library, "mallopt"):
+        yield
+        return
+    assert library is not None
+    for option, value in _KEEPING.items():
+        library.mallopt(option, value)
+    try:
+        yield
+    finally:
+        for option, value in _GLIBC.items():
+            library.mallopt(option, value)
+        library.malloc_trim(0)

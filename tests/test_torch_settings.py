@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,11 @@ import torch
 from typer.testing import CliRunner
 
 from magsd import cli
-from magsd.torch_settings import cudnn_benchmark, deterministic_algorithms, tf32_products
+from magsd.torch_settings import (
+    cudnn_benchmark,
+    deterministic_algorithms,
+    tf32_products,
+)
 
 CUDNN: Any = torch.backends.cudnn
 MATMUL: Any = torch.backends.cuda.matmul
@@ -195,3 +202,50 @@ def test_a_run_times_its_convolutions(
     assert result.exit_code == 0, result.output
     assert seen == {not deterministic}
     assert not CUDNN.benchmark
+
+
+FAULTS = """
+import resource, torch
+from magsd.torch_settings import kept_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [torch.empty(1 << 26, dtype=torch.uint8).fill_(1) for _ in range(4)]
+    del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+outside = faults()
+with kept_memory(torch.device("cpu")):
+    warm = [faults() for _ in range(3)]
+    inside = faults()
+print(outside, inside, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told")
+def test_memory_is_kept_for_the_next_tensor() -> None:
+    """Pages that a tensor frees are not asked for again, and are after the context."""
+    shown = subprocess.run(
+        [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
+    ).stdout
+    outside, inside, after = map(int, shown.split())
+    assert inside < 50
+    assert min(outside, after) > 2 * inside
+
+
+def test_a_run_keeps_its_memory(
+    small_pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = []
+
+    @contextlib.contextmanager
+    def noticed(device: torch.device) -> Iterator[None]:
+        devices.append(device.type)
+        yield
+
+    monkeypatch.setattr("magsd.training.run.kept_memory", noticed)
+    pairs = [*small_pairs, "epochs=1"]
+    result = CliRunner().invoke(cli.app, ["train", "--out", str(tmp_path / "run"), *pairs])
+    assert result.exit_code == 0, result.output
+    assert devices == ["cpu"]

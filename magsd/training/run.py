@@ -18,7 +18,7 @@ from magsd.errors import RunError
 from magsd.models import Classifier, build_model
 from magsd.outputs import disk_errors
 from magsd.runtime import Runtime
-from magsd.torch_settings import cudnn_benchmark, deterministic_algorithms
+from magsd.torch_settings import cudnn_benchmark, deterministic_algorithms, kept_memory
 from magsd.training.checkpoint import load_checkpoint, load_weights
 from magsd.training.metrics_log import MetricsLog
 from magsd.training.progress import TrainingProgress
@@ -94,7 +94,9 @@ def _train_run(
             disk_errors(folder.root, advice),
             runtime,
             deterministic_algorithms(config.train.deterministic),
-            cudnn_benchmark(),  # a run has few shapes, each of them many times
+            # A run has few shapes, each of them many times.
+            cudnn_benchmark(),
+            kept_memory(runtime.device),
         ):
             using = runtime.kernels_in_use()
             say(console, f"kernels: {using}")
