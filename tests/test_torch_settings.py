@@ -208,18 +208,16 @@ FAULTS = """
 import resource, torch
 from magsd.torch_settings import kept_memory
 
-def faults():
+def faults(megabytes):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    held = [torch.empty(1 << 26, dtype=torch.uint8).fill_(1) for _ in range(4)]
-    del held
+    torch.empty(megabytes << 20, dtype=torch.uint8).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-faults()
-outside = faults()
+outside = faults(64)
 with kept_memory(torch.device("cpu")):
-    warm = [faults() for _ in range(3)]
-    inside = faults()
-print(outside, inside, faults())
+    faults(256)
+    inside = faults(64)
+print(outside, inside, faults(64))
 """
 
 
