@@ -23,7 +23,7 @@ inline Act act_of(const std::string& act) {
 }
 
 struct NormShape {
-  int64_t groups, batch, channels, pixels;  // `batch` images in every group
+  int64_t groups, batch, channels, pixels;           // `batch` images in every group
   int64_t values() const { return batch * pixels; }  // of a channel in a group
   bool empty() const { return batch == 0; }
 };
@@ -86,13 +86,15 @@ inline std::optional<FeatureMap> map_like(const std::optional<Tensor>& tensor, c
   return FeatureMap(*tensor, is_channels_last(x));
 }
 
-// Backend::forward<T>(scope, NormForward) and Backend::backward<T>(scope, NormBackward) do the work;
-// they are called for empty batches too.
+// Backend::forward<T>(scope, NormForward) and Backend::backward<T>(scope, NormBackward) do the
+// work; they are called for empty batches too.
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor> norm_forward(
-    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean,
-    const Tensor& running_var, const std::optional<Tensor>& residual, int64_t groups,
-    const std::string& act, bool training, double momentum, double eps) {
+std::tuple<Tensor, Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& weight,
+                                                const Tensor& bias, const Tensor& running_mean,
+                                                const Tensor& running_var,
+                                                const std::optional<Tensor>& residual,
+                                                int64_t groups, const std::string& act,
+                                                bool training, double momentum, double eps) {
   const DeviceScope scope(x);
   const NormShape shape = check_norm(x, weight, bias, groups);
   check_parameter(running_mean, "running_mean", x);
@@ -121,10 +123,12 @@ std::tuple<Tensor, Tensor, Tensor> norm_forward(
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
-    const std::optional<Tensor>& kept, const Tensor& mean, const Tensor& rstd,
-    const std::string& act, bool training, const std::vector<bool>& needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Tensor& x,
+                                                         const Tensor& weight, const Tensor& bias,
+                                                         const std::optional<Tensor>& kept,
+                                                         const Tensor& mean, const Tensor& rstd,
+                                                         const std::string& act, bool training,
+                                                         const std::vector<bool>& needs) {
   const DeviceScope scope(x);
   for (const Tensor* statistics : {&mean, &rstd}) {
     check_tensor(*statistics, "mean and rstd", 2);
@@ -157,7 +161,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
                           uninitialized({count}, weight.scalar_type()),
                           uninitialized({count}, bias.scalar_type()),
                           map_if(needs[2])};
-  visit_floating(dtype, [&](auto type) { Backend::template backward<decltype(type)>(scope, call); });
+  visit_floating(dtype,
+                 [&](auto type) { Backend::template backward<decltype(type)>(scope, call); });
   return {call.grad_x, call.grad_weight, call.grad_bias, call.grad_residual};
 }
 

@@ -3,8 +3,8 @@
 // In training moves x twice in, the residual once in and the result once out. Contiguous: a channel
 // at a time, whose planes are often still in the second cache when they are read again. Channels
 // last: all pieces twice, the second time from the last to the first, because the last are still in
-// a cache. Values are summed less a shift, the mean of a few of them, in float within a piece and in
-// double beyond; no cut depends on threads.
+// a cache. Values are summed less a shift, the mean of a few of them, in float within a piece and
+// in double beyond; no cut depends on threads.
 #include "cpu/batch_norm_act.h"
 
 namespace magsd::MAGSD_ISA::batch_norm_act {
@@ -21,8 +21,8 @@ void add_rows(Rows<const X> x, int64_t count, Shift shift, A* plain, A* squares)
     for (int r = 0; r < kRows; ++r) value[r] = upcast(x.first[r * x.step + i]) - shift[i];
     if constexpr (kRows == 4) {
       plain[i] += (value[0] + value[1]) + (value[2] + value[3]);
-      squares[i] += (value[0] * value[0] + value[1] * value[1]) +
-                    (value[2] * value[2] + value[3] * value[3]);
+      squares[i] +=
+          (value[0] * value[0] + value[1] * value[1]) + (value[2] * value[2] + value[3] * value[3]);
     } else {
       plain[i] += value[0];
       squares[i] += value[0] * value[0];
@@ -165,24 +165,24 @@ class Forward {
   // Contiguous: one plane per image and channel.
   void contiguous() {
     const int64_t pixels = shape_.pixels;
-    parallel_for(
-        shape_.channels, grain_of(shape_.channels, elements()), [&](int64_t begin, int64_t end) {
-          const int64_t piece = std::min(pixels, kPlanePiece);
-          Buffers buffers(std::max(piece, kLaneRow), streamed_);
-          for (int64_t c = begin; c < end; ++c) {
-            for (int64_t g = 0; g < shape_.groups; ++g) {
-              if (call_.of_batch) plane_statistics(buffers.x, g, c);
-              const auto norm = norms_.plane(g, c);
-              for (int64_t b = g * shape_.batch; b < (g + 1) * shape_.batch; ++b) {
-                for (int64_t p = 0; p < pixels; p += piece) {
-                  const int64_t at = (b * shape_.channels + c) * pixels + p;
-                  apply(buffers, {at, at, at}, {}, 1, std::min(piece, pixels - p), norm);
-                }
-              }
-            }
-          }
-          finish_rows(streamed_);
-        });
+    parallel_for(shape_.channels, grain_of(shape_.channels, elements()),
+                 [&](int64_t begin, int64_t end) {
+                   const int64_t piece = std::min(pixels, kPlanePiece);
+                   Buffers buffers(std::max(piece, kLaneRow), streamed_);
+                   for (int64_t c = begin; c < end; ++c) {
+                     for (int64_t g = 0; g < shape_.groups; ++g) {
+                       if (call_.of_batch) plane_statistics(buffers.x, g, c);
+                       const auto norm = norms_.plane(g, c);
+                       for (int64_t b = g * shape_.batch; b < (g + 1) * shape_.batch; ++b) {
+                         for (int64_t p = 0; p < pixels; p += piece) {
+                           const int64_t at = (b * shape_.channels + c) * pixels + p;
+                           apply(buffers, {at, at, at}, {}, 1, std::min(piece, pixels - p), norm);
+                         }
+                       }
+                     }
+                   }
+                   finish_rows(streamed_);
+                 });
   }
 
   void plane_statistics(Input<T>& input, int64_t g, int64_t c) {

@@ -31,9 +31,11 @@ constexpr int64_t kPieceElements = int64_t{1} << 16;
 constexpr int64_t kMostRows = 128;
 // Pixels of a plane that pass through a buffer at a time.
 constexpr int64_t kPlanePiece = 2048;
-// Elements of a row that are treated for all rows of a piece before the next, so that their
-// coefficients and sums stay in the first cache; shorter rows hold several pixels.
+// Elements of a row that are treated for all rows of a piece before the next, so that coefficients
+// and sums stay near. Less than a row makes memory slower than it makes the caches faster.
 constexpr int64_t kSlab = 2048;
+// A row of fewer elements holds several pixels: a call of a loop must be worth it.
+constexpr int64_t kShortRow = 512;
 // A result from here on is streamed: a smaller one, the next layer finds in the last cache.
 constexpr int64_t kStreamed = int64_t{1} << 25;
 // Pixels of a plane that form a row, so that a sum over them has as many chains.
@@ -202,8 +204,8 @@ void for_blocks(int64_t rows, const Body& body) {
   for (; r < rows; ++r) body(std::integral_constant<int, 1>{}, r);
 }
 
-// Asks for the block after the next of `rows` rows, of which block `r` is treated: memory gives four
-// rows in turns more slowly than one after the other.
+// Asks for the block after the next of `rows` rows, of which block `r` is treated: memory gives
+// four rows in turns more slowly than one after the other.
 template <typename T>
 void fetch_ahead(const T* first, int64_t step, int64_t r, int64_t rows, int64_t count) {
   const int64_t begin = r + 2 * kBlock, end = std::min(rows, begin + kBlock);
@@ -277,14 +279,15 @@ struct Pieces {
   int64_t per_segment, segments, count;
 
   Pieces(const NormShape& shape, std::initializer_list<Pixels> maps) {
-    const auto all = [&](const auto& holds) { return std::all_of(maps.begin(), maps.end(), holds); };
+    const auto all = [&](const auto& holds) {
+      return std::all_of(maps.begin(), maps.end(), holds);
+    };
     const bool one = shape.batch * shape.groups == 1;
-    const bool follow = all([&](const Pixels& map) {
-      return one || map.step_image == shape.pixels * map.step;
-    });
+    const bool follow =
+        all([&](const Pixels& map) { return one || map.step_image == shape.pixels * map.step; });
     const bool dense = all([&](const Pixels& map) { return map.step == shape.channels; });
     images = follow ? shape.batch : 1;
-    pixels = dense ? std::clamp<int64_t>(512 / shape.channels, 1, images * shape.pixels) : 1;
+    pixels = dense ? std::clamp<int64_t>(kShortRow / shape.channels, 1, images * shape.pixels) : 1;
     width = pixels * shape.channels;
     total_ = images * shape.pixels;
     rows = (total_ + pixels - 1) / pixels;
@@ -297,9 +300,7 @@ struct Pieces {
   struct Piece {
     int64_t group, image, pixel;
     int64_t rows, rest;  // whole rows, pixels of a shorter one behind them
-    int64_t offset(const Pixels& map) const {
-      return image * map.step_image + pixel * map.step;
-    }
+    int64_t offset(const Pixels& map) const { return image * map.step_image + pixel * map.step; }
   };
   int64_t per_group() const { return segments * per_segment; }
   Piece operator[](int64_t i) const {

@@ -44,8 +44,8 @@ MAGSD_HD A before_activation(const Values<X>& of, const Norm& norm, int r, int64
   return differentiate<kAct>(grad, z);
 }
 
-// first[i] += sum over rows of g, second[i] += sum of g (x - mean); with `kWrites` the g of a single
-// row is also written.
+// first[i] += sum over rows of g, second[i] += sum of g (x - mean); with `kWrites` the g of a
+// single row is also written.
 template <int kRows, Act kAct, Source kSource, bool kWrites, typename A, typename X, typename Norm>
 void add_rows(Values<X> of, int64_t count, Norm norm, A* first, A* second,
               [[maybe_unused]] X* out) {
@@ -130,8 +130,7 @@ class Backward {
   static std::optional<Pieces> pieces_of(const NormBackward& call) {
     if (!call.x.channels_last || call.shape.empty()) return std::nullopt;
     const Pixels x(call.x.steps);
-    return Pieces(call.shape,
-                  {Pixels(call.grad.steps), x, kKeeps ? Pixels(call.kept->steps) : x});
+    return Pieces(call.shape, {Pixels(call.grad.steps), x, kKeeps ? Pixels(call.kept->steps) : x});
   }
   int64_t pixels_of_row() const { return pieces_.has_value() ? pieces_->pixels : 1; }
   int64_t elements() const { return shape_.groups * shape_.channels * shape_.values(); }
