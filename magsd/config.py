@@ -104,10 +104,10 @@ class TrainConfig:
     """Length, precision, device, and what is written how often (steps; 0: at epochs' ends only).
 
     views: "grouped" passes the views through the network as one batch in which each has its own
-        batch statistics; "separate" passes them one by one, which gives the same; so does
-        "grouped", and a line says so, where dropout would be drawn otherwise or a batch norm cannot
-        tell the views apart. "merged" passes them as one batch with common statistics, not as
-        published.
+        batch statistics; "separate" passes them one by one, which gives the same up to rounding.
+        Where dropout would be drawn otherwise, or a batch norm cannot tell the views apart,
+        "grouped" passes them one by one too, and a line says why. "merged" passes them as one batch
+        with common statistics, not as published.
     fuse_norm: batch norm, residual addition and activation of the backbone in one operation.
     precision: of the forward passes; "tf32" is float32 whose products may run in TF32 on a GPU.
     recompute: the backbone's activations are computed again in the backward instead of being kept.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -12,20 +10,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from magsd_kernels import _checks as check
+from magsd_kernels._blocks import Block, OpenBlocks
+
+_groups = OpenBlocks()
 
 
-class _Context(threading.local):
-    """The numbers of this thread's open `norm_groups` blocks, the innermost last."""
-
-    def __init__(self) -> None:
-        # Not an attribute of the class, see `backends._Context`.
-        self.groups: tuple[int, ...] = ()
-
-
-_context = _Context()
-
-
-class norm_groups:
+class norm_groups(Block):
     """Context manager: fused batch norms inside normalize each of `groups` parts of a batch alone.
 
     In training each part, of as many images as the others and in their order, has statistics of its
@@ -37,23 +27,12 @@ class norm_groups:
 
     def __init__(self, groups: int) -> None:
         check.count("norm_groups", "groups", groups)
-        self.groups = groups
-
-    def __enter__(self) -> None:
-        _context.groups = (*_context.groups, self.groups)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        _context.groups = _context.groups[:-1]
+        super().__init__(_groups, groups)
 
 
 def current_groups() -> int:
     """The number of the innermost `norm_groups`, 1 outside of all."""
-    return _context.groups[-1] if _context.groups else 1
+    return _groups.values[-1] if _groups.values else 1
 
 
 class GroupAware:

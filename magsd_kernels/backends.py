@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import threading
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from magsd_kernels import environment, native
+from magsd_kernels._blocks import Block, OpenBlocks
 
 OPERATIONS = (
     "multiscale_attention",
@@ -45,36 +44,17 @@ class BackendUnavailable(RuntimeError):
     """An explicitly named backend cannot run these tensors here; the message says why."""
 
 
-class _Context(threading.local):
-    """The names of this thread's open `use_backend` blocks, the innermost last."""
-
-    def __init__(self) -> None:
-        # As an attribute of the class, torch.compile of torch 2.11 would find it for every thread.
-        self.names: tuple[str, ...] = ()
+_named = OpenBlocks()
 
 
-_context = _Context()
-
-
-class use_backend:
+class use_backend(Block):
     """Context manager: calls inside that do not name a backend run on `name`.
 
     Holds for the current thread and nests. The backward pass runs on the backend of its forward.
     """
 
     def __init__(self, name: str) -> None:
-        self.name = _known(name)
-
-    def __enter__(self) -> None:
-        _context.names = (*_context.names, self.name)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        _context.names = _context.names[:-1]
+        super().__init__(_named, _known(name))
 
 
 def select(operation: str, backend: str | None, tensor: torch.Tensor) -> str:
@@ -93,8 +73,9 @@ def select(operation: str, backend: str | None, tensor: torch.Tensor) -> str:
 
 def asked_for() -> str:
     """The backend of calls that name none: the innermost `use_backend`'s, or the environment's."""
-    if _context.names:
-        return _context.names[-1]
+    if _named.values:
+        name: str = _named.values[-1]
+        return name
     return environment.value(environment.BACKEND) or "auto"
 
 

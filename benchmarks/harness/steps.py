@@ -107,8 +107,11 @@ def networks(backbone: str, device: str) -> dict[str, nn.Module]:
     fuse_batch_norms(ours)
     ours.takes_groups = why_not_grouped(ours) is None
     return {
-        **{PUBLISHED: published, OURS: ours, SEPARATE: separate},
-        **dict.fromkeys((FLOOR, COMPILED), separate.backbone),
+        PUBLISHED: published,
+        OURS: ours,
+        SEPARATE: separate,
+        FLOOR: separate.backbone,
+        COMPILED: separate.backbone,
     }
 
 

@@ -23,7 +23,8 @@ inline Act act_of(const std::string& act) {
 }
 
 struct NormShape {
-  int64_t groups, batch, channels, pixels;           // `batch` images in every group
+  int64_t groups, batch, channels, pixels;  // `batch` images in every group
+  int64_t elements() const { return groups * channels * values(); }
   int64_t values() const { return batch * pixels; }  // of a channel in a group
   bool empty() const { return batch == 0; }
 };

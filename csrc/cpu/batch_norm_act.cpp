@@ -7,6 +7,8 @@
 // in double beyond; no cut depends on threads.
 #include "cpu/batch_norm_act.h"
 
+#include <cmath>
+
 namespace magsd::MAGSD_ISA::batch_norm_act {
 namespace {
 
@@ -53,7 +55,7 @@ class Forward {
         x_(data<T>(call.x.tensor)),
         residual_(kResidual ? data<T>(call.residual->tensor) : nullptr),
         out_(mutable_data<T>(call.output)),
-        streamed_(elements() * static_cast<int64_t>(sizeof(T)) >= kStreamed) {}
+        streamed_(shape_.elements() * static_cast<int64_t>(sizeof(T)) >= kStreamed) {}
 
   void run() {
     if (!call_.of_batch) {
@@ -64,7 +66,7 @@ class Forward {
       }
       if (shape_.empty()) return;
     }
-    expect_writes(out_, elements());
+    expect_writes(out_, shape_.elements());
     pieces_.has_value() ? channels_last(*pieces_) : contiguous();
   }
 
@@ -74,7 +76,6 @@ class Forward {
     const Pixels x(call.x.steps);
     return Pieces(call.shape, {x, kResidual ? Pixels(call.residual->steps) : x});
   }
-  int64_t elements() const { return shape_.groups * shape_.channels * shape_.values(); }
 
   void set(int64_t group, int64_t c, double mean, double variance) {
     const A rounded = static_cast<A>(mean);
@@ -165,7 +166,7 @@ class Forward {
   // Contiguous: one plane per image and channel.
   void contiguous() {
     const int64_t pixels = shape_.pixels;
-    parallel_for(shape_.channels, grain_of(shape_.channels, elements()),
+    parallel_for(shape_.channels, grain_of(shape_.channels, shape_.elements()),
                  [&](int64_t begin, int64_t end) {
                    const int64_t piece = std::min(pixels, kPlanePiece);
                    Buffers buffers(std::max(piece, kLaneRow), streamed_);
@@ -193,7 +194,7 @@ class Forward {
       shift += static_cast<double>(upcast(value(g, k * shape_.values() / samples)[c * step_c]));
     }
     const Shared<A> shared{static_cast<A>(shift / static_cast<double>(samples))};
-    LaneSums<A, kLaneRow> sums;
+    LaneSums<A> sums;
     for (int64_t b = 0; b < shape_.batch; ++b) {
       const T* plane = value(g, b * pixels) + c * step_c;
       sums.for_rows(pixels, [&](int64_t p, int64_t rows, int64_t count) {
@@ -209,19 +210,20 @@ class Forward {
     const Pixels residual(kResidual ? call_.residual->steps : call_.x.steps);
     if (call_.of_batch) row_statistics(x, pieces);
     const At step{pieces.pixels * x.step, pieces.pixels * residual.step, pieces.width};
-    parallel_for(pieces.count, grain_of(pieces.count, elements()), [&](int64_t begin, int64_t end) {
-      Buffers buffers(std::min(pieces.width, kSlab), streamed_);
-      for (int64_t i = end; i-- > begin;) {
-        const auto piece = pieces[i];
-        const At start{piece.offset(x), piece.offset(residual),
-                       (piece.image * shape_.pixels + piece.pixel) * shape_.channels};
-        pieces.for_slabs(piece, [&](int64_t row, int64_t rows, int64_t first, int64_t count) {
-          apply(buffers, start.after(row, step).from(first), step, rows, count,
-                norms_.row(piece.group, first));
+    parallel_for(
+        pieces.count, grain_of(pieces.count, shape_.elements()), [&](int64_t begin, int64_t end) {
+          Buffers buffers(std::min(pieces.width, kSlab), streamed_);
+          for (int64_t i = end; i-- > begin;) {
+            const auto piece = pieces[i];
+            const At start{piece.offset(x), piece.offset(residual),
+                           (piece.image * shape_.pixels + piece.pixel) * shape_.channels};
+            pieces.for_slabs(piece, [&](int64_t row, int64_t rows, int64_t first, int64_t count) {
+              apply(buffers, start.after(row, step).from(first), step, rows, count,
+                    norms_.row(piece.group, first));
+            });
+          }
+          finish_rows(streamed_);
         });
-      }
-      finish_rows(streamed_);
-    });
   }
 
   void row_statistics(const Pixels& x, const Pieces& pieces) {
@@ -236,19 +238,20 @@ class Forward {
       for (int64_t c = 0; c < channels; ++c) shifts.set(g, c, sum[c]);
     }
     LineVector<A> partial(pieces.count * 2 * padded(pieces.width));
-    parallel_for(pieces.count, grain_of(pieces.count, elements()), [&](int64_t begin, int64_t end) {
-      Input<T> input(std::min(pieces.width, kSlab));
-      for (int64_t i = begin; i < end; ++i) {
-        const auto piece = pieces[i];
-        const int64_t step = pieces.pixels * x.step;
-        A* plain = partial.data() + i * 2 * padded(pieces.width);
-        A* squares = plain + padded(pieces.width);
-        pieces.for_slabs(piece, [&](int64_t row, int64_t rows, int64_t first, int64_t count) {
-          add(input, x_ + piece.offset(x) + row * step + first, step, rows, count,
-              shifts.row(piece.group, first), plain + first, squares + first);
+    parallel_for(
+        pieces.count, grain_of(pieces.count, shape_.elements()), [&](int64_t begin, int64_t end) {
+          Input<T> input(std::min(pieces.width, kSlab));
+          for (int64_t i = begin; i < end; ++i) {
+            const auto piece = pieces[i];
+            const int64_t step = pieces.pixels * x.step;
+            A* plain = partial.data() + i * 2 * padded(pieces.width);
+            A* squares = plain + padded(pieces.width);
+            pieces.for_slabs(piece, [&](int64_t row, int64_t rows, int64_t first, int64_t count) {
+              add(input, x_ + piece.offset(x) + row * step + first, step, rows, count,
+                  shifts.row(piece.group, first), plain + first, squares + first);
+            });
+          }
         });
-      }
-    });
     sum_pieces(partial, pieces, shape_, [&](int64_t g, int64_t c, double plain, double squares) {
       finish(g, c, static_cast<double>(shifts.get(g, c)), plain, squares);
     });

@@ -7,17 +7,15 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <initializer_list>
-#include <limits>
 #include <new>
 #include <optional>
 #include <type_traits>
 #include <vector>
 
 #include "common/batch_norm_act_arguments.h"
+#include "cpu/activation.h"
 #include "cpu/large_result.h"
 #include "cpu/panel.h"
 #include "cpu/parallel.h"
@@ -125,54 +123,6 @@ struct Norms {
     return {mean.plane(group, c), factor.plane(group, c), bias.plane(0, c)};
   }
 };
-
-// exp(x) for a loop that becomes vector code: 2^k e^r, |r| <= log(2) / 2, with the polynomial of
-// the Cephes library, within 2 units in the last place. Beyond the range of float it is 0 or
-// infinity; NaN stays.
-MAGSD_HD float exponential(float x) {
-  constexpr float kMost = 88.72283f, kLeast = -87.33654f;
-  const float clamped = x > kMost ? kMost : (x < kLeast ? kLeast : x);
-  const float k = __builtin_rintf(clamped * 1.44269504f);
-  const float r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  // Half of the exponent at a time: 2^128 is no float. A NaN has no integer.
-  const int32_t exponent = static_cast<int32_t>(k == k ? k : 0.0f), half = exponent / 2;
-  const int32_t bits[2] = {(half + 127) * (1 << 23), (exponent - half + 127) * (1 << 23)};
-  float powers[2];
-  std::memcpy(powers, bits, sizeof(powers));
-  const float result = p * powers[0] * powers[1];
-  return x > kMost ? std::numeric_limits<float>::infinity() : (x < kLeast ? 0.0f : result);
-}
-MAGSD_HD double exponential(double x) { return std::exp(x); }
-
-template <typename A>
-MAGSD_HD A sigmoid(A z) {
-  return 1 / (1 + exponential(-z));
-}
-
-template <Act kAct, typename A>
-MAGSD_HD A activate(A z) {
-  if constexpr (kAct == Act::kRelu) return z <= 0 ? A{0} : z;  // NaN passes
-  if constexpr (kAct == Act::kSilu) return z * sigmoid(z);
-  return z;
-}
-
-// The gradient before the activation. `z` is its argument, or for relu its result.
-template <Act kAct, typename A>
-MAGSD_HD A differentiate(A grad, [[maybe_unused]] A z) {
-  if constexpr (kAct == Act::kRelu) return z <= 0 ? A{0} : grad;
-  if constexpr (kAct == Act::kSilu) {
-    const A s = sigmoid(z);
-    return grad * s * (1 + z * (1 - s));
-  }
-  return grad;
-}
 
 // Calls visitor(std::integral_constant<Act, ...>{}).
 template <typename Visitor>
@@ -328,24 +278,24 @@ inline int64_t grain_of(int64_t count, int64_t elements) {
 
 // Two sums over a plane, as many chains of each as a row has lanes: in float for at most about
 // kMostRows rows, then in double.
-template <typename A, int64_t kLanesOfRow>
+template <typename A>
 struct LaneSums {
-  alignas(64) A first[kLanesOfRow] = {};
-  alignas(64) A second[kLanesOfRow] = {};
+  alignas(64) A first[kLaneRow] = {};
+  alignas(64) A second[kLaneRow] = {};
 
   // Calls add(pixel, rows, count) for runs of whole rows, and for the rest of the plane as a row of
   // `count` lanes.
   template <typename Add>
   void for_rows(int64_t pixels, const Add& add) {
-    const int64_t whole = pixels / kLanesOfRow;
+    const int64_t whole = pixels / kLaneRow;
     for (int64_t r = 0; r < whole;) {
       const int64_t rows = std::min(whole - r, kMostRows - held_);
-      add(r * kLanesOfRow, rows, kLanesOfRow);
+      add(r * kLaneRow, rows, kLaneRow);
       r += rows;
       hold(rows);
     }
-    if (pixels % kLanesOfRow > 0) {
-      add(whole * kLanesOfRow, 1, pixels % kLanesOfRow);
+    if (pixels % kLaneRow > 0) {
+      add(whole * kLaneRow, 1, pixels % kLaneRow);
       hold(1);
     }
   }
@@ -354,7 +304,7 @@ struct LaneSums {
   };
   Totals totals() {
     flush();
-    for (int64_t half = kLanesOfRow / 2; half > 0; half /= 2) {
+    for (int64_t half = kLaneRow / 2; half > 0; half /= 2) {
       for (int64_t i = 0; i < half; ++i) lanes_first_[i] += lanes_first_[i + half];
       for (int64_t i = 0; i < half; ++i) lanes_second_[i] += lanes_second_[i + half];
     }
@@ -367,7 +317,7 @@ struct LaneSums {
     if (held_ >= kMostRows) flush();
   }
   void flush() {
-    for (int64_t i = 0; i < kLanesOfRow; ++i) {
+    for (int64_t i = 0; i < kLaneRow; ++i) {
       lanes_first_[i] += static_cast<double>(first[i]);
       lanes_second_[i] += static_cast<double>(second[i]);
       first[i] = second[i] = 0;
@@ -376,7 +326,7 @@ struct LaneSums {
   }
 
   int64_t held_ = 0;
-  double lanes_first_[kLanesOfRow] = {}, lanes_second_[kLanesOfRow] = {};
+  double lanes_first_[kLaneRow] = {}, lanes_second_[kLaneRow] = {};
 };
 
 // Adds up two sums per piece and channel, in order: calls finish(group, channel, first, second),

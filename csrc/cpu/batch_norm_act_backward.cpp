@@ -4,8 +4,8 @@
 // of a channel in a group (Ioffe and Szegedy 2015):
 //   grad_x = weight rstd (g - S1 / n - (x - mean) rstd^2 S2 / n)
 // Moves the gradient and x twice in and grad_x once out. With a residual's gradient the first pass
-// also reads the kept map and writes g, which the second then reads. Cuts and sums are those of the
-// forward.
+// also reads the kept map and writes g, which the second then reads where it has not been rounded.
+// Cuts and sums are those of the forward.
 #include "cpu/batch_norm_act.h"
 
 namespace magsd::MAGSD_ISA::batch_norm_act {
@@ -104,7 +104,7 @@ class Backward {
         kept_(kKeeps ? data<T>(call.kept->tensor) : nullptr),
         grad_x_(mutable_data<T>(call.grad_x)),
         grad_residual_(mutable_data<T>(call.grad_residual)),
-        streamed_(elements() * static_cast<int64_t>(sizeof(T)) >= kStreamed),
+        streamed_(shape_.elements() * static_cast<int64_t>(sizeof(T)) >= kStreamed),
         sums_(call.of_parameters || (call.of_batch && call.of_x)) {
     for (int64_t g = 0; g < shape_.groups; ++g) {
       for (int64_t c = 0; c < shape_.channels; ++c) {
@@ -116,8 +116,8 @@ class Backward {
 
   void run() {
     if (!shape_.empty()) {
-      if (call_.of_x) expect_writes(grad_x_, elements());
-      if (call_.of_residual) expect_writes(grad_residual_, elements());
+      if (call_.of_x) expect_writes(grad_x_, shape_.elements());
+      if (call_.of_residual) expect_writes(grad_residual_, shape_.elements());
       pieces_.has_value() ? channels_last(*pieces_) : contiguous();
     } else {
       for (int64_t g = 0; g < shape_.groups; ++g) {
@@ -133,7 +133,6 @@ class Backward {
     return Pieces(call.shape, {Pixels(call.grad.steps), x, kKeeps ? Pixels(call.kept->steps) : x});
   }
   int64_t pixels_of_row() const { return pieces_.has_value() ? pieces_->pixels : 1; }
-  int64_t elements() const { return shape_.groups * shape_.channels * shape_.values(); }
 
   // Rows of everything that a thread reads and writes, of at most so many elements.
   struct Buffers {
@@ -243,7 +242,7 @@ class Backward {
 
   void contiguous() {
     const int64_t pixels = shape_.pixels, channels = shape_.channels;
-    parallel_for(channels, grain_of(channels, elements()), [&](int64_t begin, int64_t end) {
+    parallel_for(channels, grain_of(channels, shape_.elements()), [&](int64_t begin, int64_t end) {
       const int64_t piece = std::min(pixels, kPlanePiece);
       Buffers buffers(std::max(piece, kLaneRow), *this);
       const At step{kLaneRow, kLaneRow, kLaneRow, kLaneRow};
@@ -256,7 +255,7 @@ class Backward {
             }
           };
           if (sums_ || call_.of_residual) {
-            LaneSums<A, kLaneRow> sums;
+            LaneSums<A> sums;
             for_planes([&](int64_t plane) {
               sums.for_rows(pixels, [&](int64_t p, int64_t rows, int64_t count) {
                 const int64_t at = plane + p;
@@ -282,7 +281,8 @@ class Backward {
   }
 
   void channels_last(const Pieces& pieces) {
-    const int64_t most = std::min(pieces.width, kSlab), grain = grain_of(pieces.count, elements());
+    const int64_t most = std::min(pieces.width, kSlab),
+                  grain = grain_of(pieces.count, shape_.elements());
     const Pixels grad(call_.grad.steps), x(call_.x.steps);
     const Pixels kept(kKeeps ? call_.kept->steps : call_.x.steps);
     const At step{pieces.pixels * grad.step, pieces.pixels * x.step, pieces.pixels * kept.step,

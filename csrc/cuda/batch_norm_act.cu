@@ -5,15 +5,14 @@
 //               channels makes of all parts the mean, rstd and running statistics of every group
 //   apply       normalizes, adds the residual, activates. It goes through the map from the end, of
 //               which the L2 still holds most.
-// Evaluation, and an empty batch, is the second launch alone. So training moves 3 values an element,
-// 4 with a residual, and evaluation 2 or 3.
+// Evaluation, and an empty batch, is the second launch alone. So training moves 3 values an
+// element, 4 with a residual, and evaluation 2 or 3.
 //
 // Statistics: a thread adds up differences from a value that it meets, a median, lest one far off
 // is taken; the threads of a warp merge by the formula of Chan et al. 1983; beyond, sums of
 // differences from the channel's pivot, the median of three values of the group, run in double. All
 // in a fixed order: neither a large common mean nor a value far off takes the others' digits.
-#include <string>
-#include <tuple>
+#include <optional>
 
 #include "cuda/batch_norm_act.h"
 #include "cuda/batch_norm_act_sums.h"
@@ -269,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-struct Forward {
+struct Backend {
   template <typename T>
   static void forward(const DeviceScope& scope, const NormForward& call) {
     using A = accumulate_t<T>;
@@ -317,18 +316,8 @@ struct Forward {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& x, const Tensor& weight,
-                                                  const Tensor& bias, const Tensor& running_mean,
-                                                  const Tensor& running_var,
-                                                  const std::optional<Tensor>& residual,
-                                                  int64_t groups, const std::string& act,
-                                                  bool training, double momentum, double eps) {
-  return norm_forward<Forward>(x, weight, bias, running_mean, running_var, residual, groups, act,
-                               training, momentum, eps);
-}
-
 }  // namespace
 
-MAGSD_OPERATORS(library) { library.impl("batch_norm_act", TORCH_BOX(&batch_norm_act)); }
+MAGSD_OPERATORS(library) { library.impl("batch_norm_act", TORCH_BOX(&norm_forward<Backend>)); }
 
 }  // namespace magsd::MAGSD_ISA::batch_norm_act

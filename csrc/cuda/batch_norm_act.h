@@ -246,23 +246,6 @@ __device__ __forceinline__ void unpack(const Raw<G>& raw, typename G::A (&values
   for (int k = 0; k < G::kItems; ++k) values[k] = upcast(items[k]);
 }
 
-// Two numbers, each rounded to nearest even, side by side.
-template <typename T>
-__device__ __forceinline__ unsigned downcast_two(float low, float high) {
-  unsigned both = 0;
-#if defined(MAGSD_SIMT)
-  const T values[2] = {downcast<T>(low), downcast<T>(high)};
-  std::memcpy(&both, values, sizeof(both));
-#else
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  }
-#endif
-  return both;
-}
-
 template <typename G>
 __device__ __forceinline__ void store(typename G::T* at, const typename G::A (&values)[G::kItems]) {
   using T = typename G::T;

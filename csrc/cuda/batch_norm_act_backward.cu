@@ -11,9 +11,7 @@
 // So training moves 5 values an element, of relu with a residual 7. In evaluation the gradient of x
 // needs no sums: it is one launch, of the first kind where the gradients of weight and bias are
 // asked for. What a pass does not need it does not read.
-#include <string>
-#include <tuple>
-#include <vector>
+#include <optional>
 
 #include "cuda/batch_norm_act.h"
 #include "cuda/batch_norm_act_sums.h"
@@ -192,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-struct BackwardOf {
+struct Backend {
   template <typename T>
   static void backward(const DeviceScope& scope, const NormBackward& call) {
     using A = accumulate_t<T>;
@@ -259,17 +257,10 @@ struct BackwardOf {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
-    const std::optional<Tensor>& kept, const Tensor& mean, const Tensor& rstd,
-    const std::string& act, bool training, const std::vector<bool>& needs) {
-  return norm_backward<BackwardOf>(grad, x, weight, bias, kept, mean, rstd, act, training, needs);
-}
-
 }  // namespace
 
 MAGSD_OPERATORS(library) {
-  library.impl("batch_norm_act_backward", TORCH_BOX(&batch_norm_act_backward));
+  library.impl("batch_norm_act_backward", TORCH_BOX(&norm_backward<Backend>));
 }
 
 }  // namespace magsd::MAGSD_ISA::batch_norm_act

@@ -123,23 +123,6 @@ __device__ __forceinline__ void load_eight(const T* from, bool exist,
   }
 }
 
-// Two numbers, each rounded to nearest even, in one register.
-template <typename T>
-__device__ __forceinline__ unsigned downcast_two(float low, float high) {
-  unsigned both = 0;
-#if defined(MAGSD_SIMT)
-  const T values[2] = {downcast<T>(low), downcast<T>(high)};
-  std::memcpy(&both, values, sizeof(both));
-#else
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  }
-#endif
-  return both;
-}
-
 // Up to 8 entries of a row in global memory; whole: there are 8 and the row is aligned.
 template <typename T>
 __device__ __forceinline__ void load_row(const T* from, int count, bool whole, T (&values)[8]) {

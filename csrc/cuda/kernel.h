@@ -12,6 +12,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(MAGSD_SIMT)
@@ -127,6 +129,23 @@ __device__ __forceinline__ Value warp_reduce(Value value, const Combine& combine
 template <typename Value>
 __device__ __forceinline__ Value warp_sum(Value value, int lanes = kWarp) {
   return warp_reduce(value, [](Value a, Value b) { return a + b; }, lanes);
+}
+
+// Two numbers, each rounded to nearest even, in one register.
+template <typename T>
+__device__ __forceinline__ unsigned downcast_two(float low, float high) {
+  unsigned both = 0;
+#if defined(MAGSD_SIMT)
+  const T values[2] = {downcast<T>(low), downcast<T>(high)};
+  std::memcpy(&both, values, sizeof(both));
+#else
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  }
+#endif
+  return both;
 }
 #endif
 
