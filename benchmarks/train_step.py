@@ -2,7 +2,7 @@
 
 Forward passes, backward and optimizer. The losses of both are compared first, from the same weights
 and the same draws; then all are timed in turn, with four passes of the bare backbone as the floor.
-Writes JSON and, beside it, train_step.md.
+Writes JSON and, beside it, the same as Markdown.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = {"backbone": options.backbone, "side": options.side}
     saved = provenance(device) | size | {"steps": measured}
     out = options.out or RESULTS / folder(device) / "train_step.json"
-    report = out.parent / "train_step.md"
+    report = out.with_suffix(".md")
     for batch in options.batch:
         measured.append(rounded(measure(device, batch, options)))
         # Here already: a larger batch may not fit, or not end in time.
