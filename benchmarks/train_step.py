@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from benchmarks.harness import steps
 from benchmarks.harness.contender import WrongResult
 from benchmarks.harness.device import Device, HostReads, command_line
+from benchmarks.harness.elsewhere import Elsewhere
 from benchmarks.harness.machine import RESULTS, folder, provenance, rounded, write
 from benchmarks.harness.sizes import MAGSD
 from benchmarks.harness.steps import BASELINE, FLOOR, OURS, PUBLISHED, Batch, Contender, Member
@@ -76,7 +78,10 @@ def measure(device: Device, batch: int, options: argparse.Namespace) -> dict[str
     images, labels = batches[0]
     pool = steps.GraphPool() if device.type == "cuda" else None
 
-    def build(member: Member) -> Contender:
+    def build(member: Member) -> Contender | Elsewhere:
+        if member.who == PUBLISHED and device.type == "cpu":
+            made = partial(contender_elsewhere, member, options.backbone, batch, options.side)
+            return Elsewhere(made, partial(read_off, device=device), _BATCHES)
         return Contender(member, models, batches, pool and pool.handle)
 
     # The first two as in a run; for every member.
@@ -90,12 +95,12 @@ def measure(device: Device, batch: int, options: argparse.Namespace) -> dict[str
 def time_members(
     everyone: Sequence[Member],
     device: Device,
-    build: Callable[[Member], Contender],
+    build: Callable[[Member], Contender | Elsewhere],
     options: argparse.Namespace,
     batch: int,
 ) -> list[dict[str, Any]]:
     """Group by group; a contender is built for its first and freed after its last."""
-    alive: dict[Member, Contender] = {}
+    alive: dict[Member, Contender | Elsewhere] = {}
     facts: dict[Member, dict[str, Any]] = {}
     expected: dict[Member, float] = {}
     entries: dict[Member, dict[str, Any]] = {}
@@ -156,8 +161,18 @@ def both_losses(
     return published, step(ours, *batch, generator()).loss
 
 
-def read_off(contender: Contender, device: Device) -> tuple[dict[str, Any], float]:
+def contender_elsewhere(member: Member, backbone: str, batch: int, side: int) -> Contender:
+    """As `measure` makes one, from its settings alone."""
+    models, device = steps.networks(backbone, "cpu"), Device("cpu")
+    batches = [steps.draw_batch(device, batch, side, seed) for seed in range(_BATCHES)]
+    return Contender(member, models, batches)
+
+
+def read_off(contender: Contender | Elsewhere, device: Device) -> tuple[dict[str, Any], float]:
     """Peak memory; on a GPU launches and waits, on a CPU what would be waits; seconds of a call."""
+    if isinstance(contender, Elsewhere):
+        facts: tuple[dict[str, Any], float] = contender.facts
+        return facts
     call = contender.calls()[0]
     if device.type == "cpu":
         start = perf_counter()
@@ -169,12 +184,12 @@ def read_off(contender: Contender, device: Device) -> tuple[dict[str, Any], floa
         return {"memory": contender.resident_bytes() + peak, "host_reads": reads.count}, seconds
     call()
     launches, waits = device.activity(call)
-    facts: dict[str, Any] = {"launches": launches, "waits": waits}
+    activity: dict[str, Any] = {"launches": launches, "waits": waits}
     if contender.member.who == OURS:
-        facts["refused"] = device.why_it_waits(call)
+        activity["refused"] = device.why_it_waits(call)
     if not contender.member.captured:  # a graph's memory is its own, and none is taken in a replay
-        facts["memory"] = contender.resident_bytes() + device.peak_memory(call)
-    return facts, 0.0
+        activity["memory"] = contender.resident_bytes() + device.peak_memory(call)
+    return activity, 0.0
 
 
 def _entry(member: Member, times: Mapping[str, Samples], batch: int) -> dict[str, Any]:

@@ -18,9 +18,11 @@ _NOTES = (
     " of the ratios within single rounds, in which all take their turn; in brackets its"
     ' quartiles. Ours fuses batch norms and passes the views as groups of one batch, "separate"'
     " does neither. The floor is four forward passes of the bare backbone and their backward, in"
-    " the same arithmetic and memory format. Memory is parameters, gradients and momentum, and the"
-    " peak of one step in torch's allocator over them. Host reads are what makes the host wait for"
-    " a GPU: numbers read back and shapes that depend on data."
+    " the same arithmetic and memory format. On a CPU all but the published step keep the memory"
+    " that tensors free, as training does; it runs as released, in a process of its own, and once"
+    " more beside the others with its memory kept. Memory is parameters, gradients and momentum,"
+    " and the peak of one step in torch's allocator over them. Host reads are what makes the host"
+    " wait for a GPU: numbers read back and shapes that depend on data."
 )
 Entries = Sequence[dict[str, Any]]
 
