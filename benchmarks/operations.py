@@ -128,7 +128,8 @@ def _unbent(draw: Draw, arguments: Arguments) -> Arguments:
     if "residual" in made:
         sums += last.float()
     gap = max(1e-4, 4 * torch.finfo(draw.dtype).eps)
-    last += torch.where(sums.abs() < gap, 8 * gap * sums.sign(), 0).to(last.dtype)
+    away = torch.where(sums < 0, -8 * gap, 8 * gap)  # sums of 0 move, too
+    last += torch.where(sums.abs() < gap, away, 0).to(last.dtype)
     return made
 
 
