@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from benchmarks import rivals
 from benchmarks.harness.contender import Contender, WrongResult, check, definition
 from benchmarks.harness.session import Session
-from benchmarks.harness.sizes import MAGSD, PRECISIONS, WSDAN
+from benchmarks.harness.sizes import MAGSD, PRECISIONS, WSDAN, Draw
 from benchmarks.harness.subject import Row
-from benchmarks.operations import SUBJECT
+from benchmarks.operations import SUBJECT, _unbent
 
 SMALL = replace(MAGSD, side=80, features=((16, 20), (16, 10), (24, 5)), maps=3)
 SMALL_WSDAN = replace(WSDAN, side=96, features=((24, 12),), maps=3)
@@ -98,3 +98,14 @@ def test_max_autotune_competes_on_request(asked):
         {(256, "magsd"), (64, "wsdan")} if asked else set()
     )
     assert {row.precision for row in rows} == {"float32", "bfloat16"}
+
+
+def test_a_norms_sums_lie_away_from_the_rectifiers_bend():
+    ones = torch.ones(4)
+    made = _unbent(
+        Draw(MAGSD, "float32", "cpu", 0),
+        # Sums of exactly 0: another order of additions may pass or hold back their gradients.
+        {"x": torch.randn(2, 4, 3, 3), "residual": torch.zeros(2, 4, 3, 3), "groups": 2}
+        | {"weight": 0 * ones, "bias": 0 * ones},
+    )
+    assert float(made["residual"].abs().min()) >= 1e-4
