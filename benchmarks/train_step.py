@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.harness import steps
 from benchmarks.harness.contender import WrongResult
 from benchmarks.harness.device import Device, HostReads, command_line
-from benchmarks.harness.elsewhere import Elsewhere
+from benchmarks.harness.elsewhere import Elsewhere, Remote
 from benchmarks.harness.machine import RESULTS, folder, provenance, rounded, write
 from benchmarks.harness.sizes import MAGSD
 from benchmarks.harness.steps import BASELINE, FLOOR, OURS, PUBLISHED, Batch, Contender, Member
@@ -78,10 +78,12 @@ def measure(device: Device, batch: int, options: argparse.Namespace) -> dict[str
     images, labels = batches[0]
     pool = steps.GraphPool() if device.type == "cuda" else None
 
-    def build(member: Member) -> Contender | Elsewhere:
-        if member.who == PUBLISHED and device.type == "cpu":
+    elsewhere = Elsewhere() if device.type == "cpu" else None
+
+    def build(member: Member) -> Contender | Remote:
+        if member.who == PUBLISHED and elsewhere is not None:
             made = partial(contender_elsewhere, member, options.backbone, batch, options.side)
-            return Elsewhere(made, partial(read_off, device=device), _BATCHES)
+            return Remote(elsewhere, made, partial(read_off, device=device), _BATCHES)
         return Contender(member, models, batches, pool and pool.handle)
 
     # The first two as in a run; for every member.
@@ -95,12 +97,12 @@ def measure(device: Device, batch: int, options: argparse.Namespace) -> dict[str
 def time_members(
     everyone: Sequence[Member],
     device: Device,
-    build: Callable[[Member], Contender | Elsewhere],
+    build: Callable[[Member], Contender | Remote],
     options: argparse.Namespace,
     batch: int,
 ) -> list[dict[str, Any]]:
     """Group by group; a contender is built for its first and freed after its last."""
-    alive: dict[Member, Contender | Elsewhere] = {}
+    alive: dict[Member, Contender | Remote] = {}
     facts: dict[Member, dict[str, Any]] = {}
     expected: dict[Member, float] = {}
     entries: dict[Member, dict[str, Any]] = {}
@@ -168,9 +170,9 @@ def contender_elsewhere(member: Member, backbone: str, batch: int, side: int) ->
     return Contender(member, models, batches)
 
 
-def read_off(contender: Contender | Elsewhere, device: Device) -> tuple[dict[str, Any], float]:
+def read_off(contender: Contender | Remote, device: Device) -> tuple[dict[str, Any], float]:
     """Peak memory; on a GPU launches and waits, on a CPU what would be waits; seconds of a call."""
-    if isinstance(contender, Elsewhere):
+    if isinstance(contender, Remote):
         facts: tuple[dict[str, Any], float] = contender.facts
         return facts
     call = contender.calls()[0]

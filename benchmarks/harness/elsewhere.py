@@ -1,4 +1,4 @@
-"""A contender in a process of its own, which leaves the C library's malloc as it is.
+"""Contenders in a process of their own, which leaves the C library's malloc as it is.
 
 Our trainer keeps the memory that tensors free (`torch_settings.kept_memory`), a setting of the
 whole process. The released code does not: next to our steps it would gain from what is ours.
@@ -7,7 +7,7 @@ whole process. The released code does not: next to our steps it would gain from 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,41 +16,27 @@ import torch
 
 from benchmarks.harness.timing import Call
 
-#: Makes the contender in the process; what it is called with must be known by its name there.
-Build = Callable[[], Any]
-_READY = "ready"
+_DONE = "done"
 
 
 class Elsewhere:
-    """A contender that `build` makes in another process, whose steps are asked for one by one.
+    """A process that makes contenders and runs their steps, one at a time.
 
-    `read_off` is called there once, with the contender, and its result kept in `facts`. The process
-    ends with this object, whose pipe it reads.
+    It is asked through a pipe and ends with this object, which holds the other end.
     """
 
-    def __init__(self, build: Build, read_off: Callable[[Any], Any], batches: int) -> None:
+    def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._batches = batches
         self._process = context.Process(
-            target=_serve,
-            args=(theirs, build, read_off, torch.get_num_threads()),
-            daemon=True,
+            target=_serve, args=(theirs, torch.get_num_threads()), daemon=True
         )
         self._process.start()
         theirs.close()
-        self.facts: Any = self._answer()
 
-    def calls(self) -> list[Call]:
-        """What is timed, one call per batch."""
-        return [partial(self._call, number) for number in range(self._batches)]
-
-    def _call(self, number: int) -> None:
-        self._pipe.send(number)
-        answer = self._answer()
-        assert answer == _READY, answer
-
-    def _answer(self) -> Any:
+    def ask(self, *request: Any) -> Any:
+        """The answer to a request; an exception there is raised here."""
+        self._pipe.send(request)
         try:
             answer = self._pipe.recv()
         except EOFError:
@@ -62,17 +48,47 @@ class Elsewhere:
         return answer
 
 
-def _serve(pipe: Connection, build: Build, read_off: Callable[[Any], Any], threads: int) -> None:
-    """Do what the parent asks for, until it closes the pipe."""
+class Remote:
+    """A contender that `build` makes in another process.
+
+    read_off: called there once, with the contender; `facts` is what it returns.
+    """
+
+    def __init__(
+        self,
+        process: Elsewhere,
+        build: Callable[[], Any],
+        read_off: Callable[[Any], Any],
+        batches: int,
+    ) -> None:
+        self._process = process
+        self._batches = batches
+        self._number, self.facts = process.ask(build, read_off)
+
+    def calls(self) -> list[Call]:
+        """What is timed, one call per batch."""
+        return [partial(self._process.ask, self._number, batch) for batch in range(self._batches)]
+
+
+def _serve(pipe: Connection, threads: int) -> None:
+    """Answer requests until the other end is closed."""
     torch.set_num_threads(threads)
-    try:
-        contender = build()
-        calls = contender.calls()
-        pipe.send(read_off(contender))
-        while True:
-            calls[pipe.recv()]()
-            pipe.send(_READY)
-    except EOFError:
-        return
-    except Exception as error:
-        pipe.send(error)
+    contenders: list[Any] = []
+    while True:
+        try:
+            request = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(_answer(contenders, request))
+        except Exception as error:
+            pipe.send(error)
+
+
+def _answer(contenders: list[Any], request: Sequence[Any]) -> Any:
+    first, second = request
+    if not callable(first):
+        contenders[first].calls()[second]()
+        return _DONE
+    contenders.append(first())
+    return len(contenders) - 1, second(contenders[-1])
