@@ -90,12 +90,17 @@ def members(device: str, compiled: bool = True) -> tuple[Member, ...]:
 def groups(everyone: Sequence[Member], device: str) -> list[tuple[Member, ...]]:
     """Who is timed in turn with whom.
 
-    On a CPU, whose pace changes, all are timed together. A GPU keeps its pace, and there each
-    member holds memory, a captured one that of its whole step: each is timed with the baseline and
-    its floor alone. Groups with the same floor follow one another.
+    On a CPU, whose pace changes, all of one arithmetic are timed together, beside the baseline. A
+    GPU keeps its pace, and there each member holds memory, a captured one that of its whole step:
+    each is timed with the baseline and its floor alone. Groups with the same floor follow one
+    another.
     """
     if device == "cpu":
-        return [tuple(everyone)]
+        arithmetics = dict.fromkeys(member.arithmetic for member in everyone)
+        return [
+            tuple(m for m in everyone if m == BASELINE or m.arithmetic == arithmetic)
+            for arithmetic in arithmetics
+        ]
     others = [m for m in everyone if m != BASELINE and m.who != FLOOR]
     others.sort(key=lambda member: everyone.index(member.floor))
     return [(BASELINE, member.floor, member) for member in others]
