@@ -4,21 +4,36 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #include "common/batch_norm_act_arguments.h"
 #include "common/macros.h"
 
 namespace magsd::MAGSD_ISA::batch_norm_act {
 
-// exp(x) for a loop that becomes vector code: 2^k e^r, |r| <= log(2) / 2, with the polynomial of
-// the Cephes library, within 2 units in the last place. Beyond the range of float it is 0 or
-// infinity; NaN stays.
+MAGSD_HD uint32_t float_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+MAGSD_HD float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// exp(x) for a loop that becomes vector code: 2^n e^r, |r| <= log(2) / 2, with the polynomial of
+// the Cephes library, within 2 units in the last place. No branch, no conversion of a float to an
+// integer and no array, which all keep the compiler from it. NaN stays.
 MAGSD_HD float exponential(float x) {
-  constexpr float kMost = 88.72283f, kLeast = -87.33654f;
-  const float clamped = x > kMost ? kMost : (x < kLeast ? kLeast : x);
-  const float k = __builtin_rintf(clamped * 1.44269504f);
-  const float r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
+  // Beyond these the result is infinity or 0 by the multiplications below.
+  constexpr float kMost = 89.5f, kLeast = -105.0f;
+  constexpr float kRound = 12582912.0f;  // 1.5 2^23: a sum with it has no digits behind the point
+  constexpr uint32_t kRoundBits = 0x4b400000u;
+  const float low = x > kMost ? kMost : x;
+  const float clamped = low < kLeast ? kLeast : low;
+  const float shifted = clamped * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -26,13 +41,10 @@ MAGSD_HD float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // Half of the exponent at a time: 2^128 is no float. A NaN has no integer.
-  const int32_t exponent = static_cast<int32_t>(k == k ? k : 0.0f), half = exponent / 2;
-  const int32_t bits[2] = {(half + 127) * (1 << 23), (exponent - half + 127) * (1 << 23)};
-  float powers[2];
-  std::memcpy(powers, bits, sizeof(powers));
-  const float result = p * powers[0] * powers[1];
-  return x > kMost ? std::numeric_limits<float>::infinity() : (x < kLeast ? 0.0f : result);
+  // 2^n in two factors: 2^128 and 2^-150 are no floats.
+  const uint32_t exponent = float_bits(shifted) - kRoundBits + 256u;  // above 0
+  const uint32_t half = exponent >> 1;
+  return p * float_of((half - 1u) << 23) * float_of((exponent - half - 1u) << 23);
 }
 MAGSD_HD double exponential(double x) { return std::exp(x); }
 

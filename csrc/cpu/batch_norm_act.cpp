@@ -52,6 +52,10 @@ class Forward {
         shape_(call.shape),
         pieces_(pieces_of(call)),
         norms_(call.shape, pieces_.has_value() ? pieces_->pixels : 1, call.weight, call.bias),
+        running_mean_(call.running_mean),
+        running_var_(call.running_var),
+        mean_(mutable_data<A>(call.mean)),
+        rstd_(mutable_data<A>(call.rstd)),
         x_(data<T>(call.x.tensor)),
         residual_(kResidual ? data<T>(call.residual->tensor) : nullptr),
         out_(mutable_data<T>(call.output)),
@@ -61,7 +65,7 @@ class Forward {
     if (!call_.of_batch) {
       for (int64_t c = 0; c < shape_.channels; ++c) {
         for (int64_t g = 0; g < shape_.groups; ++g) {
-          set(g, c, entry(call_.running_mean, c), entry(call_.running_var, c));
+          set(g, c, running_mean_.get(c), running_var_.get(c));
         }
       }
       if (shape_.empty()) return;
@@ -81,8 +85,8 @@ class Forward {
     const A rounded = static_cast<A>(mean);
     const A rstd = static_cast<A>(1 / std::sqrt(variance + call_.eps));
     norms_.set(group, c, rounded, rstd);
-    mutable_data<A>(call_.mean)[group * shape_.channels + c] = rounded;
-    mutable_data<A>(call_.rstd)[group * shape_.channels + c] = rstd;
+    mean_[group * shape_.channels + c] = rounded;
+    rstd_[group * shape_.channels + c] = rstd;
   }
 
   // The statistics of a channel of a group from its shifted sums; groups come in order.
@@ -92,8 +96,8 @@ class Forward {
     mean += shift;
     if (!std::isfinite(squares)) variance = wide_variance(group, c, mean);
     variance = variance < 0 ? 0 : variance;
-    update_running(call_.running_mean, c, call_.momentum, mean);
-    update_running(call_.running_var, c, call_.momentum, variance * count / (count - 1));
+    running_mean_.update(c, call_.momentum, mean);
+    running_var_.update(c, call_.momentum, variance * count / (count - 1));
     set(group, c, mean, variance);
   }
 
@@ -261,6 +265,9 @@ class Forward {
   const NormShape shape_;
   const std::optional<Pieces> pieces_;  // of maps in channels last
   Norms<A> norms_;
+  const Entries running_mean_, running_var_;
+  A* mean_;  // (groups, C), as rstd_
+  A* rstd_;
   const T* x_;
   const T* residual_;
   T* out_;

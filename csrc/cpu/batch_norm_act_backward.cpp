@@ -99,6 +99,7 @@ class Backward {
         slope_(call.shape.groups, call.shape.channels, pixels_of_row()),
         of_weight_(call.shape.channels),
         of_bias_(call.shape.channels),
+        rstd_(data<A>(call.rstd)),
         grad_(data<T>(call.grad.tensor)),
         x_(data<T>(call.x.tensor)),
         kept_(kKeeps ? data<T>(call.kept->tensor) : nullptr),
@@ -106,10 +107,15 @@ class Backward {
         grad_residual_(mutable_data<T>(call.grad_residual)),
         streamed_(shape_.elements() * static_cast<int64_t>(sizeof(T)) >= kStreamed),
         sums_(call.of_parameters || (call.of_batch && call.of_x)) {
+    if (call.of_parameters) {
+      grad_weight_.emplace(call.grad_weight);
+      grad_bias_.emplace(call.grad_bias);
+    }
+    const A* mean = data<A>(call.mean);
     for (int64_t g = 0; g < shape_.groups; ++g) {
       for (int64_t c = 0; c < shape_.channels; ++c) {
         const int64_t i = g * shape_.channels + c;
-        norms_.set(g, c, data<A>(call.mean)[i], data<A>(call.rstd)[i]);
+        norms_.set(g, c, mean[i], rstd_[i]);
       }
     }
   }
@@ -157,7 +163,7 @@ class Backward {
 
   // Of a channel of a group; groups come in order.
   void finish(int64_t g, int64_t c, double first, double second) {
-    const double rstd = static_cast<double>(data<A>(call_.rstd)[g * shape_.channels + c]);
+    const double rstd = static_cast<double>(rstd_[g * shape_.channels + c]);
     const double values = static_cast<double>(shape_.values());
     if (call_.of_batch) {
       shift_.set(g, c, static_cast<A>(first / values));
@@ -168,15 +174,8 @@ class Backward {
     of_bias_[c] += first;
     of_weight_[c] += rstd * second;
     if (g + 1 < shape_.groups) return;
-    write(call_.grad_weight, c, of_weight_[c]);
-    write(call_.grad_bias, c, of_bias_[c]);
-  }
-
-  static void write(const Tensor& to, int64_t c, double value) {
-    visit_floating(to.scalar_type(), [&](auto type) {
-      using R = decltype(type);
-      mutable_data<R>(to)[c] = static_cast<R>(static_cast<accumulate_t<R>>(value));
-    });
+    grad_weight_->set(c, of_weight_[c]);
+    grad_bias_->set(c, of_bias_[c]);
   }
 
   Values<X> read(Buffers& from, const At& at, const At& step, int rows, int64_t count) const {
@@ -334,6 +333,8 @@ class Backward {
   Norms<A> norms_;
   PerChannel<A> shift_, slope_;
   std::vector<double> of_weight_, of_bias_;  // (C,)
+  std::optional<Entries> grad_weight_, grad_bias_;
+  const A* rstd_;  // (groups, C)
   const T* grad_;
   const T* x_;
   const T* kept_;

@@ -300,19 +300,23 @@ std::tuple<Tensor, Tensor, Tensor> multiscale_attention(
     using A = accumulate_t<T>;
     std::vector<Scale<T>> scales = scales_of<T>(taken, size[0], size[1], mode, align_corners);
     std::vector<Norm<A>> norms(count, Norm<A>(maps));
+    const std::vector<Entries> means(running_means.begin(), running_means.end());
+    const std::vector<Entries> vars(running_vars.begin(), running_vars.end());
+    A* const mean = mutable_data<A>(results.mean);
+    A* const rstd = mutable_data<A>(results.rstd);
     const auto set = [&](int64_t i, int64_t m, const ChannelStatistics& statistics) {
       Norm<A>& norm = norms[i];
       norm.mean[m] = static_cast<A>(statistics.mean);
       norm.rstd[m] = static_cast<A>(1 / std::sqrt(statistics.variance + eps));
       norm.factor[m] *= norm.rstd[m];
-      mutable_data<A>(results.mean)[i * maps + m] = norm.mean[m];
-      mutable_data<A>(results.rstd)[i * maps + m] = norm.rstd[m];
+      mean[i * maps + m] = norm.mean[m];
+      rstd[i * maps + m] = norm.rstd[m];
     };
     // Of the batch: also updates the running statistics.
     const auto set_of_batch = [&](int64_t i, int64_t m, const ChannelStatistics& statistics) {
       const double values = static_cast<double>(batch * scales[i].steps.pixels());
-      update_running(running_means[i], m, momentum, statistics.mean);
-      update_running(running_vars[i], m, momentum, statistics.variance * values / (values - 1));
+      means[i].update(m, momentum, statistics.mean);
+      vars[i].update(m, momentum, statistics.variance * values / (values - 1));
       set(i, m, statistics);
     };
     const bool of_batch = training && batch > 0;
@@ -322,7 +326,7 @@ std::tuple<Tensor, Tensor, Tensor> multiscale_attention(
       read_parameters(biases[i], norms[i].bias);
       if (!of_batch) {
         for (int64_t m = 0; m < maps; ++m) {
-          set(i, m, {entry(running_means[i], m), entry(running_vars[i], m)});
+          set(i, m, {means[i].get(m), vars[i].get(m)});
         }
       } else if (last) {
         const auto statistics = channels_last_statistics<T>(scales[i].values, scales[i].steps);

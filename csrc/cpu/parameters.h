@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "common/tensor.h"
@@ -18,23 +19,38 @@ void read_parameters(const Tensor& values, Vector& to) {
   });
 }
 
-// Entry c.
-inline double entry(const Tensor& values, int64_t c) {
-  double result = 0;
-  visit_floating(values.scalar_type(), [&](auto type) {
-    result = static_cast<double>(data<decltype(type)>(values)[c * values.stride(0)]);
-  });
-  return result;
-}
+// Entries of a (C,) tensor, for loops over channels: asking a tensor for its memory takes longer
+// than what is done with an entry.
+class Entries {
+ public:
+  explicit Entries(const Tensor& values)
+      : type_(values.scalar_type()), step_(values.stride(0)) {
+    visit_floating(type_, [&](auto type) { first_ = mutable_data<decltype(type)>(values); });
+  }
 
-// Entry c of running statistics <- (1 - momentum) entry + momentum value, rounded once.
-inline void update_running(const Tensor& running, int64_t c, double momentum, double value) {
-  visit_floating(running.scalar_type(), [&](auto type) {
-    using R = decltype(type);
-    R* at = mutable_data<R>(running) + c * running.stride(0);
-    const double updated = (1 - momentum) * static_cast<double>(*at) + momentum * value;
-    *at = static_cast<R>(static_cast<accumulate_t<R>>(updated));
-  });
-}
+  double get(int64_t c) const {
+    double result = 0;
+    visit_floating(type_, [&](auto type) {
+      result = static_cast<double>(static_cast<const decltype(type)*>(first_)[c * step_]);
+    });
+    return result;
+  }
+  // Rounds once.
+  void set(int64_t c, double value) const {
+    visit_floating(type_, [&](auto type) {
+      using R = decltype(type);
+      static_cast<R*>(first_)[c * step_] = static_cast<R>(static_cast<accumulate_t<R>>(value));
+    });
+  }
+  // As running statistics: entry <- (1 - momentum) entry + momentum value.
+  void update(int64_t c, double momentum, double value) const {
+    set(c, (1 - momentum) * get(c) + momentum * value);
+  }
+
+ private:
+  decltype(std::declval<Tensor>().scalar_type()) type_;
+  int64_t step_;
+  void* first_ = nullptr;
+};
 
 }  // namespace magsd::MAGSD_ISA

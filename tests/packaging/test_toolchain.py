@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parents[2]
 
@@ -317,3 +321,32 @@ def test_logs_of_sources_that_are_gone_do_not_stay(toolchain: Any, tmp_path: Pat
     (tmp_path / "objects" / "gone.o.log").touch()
     build_cuda(toolchain, tmp_path)
     assert [path.name for path in (tmp_path / "objects").glob("*.log")] == ["kernel.o.log"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "backward"])
+def test_silu_becomes_vector_code(gradient: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Scalar exponentials are six times slower than torch's, and no other test would notice."""
+    gcc = shutil.which("g++")
+    if gcc is None or platform.machine() != "x86_64":
+        pytest.skip("needs g++ on x86-64, which reports what becomes vector code")
+    module = loaded("toolchain", monkeypatch)
+    call = "differentiate<Act::kSilu>(x[i], x[i])" if gradient else "activate<Act::kSilu>(x[i])"
+    source = tmp_path / "loop.cpp"
+    source.write_text(f"""
+#include "cpu/activation.h"
+using namespace magsd::MAGSD_ISA::batch_norm_act;
+void loop(const float* MAGSD_RESTRICT x, float* MAGSD_RESTRICT out, int64_t count) {{
+  for (int64_t i = 0; i < count; ++i) out[i] = {call};
+}}
+""")
+    command = [gcc, "-std=c++17", *module.FLAGS, *module.INSTRUCTION_SETS["avx2"]]
+    command += [
+        f"-I{ROOT / 'csrc'}",
+        *(f"-isystem{path}" for path in cpp_extension.include_paths()),
+    ]
+    command += ["-DMAGSD_ISA=avx2", "-fopt-info-vec-optimized", "-c", str(source)]
+    report = subprocess.run(
+        [*command, "-o", os.devnull], capture_output=True, text=True, check=True
+    ).stderr
+    assert re.search(r"loop\.cpp:5:\d+: optimized: loop vectorized using 32 byte", report)
