@@ -23,8 +23,7 @@ void read_parameters(const Tensor& values, Vector& to) {
 // than what is done with an entry.
 class Entries {
  public:
-  explicit Entries(const Tensor& values)
-      : type_(values.scalar_type()), step_(values.stride(0)) {
+  explicit Entries(const Tensor& values) : type_(values.scalar_type()), step_(values.stride(0)) {
     visit_floating(type_, [&](auto type) { first_ = mutable_data<decltype(type)>(values); });
   }
 
