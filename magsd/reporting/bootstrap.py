@@ -87,12 +87,16 @@ def bootstrap(
     *,
     rows: int = 0,
     shares: NDArray[np.int64] | None = None,
+    biased: NDArray[np.bool_] | None = None,
 ) -> list[Interval]:
     """Intervals of the M statistics, from resamples of `patients` patients with replacement.
 
     rows: the length of the longest arrays (rows, R) that the statistic makes, by which resamples
     are cut into chunks. shares: (M,) of each statistic that is a share, the number of patients it
-    is a share of; 0 of others.
+    is a share of; 0 of others. biased: (M,) of statistics of at least 0 that chance makes too high,
+    so that resamples are higher than the sample as the sample is than the truth: their intervals
+    are reversed percentiles (Davison and Hinkley 1997, 5.6), which may leave out the value. They
+    undo part of the bias: where the truth is 0 about a third of them lie above it.
     """
     found = _replicates(statistic, patients, resampling, rows)
     intervals = []
@@ -101,6 +105,8 @@ def bootstrap(
         count = 0 if shares is None else int(shares[m])
         if count and value in (0.0, 1.0):
             intervals.append(_exact(float(value), count, resampled, resampling.level))
+        elif biased is not None and biased[m]:
+            intervals.append(_reversed(float(value), resampled, resampling.level))
         else:
             intervals.append(_interval(float(value), resampled, jackknife, resampling))
     return intervals
@@ -173,6 +179,13 @@ def _interval(
         tails = ndtr(bias + shifted / np.maximum(1 - skew * shifted, 1e-3))
     low, high = np.quantile(defined, tails)
     return Interval(value, float(low), float(high), undefined)
+
+
+def _reversed(value: float, resampled: Floats, level: float) -> Interval:
+    """What resamples lie above the value, the truth lies below it."""
+    plain = _interval(value, resampled, resampled[:0], Resampling(level=level, method="percentile"))
+    low, high = (max(0.0, 2 * value - end) for end in (plain.high, plain.low))
+    return Interval(value, low, high, plain.undefined)
 
 
 def _p_value(value: float, resampled: Floats, jackknife: Floats, resampling: Resampling) -> float:

@@ -14,8 +14,10 @@ from scipy.stats import rankdata
 from magsd.errors import DataError
 
 Floats = NDArray[np.float64]
-#: Bins of the calibration error and of reliability plots.
+#: Most bins of the calibration error and of reliability plots.
 BINS = 15
+# Of fewer images a bin, the noise of the accuracy would pass for miscalibration.
+_BIN_IMAGES = 20
 #: Within which temperatures are looked for.
 BOUNDS = (0.1, 10.0)
 
@@ -86,31 +88,34 @@ def calibrated(logits: ArrayLike, temperature: float) -> Floats:
     return scaled
 
 
-def bin_indices(confidence: ArrayLike, bins: int = BINS) -> NDArray[np.int64]:
+def bin_indices(confidence: ArrayLike, bins: int | None = None) -> NDArray[np.int64]:
     """Bin (N,) in 0..bins-1 of each confidence, by rank, equal ones in the same bin.
 
     Bins have as equal numbers of images as equal confidences allow, which may leave some empty.
+    bins: None for BINS, or fewer so that each has 20 images.
     """
     values = np.asarray(confidence, dtype=np.float64)
+    if bins is None:
+        bins = min(BINS, max(1, len(values) // _BIN_IMAGES))
     ranks = rankdata(values, method="average") - 0.5
     return np.asarray((ranks * (bins / len(values))).astype(np.int64))
 
 
-def reliability(probabilities: ArrayLike, labels: ArrayLike, bins: int = BINS) -> list[Bin]:
+def reliability(probabilities: ArrayLike, labels: ArrayLike, bins: int | None = None) -> list[Bin]:
     """Bins of the probability of the predicted class, those of the ECE; empty ones are left out."""
     scores = np.asarray(probabilities, dtype=np.float64)
     return _bins(scores.max(axis=1), scores.argmax(axis=1) == np.asarray(labels), bins)
 
 
 def class_reliability(
-    probabilities: ArrayLike, labels: ArrayLike, index: int, bins: int = BINS
+    probabilities: ArrayLike, labels: ArrayLike, index: int, bins: int | None = None
 ) -> list[Bin]:
     """Bins of the probability of one class; accuracy is then the share of images of the class."""
     scores = np.asarray(probabilities, dtype=np.float64)
     return _bins(scores[:, index], np.asarray(labels) == index, bins)
 
 
-def _bins(confidence: Floats, right: NDArray[np.bool_], bins: int) -> list[Bin]:
+def _bins(confidence: Floats, right: NDArray[np.bool_], bins: int | None) -> list[Bin]:
     index = bin_indices(confidence, bins)
     found = []
     for k in np.unique(index):

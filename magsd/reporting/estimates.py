@@ -68,6 +68,7 @@ def estimate(
         resampling,
         rows=measures.images,
         shares=measures.shares,
+        biased=measures.biased,
     )
     overall, per_class = grouped(measures, intervals, table.classes)
     confusion = np.zeros((len(table.classes),) * 2, dtype=np.int64)

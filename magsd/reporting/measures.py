@@ -55,7 +55,11 @@ class Measures:
 
     nll: mean -log of the probability of the true class, at least 2.2e-16. brier: mean sum of the
     squared differences over all classes, within 0..2. ece: mean difference of confidence and
-    accuracy over bins of equal numbers of images (`calibration.bin_indices`), which resamples keep.
+    accuracy over bins of equal numbers of images (`calibration.bin_indices`), which resamples keep;
+    chance makes it too high, the more so the fewer the images.
+
+    shares: (M,) of each measure that is a share, the number of patients it is a share of; 0 of
+    others. biased: (M,) which measures chance makes too high.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Measures:
             _Ranking(truth == k, scores[:, k], of, self.patients) for k in range(self.classes)
         ]
         self.shares = self._patients_of_shares(truth, predicted, of)
+        self.biased = np.array([name == "ece" for name, _ in self.names])
 
     def values(self, weights: Floats) -> Floats:
         """Values (M, R) where patient p counts weights[p, r] times, from weights (P, R)."""

@@ -241,3 +241,21 @@ def test_tables_that_were_not_aligned(make_table) -> None:
     table = make_table()
     with pytest.raises(ValueError, match="check_comparable"):
         compare(table, table.rows(np.arange(12)[::-1]))
+
+
+def test_chance_alone_is_less_of_a_calibration_error() -> None:
+    """Of calibrated probabilities; percentiles of an error that chance makes never reach 0."""
+    rng = np.random.default_rng(0)
+    reach = {"reversed": 0, "percentile": 0}
+    for run in range(60):
+        probability = rng.uniform(0.5, 1, 200)
+        labels = (rng.random(200) > probability).astype(np.int64)
+        measures = Measures(labels, np.stack([probability, 1 - probability], axis=1))
+        resampling = Resampling(200, seed=run, method="percentile")
+        for name, biased in (("reversed", measures.biased), ("percentile", None)):
+            found = bootstrap(measures.values, 200, resampling, biased=biased)
+            error = found[measures.names.index(("ece", None))]
+            assert error.value > 0.01
+            reach[name] += error.low < 0.005
+    assert reach["percentile"] == 0
+    assert reach["reversed"] > 30

@@ -96,7 +96,7 @@ def test_logits_that_cannot_be_fitted() -> None:
 @pytest.mark.parametrize(("rows", "bins"), [(45, 15), (100, 15), (3, 3), (1, 1)])
 def test_bins_have_equal_numbers_of_images(rows, bins) -> None:
     values = np.random.default_rng(0).permutation(rows) / rows
-    counts = np.bincount(bin_indices(values))
+    counts = np.bincount(bin_indices(values, 15))
     counts = counts[counts > 0]
     assert len(counts) == bins
     assert counts.max() - counts.min() <= 1

@@ -141,12 +141,17 @@ def test_a_probability_of_zero_has_a_finite_nll() -> None:
 
 
 def test_calibration_error_by_hand() -> None:
-    """45 images are three a bin; in every bin two are right."""
-    confidence = np.linspace(0.6, 0.99, 45)
+    """315 images are 21 a bin, two thirds of them right; 63 are three bins of 21."""
+    for bins in (15, 3):
+        _check_calibration_error(bins)
+
+
+def _check_calibration_error(bins: int) -> None:
+    confidence = np.linspace(0.6, 0.99, 21 * bins)
     scores = np.stack([confidence, 1 - confidence], axis=1)
-    labels = np.array([0, 1, 0] * 15)
-    expected = np.mean([abs(c.mean() - 2 / 3) for c in confidence.reshape(15, 3)])
-    order = np.random.default_rng(0).permutation(45)
+    labels = np.array([0, 1, 0] * 7 * bins)
+    expected = np.mean([abs(c.mean() - 2 / 3) for c in confidence.reshape(bins, 21)])
+    order = np.random.default_rng(0).permutation(21 * bins)
     found = point_values(labels[order], scores[order], ("a", "b"))[0]["ece"]
     assert found == pytest.approx(expected)
 
