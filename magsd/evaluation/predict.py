@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from magsd.models.config import Preprocessing
 from magsd.outputs import check_file, has_mark
 from magsd.runtime import CPU, Runtime
 
+if TYPE_CHECKING:
+    from magsd.reporting.operating import OperatingPoint
+
 _NAMED_BAD = 10
 _LONGEST_STEM = 240  # bytes, so that a number and .png fit into a name of 255
 # An image as each of the models takes it, and as it is drawn.
@@ -33,12 +37,18 @@ _Read = tuple[dict[Form, NDArray[np.uint8]], NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one image file: most probable class, all probabilities, overlay where one was asked."""
+    """Of one image file: most probable class, all probabilities, overlay where one was asked.
+
+    calibrated, findings: probabilities at the temperature of an operating point, and the classes
+    whose own reaches its threshold; None without such a point.
+    """
 
     path: Path
     label: str
     probabilities: dict[str, float]
     overlay: Path | None = None
+    calibrated: dict[str, float] | None = None
+    findings: tuple[str, ...] | None = None
 
 
 def predict_images(
@@ -112,6 +122,20 @@ def predict_ensemble(
             named = dict(zip(ensemble.classes, values.tolist(), strict=True))
             predictions.append(Prediction(files[row], label, named, overlay))
     return predictions
+
+
+def with_findings(predictions: Sequence[Prediction], point: OperatingPoint) -> list[Prediction]:
+    """Predictions of the classes of an operating point, in its order, with what it says of them."""
+    found = []
+    for prediction in predictions:
+        values = np.array([list(prediction.probabilities.values())])
+        # Up to a constant these are the logits; a probability may have become 0.
+        calibrated = point.probabilities(np.log(np.maximum(values, np.finfo(np.float64).tiny)))
+        named = dict(zip(prediction.probabilities, calibrated[0].tolist(), strict=True))
+        positive = point.positive(calibrated)[0]
+        findings = tuple(name for name, is_so in zip(named, positive, strict=True) if is_so)
+        found.append(replace(prediction, calibrated=named, findings=findings))
+    return found
 
 
 def _likeliest(probabilities: NDArray[np.float64], file: Path) -> int:
