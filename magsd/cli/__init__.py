@@ -33,7 +33,7 @@ except ImportError as _error:  # the base install holds the kernels alone
     ) from None
 
 from magsd.cli.cross_validation import crossval
-from magsd.cli.ensembles import TTA_HELP, evaluate_together, runs_first, tta_of
+from magsd.cli.ensembles import TTA_HELP, evaluate_together, runs_first, tta_of, warn_of_mirrors
 from magsd.cli.inspection import inspect
 from magsd.cli.localization import localize
 from magsd.cli.prediction import predict
@@ -215,6 +215,8 @@ def evaluate(
         check_folder(RunFolder(runs[0]).plots, "plots:")
     console = make_console()
     loaded, *others = [load_run(run, overrides=tuple(pairs)) for run in runs]
+    if mirrored:
+        warn_of_mirrors(console, [loaded, *others])
     validation = loaded.config.data.validation or loaded.config.data.source
     spec = data or validation
     if others:

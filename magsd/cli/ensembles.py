@@ -53,6 +53,15 @@ def tta_of(text: str | None) -> Literal["flip"] | None:
     return "flip"
 
 
+def warn_of_mirrors(console: Console, runs: Sequence[LoadedRun]) -> None:
+    """Name the runs that never saw a mirrored image, which --tta flip shows to them."""
+    for run in runs:
+        augment = run.config.data.augment
+        if not (augment.enabled and augment.horizontal_flip):
+            what = "was trained without mirrored images, on which its model may be wrong"
+            say(console, f"{run.folder.root} {what}", first="warning:")
+
+
 def evaluate_together(
     console: Console,
     runs: Sequence[LoadedRun],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from magsd.cli.common import check_json_file, make_console, report_bad
-from magsd.cli.ensembles import TTA_HELP, runs_first, tta_of
+from magsd.cli.ensembles import TTA_HELP, runs_first, tta_of, warn_of_mirrors
 from magsd.console import say
 from magsd.errors import ConfigError, DataError, RunError
 
@@ -64,6 +64,8 @@ def predict(
     overrides = () if device is None else (f"train.device={device}",)
     loaded = [load_run(run, overrides=overrides) for run in runs]
     ensemble = ensemble_of(loaded)
+    if mirrored:
+        warn_of_mirrors(console, loaded)
     bad: list[tuple[str, str]] = []
     with disk_errors(overlay or Path(), "free some space and run the command again"):
         try:

@@ -43,7 +43,7 @@ def runs(small_pairs: list[str], made_once: Callable[..., Path]) -> dict[str, Pa
     settings = {
         "first": [],
         "second": ["train.seed=1", "image_size=48", "data.clahe=false", "eval_batch_size=5"],
-        "fold": ["data.fold=1"],
+        "fold": ["data.fold=1", "horizontal_flip=false"],
     }
 
     def train(folder: Path) -> None:
@@ -88,6 +88,8 @@ def test_predict_with_mirrors(runs: dict[str, Path], images: list[Path], tmp_pat
     plain = probabilities(tmp_path, images, runs["second"])
     flipped = probabilities(tmp_path, mirrors, runs["second"])
     found = probabilities(tmp_path, images, runs["second"], "--tta", "flip")
+    output = run("predict", runs["second"], runs["fold"], *images, "--tta", "flip")
+    assert output.count("trained without mirrored images") == 1
     np.testing.assert_allclose(found, (plain + flipped) / 2, rtol=1e-5)
     with pytest.raises(ConfigError, match=r"--tta turn: expected flip"):
         run("predict", runs["second"], *images, "--tta", "turn")
