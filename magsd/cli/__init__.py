@@ -220,7 +220,7 @@ def evaluate(
     validation = loaded.config.data.validation or loaded.config.data.source
     spec = data or validation
     if others:
-        own, report = False, evaluate_together(console, [loaded, *others], data, classes, mirrored)
+        report, own = evaluate_together(console, [loaded, *others], data, classes, mirrored)
     elif is_shards(spec):
         if classes is not None:
             raise ConfigError("--classes: shards have the labels of their index")

@@ -68,10 +68,10 @@ def evaluate_together(
     data: str | None,
     classes: str | None,
     tta: Literal["flip"] | None,
-) -> EvaluationReport:
-    """Report on the mean of several runs' models, on images of `data` or on those all report on.
+) -> tuple[EvaluationReport, bool]:
+    """Report on the mean of several runs' models, and whether its images are the runs' own.
 
-    Raises `DataError` where the runs report on different images.
+    data, classes: as of `select_images`. Raises `DataError` where the runs report on other images.
     """
     from magsd.data.run_data import same_source
     from magsd.data.shards import is_shards
@@ -87,9 +87,10 @@ def evaluate_together(
                     f"{runs[0].folder.root} and {run.folder.root} are measured on other images "
                     f"({specs[0]} and {spec}); name images that neither knows: --data SOURCE"
                 )
-        say(console, f"mean of {len(runs)} runs: {specs[0]}")
-        return evaluate_runs_on_shards(runs, specs[0], tta=tta)
-    images = [select_images(console, run, data, classes)[:2] for run in runs]
-    report = evaluate_runs(runs, images, tta=tta)
+        report, own = evaluate_runs_on_shards(runs, specs[0], tta=tta), data is None
+    else:
+        images = [select_images(console, run, data, classes) for run in runs]
+        report = evaluate_runs(runs, [each[:2] for each in images], tta=tta)
+        own = all(each[2] for each in images)
     say(console, f"mean of {len(runs)} runs: {report.raw.images} images")
-    return report
+    return report, own
