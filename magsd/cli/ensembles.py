@@ -75,8 +75,9 @@ def evaluate_together(
     """
     from magsd.data.run_data import same_source
     from magsd.data.shards import is_shards
-    from magsd.training.ensemble import evaluate_runs, evaluate_runs_on_shards
+    from magsd.training.ensemble import ensemble_of, evaluate_runs, evaluate_runs_on_shards
 
+    ensemble_of(runs)  # other classes are told before images are read
     specs = [data or run.config.data.validation or run.config.data.source for run in runs]
     if any(is_shards(spec) for spec in specs):
         if classes is not None:

@@ -199,13 +199,14 @@ def test_mean_of_probabilities_of_extreme_logits() -> None:
 
 
 def test_maps_weigh_alike_whatever_their_scale_and_size() -> None:
-    strong, weak = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 4, 4)
+    strong, weak = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
     strong[..., 0, :] = 1000.0
-    weak[..., 2:, :] = 1e-3
-    mean = mean_saliency([strong, weak])
-    assert mean.shape == (1, 1, 4, 4)
-    torch.testing.assert_close(mean.mean(), torch.tensor(1.0))
-    torch.testing.assert_close(mean[..., :2, :].mean(), mean[..., 2:, :].mean())
+    weak[..., 1, :] = 1e-3
+    torch.testing.assert_close(mean_saliency([strong, weak]), torch.ones(1, 1, 2, 2))
+    large = mean_saliency([torch.ones(1, 1, 4, 4), weak])
+    assert large.shape == (1, 1, 4, 4)
+    torch.testing.assert_close(large.mean(), torch.tensor(1.0))
+    assert large[0, 0, -1].tolist() == [1.5] * 4  # half of a map's mean, and of twice its mean
     nothing = mean_saliency([torch.zeros(1, 1, 2, 2), strong])
     torch.testing.assert_close(nothing, strong / strong.mean() / 2)
 

@@ -181,7 +181,7 @@ def test_runs_that_differ_in_classes(
     message = f"{other} has the classes .*healthy, {runs['first']} has .*normal"
     with pytest.raises(RunError, match=message):
         run("predict", runs["first"], other, *images)
-    with pytest.raises(DataError, match="normal"):
+    with pytest.raises(RunError, match=message):
         run("evaluate", runs["first"], other, "--data", OTHER)
 
 
