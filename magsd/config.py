@@ -77,6 +77,7 @@ class LossConfig:
     class_weights: Literal["none", "balanced"] | list[float] = setting("none", _WEIGHTS)
 
 
+_DECAY = Check(lambda v: 0 <= v < 1, "a number in [0, 1)")
 _BETAS = Check(lambda v: all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
 
 
@@ -114,6 +115,8 @@ class TrainConfig:
     compile: torch.compile for the backbone.
     cuda_graph: on a GPU, record the step in a CUDA graph; a line says so where that does not go.
     batch_size: images of a step, which all processes share.
+    ema: decay of an exponential moving average of the weights, which is what is validated and kept
+        as the best; 0 for none. See `magsd.training.averaging`.
     sync_batchnorm: where several processes train on GPUs, batch statistics are those of all of
         them; otherwise each process normalizes by its own images.
     images_on_device: keep all images on the GPU; "auto" does where they take less than half of it.
@@ -135,6 +138,7 @@ class TrainConfig:
     images_on_device: Literal["auto", "on", "off"] = "auto"
     sync_batchnorm: bool = False
     deterministic: bool = False
+    ema: float = setting(0.0, _DECAY)
     monitor: Literal["accuracy", "balanced_accuracy", "loss"] = "accuracy"
     log_interval: int = setting(20, at_least(1))
     checkpoint_interval: int = setting(0, at_least(0))

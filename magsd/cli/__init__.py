@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import platform
@@ -18,12 +17,11 @@ from magsd.cli.common import (
     SOURCES,
     check_json_file,
     make_console,
-    report_bad,
     select_images,
     training_config,
 )
 from magsd.console import say
-from magsd.errors import ConfigError, DataError, MagsdError
+from magsd.errors import ConfigError, MagsdError
 from magsd.launch import launched, process_rank
 
 try:
@@ -35,8 +33,10 @@ except ImportError as _error:  # the base install holds the kernels alone
     ) from None
 
 from magsd.cli.cross_validation import crossval
+from magsd.cli.ensembles import TTA_HELP, evaluate_together, runs_first, tta_of, warn_of_mirrors
 from magsd.cli.inspection import inspect
 from magsd.cli.localization import localize
+from magsd.cli.prediction import predict
 from magsd.cli.shards import shards
 
 # torch, timm and the rest are imported by the command that needs them: help must be quick.
@@ -161,7 +161,13 @@ def train(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN... [KEY=VALUE]...",
+            help="Folders of runs, whose mean is taken; then e.g. train.device=cpu.",
+        ),
+    ],
     data: Annotated[
         str | None,
         typer.Option(
@@ -177,13 +183,14 @@ def evaluate(
     ] = None,
     plots: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where PNGs go; default a folder under RUN/plots."),
+        typer.Option(
+            metavar="DIR",
+            help="Where PNGs go; default a folder under RUN/plots, of several runs none.",
+        ),
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="E.g. train.device=cpu.")
-    ] = None,
+    tta: Annotated[str | None, typer.Option(metavar="flip", help=TTA_HELP)] = None,
 ) -> None:
-    """Measure a run's best model: raw and refined logits, and attention inside masks."""
+    """Measure a run's best model, or the mean of several: logits, and attention inside masks."""
     from magsd.data.run_data import same_source
     from magsd.data.shards import is_shards
     from magsd.outputs import check_folder, disk_errors, has_mark, write_text
@@ -191,6 +198,11 @@ def evaluate(
     from magsd.training.run import load_run
     from magsd.training.run_folder import RunFolder
 
+    runs, pairs = runs_first(words)
+    for word in pairs:
+        if "=" not in word:
+            RunFolder(word).require_run()
+    mirrored = tta_of(tta)
     check_json_file(json_file, "classes", "raw")
     if plots is not None:
         check_folder(
@@ -199,95 +211,38 @@ def evaluate(
             writes=PLOTS,
             is_own=lambda folder: has_mark(folder / PLOTS[0]),
         )
-    else:
-        RunFolder(run).require_run()
-        check_folder(RunFolder(run).plots, "plots:")
+    elif len(runs) == 1:
+        check_folder(RunFolder(runs[0]).plots, "plots:")
     console = make_console()
-    loaded = load_run(run, overrides=tuple(overrides or ()))
+    loaded, *others = [load_run(run, overrides=tuple(pairs)) for run in runs]
+    if mirrored:
+        warn_of_mirrors(console, [loaded, *others])
     validation = loaded.config.data.validation or loaded.config.data.source
     spec = data or validation
-    if is_shards(spec):
+    if others:
+        report, own = evaluate_together(console, [loaded, *others], data, classes, mirrored)
+    elif is_shards(spec):
         if classes is not None:
             raise ConfigError("--classes: shards have the labels of their index")
         own = same_source(spec, validation)
-        say(console, f"epoch {loaded.epoch} of {run}: {spec}")
-        report = evaluate_shards(loaded, spec)
+        say(console, f"epoch {loaded.epoch} of {runs[0]}: {spec}")
+        report = evaluate_shards(loaded, spec, tta=mirrored)
     else:
         cache, indices, own = select_images(console, loaded, data, classes)
-        report = evaluate_run(loaded, cache, indices)
+        report = evaluate_run(loaded, cache, indices, tta=mirrored)
     console.print(report)
     if json_file is not None:
         write_text(json_file, report.to_json())
-    folder = plots or loaded.folder.plots / ("validation" if own else "evaluation")
+    if others and plots is None:
+        return
+    name = "validation" if own else "evaluation"
+    folder = plots or loaded.folder.plots / (f"{name}-{tta}" if tta else name)
     with disk_errors(folder, "free some space and run the command again"):
         draw_confusion(report, folder)
     say(console, f"plots: {folder}")
 
 
-@app.command()
-def predict(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG, JPEG, DICOM ...")],
-    overlay: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write a heat map over each image.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write probabilities as JSON.")
-    ] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave images out that cannot be read.")
-    ] = False,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda, ...; default that of the run.")
-    ] = None,
-) -> None:
-    """Classify image files: probabilities, and where the model looked."""
-    from magsd.data.run_data import preprocessing_of
-    from magsd.evaluation import predict_images
-    from magsd.evaluation.predict import overlay_names
-    from magsd.evaluation.tables import predictions_table
-    from magsd.outputs import check_folder, disk_errors, write_text
-    from magsd.training.run import load_run
-
-    check_json_file(json_file, "image", "probabilities")
-    if overlay is not None:
-        check_folder(overlay, "--overlay")
-        if json_file in overlay_names(images, overlay):
-            raise ConfigError(f"--json {json_file}: an overlay is written there; name another file")
-    console = make_console()
-    loaded = load_run(run, overrides=() if device is None else (f"train.device={device}",))
-    bad: list[tuple[str, str]] = []
-    with disk_errors(overlay or Path(), "free some space and run the command again"):
-        try:
-            predictions = predict_images(
-                loaded.model,
-                images,
-                classes=loaded.classes,
-                preprocessing=preprocessing_of(loaded.config),
-                runtime=loaded.runtime,
-                overlay_dir=overlay,
-                on_bad=(lambda path, reason: bad.append((str(path), reason))) if skip_bad else None,
-            )
-        except DataError as error:
-            raise DataError(f"{error}; leave out what cannot be read with --skip-bad") from error
-    report_bad(console, bad)
-    if not predictions:
-        raise DataError(f"none of the {len(images)} images can be read")
-    if json_file is not None:
-        items = [_as_json(prediction) for prediction in predictions]
-        write_text(json_file, json.dumps(items, indent=2, allow_nan=False) + "\n")
-    console.print(predictions_table(predictions, loaded.classes, console.width))
-
-
-def _as_json(prediction: Any) -> dict[str, Any]:
-    return {
-        "image": str(prediction.path),
-        "label": prediction.label,
-        "probabilities": prediction.probabilities,
-        "overlay": None if prediction.overlay is None else str(prediction.overlay),
-    }
-
-
+app.command()(predict)
 app.command()(localize)
 app.command()(inspect)
 app.command()(crossval)

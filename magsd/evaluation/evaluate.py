@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from magsd.data import Batch, ImageCache
 from magsd.errors import MagsdError
+from magsd.evaluation.ensemble import TTA, Ensemble, Form, Outputs, run_model
 from magsd.evaluation.localization import Localization, attention_inside, summarize
 from magsd.evaluation.metrics import Metrics, compute_metrics, jsonable, probabilities_of
 from magsd.evaluation.tables import report_tables
-from magsd.models.classifier import Classifier, ClassifierOutput
+from magsd.models.classifier import Classifier
 from magsd.runtime import CPU, Runtime
 
 
@@ -82,6 +83,7 @@ def evaluate(
     classes: Sequence[str],
     runtime: Runtime = CPU,
     refine: bool = True,
+    tta: TTA = None,
 ) -> EvaluationReport:
     """Run `model` over `loader` without augmentation and report.
 
@@ -89,18 +91,55 @@ def evaluate(
     in `cache`. cache: where the masks are; None or no masks leaves localization out.
     runtime: device, where the model is expected, precision and kernels. The model's mode is
     restored. The results are read from the device once, at the end.
+    tta: "flip" takes the mean with each image's mirror, see `magsd.evaluation.ensemble`.
     """
+
+    def run(batch: Batch) -> tuple[Batch, Outputs]:
+        return batch, run_model(model, runtime.images(batch.images), refine=refine, tta=tta)
+
+    with runtime.inference(model):
+        return _report(loader, run, cache, classes)
+
+
+def evaluate_ensemble(
+    ensemble: Ensemble,
+    loaders: Mapping[Form, Iterable[Batch]],
+    cache: ImageCache | None = None,
+    *,
+    refine: bool = True,
+    tta: TTA = None,
+) -> EvaluationReport:
+    """`evaluate` of the mean of several models, whose logits are log mean probabilities.
+
+    loaders: of every form of the ensemble, with the same images in the same batches, labels by the
+    ensemble's classes. cache: that of the first form. Saliency is `mean_saliency`.
+    """
+    forms = ensemble.forms
+
+    def run(batches: tuple[Batch, ...]) -> tuple[Batch, Outputs]:
+        images = {form: each.images for form, each in zip(forms, batches, strict=True)}
+        return batches[0], ensemble(images, refine=refine, tta=tta)
+
+    together = zip(*(loaders[form] for form in forms), strict=True)
+    return _report(together, run, cache, ensemble.classes)
+
+
+T = TypeVar("T")
+
+
+def _report(
+    batches: Iterable[T],
+    run: Callable[[T], tuple[Batch, Outputs]],
+    cache: ImageCache | None,
+    classes: Sequence[str],
+) -> EvaluationReport:
     gathered = _Gathered()
     start = time.perf_counter()
-    with runtime.inference(model):
-        for batch in loader:
-            images = runtime.images(batch.images)
-            output = model(images)
-            saliency = model.saliency(output)
-            refined = refined_logits(model, images, output, saliency) if refine else None
-            gathered.add(output.logits, refined, batch)
-            if cache is not None and cache.masks is not None:
-                gathered.add_localization(saliency, cache, batch)
+    for each in batches:
+        batch, outputs = run(each)
+        gathered.add(outputs.logits, outputs.refined, batch)
+        if cache is not None and cache.masks is not None:
+            gathered.add_localization(outputs.saliency, cache, batch)
     predictions = gathered.predictions()
     localization = gathered.localization(classes)
     seconds = time.perf_counter() - start
@@ -164,15 +203,6 @@ class _Gathered:
             _read(list(column)) for column in zip(*self._shares, strict=True)
         )
         return summarize(inside, uniform, labels, classes)
-
-
-def refined_logits(
-    model: Classifier, images: Tensor, output: ClassifierOutput, saliency: Tensor
-) -> Tensor:
-    """Mean of the logits of `images` (B, C, H, W) and of the model's refined view, (B, K)."""
-    view = model.refined_view(images, saliency)
-    viewed: ClassifierOutput = model(view)
-    return (output.logits + viewed.logits) / 2
 
 
 def _metrics(

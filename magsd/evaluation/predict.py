@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from magsd.data import z_score
 from magsd.data.cache import prepare_image
 from magsd.data.images import read_image_file
 from magsd.errors import DataError, RunError
-from magsd.evaluation.evaluate import refined_logits
+from magsd.evaluation.ensemble import TTA, Ensemble, Form, Member, Outputs, run_model
 from magsd.evaluation.metrics import probabilities_of
 from magsd.evaluation.overlay import OverlayItem, fitted, save_overlay
 from magsd.models.classifier import Classifier
@@ -25,20 +26,29 @@ from magsd.models.config import Preprocessing
 from magsd.outputs import check_file, has_mark
 from magsd.runtime import CPU, Runtime
 
+if TYPE_CHECKING:
+    from magsd.reporting.operating import OperatingPoint
+
 _NAMED_BAD = 10
 _LONGEST_STEM = 240  # bytes, so that a number and .png fit into a name of 255
-# An image as the model takes it, and as it is drawn.
-_Read = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+# An image as each of the models takes it, and as it is drawn.
+_Read = tuple[dict[Form, NDArray[np.uint8]], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one image file: most probable class, all probabilities, overlay where one was asked."""
+    """Of one image file: most probable class, all probabilities, overlay where one was asked.
+
+    calibrated, findings: probabilities at the temperature of an operating point, and the classes
+    whose own reaches its threshold; None without such a point.
+    """
 
     path: Path
     label: str
     probabilities: dict[str, float]
     overlay: Path | None = None
+    calibrated: dict[str, float] | None = None
+    findings: tuple[str, ...] | None = None
 
 
 def predict_images(
@@ -49,6 +59,7 @@ def predict_images(
     preprocessing: Preprocessing | None = None,
     runtime: Runtime = CPU,
     refine: bool = True,
+    tta: TTA = None,
     batch_size: int = 16,
     overlay_dir: str | Path | None = None,
     on_bad: Callable[[Path, str], None] | None = None,
@@ -58,59 +69,94 @@ def predict_images(
     classes and preprocessing default to those the model was saved with (RunError without any).
     No file is replaced that is not such an overlay, and none of the images (RunError, before the
     first image is read).
-    refine: use the mean of the logits of the image and of its mix-up view. A file that cannot be
-    read is a DataError that names it; with `on_bad` (called with path and reason) it is left out.
+    refine: use the mean of the logits of the image and of its mix-up view. tta: "flip" takes the
+    mean of the probabilities of each image and of its mirror. A file that cannot be read is a
+    DataError that names it; with `on_bad` (called with path and reason) it is left out.
     The model is expected on the runtime's device.
     """
-    classes, preprocessing = _described(model, classes, preprocessing)
+    member = Member(model, *_described(model, classes, preprocessing), runtime)
+    return predict_ensemble(
+        Ensemble([member]),
+        paths,
+        refine=refine,
+        tta=tta,
+        batch_size=batch_size,
+        overlay_dir=overlay_dir,
+        on_bad=on_bad,
+    )
+
+
+def predict_ensemble(
+    ensemble: Ensemble,
+    paths: Sequence[str | Path],
+    *,
+    refine: bool = True,
+    tta: TTA = None,
+    batch_size: int = 16,
+    overlay_dir: str | Path | None = None,
+    on_bad: Callable[[Path, str], None] | None = None,
+) -> list[Prediction]:
+    """`predict_images` of several models: the mean of their probabilities and of their maps.
+
+    Each file is read once, and prepared as each of the models needs it.
+    """
     files = [Path(path) for path in paths]
     if on_bad is None:
         _check_present(files)
     overlays = overlay_names(files, Path(overlay_dir)) if overlay_dir is not None else None
     check_overlays(overlays or (), files)
-    read = partial(
-        _read,
-        preprocessing=preprocessing,
-        channels=model.in_channels,
-        draws=overlays is not None,
-    )
+    read = partial(_read, forms=ensemble.forms, draws=overlays is not None)
     predictions = []
-    with runtime.inference(model):
-        for rows, batch in _batches(files, batch_size, read, on_bad):
-            images = _as_input([prepared for prepared, _ in batch])
-            probabilities, saliency = run_batch(model, runtime.images(images), refine)
-            for place, row in enumerate(rows):
-                values = probabilities[place]
-                if not np.isfinite(values).all():
-                    raise RunError(
-                        f"{files[row]}: the model's logits are not finite: its weights have"
-                        " diverged, or the precision overflows"
-                    )
-                best = int(values.argmax())
-                overlay = None
-                if overlays is not None:
-                    overlay = save_overlay(
-                        overlays[row],
-                        OverlayItem(
-                            image=batch[place][1],
-                            saliency=saliency[place, 0],
-                            predicted=classes[best],
-                            probability=float(values[best]),
-                        ),
-                    )
-                named = dict(zip(classes, values.tolist(), strict=True))
-                predictions.append(Prediction(files[row], classes[best], named, overlay))
+    for rows, batch in _batches(files, batch_size, read, on_bad):
+        images = {form: _as_input([each[form] for each, _ in batch]) for form in ensemble.forms}
+        outputs = ensemble(images, refine=refine, tta=tta)
+        probabilities, saliency = _on_host(outputs)
+        for place, row in enumerate(rows):
+            values = probabilities[place]
+            best = _likeliest(values, files[row])
+            label, overlay = ensemble.classes[best], None
+            if overlays is not None:
+                picture, heat = batch[place][1], saliency[place, 0]
+                item = OverlayItem(picture, heat, label, float(values[best]))
+                overlay = save_overlay(overlays[row], item)
+            named = dict(zip(ensemble.classes, values.tolist(), strict=True))
+            predictions.append(Prediction(files[row], label, named, overlay))
     return predictions
+
+
+def with_findings(predictions: Sequence[Prediction], point: OperatingPoint) -> list[Prediction]:
+    """Predictions of the classes of an operating point, in its order, with what it says of them."""
+    found = []
+    for prediction in predictions:
+        values = np.array([list(prediction.probabilities.values())])
+        # Up to a constant these are the logits; a probability may have become 0.
+        calibrated = point.probabilities(np.log(np.maximum(values, np.finfo(np.float64).tiny)))
+        named = dict(zip(prediction.probabilities, calibrated[0].tolist(), strict=True))
+        positive = point.positive(calibrated)[0]
+        findings = tuple(name for name, is_so in zip(named, positive, strict=True) if is_so)
+        found.append(replace(prediction, calibrated=named, findings=findings))
+    return found
+
+
+def _likeliest(probabilities: NDArray[np.float64], file: Path) -> int:
+    if not np.isfinite(probabilities).all():
+        raise RunError(
+            f"{file}: the model's logits are not finite: its weights have diverged, or the "
+            "precision overflows"
+        )
+    return int(probabilities.argmax())
 
 
 def run_batch(
     model: Classifier, images: Tensor, refine: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """Probabilities (B, K) and saliency maps (B, 1, h, w) of a batch on the model's device."""
-    output = model(images)
-    saliency = model.saliency(output)
-    logits = refined_logits(model, images, output, saliency) if refine else output.logits
-    return probabilities_of(logits.float().cpu().numpy()), saliency.cpu().numpy()
+    return _on_host(run_model(model, images, refine=refine))
+
+
+def _on_host(outputs: Outputs) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    logits = outputs.logits if outputs.refined is None else outputs.refined
+    return probabilities_of(logits.float().cpu().numpy()), outputs.saliency.cpu().numpy()
 
 
 def _described(
@@ -147,11 +193,14 @@ def check_overlays(overlays: Sequence[Path], files: Sequence[Path]) -> None:
         check_file(path, "overlay", is_own=is_own)
 
 
-def _read(file: Path, preprocessing: Preprocessing, channels: int, draws: bool) -> _Read:
+def _read(file: Path, forms: Sequence[Form], draws: bool) -> _Read:
     """What is kept of a file; its own pixels may be a hundred times as many."""
     image = read_image_file(file)
-    prepared = prepare_image(image, preprocessing.image_size, channels, preprocessing.clahe)
-    return prepared, fitted(image) if draws else prepared
+    prepared = {
+        (how, channels): prepare_image(image, how.image_size, channels, how.clahe)
+        for how, channels in forms
+    }
+    return prepared, fitted(image) if draws else next(iter(prepared.values()))
 
 
 def _batches(

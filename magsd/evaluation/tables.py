@@ -163,7 +163,10 @@ def map_scores_table(report: LocalizationReport) -> Table:
 def predictions_table(
     predictions: Sequence[Prediction], classes: Sequence[str], width: int
 ) -> Table:
-    """Probabilities of each image: of all classes where they fit, else of the five likeliest."""
+    """Probabilities of each image: of all classes where they fit, else of the five likeliest.
+
+    Findings, where there are any to tell, have a column of their own.
+    """
     table = Table()
     table.add_column("image", overflow="fold")
     # Some 30 columns are left for the names of files.
@@ -174,20 +177,24 @@ def predictions_table(
     else:
         table.add_column("class", overflow="fold")
         table.add_column("probability", justify="right")
+    if any(prediction.findings is not None for prediction in predictions):
+        table.add_column("findings", overflow="fold")
     table.add_column("overlay", overflow="fold")
     for prediction in predictions:
-        image, overlay = Text(str(prediction.path)), Text(str(prediction.overlay or ""))
+        image, last = Text(str(prediction.path)), [Text(str(prediction.overlay or ""))]
+        if prediction.findings is not None:
+            last.insert(0, Text(", ".join(prediction.findings) or "-"))
         values = prediction.probabilities
         if whole:
             cells = [
                 f"[bold]{value:.3f}[/]" if name == prediction.label else f"{value:.3f}"
                 for name, value in values.items()
             ]
-            table.add_row(image, *cells, overlay)
+            table.add_row(image, *cells, *last)
             continue
         for k, name in enumerate(heapq.nlargest(_TOP, values, key=values.__getitem__)):
-            files = (image, overlay) if k == 0 else ("", "")
-            table.add_row(files[0], Text(name), f"{values[name]:.3f}", files[1])
+            first, rest = (image, last) if k == 0 else ("", [Text("")] * len(last))
+            table.add_row(first, Text(name), f"{values[name]:.3f}", *rest)
         table.add_section()
     return table
 

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from magsd.training.ensemble import ensemble_of, evaluate_runs
     from magsd.training.report import evaluate_run, finish_run
     from magsd.training.run import LoadedRun, TrainedRun, load_run, train_run
     from magsd.training.step import StepResult, attention_step, plain_step
@@ -20,7 +21,9 @@ _LAZY = {
     "TrainedRun": "run",
     "Trainer": "trainer",
     "attention_step": "step",
+    "ensemble_of": "ensemble",
     "evaluate_run": "report",
+    "evaluate_runs": "ensemble",
     "finish_run": "report",
     "load_run": "run",
     "plain_step": "step",
@@ -35,7 +38,9 @@ __all__ = [
     "TrainedRun",
     "Trainer",
     "attention_step",
+    "ensemble_of",
     "evaluate_run",
+    "evaluate_runs",
     "finish_run",
     "load_run",
     "plain_step",

@@ -20,6 +20,7 @@ from magsd.evaluation import (
     plot_curves,
     write_overlays,
 )
+from magsd.evaluation.ensemble import TTA
 from magsd.evaluation.plots import write_classes, write_confusion
 from magsd.outputs import disk_errors
 from magsd.training.run import LoadedRun, TrainedRun, load_run
@@ -31,19 +32,23 @@ PLOTS = (
 )
 
 
-def evaluate_run(run: LoadedRun, cache: ImageCache, indices: list[int]) -> EvaluationReport:
+def evaluate_run(
+    run: LoadedRun, cache: ImageCache, indices: list[int], *, tta: TTA = None
+) -> EvaluationReport:
     """Metrics of a run's model over some images of a cache."""
-    return _evaluate(run, plain_loader(run.config, cache, indices, run.classes), cache)
+    return _evaluate(run, plain_loader(run.config, cache, indices, run.classes), cache, tta)
 
 
-def evaluate_shards(run: LoadedRun, spec: str) -> EvaluationReport:
+def evaluate_shards(run: LoadedRun, spec: str, *, tta: TTA = None) -> EvaluationReport:
     """Metrics of a run's model over all images of the shards that `spec` names."""
     index = open_shards(spec, classes=run.classes)
-    return _evaluate(run, shard_loader(run.config, index), None)
+    return _evaluate(run, shard_loader(run.config, index), None, tta)
 
 
-def _evaluate(run: LoadedRun, loader: Loader, cache: ImageCache | None) -> EvaluationReport:
-    return evaluate(run.model, loader, cache, classes=run.classes, runtime=run.runtime)
+def _evaluate(
+    run: LoadedRun, loader: Loader, cache: ImageCache | None, tta: TTA = None
+) -> EvaluationReport:
+    return evaluate(run.model, loader, cache, classes=run.classes, runtime=run.runtime, tta=tta)
 
 
 def finish_run(trained: TrainedRun, console: Console) -> EvaluationReport:

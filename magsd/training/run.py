@@ -192,7 +192,7 @@ def load_run(root: str | Path, *, overrides: tuple[str, ...] = ()) -> LoadedRun:
     model = build_model(
         config.model, len(classes), classes=classes, preprocessing=preprocessing_of(config)
     )
-    load_weights(model, payload["model"], path)
+    load_weights(model, payload.get("ema", payload["model"]), path)
     runtime = Runtime.from_config(config.train)
     runtime.model(model).eval()
     return LoadedRun(folder, config, classes, model, epoch, runtime)

@@ -22,6 +22,7 @@ FIXED_ON_RESUME = (
     "data.shuffle_buffer",
     "train.seed",
     "train.batch_size",
+    "train.ema",
     "optim.name",
     "optim.decay_norms",
 )

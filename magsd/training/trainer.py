@@ -22,6 +22,7 @@ from magsd.errors import TrainingDiverged
 from magsd.methods import method
 from magsd.models import Classifier
 from magsd.runtime import Runtime
+from magsd.training.averaging import weight_average
 from magsd.training.captured import CAPTURE_DEVICES, CapturedStep
 from magsd.training.checkpoint import (
     all_finite,
@@ -104,6 +105,11 @@ class Trainer:
             sync_batchnorm=config.train.sync_batchnorm,
             fuse_norm=config.train.fuse_norm,
         )
+        self.average = weight_average(self.model, config.train.ema)
+        #: The model that is validated and kept as the best: the average, where there is one.
+        self.measured: Classifier = self.model if self.average is None else self.average.module
+        if self.average is not None and config.train.compile:
+            self.measured.backbone.compile()  # a copy is not compiled
         if config.train.views == "grouped" and fields(config.views) and self.train_step.ungrouped:
             warn(f"the views pass one by one (views=separate): {self.train_step.ungrouped}")
         self.captured_step: CapturedStep[StepResult] | None = None
@@ -203,6 +209,8 @@ class Trainer:
             generator = torch.Generator(self.runtime.device).manual_seed(seed)
             self.train_step(batch.images, batch.labels, generator, shard)
         self.step += 1
+        if self.average is not None:  # by a decay that changes, which no graph can hold
+            self.average.update(self.model, self.global_step)
 
     def _seed_process(self) -> None:
         """Let what layers draw (dropout, random depth) differ between the processes of a team.
@@ -257,9 +265,9 @@ class Trainer:
         values = self._report(log, progress)
         self._leave_if_asked(stop, meeting=True)
         last_lr = float(self.train_step.optimizer.param_groups[0]["lr"])
-        self.team.broadcast_buffers(self.model)
+        self._share_buffers()
         measured = validate(
-            self.model,
+            self.measured,
             self.validation_loader,
             self.runtime,
             each_batch=leave,
@@ -307,6 +315,11 @@ class Trainer:
         self._clock = now
         return self.epoch_seconds
 
+    def _share_buffers(self) -> None:
+        self.team.broadcast_buffers(self.model)
+        if self.average is not None:
+            self.team.broadcast_buffers(self.measured)
+
     def _check_weights(self) -> None:
         if not all_finite(self.model, self.train_step.optimizer):
             raise TrainingDiverged(
@@ -316,12 +329,13 @@ class Trainer:
     def save_last(self, *, checked: bool = False) -> None:
         """Write the whole state, unless it is spoilt: then the older checkpoint stays."""
         if not checked:
-            self.team.broadcast_buffers(self.model)
+            self._share_buffers()
             self.read_sums()
             self._check_weights()
             self._tick()
         payload = {
-            **self._weights(),
+            **self._weights(self.model),
+            **({} if self.average is None else {"ema": self.measured.state_dict()}),
             **self.train_step.state_dict(),
             "step": self.step,
             "best": self.best,
@@ -339,11 +353,11 @@ class Trainer:
 
     def _save_best(self) -> None:
         if self.team.is_main:
-            save_checkpoint(self.folder.best, self._weights())
+            save_checkpoint(self.folder.best, self._weights(self.measured))
 
-    def _weights(self) -> dict[str, Any]:
+    def _weights(self, model: Classifier) -> dict[str, Any]:
         return {
-            "model": self.model.state_dict(),
+            "model": model.state_dict(),
             "classes": list(self.train_loader.classes),
             "config": self.config.to_dict(),
             "epoch": self.epoch,
@@ -353,6 +367,8 @@ class Trainer:
     def restore(self, payload: dict[str, Any]) -> None:
         """Take over the state that `save_last` wrote."""
         load_weights(self.model, payload["model"], self.folder.last)
+        if self.average is not None:
+            load_weights(self.measured, payload["ema"], self.folder.last)
         self.train_step.load_state_dict(payload)
         self.epoch, self.step = payload["epoch"], payload["step"]
         self.best, self.best_epoch = payload["best"], payload["best_epoch"]

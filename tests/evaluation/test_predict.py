@@ -183,7 +183,8 @@ def test_loader_and_prediction_prepare_alike(cache, classes, files):
         device="cpu",
         channels=3,
     )
-    read = [_read(file, Preprocessing(64, None), 3, draws=False)[0] for file in files[:2]]
+    form = (Preprocessing(64, None), 3)
+    read = [_read(file, [form], draws=False)[0][form] for file in files[:2]]
     prepared = _as_input(read)
     torch.testing.assert_close(prepared, next(iter(loader)).images)
 

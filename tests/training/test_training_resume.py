@@ -150,8 +150,19 @@ def train_and_stop(config: Config, out: Path, console: Console, at: int, monkeyp
         ("model.name=plain", "class_weights=balanced", "deterministic=true"),
         ("backbone_args={output_stride: 16, drop_path_rate: 0.5}", "train.batch_size=3"),
         ("checkpoint_interval=2",),
+        ("ema=0.9", "lr=0.1"),
+        (
+            "ema=0.6",
+            "model=wsdan",
+            "backbone=test_resnet",
+            "recompute=true",
+            "checkpoint_interval=1",
+        ),
     ],
-    ids=["adamw", "bfloat16", "plain", "random depth", "frequent checkpoints"],
+    ids=[
+        *("adamw", "bfloat16", "plain", "random depth", "frequent checkpoints"),
+        *("average", "average and centers"),
+    ],
 )
 def test_every_setting_resumes_bit_equal(
     overrides: tuple[str, ...], tmp_path: Path, small_config, console, same_state, monkeypatch
@@ -219,7 +230,9 @@ def test_different_seeds_differ(tmp_path: Path, small_config, console) -> None:
     assert first[-1]["train_loss"] != second[-1]["train_loss"]
 
 
-@pytest.mark.parametrize("pair", ["attention_maps=8", "train.seed=4", "batch_size=8", "fold=1"])
+@pytest.mark.parametrize(
+    "pair", ["attention_maps=8", "train.seed=4", "batch_size=8", "fold=1", "ema=0.5"]
+)
 def test_resume_refuses_what_the_state_depends_on(
     pair: str, tmp_path: Path, small_config, console
 ) -> None:

@@ -1,0 +1,97 @@
+"""What `magsd predict` and `magsd evaluate` do with several runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from magsd.cli.common import select_images
+from magsd.console import say
+from magsd.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from magsd.evaluation import EvaluationReport
+    from magsd.training.run import LoadedRun
+
+TTA_HELP = "flip: the mean with the horizontal mirror of each image."
+
+
+def runs_first(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The folders of runs with which a command's words begin, and the other words.
+
+    Raises `RunError` for a first word that is no run and for a folder that is none, `ConfigError`
+    for a run that stands twice or after other words.
+    """
+    from magsd.training.run_folder import RunFolder
+
+    count = 0
+    while count < len(words) and RunFolder(words[count]).is_run():
+        count += 1
+    if not count:
+        RunFolder(words[0]).require_run()
+    runs, others = [Path(word) for word in words[:count]], list(words[count:])
+    places = [run.resolve() for run in runs]
+    for run, place in zip(runs, places, strict=True):
+        if places.count(place) > 1:
+            raise ConfigError(f"{run}: named {places.count(place)} times, and would count as often")
+    for word in others:
+        if Path(word).is_dir():
+            RunFolder(word).require_run()
+            raise ConfigError(f"{word}: runs come first, before everything else")
+    return runs, others
+
+
+def tta_of(text: str | None) -> Literal["flip"] | None:
+    """The value of --tta. Raises `ConfigError` for another."""
+    if text is None:
+        return None
+    if text != "flip":
+        raise ConfigError(f"--tta {text}: expected flip")
+    return "flip"
+
+
+def warn_of_mirrors(console: Console, runs: Sequence[LoadedRun]) -> None:
+    """Name the runs that never saw a mirrored image, which --tta flip shows to them."""
+    for run in runs:
+        augment = run.config.data.augment
+        if not (augment.enabled and augment.horizontal_flip):
+            what = "was trained without mirrored images, on which its model may be wrong"
+            say(console, f"{run.folder.root} {what}", first="warning:")
+
+
+def evaluate_together(
+    console: Console,
+    runs: Sequence[LoadedRun],
+    data: str | None,
+    classes: str | None,
+    tta: Literal["flip"] | None,
+) -> tuple[EvaluationReport, bool]:
+    """Report on the mean of several runs' models, and whether its images are the runs' own.
+
+    data, classes: as of `select_images`. Raises `DataError` where the runs report on other images.
+    """
+    from magsd.data.run_data import same_source
+    from magsd.data.shards import is_shards
+    from magsd.training.ensemble import ensemble_of, evaluate_runs, evaluate_runs_on_shards
+
+    ensemble_of(runs)  # other classes are told before images are read
+    specs = [data or run.config.data.validation or run.config.data.source for run in runs]
+    if any(is_shards(spec) for spec in specs):
+        if classes is not None:
+            raise ConfigError("--classes: shards have the labels of their index")
+        for run, spec in zip(runs, specs, strict=True):
+            if not same_source(spec, specs[0]):
+                raise DataError(
+                    f"{runs[0].folder.root} and {run.folder.root} are measured on other images "
+                    f"({specs[0]} and {spec}); name images that neither knows: --data SOURCE"
+                )
+        report, own = evaluate_runs_on_shards(runs, specs[0], tta=tta), data is None
+    else:
+        images = [select_images(console, run, data, classes) for run in runs]
+        report = evaluate_runs(runs, [each[:2] for each in images], tta=tta)
+        own = all(each[2] for each in images)
+    say(console, f"mean of {len(runs)} runs: {report.raw.images} images")
+    return report, own
