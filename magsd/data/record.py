@@ -9,6 +9,7 @@ from typing import Literal
 
 MaskKind = Literal["lesion", "lungs", "object"]
 Side = Literal["train", "validation", "test"]
+SIDES: tuple[Side, ...] = ("train", "validation", "test")
 
 
 class Cells(Mapping[str, str]):

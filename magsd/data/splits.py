@@ -12,13 +12,12 @@ from typing import Literal
 
 import numpy as np
 
-from magsd.data.record import Record, Side
+from magsd.data.record import SIDES, Record
 from magsd.errors import DataError
 
 _COLUMNS = ["key", "label", "patient", "split"]
 #: Of a test side that is a source of its own: which, as a further column.
 _SOURCE = "source"
-_SIDES: tuple[Side, ...] = ("train", "validation", "test")
 _log = logging.getLogger(__name__)
 
 
@@ -83,7 +82,7 @@ def published_split(records: Sequence[Record], *, test: bool = False) -> Split:
             f" first {lacking[0]}; {advice}"
         )
     _check_classes({record.label for record in records})
-    named = {s: [i for i, r in enumerate(records) if r.split == s] for s in _SIDES}
+    named = {s: [i for i, r in enumerate(records) if r.split == s] for s in SIDES}
     train, validation, held = named.values()
     if not test:
         validation, held = validation or held, []
@@ -229,7 +228,7 @@ def write_split(
     test: another source whose records are the test side, which a further column source names.
     """
     sides = (split.train, split.validation, split.test)
-    side = {index: name for name, part in zip(_SIDES, sides, strict=True) for index in part}
+    side = {index: name for name, part in zip(SIDES, sides, strict=True) for index in part}
     rows = [
         [record.key, record.label, record.patient, side[index]]
         for index, record in enumerate(records)
@@ -272,7 +271,7 @@ def read_split(
         raise DataError(f"{path}: not a split file (columns {', '.join(_COLUMNS)} expected)")
     position = {record.key: index for index, record in enumerate(records)}
     rows = [row for row in rows if bool(row.get(_SOURCE)) == other]
-    sides: dict[str, list[int]] = {side: [] for side in _SIDES}
+    sides: dict[str, list[int]] = {side: [] for side in SIDES}
     gone, relabeled, others = [], [], []
     seen: set[str] = set()
     for row in rows:
@@ -297,7 +296,7 @@ def read_split(
     _report(path, relabeled, "images have another label in the data", need if complete else None)
     _report(path, others, "images have another patient in the data")
     _report(path, added, "images of the data are not listed, and left out")
-    return Split(*(sorted(sides[side]) for side in _SIDES))
+    return Split(*(sorted(sides[side]) for side in SIDES))
 
 
 def _report(path: Path, keys: Sequence[str], what: str, advice: str | None = None) -> None:
