@@ -111,6 +111,21 @@ class OptimConfig:
     clip_norm: float | None = setting(None, more_than(0))
 
 
+def _is_rule(text: str) -> bool:
+    if text == "youden":  # the default must not wait for SciPy
+        return True
+    from magsd.reporting.operating import Rule
+
+    try:
+        Rule.parse(text)
+    except ConfigError:
+        return False
+    return True
+
+
+_RULE = Check(_is_rule, "argmax, youden, sensitivity=0.95, specificity=0.9 or cost=5:1")
+
+
 @dataclass
 class TrainConfig:
     """Length, precision, device, and what is written how often (steps; 0: at epochs' ends only).
@@ -129,6 +144,9 @@ class TrainConfig:
     sync_batchnorm: where several processes train on GPUs, batch statistics are those of all of
         them; otherwise each process normalizes by its own images.
     images_on_device: keep all images on the GPU; "auto" does where they take less than half of it.
+    operating_point: how each class's threshold is chosen on the validation images: "youden" (the
+        highest sensitivity + specificity), "sensitivity=0.95" or "specificity=0.9" (at least that),
+        "cost=5:1" (of a false negative to a false positive), or "argmax" (no thresholds).
     """
 
     epochs: int = setting(150, at_least(1))
@@ -148,6 +166,7 @@ class TrainConfig:
     sync_batchnorm: bool = False
     deterministic: bool = False
     monitor: Literal["accuracy", "balanced_accuracy", "loss"] = "accuracy"
+    operating_point: str = setting("youden", _RULE)
     log_interval: int = setting(20, at_least(1))
     checkpoint_interval: int = setting(0, at_least(0))
     tensorboard: bool = True

@@ -360,9 +360,7 @@ def test_a_run_of_before_has_no_test_side(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["fold", "yes", "null", ""])
 def test_what_no_test_side_can_be(value: str) -> None:
-    with pytest.raises(
-        ConfigError, match=r"data\.test=.*: expected folds, none, or an image"
-    ):
+    with pytest.raises(ConfigError, match=r"data\.test=.*: expected folds, none, or an image"):
         load_config("phantom", [f"data.test={value}"])
 
 

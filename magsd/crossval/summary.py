@@ -135,7 +135,9 @@ def summarize(outcomes: Sequence[Outcome]) -> Summary:
         planned = sum(outcome.run.model == model for outcome in outcomes)
         summaries.append(ModelSummary(model, len(own), planned, scores))
     every = [result for own in results.values() for result in own.values()]
-    selected = any(result.side == "validation" for result in every)
+    selected = any(result.side == "validation" for result in every) or any(
+        outcome.run.config.data.test == "none" for outcome in outcomes
+    )
     return Summary(summaries, _ratio(every), selected)
 
 

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from magsd.config import Config
 from magsd.console import say
 from magsd.data import ImageCache, Loader, Record
 from magsd.data.record import SIDES, Side
@@ -25,8 +20,10 @@ from magsd.evaluation import (
     write_overlays,
 )
 from magsd.evaluation.plots import write_classes, write_confusion
-from magsd.outputs import disk_errors, write_text
+from magsd.outputs import disk_errors
+from magsd.reporting.operating import Rule, fit_operating_points, write_operating_points
 from magsd.reporting.predictions import write_predictions
+from magsd.training.closing import SELECTED, closing_table, operating_table
 from magsd.training.run import LoadedRun, TrainedRun, load_run
 from magsd.training.run_predictions import joined, predictions_table, records_of
 
@@ -35,11 +32,6 @@ PLOTS = (
     *("confusion.png", "confusion.csv", "confusion_refined.png", "confusion_refined.csv"),
     "per_class.csv",
 )
-#: What the epoch has to do with the images of a side, for the titles of tables.
-SELECTED: dict[Side, str] = {
-    "test": "nothing was selected on these images",
-    "validation": "the epoch was selected on these images",
-}
 
 
 def evaluate_run(run: LoadedRun, cache: ImageCache, indices: list[int]) -> EvaluationReport:
@@ -79,9 +71,13 @@ def finish_run(trained: TrainedRun, console: Console) -> EvaluationReport:
             reports[each] = _evaluate(run, loader, cache)
             records = records_of(reports[each], loader, cache)
             tables.append(predictions_table(reports[each], records, each, name=folder.root.name))
-        report = reports[side]
-        write_text(folder.evaluation, report_json(report, side, reports["validation"]))
-        write_predictions(folder.predictions, joined(tables))
+        report, table = reports[side], joined(tables)
+        rule = Rule.parse(run.config.train.operating_point)
+        points = fit_operating_points(table.side("validation"), rule)
+        text = report_json(report, side, reports["validation"])
+        folder.evaluation.write_text(text, encoding="utf-8")
+        write_predictions(folder.predictions, table)
+        write_operating_points(folder.operating, points)
         draw_confusion(report, folder.plots)
         plot_curves(folder.plots / "curves.png", folder.metrics)
         sheet = None
@@ -89,6 +85,7 @@ def finish_run(trained: TrainedRun, console: Console) -> EvaluationReport:
             sheet = draw_overlays(run, *data.overlay_images(run.config, side), folder.overlays)
     say(console, f"{report.raw.images} images; {SELECTED[side]}", first=f"{side} side:")
     console.print(report)
+    console.print(operating_table(points, table))
     console.print(closing_table(reports, run.config, trained, sheet))
     return report
 
@@ -132,44 +129,3 @@ def draw_overlays(run: LoadedRun, cache: ImageCache, indices: list[int], folder:
         limit=run.config.train.overlays,
         runtime=run.runtime,
     )
-
-
-def closing_table(
-    reports: Mapping[Side, EvaluationReport],
-    config: Config,
-    trained: TrainedRun,
-    sheet: Path | None,
-) -> Table:
-    """Accuracy, attention against a uniform map, throughput, and where things lie."""
-    side = trained.data.reported
-    report = reports[side]
-    table = Table(
-        title=f"Run, {side} side: {SELECTED[side]}",
-        title_justify="left",
-        title_style="bold",
-        show_header=False,
-    )
-    table.add_column()
-    table.add_column(overflow="fold")
-    for name, each in reversed(reports.items()):
-        table.add_row(f"{name} accuracy", f"{each.raw.accuracy:.4f}")
-        if each.refined is not None:
-            table.add_row("  raw + refined logits", f"{each.refined.accuracy:.4f}")
-    if report.localization is not None:
-        score = report.localization.overall
-        table.add_row("attention inside masks", _percent(score.inside))
-        table.add_row("  uniform map", f"{_percent(score.uniform)} (ratio {score.gain:.2f})")
-    table.add_row("best epoch", f"{trained.best_epoch} of {config.train.epochs}")
-    if not math.isnan(trained.images_per_second):
-        table.add_row("images/s (training)", f"{trained.images_per_second:.1f}")
-    table.add_row("images/s (evaluation)", f"{report.images_per_second:.1f}")
-    if sheet is not None:
-        table.add_row("overlays", Text(str(sheet)))
-    table.add_row("plots", Text(str(trained.folder.plots)))
-    table.add_row("predictions", Text(str(trained.folder.predictions)))
-    table.add_row("checkpoint", Text(str(trained.folder.best)))
-    return table
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.1%}"

@@ -18,6 +18,7 @@ import magsd_kernels
 from magsd.config import Config, load_config
 from magsd.data.run_data import training_loader
 from magsd.errors import ConfigError, DataError, RunError
+from magsd.reporting.operating import Rule, fit_operating_points, read_operating_points
 from magsd.reporting.predictions import read_predictions
 from magsd.runtime import CPU, Runtime, choose_device
 from magsd.training import load_run
@@ -63,12 +64,15 @@ def test_folder_of_a_run(tmp_path: Path, small_config, console: Console) -> None
     assert table.side("validation").keys.tolist() == held
     assert len(table) == sides.count("test") + sides.count("validation")
     assert np.array_equal(table.side("test").logits, report.predictions.logits)
+    points = fit_operating_points(table.side("validation"), Rule("youden"))
+    assert read_operating_points(folder.operating) == points
     written = json.loads(folder.evaluation.read_text())
     assert (written["side"], written["raw"]) == ("test", report.to_dict()["raw"])
     assert written["validation"]["raw"]["images"] == len(held)
     text = console.file.getvalue()
+    assert "12 training, 12 validation and 24 test images" in text
     for words in ("test accuracy", "validation accuracy", "uniform map", "images/s",
-                  str(folder.overlays), "12 training, 12 validation and 24 test images"):  # fmt: skip
+                  "Operating points", str(folder.overlays)):  # fmt: skip
         assert words in text, words
 
 
