@@ -104,7 +104,8 @@ def _open_streams(
     held = [str(config.data.validation)]
     held += [config.data.test] if is_shards(config.data.test) else []
     others = [open_shards(spec, classes=train.classes) for spec in held]
-    urls = Counter(shard.url for index in (train, *others) for shard in index.shards)
+    sides = [{shard.url for shard in index.shards} for index in (train, *others)]
+    urls = Counter(url for side in sides for url in side)
     if twice := [url for url, count in urls.items() if count > 1]:
         raise DataError(f"{min(twice)} is on two sides; each shard belongs on one of them")
     _compare(config.data.source, "".join(index.digest() for index in (train, *others)), team)
