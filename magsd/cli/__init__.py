@@ -12,14 +12,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from magsd.cli.common import (
-    CLASSES_HELP,
-    SOURCES,
-    check_json_file,
-    make_console,
-    select_images,
-    training_config,
-)
+from magsd.cli.common import SOURCES, make_console, training_config
 from magsd.console import say
 from magsd.errors import ConfigError, MagsdError
 from magsd.launch import launched, process_rank
@@ -33,7 +26,7 @@ except ImportError as _error:  # the base install holds the kernels alone
     ) from None
 
 from magsd.cli.cross_validation import crossval
-from magsd.cli.ensembles import TTA_HELP, evaluate_together, runs_first, tta_of, warn_of_mirrors
+from magsd.cli.evaluation import evaluate
 from magsd.cli.inspection import inspect
 from magsd.cli.localization import localize
 from magsd.cli.prediction import predict
@@ -159,89 +152,7 @@ def train(
         finish_run(trained, console)
 
 
-@app.command()
-def evaluate(
-    words: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RUN... [KEY=VALUE]...",
-            help="Folders of runs, whose mean is taken; then e.g. train.device=cpu.",
-        ),
-    ],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help=f"Images: {SOURCES}. The run's own source, or none: its validation images.",
-        ),
-    ] = None,
-    classes: Annotated[
-        str | None, typer.Option(metavar="'THEIRS=OURS,...'", help=CLASSES_HELP)
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")
-    ] = None,
-    plots: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Where PNGs go; default a folder under RUN/plots, of several runs none.",
-        ),
-    ] = None,
-    tta: Annotated[str | None, typer.Option(metavar="flip", help=TTA_HELP)] = None,
-) -> None:
-    """Measure a run's best model, or the mean of several: logits, and attention inside masks."""
-    from magsd.data.run_data import same_source
-    from magsd.data.shards import is_shards
-    from magsd.outputs import check_folder, disk_errors, has_mark, write_text
-    from magsd.training.report import PLOTS, draw_confusion, evaluate_run, evaluate_shards
-    from magsd.training.run import load_run
-    from magsd.training.run_folder import RunFolder
-
-    runs, pairs = runs_first(words)
-    for word in pairs:
-        if "=" not in word:
-            RunFolder(word).require_run()
-    mirrored = tta_of(tta)
-    check_json_file(json_file, "classes", "raw")
-    if plots is not None:
-        check_folder(
-            plots,
-            "--plots",
-            writes=PLOTS,
-            is_own=lambda folder: has_mark(folder / PLOTS[0]),
-        )
-    elif len(runs) == 1:
-        check_folder(RunFolder(runs[0]).plots, "plots:")
-    console = make_console()
-    loaded, *others = [load_run(run, overrides=tuple(pairs)) for run in runs]
-    if mirrored:
-        warn_of_mirrors(console, [loaded, *others])
-    validation = loaded.config.data.validation or loaded.config.data.source
-    spec = data or validation
-    if others:
-        report, own = evaluate_together(console, [loaded, *others], data, classes, mirrored)
-    elif is_shards(spec):
-        if classes is not None:
-            raise ConfigError("--classes: shards have the labels of their index")
-        own = same_source(spec, validation)
-        say(console, f"epoch {loaded.epoch} of {runs[0]}: {spec}")
-        report = evaluate_shards(loaded, spec, tta=mirrored)
-    else:
-        cache, indices, own = select_images(console, loaded, data, classes)
-        report = evaluate_run(loaded, cache, indices, tta=mirrored)
-    console.print(report)
-    if json_file is not None:
-        write_text(json_file, report.to_json())
-    if others and plots is None:
-        return
-    name = "validation" if own else "evaluation"
-    folder = plots or loaded.folder.plots / (f"{name}-{tta}" if tta else name)
-    with disk_errors(folder, "free some space and run the command again"):
-        draw_confusion(report, folder)
-    say(console, f"plots: {folder}")
-
-
+app.command()(evaluate)
 app.command()(predict)
 app.command()(localize)
 app.command()(inspect)

@@ -13,6 +13,8 @@ from magsd.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from magsd.data import Record
+    from magsd.data.record import Side
     from magsd.evaluation import EvaluationReport
     from magsd.training.run import LoadedRun
 
@@ -68,17 +70,19 @@ def evaluate_together(
     data: str | None,
     classes: str | None,
     tta: Literal["flip"] | None,
-) -> tuple[EvaluationReport, bool]:
-    """Report on the mean of several runs' models, and whether its images are the runs' own.
+) -> tuple[EvaluationReport, Sequence[Record], Side | None]:
+    """Report on the mean of several runs' models, the records of its images, and their side.
 
     data, classes: as of `select_images`. Raises `DataError` where the runs report on other images.
     """
-    from magsd.data.run_data import same_source
+    from magsd.data.run_sides import meant_images, same_source
     from magsd.data.shards import is_shards
     from magsd.training.ensemble import ensemble_of, evaluate_runs, evaluate_runs_on_shards
+    from magsd.training.report import shard_records
 
     ensemble_of(runs)  # other classes are told before images are read
-    specs = [data or run.config.data.validation or run.config.data.source for run in runs]
+    meant = [meant_images(run.config, run.folder.split, data) for run in runs]
+    specs = [spec for spec, _ in meant]
     if any(is_shards(spec) for spec in specs):
         if classes is not None:
             raise ConfigError("--classes: shards have the labels of their index")
@@ -88,10 +92,13 @@ def evaluate_together(
                     f"{runs[0].folder.root} and {run.folder.root} are measured on other images "
                     f"({specs[0]} and {spec}); name images that neither knows: --data SOURCE"
                 )
-        report, own = evaluate_runs_on_shards(runs, specs[0], tta=tta), data is None
+        report = evaluate_runs_on_shards(runs, specs[0], tta=tta)
+        records = shard_records(runs[0], specs[0], report)
+        sides = {side for _, side in meant}
     else:
         images = [select_images(console, run, data, classes) for run in runs]
         report = evaluate_runs(runs, [each[:2] for each in images], tta=tta)
-        own = all(each[2] for each in images)
+        records = [images[0][0].records[index] for index in report.predictions.indices]
+        sides = {each[2] for each in images}
     say(console, f"mean of {len(runs)} runs: {report.raw.images} images")
-    return report, own
+    return report, records, sides.pop() if len(sides) == 1 else None
