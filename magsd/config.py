@@ -36,7 +36,7 @@ _TEST = Check(
     "folds, none, or an image source such as csv:FILE",
 )
 #: What a run did that was written before there was such a key.
-_BEFORE = (("data.test", "none"),)
+_BEFORE: list[tuple[str, Any]] = [("data.test", "none")]
 
 
 @dataclass
@@ -406,7 +406,9 @@ def _said_in(path: Path, where: str) -> list[_Said]:
     """What a file says; it must be read where a user wrote it, no run nor this package."""
     of_run = is_of_run(path)
     must = not (path.is_relative_to(_PACKAGED) or of_run)
-    pairs = [*(_BEFORE if of_run else ()), *_flatten(_read_yaml(path), where)]
+    pairs = _flatten(_read_yaml(path), where)
+    if of_run:
+        pairs = [*_BEFORE, *pairs]
     return [_Said(*pair, where, must) for pair in pairs]
 
 

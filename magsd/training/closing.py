@@ -46,7 +46,7 @@ def closing_table(
     )
     table.add_column()
     table.add_column(overflow="fold")
-    for name, each in reversed(reports.items()):
+    for name, each in list(reports.items())[::-1]:
         table.add_row(f"{name} accuracy", f"{each.raw.accuracy:.4f}")
         if each.refined is not None:
             table.add_row("  raw + refined logits", f"{each.refined.accuracy:.4f}")

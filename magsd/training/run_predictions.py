@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +12,8 @@ from magsd.data import ImageCache, Loader, Record
 from magsd.evaluation import EvaluationReport
 from magsd.evaluation.metrics import probabilities_of
 from magsd.reporting.predictions import PredictionTable
+
+Values = NDArray[np.float64] | None
 
 
 def predictions_table(
@@ -76,18 +77,22 @@ def _apart(table: PredictionTable, taken: set[str]) -> PredictionTable:
 
 
 def _pair(first: PredictionTable, second: PredictionTable) -> PredictionTable:
-    def both(name: str) -> NDArray[Any] | None:
-        values = [getattr(table, name) for table in (first, second)]
-        return None if any(value is None for value in values) else np.concatenate(values)
+    def both(values: Values, others: Values) -> Values:
+        return None if values is None or others is None else np.concatenate([values, others])
 
-    def cells(table: PredictionTable, name: str) -> NDArray[Any]:
+    def cells(table: PredictionTable, name: str) -> NDArray[np.str_]:
         return table.extra.get(name, np.full(len(table), ""))
 
     columns = dict.fromkeys([*first.extra, *second.extra])
-    arrays = ("keys", "patients", "splits", "labels", "probabilities", "logits")
-    arrays += ("refined_probabilities", "refined_logits")
     return replace(
         first,
-        **{name: both(name) for name in arrays},
+        keys=np.concatenate([first.keys, second.keys]),
+        patients=np.concatenate([first.patients, second.patients]),
+        splits=np.concatenate([first.splits, second.splits]),
+        labels=np.concatenate([first.labels, second.labels]),
+        probabilities=np.concatenate([first.probabilities, second.probabilities]),
+        logits=both(first.logits, second.logits),
+        refined_probabilities=both(first.refined_probabilities, second.refined_probabilities),
+        refined_logits=both(first.refined_logits, second.refined_logits),
         extra={c: np.concatenate([cells(first, c), cells(second, c)]) for c in columns},
     )
