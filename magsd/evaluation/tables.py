@@ -183,7 +183,7 @@ def predictions_table(
     for prediction in predictions:
         image, last = Text(str(prediction.path)), [Text(str(prediction.overlay or ""))]
         if prediction.findings is not None:
-            last.insert(0, Text(", ".join(prediction.findings) or "-"))
+            last.insert(0, Text(_findings(prediction)))
         values = prediction.probabilities
         if whole:
             cells = [
@@ -197,6 +197,14 @@ def predictions_table(
             table.add_row(first, Text(name), f"{values[name]:.3f}", *rest)
         table.add_section()
     return table
+
+
+def _findings(prediction: Prediction) -> str:
+    """The likeliest of the findings, and how many there are besides."""
+    found, likely = prediction.findings or (), prediction.calibrated or {}
+    shown = heapq.nlargest(_TOP, found, key=likely.__getitem__)
+    more = [f"{len(found) - _TOP} more"] if len(found) > _TOP else []
+    return ", ".join([*shown, *more]) or "-"
 
 
 def _add_classes(table: Table, rows: list[_Row], measure: str) -> None:

@@ -103,8 +103,8 @@ def test_evaluate_takes_the_mean_over_images_that_all_report_on(
     file, plots = tmp_path / "report.json", tmp_path / "plots"
     output = run("evaluate", runs["first"], runs["second"], "--json", file)
     report = written(file)
-    assert report["raw"]["images"] == report["refined"]["images"] == 12
-    assert "mean of 2 runs: 12 images" in output
+    assert report["raw"]["images"] == report["refined"]["images"] == 24
+    assert "mean of 2 runs: 24 images" in output
     assert report["localization"]["overall"]["images"] > 0
     assert sorted(runs["first"].rglob("*")) == before
     run("evaluate", runs["first"], runs["second"], "--plots", plots, "--tta", "flip", "seed=3")
@@ -132,10 +132,10 @@ def test_the_mean_evaluated_is_the_mean_predicted(runs: dict[str, Path], tmp_pat
 def test_folds_have_no_images_that_none_was_trained_on(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"other images \(12 and 12, 0 of them .*--data SOURCE"):
+    with pytest.raises(DataError, match=r"other images \(24 and 24, 0 of them .*--data SOURCE"):
         run("evaluate", runs["first"], runs["fold"])
     with pytest.raises(DataError, match="--data SOURCE"):
-        run("evaluate", runs["first"], runs["fold"], "--data", "phantom:n=24,size=32")
+        run("evaluate", runs["first"], runs["fold"], "--data", "phantom:n=48,size=32")
     file = tmp_path / "report.json"
     output = run("evaluate", runs["first"], runs["fold"], "--data", OTHER, "--json", file)
     assert "trained on" not in output
@@ -147,7 +147,7 @@ def test_folds_have_no_images_that_none_was_trained_on(
 def test_evaluate_one_run_with_mirrors(runs: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     output = run("evaluate", runs["first"], "--tta", "flip", "--json", file)
-    assert written(file)["raw"]["images"] == 12
+    assert written(file)["raw"]["images"] == 24
     assert len(list((runs["first"] / "plots").glob("*-flip/confusion.png"))) == 1
     assert "mean of" not in output
     with pytest.raises(ConfigError, match="expected flip"):
@@ -156,7 +156,7 @@ def test_evaluate_one_run_with_mirrors(runs: dict[str, Path], tmp_path: Path) ->
 
 def test_shards(runs: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("webdataset", reason="needs the shards extra")
-    run("shards", "--data", OTHER, "--out", tmp_path / "shards", "folds=2")
+    run("shards", "--data", OTHER, "--out", tmp_path / "shards", "folds=2", "data.test=none")
     reports = []
     spec = f"shards:{tmp_path}/shards/val-000000.tar"
     for names in (("first", "second"), ("first",), ("second",)):
