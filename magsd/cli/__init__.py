@@ -1,4 +1,4 @@
-"""The command `magsd`: train, evaluate, predict, localize, inspect, crossval, shards, info."""
+"""The command `magsd`: train, evaluate, predict, localize, inspect, crossval, report ..."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ except ImportError as _error:  # the base install holds the kernels alone
 from magsd.cli.cross_validation import crossval
 from magsd.cli.inspection import inspect
 from magsd.cli.localization import localize
+from magsd.cli.reporting import report
 from magsd.cli.shards import shards
 
 # torch, timm and the rest are imported by the command that needs them: help must be quick.
@@ -291,6 +292,7 @@ def _as_json(prediction: Any) -> dict[str, Any]:
 app.command()(localize)
 app.command()(inspect)
 app.command()(crossval)
+app.command()(report)
 app.command()(shards)
 
 

@@ -116,9 +116,17 @@ def reliability(title: str, lines: Sequence[Line], *, note: str = "") -> Markup:
             if line.low is not None and line.high is not None:
                 axes.vlines(x, line.low, line.high, color=color, lw=0.8, alpha=0.6)
             axes.plot(
-                x, y, "os^D"[k % 4], color=color, ms=4.5, mfc="white" if k else color, ls=_STYLES[k % 4],
-                lw=1.1, label=line.name, clip_on=False,
-            )  # fmt: skip
+                x,
+                y,
+                color=color,
+                marker="os^D"[k % 4],
+                ms=4.5,
+                mfc="white" if k else color,
+                ls=_STYLES[k % 4],
+                lw=1.1,
+                label=line.name,
+                clip_on=False,
+            )
         _unit(axes, "predicted probability", "observed share")
         if note:
             axes.text(0.97, 0.05, note, ha="right", transform=axes.transAxes, linespacing=1.4)

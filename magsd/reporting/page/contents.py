@@ -84,7 +84,7 @@ class ModelReport:
 
     table: the reported rows. kind: the predictions that all but `estimates` is about. estimates: of
     every kind. point: None where there is nothing to fit it on; fitted: where it comes from.
-    refinement: refined minus raw.
+    refinement: refined minus raw. bins: reliability of the file's probabilities.
     """
 
     name: str
@@ -99,6 +99,7 @@ class ModelReport:
     thresholds: dict[str, ThresholdMeasures]
     curves: dict[str, ClassCurves]
     decisions: dict[str, DecisionCurve]
+    bins: list[Bin]
     calibration: Calibration | None
     subgroups: dict[str, list[Subgroup]]
     patients: Patients | None
@@ -220,6 +221,7 @@ def _model(
             for name, k in index.items()
             if (table.labels == k).any()
         },
+        bins=reliability(table.of(kind), table.labels),
         calibration=calibration,
         subgroups=_subgroups(table, kind, options),
         patients=_patients(table, kind, options),
@@ -282,9 +284,7 @@ def _calibration(
     )
 
 
-def _subgroups(
-    table: PredictionTable, kind: Kind, options: Options
-) -> dict[str, list[Subgroup]]:
+def _subgroups(table: PredictionTable, kind: Kind, options: Options) -> dict[str, list[Subgroup]]:
     found = {}
     chosen = options.subgroups
     for text in _grouping_columns(table) if chosen is None else chosen:
