@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from magsd.reporting.bootstrap import DEFAULT, Interval, Resampling
+from magsd.errors import DataError
+from magsd.reporting.bootstrap import DEFAULT, Floats, Interval, Resampling, bootstrap
+from magsd.reporting.estimates import cluster_indices
+from magsd.reporting.measures import ratio
 from magsd.reporting.operating import OperatingPoint
 from magsd.reporting.predictions import Kind, PredictionTable
 
@@ -32,12 +35,14 @@ class ThresholdMeasures:
 
 @dataclass(frozen=True)
 class DecisionCurve:
-    """Net benefit (T,) at threshold probabilities (T,) of the model, of all and of no positives."""
+    """Net benefit (T,) at threshold probabilities (T,).
 
-    thresholds: NDArray[np.float64]
-    model: NDArray[np.float64]
-    everyone: NDArray[np.float64]
-    no_one: NDArray[np.float64]
+    model: with its positives; everyone: with all images positive; no one is positive: 0.
+    """
+
+    thresholds: Floats
+    model: Floats
+    everyone: Floats
 
 
 def measure_thresholds(
@@ -48,14 +53,59 @@ def measure_thresholds(
 ) -> dict[str, ThresholdMeasures]:
     """Class -> measures at the thresholds of a point, of the rows of a table.
 
-    The table is not calibrated: the point's temperature is applied to its logits.
+    The point's temperature is applied to the table's logits of that kind. Raises DataError for a
+    table without rows or of other classes.
     """
-    raise NotImplementedError
+    if tuple(point.thresholds) != table.classes:
+        raise DataError(f"{table.name}: the operating points were fitted for other classes")
+    if not len(table):
+        raise DataError(f"{table.name}: no images here; choose a side that has some")
+    positive = point.positive(point.probabilities(table.logits_of(kind)))
+    patients = cluster_indices(table, resampling)
+    return {
+        name: _measure(table.labels == k, positive[:, k], patients, resampling)
+        for k, name in enumerate(table.classes)
+    }
+
+
+def _measure(
+    of_class: NDArray[np.bool_],
+    positive: NDArray[np.bool_],
+    patients: NDArray[np.int64],
+    resampling: Resampling,
+) -> ThresholdMeasures:
+    cells = np.stack(
+        [of_class & positive, ~of_class & positive, of_class & ~positive, ~of_class & ~positive]
+    )
+    count = int(patients.max()) + 1
+    sums = np.stack([np.bincount(patients, cell, minlength=count) for cell in cells])
+    # Rates as (numerator, the other part of the denominator), by the order of the cells.
+    rates = np.array([(0, 2), (3, 1), (0, 1), (3, 2)])
+
+    def statistic(weights: Floats) -> Floats:
+        counts = sums @ weights
+        part, whole = counts[rates[:, 0]], counts[rates].sum(axis=1)
+        return ratio(part, whole)
+
+    shares = np.array([np.count_nonzero(sums[list(rate)].sum(axis=0)) for rate in rates])
+    intervals = bootstrap(statistic, count, resampling, shares=shares)
+    return ThresholdMeasures(*cells.sum(axis=1).tolist(), *intervals)
 
 
 def decision_curve(probabilities: ArrayLike, labels: ArrayLike, index: int) -> DecisionCurve:
     """Net benefit (Vickers and Elkin 2006) of class `index` at 0.01, 0.02 ... 0.99.
 
-    An image is positive where its probability is at least the threshold.
+    At t it is TP / N - FP / N * t / (1 - t), where an image is positive at a probability of at
+    least t. probabilities: (N, K), calibrated. labels: (N,) class indices.
     """
-    raise NotImplementedError
+    scores = np.asarray(probabilities, dtype=np.float64)[:, index]
+    of_class = np.asarray(labels) == index
+    thresholds = np.arange(1, 100) / 100
+    odds = thresholds / (1 - thresholds)
+    true = of_class.sum() - np.searchsorted(np.sort(scores[of_class]), thresholds)
+    false = (~of_class).sum() - np.searchsorted(np.sort(scores[~of_class]), thresholds)
+    return DecisionCurve(
+        thresholds=thresholds,
+        model=(true - false * odds) / len(scores),
+        everyone=(of_class.sum() - (~of_class).sum() * odds) / len(scores),
+    )

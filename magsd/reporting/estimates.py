@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from magsd.reporting.bootstrap import DEFAULT, Difference, Interval, Resampling
-from magsd.reporting.delong import AurocDifference
+import numpy as np
+from numpy.typing import NDArray
+
+from magsd.errors import DataError
+from magsd.reporting.bootstrap import (
+    DEFAULT,
+    Difference,
+    Floats,
+    Interval,
+    Resampling,
+    bootstrap,
+    bootstrap_differences,
+)
+from magsd.reporting.delong import AurocDifference, compare_aurocs
+from magsd.reporting.measures import Measures, grouped
 from magsd.reporting.predictions import Kind, PredictionTable
 
 
@@ -47,7 +60,29 @@ def estimate(
     table: PredictionTable, kind: Kind = "raw", resampling: Resampling = DEFAULT
 ) -> Estimates:
     """Measures of the rows of a table; DataError where it has none."""
-    raise NotImplementedError
+    _check_rows(table)
+    measures = Measures(table.labels, table.of(kind), cluster_indices(table, resampling))
+    intervals = bootstrap(
+        measures.values,
+        measures.patients,
+        resampling,
+        rows=measures.images,
+        shares=measures.shares,
+    )
+    overall, per_class = grouped(measures, intervals, table.classes)
+    confusion = np.zeros((len(table.classes),) * 2, dtype=np.int64)
+    np.add.at(confusion, (table.labels, table.predicted(kind)), 1)
+    class_images, class_patients = class_counts(table)
+    return Estimates(
+        images=len(table),
+        patients=table.num_patients,
+        class_images=class_images,
+        class_patients=class_patients,
+        confusion=confusion.tolist(),
+        overall=overall,
+        per_class=per_class,
+        resampling=resampling,
+    )
 
 
 def compare(
@@ -60,4 +95,44 @@ def compare(
 
     The same table twice with two kinds compares raw and refined predictions.
     """
-    raise NotImplementedError
+    _check_rows(first)
+    if not np.array_equal(first.keys, second.keys) or first.classes != second.classes:
+        raise ValueError("the tables differ in keys or classes: see check_comparable")
+    patients = cluster_indices(first, resampling)
+    scores = first.of(kinds[0]), second.of(kinds[1])
+    pair = [Measures(first.labels, values, patients) for values in scores]
+
+    def statistic(weights: Floats) -> Floats:
+        return pair[0].values(weights) - pair[1].values(weights)
+
+    differences = bootstrap_differences(statistic, pair[0].patients, resampling, rows=len(first))
+    overall, per_class = grouped(pair[0], differences, first.classes)
+    auroc = {
+        name: compare_aurocs(
+            first.labels == k, scores[0][:, k], scores[1][:, k], patients, resampling.level
+        )
+        for k, name in enumerate(first.classes)
+    }
+    return Comparison(first.name, second.name, overall, per_class, auroc, resampling)
+
+
+def cluster_indices(table: PredictionTable, resampling: Resampling) -> NDArray[np.int64]:
+    """Index (N,) of what is drawn: each row's patient, or the row itself."""
+    if resampling.cluster == "image":
+        return np.arange(len(table))
+    indices: NDArray[np.int64] = np.unique(table.patients, return_inverse=True)[1]
+    return indices
+
+
+def class_counts(table: PredictionTable) -> tuple[dict[str, int], dict[str, int]]:
+    """Images and patients of each class."""
+    images, patients = {}, {}
+    for k, name in enumerate(table.classes):
+        own = table.patients[table.labels == k]
+        images[name], patients[name] = len(own), len(np.unique(own))
+    return images, patients
+
+
+def _check_rows(table: PredictionTable) -> None:
+    if not len(table):
+        raise DataError(f"{table.name}: no images here; choose a side that has some")

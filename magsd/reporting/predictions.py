@@ -128,7 +128,7 @@ class PredictionTable:
 
     def predicted(self, kind: Kind) -> NDArray[np.int64]:
         """Index (N,) of the likeliest class; the first of equals."""
-        return self.of(kind).argmax(axis=1)
+        return np.asarray(self.of(kind).argmax(axis=1))
 
 
 def read_predictions(path: str | os.PathLike[str], *, name: str | None = None) -> PredictionTable:
