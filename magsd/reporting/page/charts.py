@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,7 +25,7 @@ _STYLES = ("-", "--", ":", "-.")
 _COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7")
 # What a panel is at most wide as text: longer names are shortened in their middle.
 _LONGEST = 34
-_SETTINGS = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text: searchable, and set in the page's font
     "svg.hashsalt": "magsd",
     "font.family": "DejaVu Sans",

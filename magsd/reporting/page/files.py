@@ -15,6 +15,7 @@ import numpy as np
 from magsd import __version__
 from magsd.outputs import check_folder, disk_errors, has_json
 from magsd.reporting.bootstrap import Interval
+from magsd.reporting.calibration import Bin
 from magsd.reporting.page import words
 from magsd.reporting.page.contents import Contents, ModelReport
 
@@ -171,7 +172,7 @@ def _operating(models: Sequence[ModelReport]) -> Iterator[Sequence[object]]:
 
 def _bins(models: Sequence[ModelReport]) -> Iterator[Sequence[object]]:
     for model in models:
-        found = {"": (model.bins, [])}
+        found: dict[str, tuple[list[Bin], list[Bin]]] = {"": (model.bins, [])}
         if model.calibration is not None:
             found = {"": model.calibration.bins, **model.calibration.class_bins}
         for name, both in found.items():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from magsd.reporting.bootstrap import Interval
+from magsd.reporting.delong import AurocDifference
 from magsd.reporting.estimates import Estimates
 from magsd.reporting.page.contents import Contents, ModelReport
 
@@ -28,9 +29,9 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}f}".replace("-", "\u2212")
 
 
-def span(interval: Interval, digits: int = 3) -> str:
-    """The limits of an interval, or nothing where it has none."""
-    if math.isnan(interval.low) or math.isnan(interval.high):
+def span(interval: Interval | AurocDifference, digits: int = 3) -> str:
+    """The limits of an interval, or nothing where it says nothing."""
+    if math.isnan(interval.low) or math.isnan(interval.high) or interval.low == interval.high:
         return ""
     return f"{number(interval.low, digits)} to {number(interval.high, digits)}"
 
