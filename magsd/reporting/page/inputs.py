@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,13 +35,12 @@ class Facts:
 
     rows: label and text, in the page's order. sides: side -> class -> (images, patients), from the
     run's split.csv, which has the training side, too. configuration: all values of the run.
-    operating: content of operating.json. source: what the run's images came from.
+    source: what the run's images came from.
     """
 
     rows: list[tuple[str, str]] = field(default_factory=list)
     sides: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     configuration: dict[str, Any] = field(default_factory=dict)
-    operating: dict[str, Any] | None = None
     source: str | None = None
 
 
@@ -147,7 +145,6 @@ def facts_of(each: Input) -> Facts:
         rows,
         _sides(each.run / "split.csv") if each.run is not None else {},
         configuration,
-        _json(each.predictions.with_name("operating.json")),
         source,
     )
 
@@ -167,22 +164,12 @@ def _settings(
     start = "random weights" if weights is False else "pretrained weights"
     if isinstance(weights, str):
         start += f" ({Path(weights).name})"
-    parts = f"folds by patient, stratified by class: {data['folds']} folds, seed"
-    parts += f" {data['split_seed']}"
-    if cross_validated:
-        split = f"{parts}; every fold held out once by another model ({folds} models)"
-    else:
-        rule = {"auto": f"the published split where there is one, else {parts}"}
-        rule["published"] = "the published split"
-        split = rule.get(data["split"], parts) + f"; fold {data['fold']} held out"
-    if data.get("test") is not None:
-        split += f"; data.test={data['test']}"
     images = f"{data['image_size']} x {data['image_size']} pixels"
     images += f", {model.get('in_channels', 1)} channel(s)" + (", CLAHE" if data["clahe"] else "")
     return [
         ("model", f"{model['name']}, backbone {model['backbone']}, {start}"),
         ("source", str(data["source"])),
-        ("split", split),
+        ("split", _split(data, cross_validated, folds)),
         ("images", images),
         (
             "training",
@@ -190,6 +177,23 @@ def _settings(
             f" rate {optim['lr']:g}, seed {train['seed']}",
         ),
     ]
+
+
+def _split(data: dict[str, Any], cross_validated: bool, folds: int) -> str:
+    """How images were divided, in words."""
+    parts = f"{data['folds']} folds by patient, stratified by class, seed {data['split_seed']}"
+    test = data.get("test", "none")
+    held = "test" if test == "folds" else "validation"
+    if cross_validated:
+        return f"{parts}; each fold is the {held} side of one of {folds} models"
+    text = f"{parts}; fold {data['fold']} is the {held} side"
+    if data["split"] != "folds":
+        text = f"the published split where there is one, else {text}"
+    if data["split"] == "published":
+        text = "the published split"
+    if test not in ("folds", "none"):
+        text += f"; the test side is {test}"
+    return text + (", nothing is kept aside for a test" if test == "none" else "")
 
 
 def _sides(split: Path) -> dict[str, dict[str, tuple[int, int]]]:
@@ -215,19 +219,6 @@ def count_sides(rows: Sequence[tuple[str, str, str]]) -> dict[str, dict[str, tup
     for (side, label), number in images.items():
         counts.setdefault(side, {})[label] = (number, len(patients[side, label]))
     return counts
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no file. Raises `RunError` where it is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: {error}; write it again with {_MAKE}") from None
-    if not isinstance(content, dict):
-        raise RunError(f"{path} is damaged: expected an object; write it again with {_MAKE}")
-    return content
 
 
 def _sha256(path: Path) -> str:

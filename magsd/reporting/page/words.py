@@ -163,6 +163,12 @@ def _selection(contents: Contents) -> Iterator[str]:
                 f"{model.name}: temperature and thresholds were fitted on"
                 f" {count(model.point.images, 'validation image')}; on few images they vary much."
             )
+        if model.input.folds:
+            yield (
+                f"{model.name}: the predictions are of"
+                f" {count(len(model.input.folds), 'model')}, one a fold. The intervals take them for one model; AUROC ranks the scores of all"
+                " folds together."
+            )
         for warning in model.table.warnings:
             yield f"{model.name}: {warning}."
 
