@@ -158,9 +158,9 @@ def intervals(
     """Values with their intervals, a row each; a vertical line at `reference`."""
     with matplotlib.rc_context(_SETTINGS):
         height = 0.62 + 0.23 * len(rows)
-        figure = Figure(figsize=(6.6, height))
+        figure = Figure(figsize=(5.4, height))
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.34, 0.42 / height, 0.63, 1 - 0.62 / height))
+        axes = figure.add_axes((0.36, 0.42 / height, 0.61, 1 - 0.62 / height))
         if reference is not None:
             axes.axvline(reference, color=GRAY, lw=0.8, ls=(0, (1, 2)))
         for place, row in enumerate(rows):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from markupsafe import Markup
 
 from magsd import __version__
 from magsd.reporting.bootstrap import Interval
+from magsd.reporting.decisions import ThresholdMeasures
 from magsd.reporting.estimates import Comparison
 from magsd.reporting.measures import OVERALL, PER_CLASS
 from magsd.reporting.operating import Rule
@@ -64,7 +64,7 @@ def page(contents: Contents, pictures: Pictures) -> str:
             for model in contents.models
             for kind, estimates in model.estimates.items()
         ],
-        marked=_marked(contents),
+        marks=marks,
         refined=_refined(contents),
         refinements=[
             _titled(each.refinement, f"{each.name}: refined minus raw predictions")
@@ -154,23 +154,28 @@ def _refined(contents: Contents) -> bool:
     return any(model.kind == "refined" for model in contents.models)
 
 
-def _marked(contents: Contents) -> dict[str, bool]:
-    """Whether any interval of the tables carries a mark that captions explain."""
-    found = list(chain.from_iterable(map(_intervals, contents.models)))
-    return {
-        "undefined": any(interval.undefined for interval in found),
-        "exact": any(interval.exact for interval in found),
-    }
+def marks(value: object) -> str:
+    """What the marks of a table's intervals mean, for those that it has."""
+    found = list(_intervals(value))
+    text = ""
+    if any(interval.undefined for interval in found):
+        text += " \u2020 Undefined in some resamples, which the interval leaves out."
+    if any(interval.exact for interval in found):
+        text += " \u2021 0 or 1 in every resample: exact interval of Clopper and Pearson,"
+        text += " counting patients."
+    return text
 
 
-def _intervals(model: ModelReport) -> Iterator[Interval]:
-    groups = (group.estimates for groups in model.subgroups.values() for group in groups)
-    for estimates in (*model.estimates.values(), *groups):
-        yield from estimates.overall.values()
-        for own in estimates.per_class.values():
-            yield from own.values()
-    for each in model.thresholds.values():
-        yield from (each.sensitivity, each.specificity, each.ppv, each.npv)
+def _intervals(value: object) -> Iterator[Interval]:
+    if isinstance(value, Interval):
+        yield value
+    elif isinstance(value, dict):
+        yield from _intervals(list(value.values()))
+    elif isinstance(value, list):
+        for each in value:
+            yield from _intervals(each)
+    elif isinstance(value, ThresholdMeasures):
+        yield from (value.sensitivity, value.specificity, value.ppv, value.npv)
 
 
 def _shown(model: ModelReport) -> list[str]:

@@ -78,9 +78,11 @@ def summary(contents: Contents) -> list[str]:
     first = contents.models[0].main
     of = f" of {count(first.patients, 'patient')}" if has_patients(contents.models[0]) else ""
     names = [model.name for model in contents.models]
-    what = "the model" if len(names) == 1 else f"{len(names)} models"
+    what = f"the model {names[0]}"
+    if len(names) > 1:
+        what = f"{len(names)} models ({listed(names)})"
     sentences = [
-        f"This report measures {what} {listed(names)} on"
+        f"This report measures {what} on"
         f" {_images(first.images, contents.side, of)}, in {len(contents.classes)} classes."
     ]
     for model in contents.models:
@@ -164,10 +166,10 @@ def _selection(contents: Contents) -> Iterator[str]:
                 f" {count(model.point.images, 'validation image')}; on few images they vary much."
             )
         if model.input.folds:
+            models = count(len(model.input.folds), "model")
             yield (
-                f"{model.name}: the predictions are of"
-                f" {count(len(model.input.folds), 'model')}, one a fold. The intervals take them for one model; AUROC ranks the scores of all"
-                " folds together."
+                f"{model.name}: the predictions are of {models}, one a fold. The intervals"
+                " take them for one model; AUROC ranks the scores of all folds together."
             )
         for warning in model.table.warnings:
             yield f"{model.name}: {warning}."
