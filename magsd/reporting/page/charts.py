@@ -158,7 +158,7 @@ def intervals(
     """Values with their intervals, a row each; a vertical line at `reference`."""
     with matplotlib.rc_context(_SETTINGS):
         height = 0.62 + 0.23 * len(rows)
-        figure = Figure(figsize=(5.4, height))
+        figure = Figure(figsize=(4.4, height))
         FigureCanvasSVG(figure)
         axes = figure.add_axes((0.36, 0.42 / height, 0.61, 1 - 0.62 / height))
         if reference is not None:
