@@ -204,8 +204,7 @@ def _bins(numbers: Floats, edges: list[float]) -> list[tuple[str, NDArray[np.boo
 
 
 def _short(number: float) -> str:
-    """Six digits where these are all of them, so that bins have different names."""
-    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
+    return repr(number).removesuffix(".0")
 
 
 def _subgroup(table: PredictionTable, name: str, kind: Kind, resampling: Resampling) -> Subgroup:

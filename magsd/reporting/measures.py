@@ -74,7 +74,9 @@ class Measures:
         predicted = scores.argmax(axis=1)
         self._sums = _patient_sums(truth, scores, predicted, of, self.patients)
         self._present = np.bincount(truth, minlength=self.classes) > 0
-        self._rankings = [_Ranking(truth == k, scores[:, k], of) for k in range(self.classes)]
+        self._rankings = [
+            _Ranking(truth == k, scores[:, k], of, self.patients) for k in range(self.classes)
+        ]
         self.shares = self._patients_of_shares(truth, predicted, of)
 
     def values(self, weights: Floats) -> Floats:
@@ -150,54 +152,49 @@ def grouped(
 
 
 class _Ranking:
-    """AUROC and average precision of one class; equal scores count as scikit-learn counts them."""
+    """AUROC and average precision of one class; equal scores count as scikit-learn counts them.
 
-    def __init__(self, positive: NDArray[np.bool_], scores: Floats, patients: Ints) -> None:
-        order = np.argsort(scores, kind="stable")
-        ordered, rows = scores[order], np.flatnonzero(positive[order])
-        self._patients = patients[order]
-        # Of each positive the images, and the positives, below it and up to the last equal one.
-        self._below = np.searchsorted(ordered, ordered[rows], side="left")
-        self._up_to = np.searchsorted(ordered, ordered[rows], side="right")
-        self._positives_below = np.searchsorted(rows, self._below)
-        self._positives_up_to = np.searchsorted(rows, self._up_to)
-        self._rows = rows
+    In the order of the G different scores of positives, sums over the images of a patient:
+    positives of each score (G, P); negatives below it and not below the one before, and at last
+    those that are below none (G + 1, P); negatives of the same score (G, P), None without any.
+    """
+
+    def __init__(
+        self, positive: NDArray[np.bool_], scores: Floats, patients: Ints, count: int
+    ) -> None:
+        values, own = np.unique(scores[positive], return_inverse=True)
+        others, of_others = scores[~positive], patients[~positive]
+        above = np.searchsorted(values, others, side="right")
+        equal = above != np.searchsorted(values, others, side="left")
+        self._own = _sums(own, patients[positive], len(values), count)
+        self._between = _sums(above, of_others, len(values) + 1, count)
+        self._equal = None
+        if equal.any():
+            self._equal = _sums(above[equal] - 1, of_others[equal], len(values), count)
 
     def values(self, weights: Floats) -> Floats:
         """AUROC and average precision (2, R) under weights (P, R) of the patients."""
-        count = weights.shape[1]
-        if not len(self._rows):
-            return np.full((2, count), math.nan)
-        sums = _sums_before(weights[self._patients])
-        own = weights[self._patients[self._rows]]
-        positives = _sums_before(own)
-        total, total_positive = sums[-1], positives[-1]
-        below = sums[self._below]
+        own, below = self._own @ weights, self._between @ weights
+        np.cumsum(below, axis=0, out=below)
+        negatives, below = below[-1], below[:-1]
+        up_to = np.cumsum(own, axis=0)
+        positives = own.sum(axis=0)
         # In place: these arrays are most of the memory and of the time.
-        above = total - below
-        positives_below = positives[self._positives_below]
-        above_positive = total_positive - positives_below
-        precision = np.divide(above_positive, above, out=np.zeros_like(above), where=above > 0)
-        precision *= own
-        negatives = below
-        negatives -= positives_below
-        negatives += sums[self._up_to]
-        negatives -= positives[self._positives_up_to]
-        negatives *= own
-        pairs = total_positive * (total - total_positive)
+        at_least = np.subtract(positives + own, up_to, out=up_to)
+        precision = ratio(at_least, at_least + (negatives - below), 0.0)
+        average = (precision * own).sum(axis=0)
+        if self._equal is not None:
+            below += (self._equal @ weights) / 2
+        below *= own
         return np.stack(
-            [
-                ratio(negatives.sum(axis=0) / 2, pairs),
-                ratio(precision.sum(axis=0), total_positive),
-            ]
+            [ratio(below.sum(axis=0), positives * negatives), ratio(average, positives)]
         )
 
 
-def _sums_before(values: Floats) -> Floats:
-    """Sums (N + 1, R) of the first 0, 1 ... N rows of (N, R)."""
-    sums = np.zeros((len(values) + 1, values.shape[1]))
-    np.cumsum(values, axis=0, out=sums[1:])
-    return sums
+def _sums(rows: Ints, patients: Ints, count: int, columns: int) -> csr_array:
+    """How many images of each patient fall into each row, (count, columns)."""
+    shape = (count, columns)
+    return coo_array((np.ones(len(rows)), (rows, patients)), shape=shape).tocsr()
 
 
 def ratio(part: Floats, whole: Floats, undefined: float = math.nan) -> Floats:

@@ -60,7 +60,8 @@ class Rule:
     def __str__(self) -> str:
         if self.value is None:
             return self.name
-        return f"{self.name}={self.value!r}" + (":1" if self.name == "cost" else "")
+        number = repr(self.value).removesuffix(".0")
+        return f"{self.name}={number}" + (":1" if self.name == "cost" else "")
 
 
 @dataclass(frozen=True)

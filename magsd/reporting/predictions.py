@@ -226,7 +226,7 @@ def _classes(columns: Columns) -> tuple[str, ...]:
         prefix: [name[len(prefix) :] for name in columns.text if name.startswith(prefix)]
         for prefix in _PREFIXES
     }
-    classes = found["probability_"] or found["logit_"]
+    classes = max(found.values(), key=len)
     if not classes:
         raise DataError(
             f"{columns.path}: no column probability_CLASS or logit_CLASS; it has"
@@ -246,11 +246,6 @@ def _classes(columns: Columns) -> tuple[str, ...]:
         for name in classes:
             if names and name not in names:
                 raise DataError(f"{columns.path}: no column {prefix}{name}; add it")
-        for name in names:
-            if name not in classes:
-                raise DataError(
-                    f"{columns.path}: {prefix}{name} has no probability_{name}; add that column"
-                )
     return tuple(classes)
 
 
