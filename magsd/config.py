@@ -31,11 +31,22 @@ _PAIRS = "command line"
 _PACKAGED = Path(str(resources.files("magsd") / "configs"))
 
 
+_TEST = Check(
+    lambda v: v in ("folds", "none") or ":" in v or v == "phantom",
+    "folds, none, or an image source such as csv:FILE",
+)
+#: What a run did that was written before there was such a key.
+_BEFORE = (("data.test", "none"),)
+
+
 @dataclass
 class DataConfig:
     """Where images come from, how they are prepared and split.
 
     split: "auto" takes the split that a data set publishes, where it does, else a fold by patient.
+    test: on what nothing is chosen. "folds": part `fold` of `folds`, or the published test images;
+        the validation images are then part of the others. Another source: all its images. "none":
+        there is no such side, and results are those of the validation images.
     validation: shards to validate on, where `source` names shards.
     shuffle_buffer: images that each process shuffles at a time, where `source` names shards.
     """
@@ -48,6 +59,7 @@ class DataConfig:
     cache_dir: str | None = None
     skip_bad: bool = False
     validation: str | None = None
+    test: str = setting("folds", _TEST)
     shuffle_buffer: int = setting(1000, at_least(1))
     split: Literal["auto", "published", "folds"] = "auto"
     folds: int = setting(5, at_least(2))
@@ -99,6 +111,21 @@ class OptimConfig:
     clip_norm: float | None = setting(None, more_than(0))
 
 
+def _is_rule(text: str) -> bool:
+    if text == "youden":  # the default must not wait for SciPy
+        return True
+    from magsd.reporting.operating import Rule
+
+    try:
+        Rule.parse(text)
+    except ConfigError:
+        return False
+    return True
+
+
+_RULE = Check(_is_rule, "argmax, youden, sensitivity=0.95, specificity=0.9 or cost=5:1")
+
+
 @dataclass
 class TrainConfig:
     """Length, precision, device, and what is written how often (steps; 0: at epochs' ends only).
@@ -117,6 +144,9 @@ class TrainConfig:
     sync_batchnorm: where several processes train on GPUs, batch statistics are those of all of
         them; otherwise each process normalizes by its own images.
     images_on_device: keep all images on the GPU; "auto" does where they take less than half of it.
+    operating_point: how each class's threshold is chosen on the validation images: "youden" (the
+        highest sensitivity + specificity), "sensitivity=0.95" or "specificity=0.9" (at least that),
+        "cost=5:1" (of a false negative to a false positive), or "argmax" (no thresholds).
     """
 
     epochs: int = setting(150, at_least(1))
@@ -136,6 +166,7 @@ class TrainConfig:
     sync_batchnorm: bool = False
     deterministic: bool = False
     monitor: Literal["accuracy", "balanced_accuracy", "loss"] = "accuracy"
+    operating_point: str = setting("youden", _RULE)
     log_interval: int = setting(20, at_least(1))
     checkpoint_interval: int = setting(0, at_least(0))
     tensorboard: bool = True
@@ -369,8 +400,10 @@ def _build(said: list[_Said]) -> Config:
 
 def _said_in(path: Path, where: str) -> list[_Said]:
     """What a file says; it must be read where a user wrote it, no run nor this package."""
-    must = not (path.is_relative_to(_PACKAGED) or is_of_run(path))
-    return [_Said(*pair, where, must) for pair in _flatten(_read_yaml(path), where)]
+    of_run = is_of_run(path)
+    must = not (path.is_relative_to(_PACKAGED) or of_run)
+    pairs = [*(_BEFORE if of_run else ()), *_flatten(_read_yaml(path), where)]
+    return [_Said(*pair, where, must) for pair in pairs]
 
 
 def _said_by_model(text: str) -> list[_Said]:

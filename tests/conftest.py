@@ -21,7 +21,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SMALL = (
-    "data.source=phantom:n=24,size=32",
+    "data.source=phantom:n=48,size=32",
     "image_size=32",
     "folds=2",
     "backbone=test_resnet",

@@ -24,8 +24,10 @@ from magsd.cli import training_config
 from magsd.config import load_config
 from magsd.data.cache import prepare_image
 from magsd.data.images import read_image_file
-from magsd.data.run_data import preprocessing_of, same_source
+from magsd.data.run_data import preprocessing_of
+from magsd.data.run_sides import same_source
 from magsd.errors import ConfigError, DataError, RunError
+from magsd.reporting.predictions import read_predictions
 from magsd.training.run_folder import RunFolder
 from magsd.training.trainer import Interrupted
 from magsd_kernels import info, native
@@ -168,8 +170,9 @@ def test_train_writes_a_run_and_a_table(trained: Path) -> None:
         assert (trained / name).is_file(), name
     code, output = run("train", "--resume", "--out", trained)
     assert code == 0
-    for words in ("validation accuracy", "attention inside masks", "uniform map", "images/s"):
+    for words in ("test accuracy", "validation accuracy", "attention inside masks", "images/s"):
         assert words in output, words
+    assert "test side: 24 images; nothing was selected on these images" in output
 
 
 ALL = "all operations, on cpu"
@@ -250,22 +253,28 @@ def test_train_refuses_another_runs_folder(trained: Path, pairs: list[str]) -> N
         run("train", "--out", trained, *pairs)
 
 
-def test_evaluate_own_validation(trained: Path, tmp_path: Path) -> None:
-    file = tmp_path / "deep" / "report.json"
-    code, output = run("evaluate", trained, "--json", file)
+def test_evaluate_own_test_side(trained: Path, tmp_path: Path) -> None:
+    file, table = tmp_path / "deep" / "report.json", tmp_path / "predictions.csv"
+    code, output = run("evaluate", trained, "--json", file, "--predictions", table)
     assert code == 0
-    assert "validation images of the run's own source" in output
+    assert "24 test images of the run's own source" in output
     report = json.loads(file.read_text())
+    assert report["side"] == "test"
     assert report["classes"] == ["diffuse", "focal", "ground-glass", "normal"]
-    validation = (trained / "split.csv").read_text().count(",validation")
-    assert report["raw"]["images"] == validation
+    tested = (trained / "split.csv").read_text().count(",test")
+    assert report["raw"]["images"] == tested == 24
     for name in ("accuracy", "precision", "recall", "f1", "specificity", "false_positive_rate"):
         assert 0 <= report["raw"][name] <= 1
         assert 0 <= report["refined"][name] <= 1
     assert "auroc" in report["raw"]
     assert report["localization"]["overall"]["images"] > 0
-    assert (trained / "plots" / "validation" / "confusion.png").is_file()
-    assert json.loads((trained / "evaluation.json").read_text())["raw"] == report["raw"]
+    assert (trained / "plots" / "test" / "confusion.png").is_file()
+    whole = json.loads((trained / "evaluation.json").read_text())
+    assert (whole["raw"], whole["side"]) == (report["raw"], "test")
+    assert whole["validation"]["raw"]["images"] == 12
+    # The same rows as in the run's folder, where validation comes first.
+    lines = (trained / "predictions.csv").read_text().splitlines()
+    assert [lines[0], *lines[13:]] == table.read_text().splitlines()
 
 
 def test_evaluate_other_data_takes_all_of_it(trained: Path, tmp_path: Path) -> None:
@@ -273,14 +282,15 @@ def test_evaluate_other_data_takes_all_of_it(trained: Path, tmp_path: Path) -> N
     source = "phantom:n=12,seed=9,size=32"
     code, output = run("evaluate", trained, "--data", source, "--json", file)
     assert code == 0
-    assert json.loads(file.read_text())["raw"]["images"] == 12
+    report = json.loads(file.read_text())
+    assert (report["raw"]["images"], report["side"]) == (12, "external")
     assert "trained on" not in output
     assert (trained / "plots" / "evaluation" / "confusion.png").is_file()
 
 
 def test_evaluate_warns_of_training_images_under_another_name(trained: Path) -> None:
     _, output = run("evaluate", trained, "--data", "phantom:n=30,size=32")
-    assert "12 of them have names that the run trained on" in output
+    assert "10 of them have names that the run trained on" in output
 
 
 def test_same_source_sees_through_paths(tmp_path: Path, monkeypatch) -> None:
@@ -302,7 +312,7 @@ def test_evaluate_refuses_a_label_it_was_not_trained_on(trained: Path, tmp_path:
 def test_localize(trained: Path, tmp_path: Path) -> None:
     code, output = run("localize", trained, "--out", tmp_path / "maps", "--overlays", "3")
     assert code == 0
-    for words in ("validation images of the run's own source", "IoU of best box", "pointing game"):
+    for words in ("24 test images of the run's own source", "IoU of best box", "pointing game"):
         assert words in output, words
     report = json.loads((tmp_path / "maps" / "localization.json").read_text())
     evaluation = json.loads((trained / "evaluation.json").read_text())["localization"]["overall"]
@@ -437,16 +447,25 @@ def test_shards_that_training_reads(pairs: list[str], tmp_path: Path) -> None:
     )
     assert code == 0, output
     names = sorted(path.name for path in out.glob("*.tar"))
-    assert names == [f"{side}-{number:06}.tar" for side in ("train", "val") for number in range(3)]
+    sides = {"test": 3, "train": 2, "val": 2}
+    assert names == [f"{side}-{n:06}.tar" for side, count in sides.items() for n in range(count)]
     code, output = run(
         "train",
         "--out",
         tmp_path / "run",
         *pairs,
-        f"source=shards:{out}/train-{{000000..000002}}.tar",
-        f"data.validation=shards:{out}/val-{{000000..000002}}.tar",
+        f"source=shards:{out}/train-{{000000..000001}}.tar",
+        f"data.validation=shards:{out}/val-{{000000..000001}}.tar",
+        f"data.test=shards:{out}/test-{{000000..000002}}.tar",
     )
     assert code == 0, output
-    assert "12 training and 12 validation images" in output
+    assert "6 training, 6 validation and 12 test images" in output
+    code, output = run("evaluate", tmp_path / "run", "--predictions", tmp_path / "p.csv")
+    assert code == 0, output
+    table = read_predictions(tmp_path / "p.csv")
+    assert (len(table), set(table.splits)) == (12, {"test"})
+    assert all("test-00000" in key for key in table.keys)
+    with pytest.raises(ConfigError, match="write shards of that source by a call of their own"):
+        run("shards", "--data", "phantom:n=24", "--out", out, "data.test=phantom:n=9")
     with pytest.raises(DataError, match="hold no masks"):
         run("localize", tmp_path / "run", "--out", tmp_path / "boxes")

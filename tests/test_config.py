@@ -342,6 +342,28 @@ def test_keys_that_no_user_chose_are_left_out_where_nothing_reads_them(tmp_path:
     load_config("published", ["dropout=0.1", "model=magsd-dropout", "mixup_theta=[0.1,0.2]"])
 
 
+def test_a_run_of_before_has_no_test_side(tmp_path: Path) -> None:
+    """Its folds were validated on; the default of today would change what its results are of."""
+    file = tmp_path / "config.yaml"
+    text = dump_yaml(load_config("phantom"))
+    assert load_config("phantom").data.test == "folds"
+    file.write_text(text)
+    assert load_config(file).data.test == "folds"
+    old = text.replace("  test: folds\n", "")
+    assert old != text
+    file.write_text(old)
+    assert load_config(file).data.test == "none"
+    assert load_config(file, ["data.test=folds"]).data.test == "folds"
+    file.write_text(old.partition("\n")[2])  # a user's own file
+    assert load_config(file).data.test == "folds"
+
+
+@pytest.mark.parametrize("value", ["fold", "yes", "null", ""])
+def test_what_no_test_side_can_be(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.test=.*: expected folds, none, or an image"):
+        load_config("phantom", [f"data.test={value}"])
+
+
 def test_a_configuration_as_base_stays_as_it_is() -> None:
     base = load_config("phantom")
     assert load_config(None, ["model=wsdan", "lr=1"], base=base).model.name == "wsdan"

@@ -51,6 +51,7 @@ def commands(trained: Path, image: Path, small_pairs: list[str]) -> Commands:
     return {
         "train --out": ["train", *small_pairs, "epochs=1", "--out"],
         "evaluate --json": ["evaluate", str(trained), *data, "--json"],
+        "evaluate --predictions": ["evaluate", str(trained), *data, "--predictions"],
         "evaluate --plots": ["evaluate", str(trained), *data, "--plots"],
         "predict --json": ["predict", str(trained), str(image), "--json"],
         "predict --overlay": ["predict", str(trained), str(image), "--overlay"],
@@ -63,6 +64,7 @@ def commands(trained: Path, image: Path, small_pairs: list[str]) -> Commands:
 OPTIONS = [
     "train --out",
     "evaluate --json",
+    "evaluate --predictions",
     "evaluate --plots",
     "predict --json",
     "predict --overlay",
@@ -75,14 +77,18 @@ OPTIONS = [
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever takes long fails the test: images, models."""
+    import magsd.data.prepare
     import magsd.data.run_data
+    import magsd.data.run_sides
     import magsd.training.run
 
     def work(*_: Any, **__: Any) -> None:
         raise AssertionError("work began before the output was checked")
 
     for module, name in (
+        (magsd.data.prepare, "open_source"),
         (magsd.data.run_data, "open_source"),
+        (magsd.data.run_sides, "open_source"),
         (magsd.data, "open_source"),
         (magsd.training.run, "build_model"),
         (magsd.training.run, "load_checkpoint"),
@@ -122,7 +128,7 @@ def test_a_name_that_is_too_long(option: str, commands: Commands, tmp_path: Path
 def test_what_is_no_file_is_not_replaced(name: str, commands: Commands, tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe")
-    for option in ("evaluate --json", "predict --json"):
+    for option in ("evaluate --json", "evaluate --predictions", "predict --json"):
         with pytest.raises(RunError, match=f"{name}: not a regular file"):
             run(*commands[option], tmp_path / name)
 

@@ -31,6 +31,7 @@ from magsd.training.run_folder import RunFolder
 
 TINY = (
     "data.source=phantom:n=8,size=32",
+    "data.test=none",
     "epochs=1",
     "log_interval=1",
     "overlays=1",

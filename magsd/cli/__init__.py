@@ -17,6 +17,7 @@ from magsd.cli.common import (
     CLASSES_HELP,
     SOURCES,
     check_json_file,
+    check_predictions_file,
     make_console,
     report_bad,
     select_images,
@@ -167,7 +168,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help=f"Images: {SOURCES}. The run's own source, or none: its validation images.",
+            help=f"Images: {SOURCES}. The run's own, or none: its test images.",
         ),
     ] = None,
     classes: Annotated[
@@ -175,6 +176,9 @@ def evaluate(
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a CSV with a row for each image.")
     ] = None,
     plots: Annotated[
         Path | None,
@@ -185,14 +189,24 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a run's best model: raw and refined logits, and attention inside masks."""
-    from magsd.data.run_data import same_source
+    from magsd.data.run_sides import meant_images
     from magsd.data.shards import is_shards
     from magsd.outputs import check_folder, disk_errors, has_mark, write_text
-    from magsd.training.report import PLOTS, draw_confusion, evaluate_run, evaluate_shards
+    from magsd.reporting.predictions import write_predictions
+    from magsd.training.report import (
+        PLOTS,
+        draw_confusion,
+        evaluate_run,
+        evaluate_shards,
+        report_json,
+        shard_records,
+    )
     from magsd.training.run import load_run
     from magsd.training.run_folder import RunFolder
+    from magsd.training.run_predictions import predictions_table
 
     check_json_file(json_file, "classes", "raw")
+    check_predictions_file(predictions)
     if plots is not None:
         check_folder(
             plots,
@@ -205,21 +219,23 @@ def evaluate(
         check_folder(RunFolder(run).plots, "plots:")
     console = make_console()
     loaded = load_run(run, overrides=tuple(overrides or ()))
-    validation = loaded.config.data.validation or loaded.config.data.source
-    spec = data or validation
+    spec, side = meant_images(loaded.config, loaded.folder.split, data)
     if is_shards(spec):
         if classes is not None:
             raise ConfigError("--classes: shards have the labels of their index")
-        own = same_source(spec, validation)
         say(console, f"epoch {loaded.epoch} of {run}: {spec}")
         report = evaluate_shards(loaded, spec)
+        records = shard_records(loaded, spec, report)
     else:
-        cache, indices, own = select_images(console, loaded, data, classes)
+        cache, indices, side = select_images(console, loaded, data, classes)
         report = evaluate_run(loaded, cache, indices)
+        records = [cache.records[index] for index in report.predictions.indices]
     console.print(report)
     if json_file is not None:
-        write_text(json_file, report.to_json())
-    folder = plots or loaded.folder.plots / ("validation" if own else "evaluation")
+        write_text(json_file, report_json(report, side or "external"))
+    if predictions is not None:
+        write_predictions(predictions, predictions_table(report, records, side or "external"))
+    folder = plots or loaded.folder.plots / (side or "evaluation")
     with disk_errors(folder, "free some space and run the command again"):
         draw_confusion(report, folder)
     say(console, f"plots: {folder}")

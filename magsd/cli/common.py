@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from magsd.console import say
 from magsd.errors import ConfigError, DataError, UnknownLabelError
-from magsd.outputs import check_file, has_json
+from magsd.outputs import check_file, has_columns, has_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from magsd.config import Config
     from magsd.data import ImageCache
+    from magsd.data.record import Side
     from magsd.training.run import LoadedRun
 
 CLASSES_HELP = "Labels of SOURCE to classes of the run; 'theirs=' leaves images out."
@@ -62,26 +63,27 @@ def configuration_file(config: str | None, overrides: list[str]) -> str | None:
 
 def select_images(
     console: Console, loaded: LoadedRun, data: str | None, names: str | None = None
-) -> tuple[ImageCache, list[int], bool]:
-    """Images that a run's model is measured on: cache, rows, whether it is the run's own source.
+) -> tuple[ImageCache, list[int], Side | None]:
+    """Images that a run's model is measured on: cache, rows, and the side of the run that they are.
 
-    names: the value of --classes. Of the run's own source, or without any, its validation images;
-    of another source all. Says which they are, and warns of names that the run was trained on.
-    Raises `DataError` for shards, which are read once and in their own order.
+    names: the value of --classes. Of the run's own source, or without any, its test images, or its
+    validation images where it has no test side; of another source all. Says which they are, and
+    warns of names that the run was trained on. Raises `DataError` for shards, which are read once
+    and in their own order.
     """
-    from magsd.data.run_data import open_images, open_validation, same_source, trained_on
+    from magsd.data.run_data import open_images
+    from magsd.data.run_sides import meant_images, open_side, trained_on
     from magsd.data.shards import is_shards
 
-    validation = loaded.config.data.validation or loaded.config.data.source
-    spec = data or validation
+    spec, side = meant_images(loaded.config, loaded.folder.split, data)
     if is_shards(spec):
         raise DataError(f"{spec}: shards hold no masks; name another source: --data SOURCE")
-    own = same_source(spec, validation)
-    if own:
+    if side is not None:
         if names is not None:
             raise ConfigError("--classes is for other sources than the run's own")
-        cache, indices = open_validation(loaded.config, spec, loaded.folder.split, loaded.classes)
-        what = "validation images of the run's own source"
+        cache, indices = open_side(loaded.config, spec, loaded.folder.split, loaded.classes, side)
+        what = f"{side} images of the run's own source"
+        what += ", on which the epoch was selected" if side == "validation" else ""
     else:
         given = class_names(names, loaded.classes)
         try:
@@ -102,7 +104,7 @@ def select_images(
             )
     report_bad(console, cache.bad)
     say(console, f"epoch {loaded.epoch} of {loaded.folder.root}: {len(indices)} {what}")
-    return cache, indices, own
+    return cache, indices, side
 
 
 def class_names(text: str | None, classes: Sequence[str]) -> dict[str, str]:
@@ -130,6 +132,13 @@ def check_json_file(path: Path | None, *keys: str) -> None:
     """
     if path is not None:
         check_file(path, "--json", is_own=lambda file: has_json(file, *keys))
+
+
+def check_predictions_file(path: Path | None) -> None:
+    """Raise RunError, before long work, where no predictions can be written to a file."""
+    if path is not None:
+        first = ("key", "patient", "split", "label", "prediction")
+        check_file(path, "--predictions", is_own=lambda file: has_columns(file, *first))
 
 
 def report_bad(console: Console, bad: list[tuple[str, str]]) -> None:

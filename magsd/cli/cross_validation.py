@@ -80,6 +80,7 @@ def _compare(out: Path, runs: list[PlannedRun]) -> None:
     Raises `typer.Exit` where training was interrupted or a run failed.
     """
     from magsd.crossval.execute import check_images, execute
+    from magsd.crossval.predictions import write_out_of_fold
     from magsd.crossval.report import print_report, write_results, write_summary
     from magsd.crossval.summary import summarize
     from magsd.outputs import disk_errors
@@ -97,6 +98,7 @@ def _compare(out: Path, runs: list[PlannedRun]) -> None:
             write_results(out / "results.csv", outcomes)
             summary = summarize(outcomes)
             write_summary(out, summary)
+            write_out_of_fold(outcomes)
     except Interrupted as stopped:
         name = signal.Signals(stopped.signum).name
         say(console, f"{name}: the run's state is saved; the same command resumes")

@@ -18,7 +18,7 @@ def localize(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help=f"Images: {SOURCES}. The run's own source, or none: its validation images.",
+            help=f"Images: {SOURCES}. The run's own, or none: its test images.",
         ),
     ] = None,
     classes: Annotated[
@@ -46,6 +46,7 @@ def localize(
     """Boxes around what a run's model looks at, and how well they meet the masks."""
     from magsd.data import open_source
     from magsd.data.run_data import plain_loader
+    from magsd.data.run_sides import meant_images
     from magsd.evaluation.examples import draw_boxes
     from magsd.evaluation.localization import localization_report, localize, write_boxes
     from magsd.evaluation.tables import map_scores_table
@@ -72,7 +73,8 @@ def localize(
     report = localization_report(
         found, cache.records, loaded.classes, image_size=cache.image_size, **settings
     )
-    source = open_source(data or loaded.config.data.source, skip_bad=True)
+    spec, _ = meant_images(loaded.config, loaded.folder.split, data)
+    source = open_source(spec, skip_bad=True)
     with disk_errors(out, "free some space and run the command again"):
         out.mkdir(parents=True, exist_ok=True)
         report.to_json(out / "localization.json")

@@ -9,6 +9,7 @@ import typer
 
 from magsd.cli.common import SOURCES, make_console, training_config
 from magsd.console import say
+from magsd.errors import ConfigError
 
 
 def shards(
@@ -24,14 +25,18 @@ def shards(
         ),
     ] = None,
 ) -> None:
-    """Write images as tar shards, train-*.tar and val-*.tar, to be streamed in training."""
+    """Write images as tar shards, train-*.tar, val-*.tar and test-*.tar, to be streamed."""
     from magsd.data import open_source
-    from magsd.data.run_data import split_of
+    from magsd.data.prepare import split_of
     from magsd.data.shards import write_shards
     from magsd.outputs import check_folder, disk_errors
 
     check_folder(out, "--out")
     settings = training_config(list(overrides or ()), None, data, None)
+    if settings.data.test not in ("folds", "none"):
+        raise ConfigError(
+            f"data.test={settings.data.test}: write shards of that source by a call of their own"
+        )
     source = open_source(settings.data.source, skip_bad=settings.data.skip_bad)
     split = split_of(settings, source.records)
     console = make_console()
@@ -50,6 +55,6 @@ def shards(
         )
     say(
         console,
-        f"{len(split.train)} training and {len(split.validation)} validation images: "
-        f"{len(written)} shards in {out}",
+        f"{len(split.train)} training, {len(split.validation)} validation and {len(split.test)} "
+        f"test images: {len(written)} shards in {out}",
     )

@@ -1,9 +1,11 @@
 """Which runs a cross-validation consists of, and that they can be compared.
 
-The folds are stratified by class and keep a patient's images together (`split_by_patient`). A seed
-chooses both the partition into folds (`data.split_seed`) and everything random in training
-(`train.seed`), so that several seeds are repeated k-fold cross-validation. All models train on the
-same partitions: their runs pair up by seed and fold.
+The folds are stratified by class and keep a patient's images together (`split_by_patient`). A fold
+is a run's test side, and its epoch is selected on a part of the other images; with data.test=none
+the fold is the validation side, on which the epoch is selected, too. A seed chooses both the
+partition into folds (`data.split_seed`) and everything random in training (`train.seed`), so that
+several seeds are repeated k-fold cross-validation. All models train on the same partitions: their
+runs pair up by seed and fold.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _SET_HERE = {
     "model.name": "--model",
 }
 # On these the images and the partition depend, which all models must share.
-_SHARED = ("data.source", "data.folds", "data.skip_bad")
+_SHARED = ("data.source", "data.test", "data.folds", "data.skip_bad")
 # What may differ between calls: it changes where and how a run is computed, not what.
 _FREE = (
     "data.cache_dir",
@@ -151,6 +153,11 @@ def _check_read(
 def _check_shared(configs: dict[str, Config]) -> None:
     (first, reference), *others = configs.items()
     wanted = reference.flat()
+    if reference.data.test not in ("folds", "none"):
+        raise ConfigError(
+            f"data.test={reference.data.test}: cross-validation tests on its own folds; say"
+            " data.test=folds, or data.test=none to select and to measure on the same fold"
+        )
     for name, config in others:
         values = config.flat()
         for key in _SHARED:

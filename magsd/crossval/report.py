@@ -45,18 +45,19 @@ def write_summary(out: Path, summary: Summary) -> None:
 def write_results(path: Path, outcomes: Sequence[Outcome]) -> None:
     """One line a run: its metrics as shares, or why it has none."""
     scores = [(kind, metric) for kind in LOGITS for metric in METRICS]
-    columns = ["model", "seed", "fold", "state", "train_images", "validation_images"]
+    columns = ["model", "seed", "fold", "state", "side", "images"]
+    columns += ["train_images", "validation_images"]
     columns += [metric if kind == "raw" else f"{kind}_{metric}" for kind, metric in scores]
     rows = []
     for outcome in outcomes:
         run, result = outcome.run, outcome.result
         place = [run.model, run.seed, run.fold]
         if result is None:
-            rows.append([*place, "failed", "", "", *[""] * len(scores), outcome.reason])
+            rows.append([*place, "failed", *[""] * (4 + len(scores)), outcome.reason])
             continue
         values = [result.scores.get(kind, {}).get(metric, math.nan) for kind, metric in scores]
-        counts = [result.train_images, len(result.validation)]
-        rows.append([*place, "finished", *counts, *map(_cell, values), ""])
+        counts = [len(result.measured), result.train_images, result.validation_images]
+        rows.append([*place, "finished", result.side, *counts, *map(_cell, values), ""])
     _write_csv(path, [*columns, "reason"], rows)
 
 
@@ -88,6 +89,11 @@ def print_report(console: Console, outcomes: Sequence[Outcome], summary: Summary
 def caption(summary: Summary) -> str:
     """What the numbers are."""
     text = "Per cent: mean ± sample standard deviation over the runs, macro means over classes."
+    text += (
+        " Selected on these images: each epoch is the best one on the fold that is measured on."
+        if summary.selected
+        else " Nothing was selected on the folds that are measured on."
+    )
     if len(summary.models) > 1:
         text += (
             f" p: corrected resampled t-test (Nadeau and Bengio, 2003), two-sided, against "

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from magsd.crossval.plan import PlannedRun
+from magsd.data.record import Side
 from magsd.errors import RunError
 from magsd.training.checkpoint import load_checkpoint
 
@@ -17,15 +20,24 @@ LOGITS = ("raw", "refined")
 
 @dataclass(frozen=True)
 class RunResult:
-    """Validation metrics of one run.
+    """Metrics of one run on its fold.
 
-    train_images: number of images trained on. validation: keys of the others. scores: for "raw"
-    logits and, where the run has them, "refined" ones: metric -> value in 0..1, NaN if undefined.
+    side: "test", or "validation" where the epoch was selected on the fold itself. train_images,
+    validation_images: numbers of images. measured: keys of the fold's. scores: for "raw" logits
+    and, where the run has them, "refined" ones: metric -> value in 0..1, NaN if undefined.
     """
 
+    side: Side
     train_images: int
-    validation: frozenset[str]
+    validation_images: int
+    measured: frozenset[str]
     scores: dict[str, dict[str, float]]
+
+    @property
+    def ratio(self) -> float:
+        """Images measured on, for each that training or the choice of the epoch has seen."""
+        seen = self.train_images + (self.validation_images if self.side == "test" else 0)
+        return len(self.measured) / seen
 
 
 @dataclass(frozen=True)
@@ -38,12 +50,13 @@ class Outcome:
 
 
 def is_finished(run: PlannedRun) -> bool:
-    """True if all epochs were trained and the best weights evaluated.
+    """True if all epochs were trained, and the best weights evaluated with their predictions.
 
     Raises `RunError` for a corrupt checkpoint.
     """
     folder = run.folder
-    if not (folder.is_run() and folder.last.is_file() and _report(run) is not None):
+    written = folder.last.is_file() and folder.predictions.is_file()
+    if not (folder.is_run() and written and _report(run) is not None):
         return False
     # A report alone may be older than the last epochs, if the run was lengthened by hand.
     return int(load_checkpoint(folder.last)["epoch"]) == run.config.train.epochs
@@ -61,11 +74,13 @@ def read_result(run: PlannedRun) -> RunResult:
         for kind in LOGITS
         if report.get(kind) is not None
     }
-    validation = frozenset(key for key, side in sides.items() if side == "validation")
-    return RunResult(len(sides) - len(validation), validation, scores)
+    side = report.get("side", "validation")
+    counts = Counter(sides.values())
+    measured = frozenset(key for key, on in sides.items() if on == side)
+    return RunResult(side, counts["train"], counts["validation"], measured, scores)
 
 
-def _report(run: PlannedRun) -> dict[str, dict[str, float | None]] | None:
+def _report(run: PlannedRun) -> dict[str, Any] | None:
     """The run's evaluation.json, or None where it is missing or was cut off by a kill."""
     try:
         report = json.loads(run.folder.evaluation.read_text(encoding="utf-8"))

@@ -77,10 +77,15 @@ class ModelSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """All models, the baseline first. ratio: mean n_test / n_train over the finished runs."""
+    """All models, the baseline first.
+
+    ratio: mean n_test / n_train over the finished runs, where n_train counts the images on which
+    the epoch was selected as well. selected: whether some run was measured on those.
+    """
 
     models: list[ModelSummary]
     ratio: float
+    selected: bool = False
 
     @property
     def baseline(self) -> str:
@@ -107,7 +112,7 @@ def corrected_resampled_t_test(differences: ArrayLike, ratio: float) -> tuple[fl
 def summarize(outcomes: Sequence[Outcome]) -> Summary:
     """Statistics of each model over its finished runs; the first model is the baseline.
 
-    Raises `RunError` where two runs that pair up were validated on different images.
+    Raises `RunError` where two runs that pair up were measured on different images.
     """
     models = list(dict.fromkeys(outcome.run.model for outcome in outcomes))
     results = {model: _results(outcomes, model) for model in models}
@@ -129,7 +134,11 @@ def summarize(outcomes: Sequence[Outcome]) -> Summary:
         }
         planned = sum(outcome.run.model == model for outcome in outcomes)
         summaries.append(ModelSummary(model, len(own), planned, scores))
-    return Summary(summaries, _ratio([r for own in results.values() for r in own.values()]))
+    every = [result for own in results.values() for result in own.values()]
+    selected = any(result.side == "validation" for result in every) or any(
+        outcome.run.config.data.test == "none" for outcome in outcomes
+    )
+    return Summary(summaries, _ratio(every), selected)
 
 
 def _results(outcomes: Sequence[Outcome], model: str) -> dict[tuple[int, int], RunResult]:
@@ -163,7 +172,7 @@ def _paired(
 
 
 def _ratio(results: Sequence[RunResult]) -> float:
-    ratios = [len(result.validation) / result.train_images for result in results]
+    ratios = [result.ratio for result in results]
     return float(np.mean(ratios)) if ratios else NAN
 
 
@@ -174,9 +183,9 @@ def _check_paired(
 ) -> None:
     for (seed, fold), result in own.items():
         other = baseline.get((seed, fold))
-        if other is not None and result.validation != other.validation:
+        if other is not None and result.measured != other.measured:
             raise RunError(
-                f"{model}, seed {seed}, fold {fold} was validated on other images than the first "
+                f"{model}, seed {seed}, fold {fold} was measured on other images than the first "
                 "model, so the two cannot be compared: the data changed between their runs; remove "
                 "the older run's folder and give the command again"
             )

@@ -11,6 +11,7 @@ from magsd.data.sources import Source, open_source
 from magsd.data.splits import (
     Split,
     choose_split,
+    hold_out,
     read_split,
     split_by_patient,
     split_of_rest,
@@ -29,6 +30,7 @@ __all__ = [
     "Split",
     "augment_images",
     "choose_split",
+    "hold_out",
     "load_cache",
     "open_source",
     "read_split",

@@ -1,77 +1,78 @@
-"""The images of a run: in a cache, divided into two sides, or streamed from shards."""
+"""The images of a run and their sides: in a cache, or streamed from shards."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.text import Text
-
 from magsd.config import Config
-from magsd.console import listed, say
 from magsd.data import (
     BatchLoader,
     ImageCache,
     Loader,
-    Record,
     Source,
     Split,
-    choose_split,
     load_cache,
     open_source,
-    read_split,
     shard_bounds,
-    split_of_rest,
     write_split,
 )
-from magsd.data.shards import ShardIndex, ShardLoader, is_shards, open_shards
+from magsd.data.record import SIDES, Side
+from magsd.data.shards import ShardIndex, ShardLoader
 from magsd.data.sources.base import check_labels, rename_labels
 from magsd.distributed import ALONE, Team
-from magsd.errors import ConfigError, DataError
+from magsd.errors import DataError
 from magsd.models import Preprocessing
-from magsd.paths import expand
 from magsd.runtime import choose_device
 
 
 class RunData(ABC):
-    """Images of a run, to train and to validate on."""
+    """Images of a run: to train on, to choose the epoch by, and perhaps to measure it on."""
 
     classes: tuple[str, ...]
+
+    @property
+    def reported(self) -> Side:
+        """The side whose results are those of the run: test where there is one."""
+        return "test" if "test" in self.counts() else "validation"
 
     @abstractmethod
     def loaders(self, config: Config, team: Team) -> tuple[Loader, Loader]:
         """Training batches and validation images; of each, the part of this process."""
 
     @abstractmethod
-    def validation_loader(self, config: Config) -> tuple[Loader, ImageCache | None]:
-        """All validation images in order, and the cache that holds their masks, if there is one."""
+    def side_loader(self, config: Config, side: Side) -> tuple[Loader, ImageCache | None]:
+        """All images of a side in order, and the cache that holds their masks, if there is one."""
 
     @abstractmethod
-    def overlay_images(self, config: Config) -> tuple[ImageCache, list[int]]:
-        """A cache, and the validation images in it from which overlays are chosen."""
+    def overlay_images(self, config: Config, side: Side) -> tuple[ImageCache, list[int]]:
+        """A cache, and the images of a side in it from which overlays are chosen."""
 
     @abstractmethod
     def write_split(self, path: Path) -> None:
         """Keep which image is on which side, where that is not given from without."""
 
     @abstractmethod
-    def counts(self) -> tuple[int, int]:
-        """Training and validation images."""
+    def counts(self) -> dict[Side, int]:
+        """Images of every side that there is."""
 
 
 @dataclass(frozen=True)
 class CachedData(RunData):
-    """Images in a cache, and the side of the split of each."""
+    """Images in a cache, and the side of the split of each.
+
+    test: another source whose images are the test side, and their cache, in the process that
+    leads; `split.test` are positions there then.
+    """
 
     classes: tuple[str, ...]
     cache: ImageCache
     split: Split
+    test: tuple[str, ImageCache] | None = None
 
     def loaders(self, config: Config, team: Team) -> tuple[Loader, Loader]:
         """Loaders of the two sides; see `RunData`."""
@@ -82,31 +83,39 @@ class CachedData(RunData):
             plain_loader(config, self.cache, validation[slice(*own)], self.classes),
         )
 
-    def validation_loader(self, config: Config) -> tuple[Loader, ImageCache | None]:
-        """The validation side; see `RunData`."""
-        loader = plain_loader(config, self.cache, self.split.validation, self.classes)
-        return loader, self.cache
+    def side_loader(self, config: Config, side: Side) -> tuple[Loader, ImageCache | None]:
+        """The images of a side in its cache; see `RunData`."""
+        cache, indices = self.overlay_images(config, side)
+        return plain_loader(config, cache, indices, self.classes), cache
 
-    def overlay_images(self, config: Config) -> tuple[ImageCache, list[int]]:
-        """The whole validation side; see `RunData`."""
-        return self.cache, self.split.validation
+    def overlay_images(self, config: Config, side: Side) -> tuple[ImageCache, list[int]]:
+        """The whole side; see `RunData`."""
+        cache = self.test[1] if side == "test" and self.test is not None else self.cache
+        return cache, getattr(self.split, side)
 
     def write_split(self, path: Path) -> None:
         """Write split.csv; see `RunData`."""
-        write_split(path, self.cache.records, self.split)
+        if self.test is None:
+            write_split(path, self.cache.records, self.split)
+            return
+        spec, cache = self.test
+        test = spec, [cache.records[i] for i in self.split.test]
+        own = Split(self.split.train, self.split.validation)
+        write_split(path, self.cache.records, own, test=test)
 
-    def counts(self) -> tuple[int, int]:
-        """Images of the two sides; see `RunData`."""
-        return len(self.split.train), len(self.split.validation)
+    def counts(self) -> dict[Side, int]:
+        """Images of the sides; see `RunData`."""
+        return {side: n for side in SIDES if (n := len(getattr(self.split, side)))}
 
 
 @dataclass(frozen=True)
 class StreamedData(RunData):
-    """Shards to train on, and shards to validate on."""
+    """Shards to train on, to validate on, and perhaps to test on."""
 
     classes: tuple[str, ...]
     train: ShardIndex
     validation: ShardIndex
+    test: ShardIndex | None = None
 
     def loaders(self, config: Config, team: Team) -> tuple[Loader, Loader]:
         """Streams of the two lists of shards; see `RunData`."""
@@ -118,18 +127,18 @@ class StreamedData(RunData):
         )
         return train, shard_loader(config, self.validation, team)
 
-    def validation_loader(self, config: Config) -> tuple[Loader, ImageCache | None]:
-        """The validation shards; see `RunData`. Shards hold no masks."""
-        return shard_loader(config, self.validation), None
+    def side_loader(self, config: Config, side: Side) -> tuple[Loader, ImageCache | None]:
+        """The shards of a side; see `RunData`. Shards hold no masks."""
+        return shard_loader(config, self._sides()[side]), None
 
-    def overlay_images(self, config: Config) -> tuple[ImageCache, list[int]]:
-        """The first images of the validation shards; see `RunData`."""
-        loader = shard_loader(config, self.validation)
+    def overlay_images(self, config: Config, side: Side) -> tuple[ImageCache, list[int]]:
+        """The first images of a side's shards; see `RunData`."""
+        loader = shard_loader(config, self._sides()[side])
         cache = loader.first(max(1, config.train.overlays))
         return cache, list(range(len(cache)))
 
     def write_split(self, path: Path) -> None:
-        """Write the shards of the two sides, by which a resumed run knows them; see `RunData`."""
+        """Write the shards of the sides, by which a resumed run knows them; see `RunData`."""
         with path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([["key", "images", "split"], *self._rows()])
 
@@ -138,22 +147,26 @@ class StreamedData(RunData):
         with path.open(newline="", encoding="utf-8") as file:
             stored = list(csv.reader(file))[1:]
         if stored != self._rows():
+            specs = " and ".join(index.spec for index in self._sides().values())
             raise DataError(
                 f"{path}: the run was trained on other shards, or in another order, than"
-                f" {self.train.spec} and {self.validation.spec}; a run resumes with the same"
+                f" {specs}; a run resumes with the same"
             )
 
+    def _sides(self) -> dict[Side, ShardIndex]:
+        sides: dict[Side, ShardIndex] = {"train": self.train, "validation": self.validation}
+        return sides if self.test is None else {**sides, "test": self.test}
+
     def _rows(self) -> list[list[str]]:
-        sides = {"train": self.train, "validation": self.validation}
         return [
             [shard.url.rpartition("/")[2], str(shard.samples), side]
-            for side, index in sides.items()
+            for side, index in self._sides().items()
             for shard in index.shards
         ]
 
-    def counts(self) -> tuple[int, int]:
-        """Images of the two lists of shards; see `RunData`."""
-        return len(self.train), len(self.validation)
+    def counts(self) -> dict[Side, int]:
+        """Images of the lists of shards; see `RunData`."""
+        return {side: len(index) for side, index in self._sides().items()}
 
 
 def preprocessing_of(config: Config) -> Preprocessing:
@@ -189,33 +202,16 @@ def open_images(
     if names:
         source.records = rename_labels(source.records, names, spec)
     check_labels(source.records, classes, spec)
-    return classes or tuple(source.classes), _cache(config, source, config.data.skip_bad)
+    return classes or tuple(source.classes), cache_of(config, source, config.data.skip_bad)
 
 
-def open_validation(
-    config: Config, spec: str, split: Path, classes: tuple[str, ...]
-) -> tuple[ImageCache, list[int]]:
-    """The cached images of a run's own source, and which of them its split validates on.
-
-    The source may have changed since: what is not listed is left out, and what is listed but gone
-    or not readable now is lacking, each with a warning that counts it. Raises DataError where
-    nothing is left.
-    """
-    cache = _cache(config, open_source(spec, skip_bad=True), skip_bad=True)
-    indices = read_split(split, cache.records, complete=False).validation
-    if not indices:
-        bad = f"; {len(cache.bad)} others cannot be read" if cache.bad else ""
-        raise DataError(f"{spec}: none of the validation images of {split} is there{bad}")
-    check_labels([cache.records[index] for index in indices], classes, spec)
-    return cache, indices
-
-
-def _cache(
+def cache_of(
     config: Config,
     source: Source,
     skip_bad: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageCache:
+    """A source's images, prepared as `config` says; see `load_cache`."""
     return load_cache(
         source,
         image_size=config.data.image_size,
@@ -225,23 +221,6 @@ def _cache(
         skip_bad=skip_bad,
         progress=progress,
     )
-
-
-def same_source(first: str, second: str) -> bool:
-    """True if two specs name the same images, however their paths are written."""
-    (kind, _, place), (other_kind, _, other_place) = first.partition(":"), second.partition(":")
-    if kind != other_kind or kind == "phantom":
-        return first == second
-    return expand(place).resolve() == expand(other_place).resolve()
-
-
-def trained_on(split: Path) -> set[str]:
-    """Keys of the training images in a run's split.csv; of shards, the files' names."""
-    if not split.is_file():
-        return set()
-    with open(split, newline="", encoding="utf-8", errors="replace") as file:
-        rows = list(csv.DictReader(file))
-    return {row["key"] for row in rows if "key" in row and row.get("split") == "train"}
 
 
 def plain_loader(
@@ -319,118 +298,3 @@ def _training_settings(config: Config, count: int, team: Team) -> dict[str, Any]
         "rank": team.rank,
         "ranks": team.size,
     }
-
-
-def prepare_data(
-    config: Config,
-    stored_split: Path | None,
-    payload: dict[str, Any] | None,
-    console: Console,
-    team: Team,
-) -> RunData:
-    """Images of a run, and their sides: the stored split, where there is one; the leader's.
-
-    Raises `DataError` where this process sees other images than the leader, `ConfigError` for a
-    source whose settings do not fit.
-    """
-    _check_settings(config)
-    classes = tuple(payload["classes"]) if payload is not None else None
-    streams = is_shards(config.data.source)
-    data = (
-        _open_streams(config, stored_split, classes, team)
-        if streams
-        else _open_cached(config, stored_split, classes, console, team)
-    )
-    train, validation = data.counts()
-    say(
-        console,
-        f"{config.data.source}: {train} training and {validation} validation "
-        f"images of {len(data.classes)} classes ({listed(data.classes)})",
-    )
-    if isinstance(data, CachedData) and data.cache.bad:
-        bad = data.cache.bad
-        keys = ", ".join(key for key, _ in bad[:10])
-        say(console, keys, first=f"left out {len(bad)} images that cannot be read:")
-    return data
-
-
-def _check_settings(config: Config) -> None:
-    source, validation = config.data.source, config.data.validation
-    if is_shards(source) != (validation is not None and is_shards(validation)):
-        raise ConfigError(
-            f"data.source={source}, data.validation={validation}: shards to train on need shards "
-            "to validate on, as data.source=shards:train-{000..009}.tar "
-            "data.validation=shards:val-{000..001}.tar; another source has no data.validation"
-        )
-    if is_shards(source) and config.data.skip_bad:
-        raise ConfigError(
-            "data.skip_bad=true: images in shards are read while training, too late to leave any "
-            "out; leave them out when the shards are written"
-        )
-
-
-def _open_streams(
-    config: Config, stored_split: Path | None, classes: tuple[str, ...] | None, team: Team
-) -> StreamedData:
-    train = open_shards(config.data.source, classes=classes)
-    validation = open_shards(str(config.data.validation), classes=train.classes)
-    both = {shard.url for shard in train.shards} & {shard.url for shard in validation.shards}
-    if both:
-        raise DataError(f"{min(both)} is both trained and validated on")
-    _compare(config.data.source, train.digest() + validation.digest(), team)
-    data = StreamedData(train.classes, train, validation)
-    if team.is_main and stored_split is not None and stored_split.is_file():
-        data.check_split(stored_split)
-    return data
-
-
-def _compare(source: str, digest: str, team: Team) -> None:
-    """Raise DataError where this process sees other images than the leader."""
-    if team.broadcast(digest) != digest:
-        raise DataError(f"{source} holds other images or labels here than elsewhere")
-
-
-def _open_cached(
-    config: Config,
-    stored_split: Path | None,
-    classes: tuple[str, ...] | None,
-    console: Console,
-    team: Team,
-) -> CachedData:
-    spec = config.data.source
-    with console.status(Text(f"preparing images of {spec}")) as status:
-        source = open_source(spec, skip_bad=config.data.skip_bad)
-        cache = _cache(
-            config,
-            source,
-            config.data.skip_bad,
-            lambda n, total: status.update(f"preparing images: {n}/{total}"),
-        )
-    _compare(spec, _digest(cache), team)
-    if not team.is_main:
-        split = Split([], [])
-    elif stored_split is not None and stored_split.is_file():
-        split = read_split(stored_split, cache.records)
-        used = [cache.records[i] for i in (*split.train, *split.validation)]
-        check_labels(used, classes, spec)
-    else:
-        whole = split_of(config, source.records)
-        split = split_of_rest(source.records, whole, cache.records)
-    return CachedData(classes or tuple(source.classes), cache, team.broadcast(split))
-
-
-def split_of(config: Config, records: Sequence[Record]) -> Split:
-    """The two sides into which a run divides a source, its unreadable images among them.
-
-    Raises `DataError` as `choose_split`.
-    """
-    data = config.data
-    return choose_split(
-        records, how=data.split, folds=data.folds, fold=data.fold, seed=data.split_seed
-    )
-
-
-def _digest(cache: ImageCache) -> str:
-    """The same for the same keys and labels in the same order."""
-    text = repr([(record.key, record.label) for record in cache.records])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

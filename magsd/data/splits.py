@@ -1,4 +1,4 @@
-"""Stratified splits that keep a patient's images together, and splits that a set publishes."""
+"""Train, validation and test sides: by patient and stratified, or as a set publishes them."""
 
 from __future__ import annotations
 
@@ -6,25 +6,31 @@ import csv
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from magsd.data.record import Record
+from magsd.data.record import SIDES, Record
 from magsd.errors import DataError
 
 _COLUMNS = ["key", "label", "patient", "split"]
+#: Of a test side that is a source of its own: which, as a further column.
+_SOURCE = "source"
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Positions in the records: those to train on, and those to validate on; both rising."""
+    """Positions in the records, rising: to train on, to choose by, and to measure on.
+
+    test: empty where there is no such side: results are those of the validation images then.
+    """
 
     train: list[int]
     validation: list[int]
+    test: list[int] = field(default_factory=list)
 
 
 def choose_split(
@@ -34,12 +40,14 @@ def choose_split(
     folds: int = 5,
     fold: int = 0,
     seed: int = 0,
+    test: bool = False,
 ) -> Split:
-    """The published split, or a fold by patient.
+    """The published split, or a fold by patient; with `test` in three sides, else in two.
 
     how: "auto" takes the published split where the records name one, "published" insists on it,
-    "folds" leaves it aside. Raises DataError as `published_split` and `split_by_patient`, and where
-    "auto" finds a published split but another fold than the first is asked for.
+    "folds" leaves it aside. Raises DataError as `published_split`, `split_by_patient` and
+    `hold_out`, and where "auto" finds a published split but another fold than the first is asked
+    for.
     """
     published = any(record.split for record in records)
     if how == "auto" and published and fold:
@@ -48,15 +56,23 @@ def choose_split(
             " or leave out data.fold"
         )
     if how == "published" or (how == "auto" and published):
-        return published_split(records)
-    return split_by_patient(records, folds=folds, fold=fold, seed=seed)
+        split = published_split(records, test=test)
+        return split if split.validation else hold_out(records, split, parts=folds, seed=seed)
+    split = split_by_patient(records, folds=folds, fold=fold, seed=seed)
+    if not test:
+        return split
+    whole = Split(split.train, [], split.validation)
+    return hold_out(records, whole, parts=folds - 1, seed=seed)
 
 
-def published_split(records: Sequence[Record]) -> Split:
-    """The sides that the records name.
+def published_split(records: Sequence[Record], *, test: bool = False) -> Split:
+    """The sides that the records name; with `test` validation is empty where none is published.
+
+    Without `test`, the published validation images are validated on, or where there are none the
+    published test images.
 
     Raises DataError where one names none, where a side is empty, or where training lacks a class.
-    Patients who stand on both sides are left there, as published, with a warning.
+    Patients who stand on several sides are left there, as published, with a warning.
     """
     advice = "choose folds by patient with data.split=folds"
     lacking = [record.key for record in records if record.split is None]
@@ -66,9 +82,11 @@ def published_split(records: Sequence[Record]) -> Split:
             f" first {lacking[0]}; {advice}"
         )
     _check_classes({record.label for record in records})
-    train = [i for i, record in enumerate(records) if record.split == "train"]
-    validation = [i for i, record in enumerate(records) if record.split == "validation"]
-    if not train or not validation:
+    named = {s: [i for i, r in enumerate(records) if r.split == s] for s in SIDES}
+    train, validation, held = named.values()
+    if not test:
+        validation, held = validation or held, []
+    if not train or not (validation or held):
         empty = "validation" if train else "training"
         raise DataError(f"the published split has no {empty} image here; {advice}")
     strange = {r.label for r in records} - {records[i].label for i in train}
@@ -77,14 +95,49 @@ def published_split(records: Sequence[Record]) -> Split:
             f"the published split has no training image of class {', '.join(sorted(strange))};"
             f" {advice}"
         )
-    both = {records[i].patient for i in train} & {records[i].patient for i in validation}
-    if both:
+    split = Split(train, validation, held)
+    if both := _on_several_sides(records, split):
         _log.warning(
-            "%d patients stand on both sides of the published split, e.g. %s; data.split=folds"
+            "%d patients stand on several sides of the published split, e.g. %s; data.split=folds"
             " keeps them apart",
             len(both), min(both),
         )  # fmt: skip
-    return Split(train, validation)
+    return split
+
+
+def _on_several_sides(records: Sequence[Record], split: Split) -> set[str]:
+    sides = [{records[i].patient for i in s} for s in (split.train, split.validation, split.test)]
+    return sides[0] & sides[1] | sides[0] & sides[2] | sides[1] & sides[2]
+
+
+def hold_out(records: Sequence[Record], split: Split, *, parts: int, seed: int = 0) -> Split:
+    """The split with one of about `parts` parts of its training images as validation side.
+
+    No patient stands on both; classes keep their shares. Of classes with few patients the part is
+    larger. Raises DataError where a class has one patient only to train on, or where no part leaves
+    every class on both sides.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    labels = np.array([records[i].label for i in split.train])
+    patients = np.array([records[i].patient for i in split.train])
+    counts = {label: len(set(patients[labels == label])) for label in sorted(set(labels.tolist()))}
+    fewest = min(counts, key=lambda label: counts[label])
+    if counts[fewest] < 2:
+        raise DataError(
+            f"class {fewest!r} has one patient beside the test side: it cannot be both trained and"
+            " validated on; use data.test=none, which measures on the validation images"
+        )
+    parts = max(2, min(parts, counts[fewest]))
+    splitter = StratifiedGroupKFold(n_splits=parts, shuffle=True, random_state=seed)
+    for sides in splitter.split(np.zeros(len(labels)), labels, patients):
+        if all(set(labels[side]) == set(labels) for side in sides):
+            train, validation = (sorted(split.train[i] for i in side) for side in sides)
+            return Split(train, validation, split.test)
+    raise DataError(
+        f"none of {parts} parts of the training images holds every class and leaves every class to"
+        " train on; use another data.split_seed, fewer folds, or data.test=none"
+    )
 
 
 def split_by_patient(
@@ -121,22 +174,23 @@ def split_of_rest(records: Sequence[Record], split: Split, rest: Sequence[Record
     """The sides on which those records stand that are left, as positions in these.
 
     No image changes sides because another cannot be read. Raises DataError where there is nothing
-    left to validate on, or training lacks a class.
+    left to validate or to test on, or training lacks a class.
     """
     place = {record.key: position for position, record in enumerate(rest)}
-    train, validation = (
+    train, validation, test = (
         [place[key] for key in (records[i].key for i in side) if key in place]
-        for side in (split.train, split.validation)
+        for side in (split.train, split.validation, split.test)
     )
-    lacking = {record.label for record in records} - {rest[i].label for i in train}
-    if lacking or not validation:
+    lacking = {records[i].label for i in split.train} - {rest[i].label for i in train}
+    if lacking or not validation or (split.test and not test):
         of_classes = f"training image of class {', '.join(sorted(lacking))}"
-        side = of_classes if lacking else "validation image"
+        empty = "test image" if validation else "validation image"
+        side = of_classes if lacking else empty
         raise DataError(
             f"{len(records) - len(rest)} of {len(records)} images cannot be read, and no {side} is"
             " left; repair them, or choose another fold"
         )
-    return Split(train, validation)
+    return Split(train, validation, test)
 
 
 def _check_classes(found: Iterable[str]) -> None:
@@ -162,27 +216,48 @@ def _check_patients(records: Sequence[Record], folds: int) -> None:
             )
 
 
-def write_split(path: str | os.PathLike[str], records: Sequence[Record], split: Split) -> None:
-    """Write a CSV with the columns key, label, patient, split (train or validation)."""
-    side = dict.fromkeys(split.train, "train") | dict.fromkeys(split.validation, "validation")
+def write_split(
+    path: str | os.PathLike[str],
+    records: Sequence[Record],
+    split: Split,
+    *,
+    test: tuple[str, Sequence[Record]] | None = None,
+) -> None:
+    """Write a CSV with the columns key, label, patient, split (train, validation or test).
+
+    test: another source whose records are the test side, which a further column source names.
+    """
+    sides = (split.train, split.validation, split.test)
+    side = {index: name for name, part in zip(SIDES, sides, strict=True) for index in part}
+    rows = [
+        [record.key, record.label, record.patient, side[index]]
+        for index, record in enumerate(records)
+        if index in side
+    ]
+    columns = _COLUMNS
+    if test is not None:
+        columns = [*_COLUMNS, _SOURCE]
+        rows = [[*row, ""] for row in rows]
+        rows += [[r.key, r.label, r.patient, "test", test[0]] for r in test[1]]
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
-        for index, record in enumerate(records):
-            if index in side:
-                writer.writerow([record.key, record.label, record.patient, side[index]])
+        csv.writer(file).writerows([columns, *rows])
     os.replace(temporary, path)
 
 
 def read_split(
-    path: str | os.PathLike[str], records: Sequence[Record], *, complete: bool = True
+    path: str | os.PathLike[str],
+    records: Sequence[Record],
+    *,
+    complete: bool = True,
+    other: bool = False,
 ) -> Split:
     """The split that `write_split` wrote, as positions in the records of today.
 
     Images that the split does not list are left out, with a warning that counts them. complete:
-    raise where listed images are gone or have other labels; else warn of them.
+    raise where listed images are gone or have other labels; else warn of them. other: the records
+    are those of the other source that is the test side.
 
     Raises DataError where the file is none, and where an image has no side or two.
     """
@@ -195,7 +270,8 @@ def read_split(
     if not rows or not set(_COLUMNS) <= set(rows[0]):
         raise DataError(f"{path}: not a split file (columns {', '.join(_COLUMNS)} expected)")
     position = {record.key: index for index, record in enumerate(records)}
-    sides: dict[str, list[int]] = {"train": [], "validation": []}
+    rows = [row for row in rows if bool(row.get(_SOURCE)) == other]
+    sides: dict[str, list[int]] = {side: [] for side in SIDES}
     gone, relabeled, others = [], [], []
     seen: set[str] = set()
     for row in rows:
@@ -220,7 +296,7 @@ def read_split(
     _report(path, relabeled, "images have another label in the data", need if complete else None)
     _report(path, others, "images have another patient in the data")
     _report(path, added, "images of the data are not listed, and left out")
-    return Split(sorted(sides["train"]), sorted(sides["validation"]))
+    return Split(*(sorted(sides[side]) for side in SIDES))
 
 
 def _report(path: Path, keys: Sequence[str], what: str, advice: str | None = None) -> None:

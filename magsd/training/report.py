@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import json
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from magsd.config import Config
-from magsd.data import ImageCache, Loader
+from magsd.console import say
+from magsd.data import ImageCache, Loader, Record
+from magsd.data.record import SIDES, Side
 from magsd.data.run_data import plain_loader, shard_loader
 from magsd.data.shards import open_shards
 from magsd.evaluation import (
@@ -22,7 +21,11 @@ from magsd.evaluation import (
 )
 from magsd.evaluation.plots import write_classes, write_confusion
 from magsd.outputs import disk_errors
+from magsd.reporting.operating import Rule, fit_operating_points, write_operating_points
+from magsd.reporting.predictions import write_predictions
+from magsd.training.closing import SELECTED, closing_table, operating_table
 from magsd.training.run import LoadedRun, TrainedRun, load_run
+from magsd.training.run_predictions import joined, predictions_table, records_of
 
 #: What `draw_confusion` writes.
 PLOTS = (
@@ -46,21 +49,59 @@ def _evaluate(run: LoadedRun, loader: Loader, cache: ImageCache | None) -> Evalu
     return evaluate(run.model, loader, cache, classes=run.classes, runtime=run.runtime)
 
 
+def shard_records(run: LoadedRun, spec: str, report: EvaluationReport) -> list[Record]:
+    """Records of the images of a report by `evaluate_shards`."""
+    index = open_shards(spec, classes=run.classes)
+    return records_of(report, shard_loader(run.config, index), None)
+
+
 def finish_run(trained: TrainedRun, console: Console) -> EvaluationReport:
-    """Evaluate the best weights on the validation images, write the results, print a table."""
-    folder = trained.folder
+    """Measure the best weights on validation and test images, write the results, print tables.
+
+    Returns the report of the test side, or of the validation side where there is no other.
+    """
+    folder, data = trained.folder, trained.data
     with disk_errors(folder.root, "the checkpoints are kept; free some space and --resume"):
         run = load_run(folder.root)
-        report = _evaluate(run, *trained.data.validation_loader(run.config))
-        report.to_json(folder.evaluation)
+        side = data.reported
+        reports: dict[Side, EvaluationReport] = {}
+        tables = []
+        for each in SIDES[SIDES.index("validation") : SIDES.index(side) + 1]:
+            loader, cache = data.side_loader(run.config, each)
+            reports[each] = _evaluate(run, loader, cache)
+            records = records_of(reports[each], loader, cache)
+            tables.append(predictions_table(reports[each], records, each, name=folder.root.name))
+        report, table = reports[side], joined(tables)
+        rule = Rule.parse(run.config.train.operating_point)
+        points = fit_operating_points(table.side("validation"), rule)
+        text = report_json(report, side, reports["validation"])
+        folder.evaluation.write_text(text, encoding="utf-8")
+        write_predictions(folder.predictions, table)
+        write_operating_points(folder.operating, points)
         draw_confusion(report, folder.plots)
         plot_curves(folder.plots / "curves.png", folder.metrics)
         sheet = None
         if run.config.train.overlays:
-            sheet = draw_overlays(run, *trained.data.overlay_images(run.config), folder.overlays)
+            sheet = draw_overlays(run, *data.overlay_images(run.config, side), folder.overlays)
+    say(console, f"{report.raw.images} images; {SELECTED[side]}", first=f"{side} side:")
     console.print(report)
-    console.print(closing_table(report, run.config, trained, sheet))
+    console.print(operating_table(points, table))
+    console.print(closing_table(reports, run.config, trained, sheet))
     return report
+
+
+def report_json(
+    report: EvaluationReport, side: str, validation: EvaluationReport | None = None
+) -> str:
+    """A report as JSON text: which images it is of, and what is known of the validation images.
+
+    side: as in a table of predictions. validation: of the same run, which is left out where it is
+    the report itself.
+    """
+    values = {"side": side, **report.to_dict()}
+    if validation is not None and validation is not report:
+        values["validation"] = validation.to_dict()
+    return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
 
 def draw_confusion(report: EvaluationReport, folder: Path) -> None:
@@ -88,32 +129,3 @@ def draw_overlays(run: LoadedRun, cache: ImageCache, indices: list[int], folder:
         limit=run.config.train.overlays,
         runtime=run.runtime,
     )
-
-
-def closing_table(
-    report: EvaluationReport, config: Config, trained: TrainedRun, sheet: Path | None
-) -> Table:
-    """Accuracy, attention against a uniform map, throughput, and where things lie."""
-    table = Table(title="Run", title_justify="left", title_style="bold", show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    table.add_row("validation accuracy", f"{report.raw.accuracy:.4f}")
-    if report.refined is not None:
-        table.add_row("  raw + refined logits", f"{report.refined.accuracy:.4f}")
-    if report.localization is not None:
-        score = report.localization.overall
-        table.add_row("attention inside masks", _percent(score.inside))
-        table.add_row("  uniform map", f"{_percent(score.uniform)} (ratio {score.gain:.2f})")
-    table.add_row("best epoch", f"{trained.best_epoch} of {config.train.epochs}")
-    if not math.isnan(trained.images_per_second):
-        table.add_row("images/s (training)", f"{trained.images_per_second:.1f}")
-    table.add_row("images/s (evaluation)", f"{report.images_per_second:.1f}")
-    if sheet is not None:
-        table.add_row("overlays", Text(str(sheet)))
-    table.add_row("plots", Text(str(trained.folder.plots)))
-    table.add_row("checkpoint", Text(str(trained.folder.best)))
-    return table
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.1%}"

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from magsd.config import Config, load_config
 from magsd.console import say
-from magsd.data.run_data import RunData, prepare_data, preprocessing_of
+from magsd.data.prepare import prepare_data
+from magsd.data.run_data import RunData, preprocessing_of
 from magsd.distributed import Team, restarted, team_of
 from magsd.errors import RunError
 from magsd.models import Classifier, build_model

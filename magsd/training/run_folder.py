@@ -22,6 +22,8 @@ _OWN = (
     "plots",
     "overlays",
     "evaluation.json",
+    "predictions.csv",
+    "operating.json",
 )
 
 
@@ -40,6 +42,8 @@ class RunFolder:
         self.plots = self.root / "plots"
         self.overlays = self.root / "overlays"
         self.evaluation = self.root / "evaluation.json"
+        self.predictions = self.root / "predictions.csv"
+        self.operating = self.root / "operating.json"
         self._lock: Any = None
 
     def is_run(self) -> bool:

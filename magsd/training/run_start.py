@@ -19,6 +19,7 @@ FIXED_ON_RESUME = (
     "data.folds",
     "data.fold",
     "data.split",
+    "data.test",
     "data.shuffle_buffer",
     "train.seed",
     "train.batch_size",
@@ -49,6 +50,9 @@ def begin(
     """Write what a run's folder holds before its first step."""
     if resume:
         folder.write_config(config)
+        # They are of the best weights so far, and those may change.
+        for path in (folder.predictions, folder.operating):
+            path.unlink(missing_ok=True)
     else:
         folder.lock()
         folder.create(config, overwrite=overwrite)

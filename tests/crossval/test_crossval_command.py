@@ -10,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from magsd import cli
 from magsd.crossval import execute
 from magsd.errors import ConfigError, DataError, RunError
+from magsd.reporting.predictions import read_predictions
 from magsd.training.run_folder import RunFolder
 from magsd.training.trainer import Trainer
 
@@ -75,9 +78,42 @@ def test_failed_fold_leaves_the_others_and_is_tried_again(
     with open(tmp_path / "out" / "results.csv") as file:
         row = next(csv.DictReader(file))
     assert float(row["accuracy"]) == report["raw"]["accuracy"]
-    assert int(row["validation_images"]) == report["raw"]["images"]
+    assert (row["side"], int(row["images"])) == ("test", report["raw"]["images"])
+    assert "Nothing was selected on the folds" in output
     for name in ("summary.csv", "summary.md", "summary.tex", "scores.png"):
         assert (tmp_path / "out" / name).is_file(), name
+
+
+def test_predictions_out_of_fold(crossval: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    """Every image once, by the run that did not train on it, with the cells of its table."""
+    random = np.random.default_rng(0)
+    rows = []
+    for n in range(16):
+        cv2.imwrite(str(tmp_path / f"{n}.png"), random.integers(0, 256, (32, 32), np.uint8))
+        rows.append(f"{n}.png,{'ab'[n % 2]},p{n // 2 % 6},{30 + n},x")
+    table = tmp_path / "t.csv"
+    table.write_text("\n".join(["file,label,patient,Age,fold", *rows]) + "\n")
+    code, output = crossval("--model", "plain", f"data.source=csv:{table}")
+    assert code == 0, output
+    folder = tmp_path / "out" / "plain" / "seed0"
+    whole = read_predictions(folder / "predictions.csv")
+    assert sorted(whole.keys) == sorted(f"{n}.png" for n in range(16))
+    assert set(whole.splits) == {"test"}
+    assert [int(age) for age in whole.extra["Age"]] == [
+        30 + int(key.partition(".")[0]) for key in whole.keys
+    ]
+    assert set(whole.extra["csv_fold"]) == {"x"}
+    for fold in "01":
+        of_run = read_predictions(folder / f"fold{fold}" / "predictions.csv").side("test")
+        mine = whole.rows(whole.extra["fold"] == fold)
+        assert mine.keys.tolist() == of_run.keys.tolist()
+        assert np.array_equal(mine.logits, of_run.logits)
+    # A run whose predictions are gone, as of an earlier version, is measured again.
+    (folder / "fold0" / "predictions.csv").unlink()
+    before = (folder / "predictions.csv").read_bytes()
+    code, output = crossval("--model", "plain", f"data.source=csv:{table}")
+    assert output.count("finished before") == 1
+    assert (folder / "predictions.csv").read_bytes() == before
 
 
 def test_interrupted_run_goes_on(

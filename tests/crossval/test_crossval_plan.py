@@ -53,6 +53,7 @@ def test_all_folds_by_default(base: Config, tmp_path: Path) -> None:
         ({"overrides": ["model.name=plain"]}, "--model"),
         ({"overrides": ["model=plain"]}, "--model"),
         ({"overrides": ["epoch=1"]}, "unknown key 'epoch'"),
+        ({"overrides": ["data.test=csv:x.csv"]}, "cross-validation tests on its own folds"),
         (
             {"models": ["plain", "wsdan"], "overrides": ["level=-2", "scales=3"]},
             r"model\.scales=3 has no effect: .* only magsd reads it",
@@ -78,6 +79,18 @@ def test_models_must_share_their_folds(base: Config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.folds is 5 for plain, 3 for other"):
         plan_runs(tmp_path / "out", base, models)
     assert plan_runs(tmp_path / "out", base, models, overrides=["folds=4"])
+
+
+def test_folder_of_a_run_with_two_sides(base: Config, tmp_path: Path) -> None:
+    """One of before there was a test side is refused, and goes on with data.test=none."""
+    (run, *_) = plan_runs(tmp_path, base, ["plain"])
+    run.folder.create(run.config, overwrite=False)
+    text = run.folder.config.read_text()
+    assert "  test: folds\n" in text
+    run.folder.config.write_text(text.replace("  test: folds\n", ""))
+    with pytest.raises(ConfigError, match=r"data\.test was none, now folds"):
+        plan_runs(tmp_path, base, ["plain"])
+    assert plan_runs(tmp_path, base, ["plain"], overrides=["data.test=none"])
 
 
 def test_folder_of_another_configuration(base: Config, tmp_path: Path) -> None:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from pathlib import Path
 
 import cv2
 import pytest
+from rich.console import Console
 
 from magsd.config import Config
 from magsd.crossval.plan import PlannedRun
-from magsd.crossval.report import caption, summary_table, write_results, write_summary
+from magsd.crossval.report import (
+    caption,
+    print_report,
+    summary_table,
+    write_results,
+    write_summary,
+)
 from magsd.crossval.results import METRICS, Outcome, RunResult
 from magsd.crossval.summary import corrected_resampled_t_test, summarize
+from magsd.data.record import Side
 from magsd.errors import RunError
 from magsd.training.run_folder import RunFolder
 
@@ -22,12 +31,14 @@ BASE = [0.50, 0.52, 0.54, 0.56, 0.58]
 GAINS = [0.02, 0.04, 0.03, 0.01, 0.05]
 
 
-def outcome(model: str, fold: int, value: float | None, **kinds: float) -> Outcome:
+def outcome(
+    model: str, fold: int, value: float | None, side: Side = "test", **kinds: float
+) -> Outcome:
     run = PlannedRun(model, 0, fold, RunFolder(f"{model}/{fold}"), Config())
     if value is None:
         return Outcome(run, None, "out of memory & more")
     scores = {kind: dict.fromkeys(METRICS, v) for kind, v in ({"raw": value} | kinds).items()}
-    return Outcome(run, RunResult(40, KEYS[fold], scores))
+    return Outcome(run, RunResult(side, 30, 10, KEYS[fold], scores))
 
 
 def outcomes() -> list[Outcome]:
@@ -82,8 +93,8 @@ def test_runs_on_other_images_are_not_compared() -> None:
     runs = outcomes()
     result = runs[5].result
     assert result is not None
-    runs[5] = Outcome(runs[5].run, RunResult(40, KEYS[1], result.scores))
-    with pytest.raises(RunError, match="new, seed 0, fold 0 was validated on other images"):
+    runs[5] = Outcome(runs[5].run, RunResult("test", 30, 10, KEYS[1], result.scores))
+    with pytest.raises(RunError, match="new, seed 0, fold 0 was measured on other images"):
         summarize(runs)
 
 
@@ -101,7 +112,8 @@ def test_files(tmp_path: Path) -> None:
     lines = read(tmp_path / "results.csv")
     assert len(lines) == 10
     assert float(lines[4]["refined_auroc"]) == BASE[4]
-    assert (lines[4]["train_images"], lines[4]["validation_images"]) == ("40", "10")
+    columns = ("side", "images", "train_images", "validation_images")
+    assert [lines[4][column] for column in columns] == ["test", "10", "30", "10"]
     assert (lines[6]["state"], lines[6]["accuracy"]) == ("failed", "")
     assert lines[6]["reason"] == "out of memory & more"
     rows = {(r["model"], r["logits"], r["metric"]): r for r in read(tmp_path / "summary.csv")}
@@ -118,6 +130,22 @@ def test_files(tmp_path: Path) -> None:
     assert latex.count(r"\midrule") == 2
     assert "base_1 &" not in latex
     assert cv2.imread(str(tmp_path / "scores.png")).shape[1] > 900
+    assert "Nothing was selected on the folds" in markdown
+    assert "Nothing was selected on the folds" in latex
+
+
+def test_results_of_the_images_that_the_epoch_was_selected_on(tmp_path: Path) -> None:
+    """They say so wherever they are shown; training alone counts against them then."""
+    runs = [outcome(model, k, BASE[k], side="validation") for model in "ab" for k in range(5)]
+    summary = summarize(runs)
+    assert summary.ratio == pytest.approx(10 / 30)
+    assert summarize(outcomes()).ratio == pytest.approx(10 / 40)
+    write_summary(tmp_path, summary)
+    console = Console(file=io.StringIO(), width=400)
+    print_report(console, runs, summary)
+    texts = [(tmp_path / name).read_text() for name in ("summary.md", "summary.tex")]
+    for text in (*texts, console.file.getvalue()):
+        assert "Selected on these images" in text
 
 
 def test_nothing_finished(tmp_path: Path) -> None:

@@ -217,14 +217,16 @@ class TestSides:
         return folder
 
     @pytest.mark.parametrize(
-        "sides",
-        [("train", "test"), ("TRAIN", "Val"), ("Training", "Testing"), ("train_set", "valid_set"),
-         ("trainset", "testset"), ("train-data", "dev"), ("Train", "Validation")],
+        ("sides", "held"),
+        [(("train", "test"), "test"), (("TRAIN", "Val"), "validation"),
+         (("Training", "Testing"), "test"), (("train_set", "valid_set"), "validation"),
+         (("trainset", "testset"), "test"), (("train-data", "dev"), "validation"),
+         (("Train", "Validation"), "validation")],
     )  # fmt: skip
-    def test_names(self, tmp_path: Path, sides: tuple[str, str]) -> None:
+    def test_names(self, tmp_path: Path, sides: tuple[str, str], held: str) -> None:
         records = open_source(f"folder:{self.make(tmp_path, *sides)}").records
         assert {(r.key.partition("/")[0], r.split) for r in records} == {
-            (sides[0], "train"), (sides[1], "validation"),
+            (sides[0], "train"), (sides[1], held),
         }  # fmt: skip
         assert {r.label for r in records} == {"NORMAL", "SICK"}
         choose_split(records)
@@ -239,9 +241,8 @@ class TestSides:
             source = open_source(f"folder:{spec}")
             assert source.classes == ("NORMAL", "SICK")
             assert {r.key.removeprefix(start).partition("/")[0] for r in source.records} == {
-                "train", "val",
+                "train", "val", "test",
             }  # fmt: skip
-            assert "the images of test are left out" in caplog.text
             beside = "folders beside it, or without classes, are left out: chest_xray"
             assert (beside in caplog.text) == (spec != root / "chest_xray")
 
@@ -493,7 +494,7 @@ class TestPatients:
         records = open_source(f"folder:{tmp_path}").records
         assert {r.patient for r in records} == {"00000013", "train/b/1.png", "test/b/1.png"}
         choose_split(records)
-        assert "1 patients stand on both sides" in caplog.text
+        assert "1 patients stand on several sides" in caplog.text
         caplog.set_level(logging.WARNING)
         with pytest.raises(DataError, match="patient=x: expected auto or name or image"):
             open_source(f"folder:{tmp_path},patient=x")

@@ -69,11 +69,14 @@ class TestNih:
         source = open_source(f"nih:{folder}")
         assert sides(source) == {
             "00000001_000.png": ("Cardiomegaly", "train"),
-            "00000002_000.png": ("No Finding", "validation"),
-            "00000003_000.png": ("Infiltration", "validation"),
+            "00000002_000.png": ("No Finding", "test"),
+            "00000003_000.png": ("Infiltration", "test"),
             "00000001_002.png": ("No Finding", "train"),
         }
         assert [record.patient for record in source.records] == ["1", "2", "3", "1"]
+        assert dict(source.records[1].extra) == {
+            "Patient Age": "058Y", "Patient Gender": "M", "View Position": "AP",
+        }  # fmt: skip
         assert all(source.read_image(record).shape == (64, 64, 3) for record in source.records)
         assert "1 images with several findings are left out" in caplog.text
 
@@ -123,7 +126,7 @@ class TestNih:
         (folder / "images_001" / "images").rename(folder / "images-224" / "images-224")
         records = open_source(f"nih:{folder}").records
         assert [(r.split, r.mask_kind) for r in records] == [
-            ("train", None), ("validation", None), ("validation", "lesion"), ("train", None),
+            ("train", None), ("test", None), ("test", "lesion"), ("train", None),
         ]  # fmt: skip
         assert all(r.path is not None and r.path.is_file() for r in records)
 
@@ -238,6 +241,7 @@ class TestCohen:
             ("c.jpeg", "Viral Pneumonia", "7"),
         ]  # fmt: skip
         assert all(r.path is not None and r.path.is_file() for r in records)
+        assert dict(records[1].extra) == {"sex": "M", "age": "65", "view": "PA"}
         assert "2 images that are no radiographs" in caplog.text
         assert "2 images without a file name are left out" in caplog.text
 
@@ -266,7 +270,7 @@ class TestCovidx:
         source = open_source(f"covidx:{self.make(tmp_path, 'train.txt', 'test.txt')}")
         assert source.classes == ("COVID-19", "normal", "pneumonia")
         assert [(r.key, r.split) for r in source.records[::4]] == [
-            ("train/a.png", "train"), ("test/e.png", "validation"),
+            ("train/a.png", "train"), ("test/e.png", "test"),
         ]  # fmt: skip
         patients = [r.patient for r in source.records[:3]]
         assert patients == ["cohen/1", "cohen/1", "fig1/1"]  # numbers are the source's own
@@ -299,14 +303,30 @@ class TestCovidx:
         assert len(open_source(f"covidx:{tmp_path},list=3A")) == 3
         assert len(open_source(f"covidx:{tmp_path},list=3A,test=8A")) == 5
 
-    def test_val_list_keeps_the_test_list_for_later(self, tmp_path: Path) -> None:
+    def test_a_val_list_is_a_side_of_its_own(self, tmp_path: Path) -> None:
         self.make(tmp_path, "train.txt", "test.txt")
         write(tmp_path / "val.txt", "7 v.png normal rsna")
         write_images(tmp_path / "val", ["v.png"])
-        held = [r.key for r in open_source(f"covidx:{tmp_path}").records if r.split != "train"]
-        assert held == ["val/v.png"]
+        records = open_source(f"covidx:{tmp_path}").records
+        assert [(r.key, r.split) for r in records if r.split != "train"] == [
+            ("val/v.png", "validation"), ("test/e.png", "test"), ("test/f.png", "test"),
+            ("test/g.png", "test"),
+        ]  # fmt: skip
         test = open_source(f"covidx:{tmp_path},part=test")
         assert [r.key for r in test.records] == ["test/e.png", "test/f.png", "test/g.png"]
+        (tmp_path / "test.txt").unlink()
+        records = open_source(f"covidx:{tmp_path}").records
+        assert {r.split for r in records} == {"train", "validation"}
+
+    def test_versions_of_three_lists(self, tmp_path: Path) -> None:
+        """test= names the test list; the val list of the training list's version is taken."""
+        self.make(tmp_path, "labels/train_COVIDx9A.txt", "labels/test_COVIDx8A.txt")
+        for version in ("9A", "9B"):
+            write(tmp_path / "labels" / f"val_COVIDx{version}.txt", f"7 {version}.png normal rsna")
+            write_images(tmp_path / "val", [f"{version}.png"])
+        records = open_source(f"covidx:{tmp_path},test=8A").records
+        assert [r.key for r in records if r.split == "validation"] == ["val/9A.png"]
+        assert sum(r.split == "test" for r in records) == 3
 
     def test_first_lists_have_no_source(self, tmp_path: Path) -> None:
         self.make(tmp_path, "train.txt", "test.txt")
@@ -396,8 +416,8 @@ class TestCub:
         source = open_source(f"cub:{folder / within}")
         assert source.classes == ("001.Albatross", "002.Auk")
         assert list(sides(source).values()) == [
-            ("001.Albatross", "train"), ("001.Albatross", "validation"),
-            ("002.Auk", "train"), ("002.Auk", "validation"),
+            ("001.Albatross", "train"), ("001.Albatross", "test"),
+            ("002.Auk", "train"), ("002.Auk", "test"),
         ]  # fmt: skip
         expected = np.zeros((64, 48), bool)
         expected[20:50, 10:15] = True
@@ -468,8 +488,8 @@ class TestAircraft:
         assert sides(source) == {
             "data/images/0000001.jpg": ("707-320", "train"),
             "data/images/0000002.jpg": ("A330 (big)", "train"),
-            "data/images/0000003.jpg": ("707-320", "validation"),
-            "data/images/0000004.jpg": ("A330 (big)", "validation"),
+            "data/images/0000003.jpg": ("707-320", "test"),
+            "data/images/0000004.jpg": ("A330 (big)", "test"),
         }
 
     def test_banner_is_cut_off(self, folder: Path) -> None:
@@ -498,7 +518,7 @@ class TestAircraft:
         write(data / "images_variant_train.txt", "0000001 707-320")
         write(data / "images_variant_val.txt", "0000002 A330 (big)")
         assert [r.split for r in open_source(f"aircraft:{folder}").records] == [
-            "train", "train", "validation", "validation",
+            "train", "train", "test", "test",
         ]  # fmt: skip
 
     @pytest.mark.parametrize("nested", [True, False])
@@ -515,7 +535,7 @@ class TestAircraft:
         assert sides(source) == {
             "data/images/0000001.jpg": ("707-320", "train"),
             "data/images/0000002.jpg": ("Yak-42", "train"),
-            "data/images/0000003.jpg": ("707-320", "validation"),
+            "data/images/0000003.jpg": ("707-320", "test"),
         }
         assert source.read_image(source.records[0]).shape == (44, 48, 3)
         with pytest.raises(DataError, match="images_family_trainval"):
@@ -545,8 +565,8 @@ class TestCars:
             "cars_train/00001.jpg": ("AM General Hummer SUV 2000", "train"),
             "cars_train/00002.jpg": ("Ram C/V Cargo Van 2012", "train"),
             "cars_train/00003.jpg": ("Ram C/V Cargo Van 2012", "train"),
-            "cars_test/00001.jpg": ("Ram C/V Cargo Van 2012", "validation"),
-            "cars_test/00002.jpg": ("AM General Hummer SUV 2000", "validation"),
+            "cars_test/00001.jpg": ("Ram C/V Cargo Van 2012", "test"),
+            "cars_test/00002.jpg": ("AM General Hummer SUV 2000", "test"),
         }
         assert source.read_image(source.records[0]).shape == (64, 48, 3)
 
@@ -589,7 +609,7 @@ class TestCars:
     def test_one_folder_for_both_sides(self, whole: Path) -> None:
         expected = {
             "car_ims/000001.jpg": ("AM General Hummer SUV 2000", "train"),
-            "car_ims/000002.jpg": ("AM General Hummer SUV 2000", "validation"),
+            "car_ims/000002.jpg": ("AM General Hummer SUV 2000", "test"),
             "car_ims/000003.jpg": ("Ram C/V Cargo Van 2012", "train"),
         }
         assert sides(open_source(f"cars:{whole}")) == expected
@@ -643,8 +663,8 @@ class TestDogs:
         assert sides(source) == {
             "n02085620-Chihuahua/a.jpg": ("Chihuahua", "train"),
             "n02110958-pug/b.jpg": ("pug", "train"),
-            "n02085620-Chihuahua/c.jpg": ("Chihuahua", "validation"),
-            "n02105641-Old_English_sheepdog/d.jpg": ("Old_English_sheepdog", "validation"),
+            "n02085620-Chihuahua/c.jpg": ("Chihuahua", "test"),
+            "n02105641-Old_English_sheepdog/d.jpg": ("Old_English_sheepdog", "test"),
         }
         assert source.read_image(source.records[0]).shape == (64, 48, 3)
 
@@ -674,7 +694,7 @@ class TestDogs:
         (folder / "images").mkdir()
         (folder / "x").rename(folder / "images" / "Images")
         records = open_source(f"dogs:{folder}").records
-        assert {r.split for r in records} == {"train", "validation"}
+        assert {r.split for r in records} == {"train", "test"}
         assert all(r.path is not None and r.path.is_file() for r in records)
 
     def test_what_is_missing(self, folder: Path) -> None:

@@ -14,6 +14,7 @@ from magsd.data import (
     Record,
     Split,
     choose_split,
+    hold_out,
     open_source,
     read_split,
     split_by_patient,
@@ -58,6 +59,51 @@ def test_stratified() -> None:
         records, [records[i] for i in split.validation]))  # fmt: skip
     for label in "ab":
         assert abs(held[label] / overall[label] - 0.2) < 0.05
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    counts=st.lists(st.integers(5, 30), min_size=2, max_size=4),
+    folds=st.integers(2, 5),
+    seed=st.integers(0, 100),
+)
+def test_three_sides(counts: list[int], folds: int, seed: int) -> None:
+    """The test sides are what two-sided folds validate on; the rest is divided by patient."""
+    records = make_records({f"class{i}": count for i, count in enumerate(counts)})
+    for fold in range(folds):
+        how = {"folds": folds, "fold": fold, "seed": seed}
+        split = choose_split(records, **how, test=True)
+        assert split.test == split_by_patient(records, **how).validation
+        assert sorted(split.train + split.validation + split.test) == list(range(len(records)))
+        sides = [split.train, split.validation, split.test]
+        patients = [{records[i].patient for i in side} for side in sides]
+        assert len(set().union(*patients)) == sum(map(len, patients))
+        labels = {record.label for record in records}
+        assert all({records[i].label for i in side} == labels for side in sides)
+        assert choose_split(records, **how, test=True) == split
+
+
+def test_validation_is_about_as_large_as_the_test_side() -> None:
+    split = choose_split(make_records({"a": 100, "b": 50}), test=True)
+    sizes = [len(side) for side in (split.train, split.validation, split.test)]
+    assert sizes == pytest.approx([135, 45, 45], abs=4)
+    other = choose_split(make_records({"a": 100, "b": 50}), seed=1, test=True)
+    assert other.validation != split.validation
+
+
+def test_too_few_patients_for_three_sides() -> None:
+    """Two sides are then what is left; three patients of a class are enough for three sides."""
+    records = make_records({"a": 9, "b": 2}, images=1)
+    with pytest.raises(DataError, match=r"'b' has one patient beside the test side.*test=none"):
+        choose_split(records, folds=2, test=True)
+    assert choose_split(records, folds=2).validation
+    split = choose_split(make_records({"a": 9, "b": 3}, images=1), folds=3, test=True)
+    assert [sum(i > 8 for i in side) for side in (split.train, split.validation)] == [1, 1]
+    # A patient with images of every other class leaves none of them to the other side.
+    one = [Record(f"{label}{i}", label, "p") for label in "ab" for i in range(3)]
+    two = [Record("x", "a", "q"), Record("y", "b", "r")]
+    with pytest.raises(DataError, match=r"none of 2 parts .* another data\.split_seed"):
+        hold_out([*one, *two], Split(list(range(8)), [], []), parts=4)
 
 
 def test_seed() -> None:
@@ -106,13 +152,35 @@ class TestPublished:
         assert choose_split(self.RECORDS, how="folds", folds=3) == split_by_patient(
             self.RECORDS, folds=3
         )
+        assert choose_split(self.RECORDS, test=True) == split  # no test list, no test side
         plain = make_records({"a": 5, "b": 5})
         assert choose_split(plain, fold=2) == split_by_patient(plain, fold=2)
+
+    def test_a_test_list(self, caplog: pytest.LogCaptureFixture) -> None:
+        """It is the test side, and without one what is validated on."""
+        named = {2: "test", 5: "test"}
+        records = [dataclasses.replace(r, split=named.get(i, "train")) for i, r in enumerate(
+            make_records({"a": 3, "b": 3}, images=1))]  # fmt: skip
+        split = choose_split(records, test=True)
+        assert split.test == [2, 5]
+        assert {records[i].label for i in split.validation} == {"a", "b"}
+        assert sorted(split.train + split.validation) == [0, 1, 3, 4]
+        assert choose_split(records) == Split([0, 1, 3, 4], [2, 5])
+        with pytest.raises(DataError, match="no training image here"):
+            choose_split(records[2:3] + records[5:], test=True)
+        three = [dataclasses.replace(r, split="validation") if i in (1, 4) else r
+                 for i, r in enumerate(records)]  # fmt: skip
+        assert choose_split(three, test=True) == Split([0, 3], [1, 4], [2, 5])
+        assert choose_split(three) == Split([0, 3], [1, 4])
+        assert not caplog.text
+        shared = [dataclasses.replace(r, patient=r.label) for r in three]
+        assert choose_split(shared, test=True) == Split([0, 3], [1, 4], [2, 5])
+        assert "2 patients stand on several sides" in caplog.text
 
     def test_patients_on_both_sides(self, caplog: pytest.LogCaptureFixture) -> None:
         records = [dataclasses.replace(record, patient=record.label) for record in self.RECORDS]
         assert choose_split(records) == Split([0, 1, 3, 4], [2, 5])
-        assert "2 patients stand on both sides of the published split, e.g. a" in caplog.text
+        assert "2 patients stand on several sides of the published split, e.g. a" in caplog.text
 
     def test_refusals(self) -> None:
         with pytest.raises(DataError, match=r"fold 1 is asked for.*data\.split=folds"):
@@ -140,6 +208,10 @@ def test_what_cannot_be_read_leaves_its_side_and_moves_nothing() -> None:
         split_of_rest(records, split, [r for r in records if r.key not in ("b0", "b1")])
     with pytest.raises(DataError, match="no validation image is left"):
         split_of_rest(records, split, [r for r in records if r.split == "train"])
+    tested = Split([0, 3], [1, 4], [2, 5])
+    assert split_of_rest(records, tested, rest) == Split([0, 2], [3], [1])
+    with pytest.raises(DataError, match="no test image is left"):
+        split_of_rest(records, tested, [r for r in records if r.split == "train"])
 
 
 def test_write_and_read(tmp_path: Path) -> None:
@@ -175,14 +247,29 @@ def test_read_of_other_data(tmp_path: Path, caplog) -> None:
     assert f"1 images have another label in the data, the first {key}" in caplog.text
     assert read_split(path, [Record(key, records[0].label, "other"), *records[1:]]) == split
     assert "1 images have another patient" in caplog.text
-    path.write_text(path.read_text().replace("validation", "test"))
-    with pytest.raises(DataError, match="unknown split 'test'"):
+    path.write_text(path.read_text().replace("validation", "tests"))
+    with pytest.raises(DataError, match="unknown split 'tests'"):
         read_split(path, records)
     path.write_text("a,b\n1,2\n")
     with pytest.raises(DataError, match="not a split file"):
         read_split(path, records)
     with pytest.raises(DataError, match="cannot be read"):
         read_split(tmp_path / "none.csv", records)
+
+
+def test_write_and_read_three_sides(tmp_path: Path) -> None:
+    records = make_records({"a": 10, "b": 10})
+    split = choose_split(records, test=True)
+    path = tmp_path / "split.csv"
+    write_split(path, records, split)
+    assert read_split(path, records) == split
+    # A test side that is a source of its own may have the same keys.
+    others = records[:3]
+    write_split(path, records, Split(split.train, split.validation), test=("csv:x, y", others))
+    assert read_split(path, records, complete=False) == Split(split.train, split.validation)
+    assert read_split(path, others, other=True) == Split([], [], [0, 1, 2])
+    with pytest.raises(DataError, match="1 listed images are not among the data"):
+        read_split(path, others[1:], other=True)
 
 
 def test_a_split_may_leave_images_out(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +53,23 @@ class TestMapping:
         assert mask.all()
         assert source.records[1].mask_kind is None
         assert open_source(source.spec).records == source.records
+
+    def test_further_columns_travel(self, folder: Path) -> None:
+        """Under their own names; they say nothing of whether a row repeats an image."""
+        spec = table(
+            folder,
+            "file,Label,patient,Sex, Age ,,mask,box",
+            'im/0.png,a,x,f,"1,5",,,1',
+            "im/0.png,a,x,f,15,,,2",
+            "im/1.png,b,y,,70",
+        )
+        first, second = open_source(spec).records
+        assert dict(first.extra) == {"Sex": "f", "Age": "1,5", "box": "1"}
+        assert dict(second.extra) == {"Sex": "", "Age": "70", "box": ""}
+        assert len({first, second, dataclasses.replace(first)}) == 2
+        assert pickle.loads(pickle.dumps(first)).extra == first.extra
+        with pytest.raises(KeyError):
+            first.extra["age"]
 
     def test_a_mapped_patient_is_not_warned_of(self, folder: Path, caplog) -> None:
         table(folder, "file,label,subject_id,doctor", "im/0.png,a,1,x", "im/1.png,b,2,x")

@@ -53,10 +53,10 @@ def root(made: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def validated(root: Path) -> list[str]:
-    """Keys of the validation images."""
+def tested(root: Path) -> list[str]:
+    """Keys of the test images."""
     lines = (root / "run" / "split.csv").read_text().splitlines()[1:]
-    return [line.split(",")[0] for line in lines if line.endswith("validation")]
+    return [line.split(",")[0] for line in lines if line.endswith("test")]
 
 
 def measured(root: Path) -> Any:
@@ -73,7 +73,7 @@ def test_an_image_that_was_added_is_left_out(root: Path, caplog) -> None:
 
 @pytest.mark.parametrize("how", ["removed", "unreadable"])
 def test_an_image_that_is_gone_is_counted(how: str, root: Path, caplog) -> None:
-    first, *rest = validated(root)
+    first, *rest = tested(root)
     if how == "removed":
         (root / "images" / first).unlink()
     else:
@@ -82,7 +82,7 @@ def test_an_image_that_is_gone_is_counted(how: str, root: Path, caplog) -> None:
     assert f"1 listed images are not among the data, the first {first}" in caplog.text
     for key in rest:
         (root / "images" / key).unlink()
-    with pytest.raises(DataError, match=r"none of the validation images of .* is there"):
+    with pytest.raises(DataError, match=r"none of the test images of .* is there"):
         measured(root)
 
 
@@ -111,8 +111,8 @@ def test_a_run_does_not_resume_without_one_of_its_images(root: Path) -> None:
         run("train", "--resume", "--out", root / "run", "epochs=2")
 
 
-def test_validation_images_that_became_unreadable_are_counted(root: Path) -> None:
-    for key in validated(root):
+def test_test_images_that_became_unreadable_are_counted(root: Path) -> None:
+    for key in tested(root):
         (root / "images" / key).write_bytes(b"no image")
     with pytest.raises(DataError, match=r"is there; \d+ others cannot be read"):
         measured(root)
@@ -126,10 +126,10 @@ def test_a_damaged_split_does_not_matter_to_other_images(root: Path, split: byte
 
 
 def test_localize_of_changed_images(root: Path) -> None:
-    first, *rest = validated(root)
+    first, *rest = tested(root)
     (root / "images" / first).unlink()
     write_images(root / "images", "c/other.png")
-    assert f"{len(rest)} validation images" in run(
+    assert f"{len(rest)} test images" in run(
         "localize", root / "run", "--out", root / "found", "--overlays", "0"
     )
 

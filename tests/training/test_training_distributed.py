@@ -16,7 +16,7 @@ from rich.console import Console
 
 import magsd
 from magsd.config import Config, load_config
-from magsd.data import Batch, BatchLoader, Part, shard_bounds, split_by_patient
+from magsd.data import Batch, BatchLoader, Part, choose_split, shard_bounds, split_by_patient
 from magsd.data.run_data import open_images, plain_loader, training_loader
 from magsd.distributed import Team, team_of
 from magsd.models import build_model
@@ -221,7 +221,7 @@ def test_validation_of_two_is_that_of_its_checkpoint(two: tuple[Path, str]) -> N
     run = load_run(out)
     row = read_metrics(out / "metrics.csv")[run.epoch - 1]
     _, cache = open_images(run.config, run.config.data.source)
-    indices = split_by_patient(cache.records, folds=2, seed=0).validation
+    indices = choose_split(cache.records, folds=2, test=True).validation
     loader = plain_loader(run.config, cache, indices, run.classes)
     measured = validate(run.model, loader, CPU)
     for name, value in measured.items():

@@ -54,9 +54,11 @@ def test_run(
     trained = train_run(config, tmp_path / "run", console=console)
     records = trained.data.cache.records
     assert trained.data.cache.images.shape == (12, 32, 32, 3)
-    assert trained.data.split.validation == [0, 3, 6, 9]
+    assert trained.data.split.test == [0, 3, 6, 9]
+    assert {records[i].label for i in trained.data.split.validation} == {"001.Red", "002.Blue"}
     assert read_split(trained.folder.split, records) == trained.data.split
     report = finish_run(trained, console)
+    assert report.raw.images == 4
     assert report.localization is not None  # the birds' boxes
     sheet = cv2.imread(str(next(trained.folder.overlays.glob("*.png"))))
     assert sheet is not None

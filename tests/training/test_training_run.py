@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 from pathlib import Path
@@ -17,6 +18,8 @@ import magsd_kernels
 from magsd.config import Config, load_config
 from magsd.data.run_data import training_loader
 from magsd.errors import ConfigError, DataError, RunError
+from magsd.reporting.operating import Rule, fit_operating_points, read_operating_points
+from magsd.reporting.predictions import read_predictions
 from magsd.runtime import CPU, Runtime, choose_device
 from magsd.training import load_run
 from magsd.training import trainer as trainer_module
@@ -53,10 +56,39 @@ def test_folder_of_a_run(tmp_path: Path, small_config, console: Console) -> None
     with open(folder.split) as file:
         sides = [row["split"] for row in csv.DictReader(file)]
     assert sides.count("train") == len(trained.data.split.train)
-    assert report.raw.images == sides.count("validation") == len(trained.data.split.validation)
+    assert report.raw.images == sides.count("test") == len(trained.data.split.test)
+    table = read_predictions(folder.predictions)
+    keys = {i: trained.data.cache.records[i].key for i in range(len(sides))}
+    assert table.side("test").keys.tolist() == [keys[i] for i in trained.data.split.test]
+    held = [keys[i] for i in trained.data.split.validation]
+    assert table.side("validation").keys.tolist() == held
+    assert len(table) == sides.count("test") + sides.count("validation")
+    assert np.array_equal(table.side("test").logits, report.predictions.logits)
+    points = fit_operating_points(table.side("validation"), Rule("youden"))
+    assert read_operating_points(folder.operating) == points
+    written = json.loads(folder.evaluation.read_text())
+    assert (written["side"], written["raw"]) == ("test", report.to_dict()["raw"])
+    assert written["validation"]["raw"]["images"] == len(held)
     text = console.file.getvalue()
-    for words in ("validation accuracy", "uniform map", "images/s", str(folder.overlays)):
+    assert "12 training, 12 validation and 24 test images" in text
+    for words in ("test accuracy", "validation accuracy", "uniform map", "images/s",
+                  "Operating points", str(folder.overlays)):  # fmt: skip
         assert words in text, words
+
+
+def test_run_without_a_test_side(tmp_path: Path, small_config, console: Console) -> None:
+    """Its results are those of the images that the epoch was selected on, and are said to be."""
+    config = small_config("epochs=1", "data.test=none", "data.source=phantom:n=24,size=32")
+    trained = train_run(config, tmp_path / "run", console=console)
+    report = finish_run(trained, console)
+    written = json.loads(trained.folder.evaluation.read_text())
+    assert (written["side"], "validation" in written) == ("validation", False)
+    assert set(read_predictions(trained.folder.predictions).splits) == {"validation"}
+    assert report.raw.images == 12
+    text = console.file.getvalue()
+    assert "validation side: 12 images; the epoch was selected on these images" in text
+    assert "test accuracy" not in text
+    assert "no test side" not in text
 
 
 def test_split_keeps_patients_apart(finished: Path) -> None:
@@ -317,5 +349,5 @@ def test_a_few_steps_on_real_radiographs(
     rows = read_metrics(trained.folder.metrics)
     assert trained.data.classes == ("covid-19", "no-finding", "pneumonia")
     assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"])
-    assert report.raw.images == len(trained.data.split.validation) > 0
+    assert report.raw.images == len(trained.data.split.test) > 0
     assert len(list(trained.folder.overlays.glob("[0-9]*.png"))) == 3

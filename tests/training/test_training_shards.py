@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from magsd.cli import app
 from magsd.config import Config
 from magsd.data import AugmentConfig, choose_split, open_source
-from magsd.data.run_data import prepare_data, trained_on
+from magsd.data.prepare import prepare_data
+from magsd.data.run_sides import trained_on
 from magsd.data.shards import ShardLoader, open_shards, write_shards
 from magsd.distributed import ALONE, Team
 from magsd.errors import ConfigError, DataError
@@ -103,6 +104,9 @@ def test_whole_command(train: Callable[..., TrainedRun], tmp_path: Path, console
     trained = train(tmp_path / "run", "epochs=1", "overlays=3", "loss.class_weights=balanced")
     report = finish_run(trained, console)
     assert report.raw.images == 12
+    said = console.file.getvalue()
+    assert "no test side: shards are not divided into folds" in said
+    assert "validation side: 12 images; the epoch was selected on these images" in said
     assert len(list((tmp_path / "run" / "overlays").glob("0*.png"))) == 3
     rows = read_metrics(tmp_path / "run" / "metrics.csv")
     assert float(rows[-1]["validation_accuracy"]) == pytest.approx(report.raw.accuracy)
@@ -122,8 +126,14 @@ def test_refusals(
         train(tmp_path / "run", "data.source=phantom")
     with pytest.raises(ConfigError, match=r"data\.skip_bad=true"):
         train(tmp_path / "run", "data.skip_bad=true")
-    with pytest.raises(DataError, match=r"train-000000\.tar is both trained and validated on"):
+    with pytest.raises(DataError, match=r"train-000000\.tar is on two sides"):
         train(tmp_path / "run", pairs[0].replace("data.source", "data.validation"))
+    with pytest.raises(DataError, match=r"val-000000\.tar is on two sides"):
+        train(tmp_path / "run", pairs[1].replace("data.validation", "data.test"))
+    with pytest.raises(ConfigError, match=r"data\.test=phantom: shards are tested on shards"):
+        train(tmp_path / "run", "data.test=phantom")
+    with pytest.raises(ConfigError, match=r"data\.test=shards:.*other sources on others"):
+        train_run(small_config(pairs[1].replace("data.validation", "data.test")), tmp_path / "run")
     with pytest.raises(DataError, match="shards are streamed"):
         open_source(pairs[0].partition("=")[2])
     assert not (tmp_path / "run").exists()
@@ -178,4 +188,4 @@ def test_shards_are_divided_as_training_divides_their_source(
         written.setdefault(path.name.partition("-")[0], set()).update(a["key"] for a in about)
     trained = trained_on(tmp_path / "split.csv")
     assert written["train"] == trained
-    assert len(trained | written["val"]) == 15
+    assert len(trained | written["val"] | written["test"]) == 15

@@ -39,8 +39,8 @@ def write_shards(
 ) -> list[Path]:
     """Write a source's images as tar shards with index.json, and return the shards' paths.
 
-    split: positions in `source.records` for train-NNNNNN.tar and val-NNNNNN.tar (see
-    `choose_split`); None writes all to train-NNNNNN.tar. shard_size: images of a shard at most.
+    split: positions in `source.records` for train-NNNNNN.tar, val-NNNNNN.tar and test-NNNNNN.tar
+    (see `choose_split`); None writes all to train-NNNNNN.tar. shard_size: most images of a shard.
     Files go in as they are, other images as PNG, each with ``.cls`` (the place of its class) and
     ``.json`` (label, key, patient); masks are left out. Images are dealt to shards by `seed`, so
     that each holds all classes. skip_bad: leave images out that cannot be read, with a warning that
@@ -56,7 +56,7 @@ def write_shards(
     if present:
         raise DataError(f"{folder}: holds {present[0].name} already; choose another folder")
     everything = split or Split(list(range(len(source))), [])
-    parts = {"train": everything.train, "val": everything.validation}
+    parts = {"train": everything.train, "val": everything.validation, "test": everything.test}
     job = _Job(source, folder, shard_size, skip_bad, progress, sum(map(len, parts.values())))
     folder.mkdir(parents=True, exist_ok=True)
     try:

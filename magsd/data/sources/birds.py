@@ -37,7 +37,7 @@ class CubSource(PublishedSource):
             yield self._record(
                 images.with_name("images") / name,
                 label,
-                split="train" if train else "validation",
+                split="train" if train else "test",
                 boxes=boxes.get(number, ()),
             )
 

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from magsd.data.record import Record
+from magsd.data.record import Cells, Record
 from magsd.data.sources.base import Options
 from magsd.data.sources.files import holder
 from magsd.data.sources.published import PublishedSource
 from magsd.data.sources.radiographs import VIEWS, shows_view
-from magsd.data.sources.rows import read_rows
+from magsd.data.sources.rows import read_table
 
 _COLUMNS = ("patientid", "finding", "view", "filename")
+# What predictions are told of an image.
+_EXTRA = ("sex", "age", "view")
 
 # The first part of a finding that stands here decides: "Pneumonia/Viral/COVID-19" is COVID-19.
 # Early versions of the table name the germ alone.
@@ -51,7 +53,10 @@ class CohenSource(PublishedSource):
     def _find(self) -> Iterator[Record]:
         others = unclear = nameless = 0
         self._base = holder(self.folder, "metadata.csv") or self._need("metadata.csv").parent
-        for _, row in read_rows(self._base / "metadata.csv", _COLUMNS):
+        rows, written = read_table(self._base / "metadata.csv", _COLUMNS)
+        extra = [name for name in _EXTRA if name in written]
+        names = tuple(written[name] for name in extra)
+        for _, row in rows:
             name = row["filename"].strip()
             radiograph = row.get("modality", "X-ray").strip().lower() in ("x-ray", "xray", "")
             volume = name.lower().endswith((".nii", ".gz", ".zip"))
@@ -66,7 +71,8 @@ class CohenSource(PublishedSource):
                 nameless += 1
                 continue
             path = self._place(row.get("folder", "").strip() or "images", name)
-            yield self._record(path, label, patient=row["patientid"].strip())
+            cells = Cells(names, tuple(row[name] for name in extra))
+            yield self._record(path, label, patient=row["patientid"].strip(), extra=cells)
         self._left_out(others, f"that are no radiographs of the view {self.choice['view']}")
         self._left_out(unclear, "whose finding has no class")
         self._left_out(nameless, "without a file name")

@@ -17,11 +17,11 @@ from magsd.errors import DataError
 
 
 class CovidxSource(PublishedSource):
-    """The images of a list for training and of one for validation, each in a folder of its name.
+    """The images of the lists for training, validation and test, each in a folder of its name.
 
-    The lists are train*.txt, val*.txt and test*.txt in DIR or DIR/labels, or in a folder of DIR.
-    The images are in train/, val/ and test/ there, or in data/train/ and so on. Validation is the
-    val list where there is one, else the test list. A patient is one of its source.
+    The lists are train*.txt, val*.txt and test*.txt in DIR or DIR/labels, or in a folder of DIR;
+    one of the last two may lack. The images are in train/, val/ and test/ there, or in data/train/
+    and so on. A patient is one of its source.
 
     options: ``list``, ``test``: the end of the name of the list, as in ``list=9A`` for
     train_COVIDx9A.txt, where several are there; ``part=test``: the images of the test list alone,
@@ -40,14 +40,17 @@ class CovidxSource(PublishedSource):
         if not parts["train"]:
             self._need("train.txt", "labels/train_COVIDx*.txt")
         version, train = self._choose(parts["train"], "list", self.choice["list"])
-        held = "test" if self.choice["part"] == "test" or not parts["val"] else "val"
-        if not parts[held]:
+        only_test = self.choice["part"] == "test"
+        if not parts["test"] and (only_test or not parts["val"]):
             self._need("test.txt", f"labels/test_{version}.txt")
-        wanted = self.choice["test"] or (version if version in parts[held] else "")
-        _, other = self._choose(parts[held], "test", wanted)
-        rows = list(self._read(other, held, "validation"))
-        if self.choice["part"] == "all":
-            rows = [*self._read(train, "train", "train"), *rows]
+        rows = [] if only_test else list(self._read(train, "train", "train"))
+        held: dict[str, Side] = {"val": "validation", "test": "test"}
+        for part, side in held.items():
+            if parts[part] and not (only_test and part == "val"):
+                own, named = version if version in parts[part] else "", self.choice["test"]
+                wanted = named or own if part == "test" else own or named
+                _, path = self._choose(parts[part], "test", wanted)
+                rows += self._read(path, part, side)
         # A row without a source may be of a patient whom another row names with one.
         anywhere = {patient for _, patient, source in rows if not source}
         for record, patient, source in rows:

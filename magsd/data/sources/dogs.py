@@ -30,8 +30,8 @@ class DogsSource(PublishedSource):
 
     def _find(self) -> Iterator[Record]:
         images = self._images()
-        sides: dict[str, Side] = {"train": "train", "test": "validation"}
-        lists = {part: self._list(part) for part in sides}
+        sides: tuple[Side, ...] = ("train", "test")
+        lists = {side: self._list(side) for side in sides}
         if not any(lists.values()):
             _log.warning(
                 "%s: no train_list.mat and no test_list.mat, which name the published split: all"
@@ -40,8 +40,8 @@ class DogsSource(PublishedSource):
             for path in find_images(images):
                 yield self._one(images, path.relative_to(images).as_posix(), None)
             return
-        for part, side in sides.items():
-            path = lists[part] or self._need(f"lists/{part}_list.mat", f"{part}_list.mat")
+        for side in sides:
+            path = lists[side] or self._need(f"lists/{side}_list.mat", f"{side}_list.mat")
             for name in np.atleast_1d(read_mat(path, "file_list")).reshape(-1):
                 yield self._one(images, str(name), side)
 

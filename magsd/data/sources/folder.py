@@ -29,9 +29,9 @@ _log = logging.getLogger(__name__)
 class FolderSource(FileSource):
     """Images in DIR/CLASS/..., at any depth, linked files and folders too.
 
-    DIR/train/CLASS/..., DIR/val/CLASS/... and DIR/test/CLASS/... are a published split: the images
-    of val are validated on, or those of test where there is no val. Masks in a folder masks beside
-    the images are those of the lungs. Where DIR holds one folder alone, that may be meant.
+    DIR/train/CLASS/..., DIR/val/CLASS/... and DIR/test/CLASS/... are a published split. Masks in a
+    folder masks beside the images are those of the lungs. Where DIR holds one folder alone, that
+    may be meant.
 
     option ``patient``: what names the patient. ``name``: the file or a folder, as in
     person12_virus_6.jpeg, 00000013_005.png or patient00012/view1.png. ``image``: each image is its

@@ -25,6 +25,7 @@ _SIDES = {
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+_SIDE_OF: dict[str, Side] = {"train": "train", "val": "validation", "test": "test"}
 #: The highest number of folders, each alone in the one above, that an archive may lie in.
 _DEEP = 4
 _log = logging.getLogger(__name__)
@@ -110,27 +111,14 @@ def _roots(folder: Path, left_out: LeftOut) -> list[tuple[Path, Side | None]]:
             "%s: a published split; folders beside it, or without classes, are left out: %s",
             folder, ", ".join(shown(path.name) for path in [*others, *bare]),
         )  # fmt: skip
-    return _sides(folder, {path: word for path, word in words.items() if path not in bare})
+    return _sides({path: word for path, word in words.items() if path not in bare})
 
 
-def _sides(folder: Path, words: dict[Path, str]) -> list[tuple[Path, Side | None]]:
-    """Validated on val, or on test where there is no val; without both there is no split."""
-    held = "val" if "val" in words.values() else "test"
-    if held not in words.values():
+def _sides(words: dict[Path, str]) -> list[tuple[Path, Side | None]]:
+    """The side of each folder; without val and test there is no split."""
+    if set(words.values()) == {"train"}:
         return [(path, None) for path in words]
-    left = [path for path, word in words.items() if word not in ("train", held)]
-    if left:
-        validated = " and ".join(path.name for path, word in words.items() if word == held)
-        _log.warning(
-            "%s: a published split, validated on %s; the images of %s are left out (evaluate them"
-            " with --data folder:%s)",
-            folder, validated, " and ".join(path.name for path in left), left[0],
-        )  # fmt: skip
-    return [
-        (path, "train" if word == "train" else "validation")
-        for path, word in words.items()
-        if path not in left
-    ]
+    return [(path, _SIDE_OF[word]) for path, word in words.items()]
 
 
 def _side(name: str) -> str | None:

@@ -6,20 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from magsd.data.record import Record, Side
+from magsd.data.record import Cells, Record, Side
 from magsd.data.sources.base import Options
 from magsd.data.sources.files import find_images, holder
 from magsd.data.sources.published import Box, PublishedSource, read_box
 from magsd.data.sources.radiographs import VIEWS, shows_view
-from magsd.data.sources.rows import read_rows, read_words
+from magsd.data.sources.rows import read_rows, read_table, read_words
 from magsd.errors import DataError
 
 _COLUMNS = ("image index", "finding labels", "patient id", "view position")
+# What predictions are told of an image.
+_EXTRA = ("patient age", "patient gender", "view position")
 _TABLES = ("Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv", "sample_labels.csv")
 # Copies that are passed on have the second names.
 _LISTS: dict[Side, tuple[str, str]] = {
     "train": ("train_val_list.txt", "train_val_list_NIH.txt"),
-    "validation": ("test_list.txt", "test_list_NIH.txt"),
+    "test": ("test_list.txt", "test_list_NIH.txt"),
 }
 _BOXES = ("BBox_List_2017.csv", "BBox_List_2017_Official_NIH.csv")
 # The list of boxes has other words for two of the findings.
@@ -48,7 +50,10 @@ class NihSource(PublishedSource):
         files, sides = self._find_files(place), self._read_sides(place)
         boxes = self._read_boxes(place)
         others = several = 0
-        for _, row in read_rows(table, _COLUMNS):
+        rows, written = read_table(table, _COLUMNS)
+        extra = [name for name in _EXTRA if name in written]
+        names = tuple(written[name] for name in extra)
+        for _, row in rows:
             name, label = row["image index"].strip(), row["finding labels"].strip()
             if not shows_view(row["view position"], self.choice["view"]):
                 others += 1
@@ -63,6 +68,7 @@ class NihSource(PublishedSource):
                 patient=row["patient id"].strip(),
                 split=sides.get(name),
                 boxes=boxes.get((name, label), ()),
+                extra=Cells(names, tuple(row[name] for name in extra)),
             )
         self._left_out(others, f"that are not of the view {self.choice['view']}")
         self._left_out(several, "with several findings")

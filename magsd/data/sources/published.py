@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from magsd.data.images import upright
-from magsd.data.record import MaskKind, Record, Side
+from magsd.data.record import NO_CELLS, Cells, MaskKind, Record, Side
 from magsd.data.sources.base import FileSource, merge_patients
 from magsd.errors import DataError
 
@@ -100,13 +100,14 @@ class PublishedSource(FileSource):
         patient: str = "",
         split: Side | None = None,
         boxes: Sequence[Box] = (),
+        extra: Cells = NO_CELLS,
     ) -> Record:
         """A record; the key is the path within the folder, the patient the key, where not given."""
         key = key or path.relative_to(self.folder).as_posix()
         if boxes:
             self._boxes[key] = tuple(boxes)
         kind = self.box_kind if boxes else None
-        return Record(key, label, patient or key, path, kind, split)
+        return Record(key, label, patient or key, path, kind, split, extra)
 
     def _need(self, *names: str) -> Path:
         """The first of some paths within the folder that exists."""

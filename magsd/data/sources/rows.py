@@ -26,13 +26,26 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _log = logging.getLogger(__name__)
 
 
+Rows = list[tuple[int, dict[str, str]]]
+
+
 def read_rows(
     path: Path,
     required: Sequence[str],
     *,
     advice: Callable[[Sequence[str]], str] = lambda columns: "",
-) -> list[tuple[int, dict[str, str]]]:
-    """Line number and columns of every row of a CSV.
+) -> Rows:
+    """Line number and columns of every row of a CSV; see `read_table`."""
+    return read_table(path, required, advice=advice)[0]
+
+
+def read_table(
+    path: Path,
+    required: Sequence[str],
+    *,
+    advice: Callable[[Sequence[str]], str] = lambda columns: "",
+) -> tuple[Rows, dict[str, str]]:
+    """Line number and columns of every row of a CSV, and each column's name as it is written.
 
     Cells are separated by commas, semicolons, tabs or bars, whichever the header has, or as a first
     line such as sep=; says; the text is UTF-8, UTF-16, or else Latin-1, with a warning. required:
@@ -52,12 +65,12 @@ def read_rows(
     head = lines[first] if len(lines) > first else ""
     delimiter = delimiter or _delimiter(head, required)
     reader = csv.reader(lines[first:], delimiter=delimiter, strict=True, skipinitialspace=True)
-    given = _next(path, reader, first)
-    columns = _columns(path, given or [], required, advice)
+    given = _next(path, reader, first) or []
+    columns = _columns(path, given, required, advice)
     rows = list(_cells(path, reader, columns, first))
     if not rows:
         raise DataError(f"{path}: the table has no rows")
-    return rows
+    return rows, dict(zip(columns, map(str.strip, given), strict=True))
 
 
 def _delimiter(head: str, required: Sequence[str]) -> str:

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from magsd.data.darwin import DarwinAnnotation, read_darwin
 from magsd.data.dicom_patient import dicom_patients
 from magsd.data.images import IMAGE_SUFFIXES, read_image_file, to_gray
-from magsd.data.record import Record
+from magsd.data.record import Cells, Record
 from magsd.data.sources.base import FileSource, Options, merge_patients
 from magsd.data.sources.known_tables import mapping_hint
 from magsd.data.sources.masks import turned_mask
-from magsd.data.sources.rows import read_rows
+from magsd.data.sources.rows import read_table
 from magsd.errors import DataError
 from magsd.paths import expand, file_identity
 
@@ -63,7 +63,8 @@ class TableSource(FileSource):
     in the lesion, or Darwin JSON with the lungs. Without a mask column, ``lungs/<stem>.json``
     next to the CSV is that image's annotation. Where no column names a patient, that of a DICOM
     file is a hash of its PatientID, and any other image is its own. Images whose annotations name
-    the same patient become one patient. A file on several rows that say the same is one image.
+    the same patient become one patient. A file on several rows that say the same is one image,
+    with the further cells of the first. All other columns are each record's `extra`.
     """
 
     options: ClassVar[Options] = {"file": (), "label": (), "patient": (), "mask": ()}
@@ -77,15 +78,19 @@ class TableSource(FileSource):
         **options: str,
     ) -> None:
         self.spec = f"csv:{path}" + "".join(f",{name}={value}" for name, value in options.items())
-        # As `read_rows` returns them.
+        # As `read_table` returns them.
         self._columns = {name: value.strip().lower() for name, value in options.items()}
         needed = [*dict.fromkeys([self._column("file"), self._column("label")])]
         needed += [self._columns[name] for name in ("patient", "mask") if name in self._columns]
-        rows = read_rows(path, needed, advice=partial(_advice, path))
+        rows, written = read_table(path, needed, advice=partial(_advice, path))
         self._files = _Files(path.absolute().parent)
         self._masks: dict[str, Path] = {}
         self._annotations: dict[str, DarwinAnnotation] = {}
         self._patient = self._columns.get("patient") or _patient_column(path, list(rows[0][1]))
+        own = {*needed, self._column("mask"), self._patient}
+        others = {name: shown for name, shown in written.items() if name and name not in own}
+        names = tuple(others.values())
+        same: dict[str, str] = {}  # a cell that many rows have is kept once
         records: dict[object, Record] = {}
         lines: dict[object, int] = {}
         said: dict[object, object] = {}
@@ -100,7 +105,9 @@ class TableSource(FileSource):
                 self._masks[record.key] if record.mask_kind else None,
             )
             if place not in records:
-                records[place], lines[place], said[place] = record, line, says
+                cells = tuple(same.setdefault(row[name], row[name]) for name in others)
+                records[place] = dataclasses.replace(record, extra=Cells(names, cells))
+                lines[place], said[place] = line, says
                 continue
             first = records[place]
             if says != said[place]:

@@ -23,7 +23,7 @@ _DEEP = 4
 
 
 class AircraftSource(PublishedSource):
-    """FGVC-Aircraft (Maji et al., arXiv 1306.5151): trained on trainval, validated on test.
+    """FGVC-Aircraft (Maji et al., arXiv 1306.5151): trained on trainval, tested on test.
 
     DIR is the folder data of the archive, or holds it at some depth. Without the authors' lists,
     train.csv, val.csv and test.csv are read, with the columns filename and Classes. option
@@ -63,13 +63,13 @@ class AircraftSource(PublishedSource):
         )
         for path in (*trained, data / f"{start}test.txt"):
             self._need(path.relative_to(self.folder).as_posix())
-            side: Side = "train" if path in trained else "validation"
+            side: Side = "train" if path in trained else "test"
             for number, *label in read_words(path, 2):
                 yield f"{number}.jpg", " ".join(label), side
 
     def _tabled(self, folder: Path) -> Iterator[tuple[str, str, Side]]:
         """File, class and side of each image by tables."""
-        sides: dict[str, Side] = {"train": "train", "val": "train", "test": "validation"}
+        sides: dict[str, Side] = {"train": "train", "val": "train", "test": "test"}
         for part, side in sides.items():
             path = folder / f"{part}.csv"
             if part == "test" or path.is_file():
@@ -123,16 +123,14 @@ class CarsSource(PublishedSource):
             if path is None:
                 self._need(f"{outer}{name}")
         classes = _names(found["devkit/cars_meta.mat"])
-        sides: dict[str, tuple[Path | None, Side]] = {
-            "train": (annotations, "train"), "test": (tested, "validation"),
-        }  # fmt: skip
-        for part, (path, side) in sides.items():
+        sides: dict[Side, Path | None] = {"train": annotations, "test": tested}
+        for side, path in sides.items():
             for row in np.atleast_1d(read_mat(path, "annotations", ("fname", "class"))):
                 file = PurePosixPath(str(row["fname"])).name
                 yield self._record(
-                    (folders[part] or self.folder) / file,
+                    (folders[side] or self.folder) / file,
                     _class_of(classes, row["class"], path),
-                    key=f"cars_{part}/{file}",
+                    key=f"cars_{side}/{file}",
                     split=side,
                 )
 
@@ -146,7 +144,7 @@ class CarsSource(PublishedSource):
                 images / file,
                 _class_of(classes, row["class"], path),
                 key=f"car_ims/{file}",
-                split="validation" if int(row["test"]) else "train",
+                split="test" if int(row["test"]) else "train",
             )
 
     def _mat(self, *names: str) -> Path | None:
