@@ -37,8 +37,9 @@ def metadata(contents: Contents) -> dict[str, Any]:
     tags = ["image-classification", "medical-imaging"]
     if model.facts.configuration:
         tags.insert(0, "magsd")
+    library = {"library_name": "magsd"} if model.facts.configuration else {}
     return {
-        "library_name": "magsd",
+        **library,
         "pipeline_tag": "image-classification",
         "tags": tags,
         "model-index": [{"name": model.name, "results": [result]}],

@@ -91,7 +91,12 @@ def card(contents: Contents) -> str:
     environment = _environment(autoescape=False)
     model = contents.models[0]
     body = environment.get_template("card.md").render(
-        **_shared(contents), model=model, name=model.name
+        **_shared(contents),
+        model=model,
+        name=model.name,
+        counts=lambda name: [
+            "{} ({})".format(*own.get(name, (0, 0))) for own in _by_side(model).values()
+        ],
     )
     front = yaml.safe_dump(metadata(contents), sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n{body.rstrip()}\n"
@@ -108,9 +113,18 @@ def _shared(contents: Contents) -> dict[str, Any]:
         "method": words.method(contents),
         "overall": OVERALL,
         "per_class": PER_CLASS,
-        "sides": [side for side in SPLITS if side in model.sides],
+        "sides": list(_by_side(model)),
         "patients_named": words.has_patients(model),
     }
+
+
+def _by_side(model: ModelReport) -> dict[str, dict[str, tuple[int, int]]]:
+    return {side: model.sides[side] for side in SPLITS if side in model.sides}
+
+
+def _estimate(interval: Interval) -> str:
+    limits = words.span(interval)
+    return words.number(interval.value) + (f" ({limits})" if limits else "")
 
 
 def _environment(*, autoescape: bool) -> jinja2.Environment:
@@ -124,6 +138,7 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
     environment.filters.update(
         number=words.number,
         span=words.span,
+        estimate=_estimate,
         p_value=words.p_value,
         shorten=lambda name: shorten(name, 24),
         most=lambda names: list(names)[:_MOST_ROWS],
