@@ -13,8 +13,6 @@ from typing import Any
 from magsd.config import is_of_run
 from magsd.errors import ConfigError, RunError
 
-_MAKE = "magsd evaluate"
-
 
 @dataclass(frozen=True)
 class Input:
@@ -74,7 +72,11 @@ def _inputs_of(path: Path) -> list[Input]:
     if is_of_run(path / "config.yaml"):
         file = path / "predictions.csv"
         if not file.is_file():
-            raise RunError(f"{path} holds no predictions.csv; write it with: {_MAKE} {path}")
+            raise RunError(
+                f"{path} holds no predictions.csv: the run has not ended, or is of an earlier"
+                f" version; write a file with: magsd evaluate {path} --predictions FILE, and give"
+                " that"
+            )
         return [Input(path.resolve().name, file, run=path)]
     gathered = sorted(path.glob("*/seed*/predictions.csv"))
     if gathered:

@@ -80,11 +80,14 @@ def _of_run(run: Path, model: ModelReport, limit: int, *, title: bool) -> list[G
     from magsd.training.run import load_run
 
     loaded = load_run(run)
-    if is_shards(loaded.config.data.source):
-        raise DataError("the run read its images from shards, in which no image is looked up")
-    _, cache = open_images(loaded.config, loaded.config.data.source, classes=loaded.classes)
-    rows = {record.key: row for row, record in enumerate(cache.records)}
+    data = loaded.config.data
     table = model.table
+    apart = table.splits[0] == "test" and data.test not in ("folds", "none")
+    source = data.test if apart else data.source
+    if is_shards(source):
+        raise DataError("the run read its images from shards, in which no image is looked up")
+    _, cache = open_images(loaded.config, source, classes=loaded.classes)
+    rows = {record.key: row for row, record in enumerate(cache.records)}
     predicted = table.predicted(model.kind)
     confidence = table.of(model.kind).max(axis=1)
     wrong = predicted != table.labels
@@ -98,7 +101,7 @@ def _of_run(run: Path, model: ModelReport, limit: int, *, title: bool) -> list[G
         if pictures:
             groups.append(Group(heading, pictures))
     if not groups:
-        raise DataError(f"{loaded.config.data.source} holds none of the reported images")
+        raise DataError(f"{source} holds none of the reported images")
     return groups
 
 
