@@ -1,4 +1,4 @@
-"""The command `magsd`: train, evaluate, predict, localize, inspect, crossval, shards, info."""
+"""The command `magsd`: train, evaluate, predict, localize, inspect, crossval, report ..."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from magsd.cli.evaluation import evaluate
 from magsd.cli.inspection import inspect
 from magsd.cli.localization import localize
 from magsd.cli.prediction import predict
+from magsd.cli.reporting import report
 from magsd.cli.shards import shards
 
 # torch, timm and the rest are imported by the command that needs them: help must be quick.
@@ -157,6 +158,7 @@ app.command()(predict)
 app.command()(localize)
 app.command()(inspect)
 app.command()(crossval)
+app.command()(report)
 app.command()(shards)
 
 
