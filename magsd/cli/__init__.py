@@ -1,4 +1,4 @@
-"""The command `magsd`: train, evaluate, predict, localize, inspect, crossval, shards, info."""
+"""The command `magsd`: its commands are `app.command`s here and in the modules beside."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ except ImportError as _error:  # the base install holds the kernels alone
         f"magsd: {_error.name} is not installed; the command needs: pip install 'magsd[train]'"
     ) from None
 
+from magsd.cli.auditing import audit
 from magsd.cli.cross_validation import crossval
 from magsd.cli.inspection import inspect
 from magsd.cli.localization import localize
@@ -289,6 +290,7 @@ def _as_json(prediction: Any) -> dict[str, Any]:
 
 
 app.command()(localize)
+app.command()(audit)
 app.command()(inspect)
 app.command()(crossval)
 app.command()(shards)
