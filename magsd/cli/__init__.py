@@ -1,4 +1,4 @@
-"""The command `magsd`: train, evaluate, predict, localize, inspect, crossval, report ..."""
+"""The command `magsd`: its commands are `app.command`s here and in the modules beside."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ except ImportError as _error:  # the base install holds the kernels alone
         f"magsd: {_error.name} is not installed; the command needs: pip install 'magsd[train]'"
     ) from None
 
+from magsd.cli.auditing import audit
 from magsd.cli.cross_validation import crossval
 from magsd.cli.evaluation import evaluate
 from magsd.cli.inspection import inspect
@@ -156,6 +157,7 @@ def train(
 app.command()(evaluate)
 app.command()(predict)
 app.command()(localize)
+app.command()(audit)
 app.command()(inspect)
 app.command()(crossval)
 app.command()(report)

@@ -177,7 +177,7 @@ def _cache_key(source: Source, settings: _Settings) -> str:
     digest = hashlib.blake2b(digest_size=16)
     decoders = cv2.__version__, *map(_version, _DECODERS)
     digest.update(repr((_FORMAT, settings, decoders)).encode())
-    with _pool() as pool:
+    with worker_pool() as pool:
         for record, content in zip(
             source.records, pool.map(source.fingerprint, source.records), strict=True
         ):
@@ -274,8 +274,8 @@ def _write_files(
     kept: list[int] = []
     has_mask: list[bool] = []
     bad: list[tuple[str, str]] = []
-    with _pool() as pool:
-        for index, result in enumerate(_in_order(pool, prepare, records)):
+    with worker_pool() as pool:
+        for index, result in enumerate(in_order(pool, prepare, records)):
             if isinstance(result, str):
                 bad.append((records[index].key, result))
             else:
@@ -395,7 +395,7 @@ def _describe_bad(bad: list[tuple[str, str]], total: int) -> str:
 
 
 @contextmanager
-def _pool() -> Iterator[ThreadPoolExecutor]:
+def worker_pool() -> Iterator[ThreadPoolExecutor]:
     """Threads (opencv and file reads free the interpreter) that an error stops at once."""
     pool = ThreadPoolExecutor(_workers())
     try:
@@ -404,7 +404,7 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _in_order(
+def in_order(
     pool: ThreadPoolExecutor, work: Callable[[Record], _Result], records: Sequence[Record]
 ) -> Iterator[_Result]:
     """Results in order; few are ahead of the one that is waited for, however slow the disk is."""
