@@ -58,6 +58,9 @@ def commands(trained: Path, image: Path, small_pairs: list[str]) -> Commands:
         "localize --out": ["localize", str(trained), *data, "--out"],
         "crossval --out": ["crossval", *small_pairs, "--model", "plain", "--out"],
         "shards --out": ["shards", *data, "folds=2", "--out"],
+        "audit --json": ["audit", data[1], "--json"],
+        "audit --out": ["audit", data[1], "--out"],
+        "report --out": ["report", str(trained), "--out"],
     }
 
 
@@ -71,6 +74,9 @@ OPTIONS = [
     "localize --out",
     "crossval --out",
     "shards --out",
+    "audit --json",
+    "audit --out",
+    "report --out",
 ]
 
 
