@@ -148,7 +148,7 @@ def decision(title: str, lines: Sequence[Line]) -> Markup:
         axes.set_ylabel("net benefit")
         axes.spines[["top", "right"]].set_visible(False)
         axes.locator_params(axis="y", nbins=5)
-        axes.legend(loc="center right", handlelength=1.8)
+        axes.legend(loc="best", handlelength=1.8)
         return _svg(figure, title)
 
 

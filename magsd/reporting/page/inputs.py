@@ -90,9 +90,13 @@ def _inputs_of(path: Path) -> list[Input]:
 
 
 def _gathered(file: Path) -> Input:
-    """Out-of-fold predictions of one model and seed."""
+    """Out-of-fold predictions of one model and seed, by the runs that the file names."""
+    with file.open(newline="", encoding="utf-8") as lines:
+        named = {f"fold{row.get('fold')}" for row in csv.DictReader(lines)}
     folds = tuple(
-        folder for folder in sorted(file.parent.glob("fold*")) if is_of_run(folder / "config.yaml")
+        folder
+        for folder in sorted(file.parent.glob("fold*"))
+        if folder.name in named and is_of_run(folder / "config.yaml")
     )
     name = file.parent.parent.name
     if len(list(file.parent.parent.glob("seed*/predictions.csv"))) > 1:

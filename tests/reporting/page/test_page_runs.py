@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from magsd import cli
 from magsd.errors import RunError
+from magsd.reporting.page.inputs import find_inputs
 
 Made = Callable[..., Path]
 Report = Callable[..., str]
@@ -94,3 +95,15 @@ def test_cross_validation_compares_its_models(made: Made, report: Report, tmp_pa
     content = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert [model["name"] for model in content["models"]] == ["plain", "magsd"]
     assert [(c["first"], c["second"]) for c in content["comparisons"]] == [("plain", "magsd")]
+
+
+def test_runs_that_a_cross_validation_has_not_gathered_do_not_count(run: Path, tmp_path: Path):
+    """A fold that was stopped, or left out by --folds, lies beside those in the file."""
+    seed = tmp_path / "cv" / "magsd" / "seed0"
+    for fold in (0, 1, 2):
+        shutil.copytree(run, seed / f"fold{fold}")
+    (seed / "predictions.csv").write_text(
+        "key,label,fold,probability_a,probability_b\nx,a,0,1,0\ny,b,1,0,1\n", encoding="utf-8"
+    )
+    (found,) = find_inputs([tmp_path / "cv"], ())
+    assert [folder.name for folder in found.folds] == ["fold0", "fold1"]
