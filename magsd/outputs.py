@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from magsd.errors import RunError
 
@@ -127,9 +127,26 @@ def save_png(path: Path, picture: NDArray[np.uint8]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file and the folders on its way; RunError where the disk does not take it."""
-    with disk_errors(path.parent, "free some space and run the command again"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    with (
+        disk_errors(path.parent, "free some space and run the command again"),
+        whole_file(path) as file,
+    ):
+        file.write(text)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A text file that takes its name once it is complete, and the folders on its way."""
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{os.getpid()}.part")
+    try:
+        with part.open("w", newline="", encoding="utf-8") as file:
+            yield file
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from magsd import cli, outputs
 from magsd.data import load_cache, open_source
 from magsd.errors import DataError, MagsdError, RunError
+from magsd.outputs import whole_file
 
 Commands = dict[str, list[str]]
 
@@ -416,3 +418,16 @@ class TestCache:
         load_cache(source, image_size=32, cache_dir=tmp_path, progress=slow)
         assert len(ahead) == 60
         assert max(ahead) <= 6
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "report.json"
+    for text in ("old", "new"):
+        with whole_file(path) as file:
+            file.write(text)
+        assert path.read_text() == text
+    with contextlib.suppress(KeyboardInterrupt), whole_file(path) as file:
+        file.write("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "new"
+    assert [each.name for each in path.parent.iterdir()] == ["report.json"]

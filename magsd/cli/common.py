@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from magsd.console import say
 from magsd.errors import ConfigError, DataError, UnknownLabelError
-from magsd.outputs import check_file, has_columns, has_json
+from magsd.outputs import check_file, has_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,7 +72,7 @@ def select_images(
     and in their own order.
     """
     from magsd.data.run_data import open_images
-    from magsd.data.run_sides import meant_images, open_side, trained_on
+    from magsd.data.run_sides import meant_images, open_side
     from magsd.data.shards import is_shards
 
     spec, side = meant_images(loaded.config, loaded.folder.split, data)
@@ -94,17 +94,32 @@ def select_images(
                 " leaves images out"
             ) from error
         indices, what = list(range(len(cache.records))), f"images of {spec}"
-        seen = trained_on(loaded.folder.split).intersection(r.key for r in cache.records)
-        if seen:
-            say(
-                console,
-                f"{len(seen)} of them have names that the run trained on, e.g. {min(seen)}; "
-                "the figures may flatter",
-                first="warning:",
-            )
+        _warn_of_known(console, loaded, (record.key for record in cache.records))
     report_bad(console, cache.bad)
     say(console, f"epoch {loaded.epoch} of {loaded.folder.root}: {len(indices)} {what}")
     return cache, indices, side
+
+
+def warn_of_shards(console: Console, loaded: LoadedRun, spec: str, side: Side | None) -> None:
+    """Warn of shards that are not a run's own side and that it trained on or was selected on."""
+    from magsd.data.shards import open_shards
+
+    if side is None:
+        urls = (shard.url for shard in open_shards(spec, classes=loaded.classes).shards)
+        _warn_of_known(console, loaded, (url.rpartition("/")[2] for url in urls))
+
+
+def _warn_of_known(console: Console, loaded: LoadedRun, keys: Iterable[str]) -> None:
+    from magsd.data.run_sides import developed_on
+
+    seen = developed_on(loaded.folder.split).intersection(keys)
+    if seen:
+        say(
+            console,
+            f"{len(seen)} of them have names that the run trained on or was selected on, e.g. "
+            f"{min(seen)}; the figures may flatter",
+            first="warning:",
+        )
 
 
 def class_names(text: str | None, classes: Sequence[str]) -> dict[str, str]:
@@ -137,8 +152,9 @@ def check_json_file(path: Path | None, *keys: str) -> None:
 def check_predictions_file(path: Path | None) -> None:
     """Raise RunError, before long work, where no predictions can be written to a file."""
     if path is not None:
-        first = ("key", "patient", "split", "label", "prediction")
-        check_file(path, "--predictions", is_own=lambda file: has_columns(file, *first))
+        from magsd.reporting.predictions import is_predictions
+
+        check_file(path, "--predictions", is_own=is_predictions)
 
 
 def report_bad(console: Console, bad: list[tuple[str, str]]) -> None:

@@ -58,7 +58,9 @@ def crossval(
 
     # timm, torchvision and the like take seconds: a wrong key raises its error before that.
     from magsd.crossval.plan import plan_runs
-    from magsd.outputs import check_folder, has_columns
+    from magsd.crossval.predictions import NAME
+    from magsd.outputs import check_file, check_folder, has_columns
+    from magsd.reporting.predictions import is_predictions
 
     check_folder(
         out,
@@ -71,6 +73,7 @@ def crossval(
     )
     for planned in runs:
         planned.folder.require_apart(planned.config.data.source)
+        check_file(planned.folder.root.parent / NAME, "--out", is_own=is_predictions)
     _compare(out, runs)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from magsd.cli.common import select_images
+from magsd.cli.common import select_images, warn_of_shards
 from magsd.console import say
 from magsd.errors import ConfigError, DataError
 
@@ -83,15 +83,17 @@ def evaluate_together(
     ensemble_of(runs)  # other classes are told before images are read
     meant = [meant_images(run.config, run.folder.split, data) for run in runs]
     specs = [spec for spec, _ in meant]
+    for run, spec in zip(runs, specs, strict=True):  # two sources may have the same keys
+        if not same_source(spec, specs[0]):
+            raise DataError(
+                f"{runs[0].folder.root} and {run.folder.root} are measured on other images "
+                f"({specs[0]} and {spec}); name images that neither knows: --data SOURCE"
+            )
     if any(is_shards(spec) for spec in specs):
         if classes is not None:
             raise ConfigError("--classes: shards have the labels of their index")
-        for run, spec in zip(runs, specs, strict=True):
-            if not same_source(spec, specs[0]):
-                raise DataError(
-                    f"{runs[0].folder.root} and {run.folder.root} are measured on other images "
-                    f"({specs[0]} and {spec}); name images that neither knows: --data SOURCE"
-                )
+        for run, (spec, side) in zip(runs, meant, strict=True):
+            warn_of_shards(console, run, spec, side)
         report = evaluate_runs_on_shards(runs, specs[0], tta=tta)
         records = shard_records(runs[0], specs[0], report)
         sides = {side for _, side in meant}
@@ -101,4 +103,6 @@ def evaluate_together(
         records = [images[0][0].records[index] for index in report.predictions.indices]
         sides = {each[2] for each in images}
     say(console, f"mean of {len(runs)} runs: {report.raw.images} images")
-    return report, records, sides.pop() if len(sides) == 1 else None
+    # Where an epoch of any of them was selected on the images, they are no test.
+    side = "validation" if "validation" in sides else None
+    return report, records, sides.pop() if len(sides) == 1 else side

@@ -14,6 +14,7 @@ from magsd.cli.common import (
     check_predictions_file,
     make_console,
     select_images,
+    warn_of_shards,
 )
 from magsd.cli.ensembles import TTA_HELP, evaluate_together, runs_first, tta_of, warn_of_mirrors
 from magsd.console import say
@@ -78,6 +79,12 @@ def evaluate(
     mirrored = tta_of(tta)
     check_json_file(json_file, "classes", "raw")
     check_predictions_file(predictions)
+    if predictions is not None:
+        place = predictions.resolve()
+        if json_file is not None and json_file.resolve() == place:
+            raise ConfigError(f"--json and --predictions both name {predictions}")
+        if place in {RunFolder(run).predictions.resolve() for run in runs}:
+            raise ConfigError(f"--predictions {predictions}: a run keeps its own there")
     if plots is not None:
         check_folder(
             plots,
@@ -97,11 +104,12 @@ def evaluate(
         )
     else:
         report, records, side = _evaluate(console, loaded, data, classes, mirrored)
-    console.print(report)
+    # Before the tables, which a pipe may end.
     if json_file is not None:
         write_text(json_file, report_json(report, side or "external"))
     if predictions is not None:
         write_predictions(predictions, predictions_table(report, records, side or "external"))
+    console.print(report)
     if others and plots is None:
         return
     name = side or "evaluation"
@@ -128,6 +136,7 @@ def _evaluate(
         if classes is not None:
             raise ConfigError("--classes: shards have the labels of their index")
         say(console, f"epoch {loaded.epoch} of {loaded.folder.root}: {spec}")
+        warn_of_shards(console, loaded, spec, side)
         report = evaluate_shards(loaded, spec, tta=tta)
         return report, shard_records(loaded, spec, report), side
     cache, indices, side = select_images(console, loaded, data, classes)

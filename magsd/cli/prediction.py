@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from magsd.evaluation import Prediction
+    from magsd.reporting.operating import OperatingPoint
     from magsd.training.run import LoadedRun
 
 
@@ -45,7 +46,7 @@ def predict(
 ) -> None:
     """Classify image files: probabilities, and where the model looked."""
     from magsd.evaluation import predict_ensemble
-    from magsd.evaluation.predict import overlay_names
+    from magsd.evaluation.predict import overlay_names, with_findings
     from magsd.evaluation.tables import predictions_table
     from magsd.outputs import check_folder, disk_errors, write_text
     from magsd.training.ensemble import ensemble_of
@@ -66,6 +67,7 @@ def predict(
     ensemble = ensemble_of(loaded)
     if mirrored:
         warn_of_mirrors(console, loaded)
+    point = _operating_point(console, loaded, mirrored is not None)
     bad: list[tuple[str, str]] = []
     with disk_errors(overlay or Path(), "free some space and run the command again"):
         try:
@@ -81,34 +83,34 @@ def predict(
     report_bad(console, bad)
     if not predictions:
         raise DataError(f"none of the {len(images)} images can be read")
-    predictions = _with_findings(console, loaded, predictions, mirrored is not None)
+    if point is not None:
+        predictions = with_findings(predictions, point)
     if json_file is not None:
         items = [_as_json(prediction) for prediction in predictions]
         write_text(json_file, json.dumps(items, indent=2, allow_nan=False) + "\n")
     console.print(predictions_table(predictions, ensemble.classes, console.width))
 
 
-def _with_findings(
-    console: Console, runs: Sequence[LoadedRun], predictions: list[Prediction], mirrored: bool
-) -> list[Prediction]:
-    """What the operating points of a single run say of them; as they are without any."""
-    files = [run.folder.root / "operating.json" for run in runs]
+def _operating_point(
+    console: Console, runs: Sequence[LoadedRun], mirrored: bool
+) -> OperatingPoint | None:
+    """Of the refined predictions of a single run, if it has one; a line says why it is not used."""
+    from magsd.reporting.operating import read_operating_points
+
+    files = [run.folder.operating for run in runs]
     if not any(file.is_file() for file in files):
-        return predictions
+        return None
     if len(runs) > 1 or mirrored:
         what = "a single model" if len(runs) > 1 else "images without their mirrors"
         say(console, f"operating points are not used: they were fitted for {what}")
-        return predictions
-    from magsd.evaluation.predict import with_findings
-    from magsd.reporting.operating import read_operating_points
-
+        return None
     points = read_operating_points(files[0])
     if points.classes != runs[0].classes or points.refined is None:
         raise RunError(
             f"{files[0]}: was fitted for another model, of the classes "
             f"{', '.join(points.classes)}; remove it, or train again"
         )
-    return with_findings(predictions, points.refined)
+    return points.refined
 
 
 def _as_json(prediction: Prediction) -> dict[str, Any]:

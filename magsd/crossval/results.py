@@ -55,8 +55,10 @@ def is_finished(run: PlannedRun) -> bool:
     Raises `RunError` for a corrupt checkpoint.
     """
     folder = run.folder
-    written = folder.last.is_file() and folder.predictions.is_file()
-    if not (folder.is_run() and written and _report(run) is not None):
+    written = (folder.last, folder.predictions, folder.operating)
+    if not (
+        folder.is_run() and all(file.is_file() for file in written) and _report(run) is not None
+    ):
         return False
     # A report alone may be older than the last epochs, if the run was lengthened by hand.
     return int(load_checkpoint(folder.last)["epoch"]) == run.config.train.epochs

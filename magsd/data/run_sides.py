@@ -59,9 +59,10 @@ def same_source(first: str, second: str) -> bool:
     return expand(place).resolve() == expand(other_place).resolve()
 
 
-def trained_on(split: Path) -> set[str]:
-    """Keys of the training images in a run's split.csv; of shards, the files' names."""
-    return {row["key"] for row in _rows(split) if "key" in row and row.get("split") == "train"}
+def developed_on(split: Path) -> set[str]:
+    """Keys of the training and validation images in a run's split.csv; of shards, their names."""
+    sides = ("train", "validation")
+    return {row["key"] for row in _rows(split) if "key" in row and row.get("split") in sides}
 
 
 def _rows(split: Path) -> list[dict[str, str]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,9 +115,9 @@ def _on_several_sides(records: Sequence[Record], split: Split) -> set[str]:
 def hold_out(records: Sequence[Record], split: Split, *, parts: int, seed: int = 0) -> Split:
     """The split with one of about `parts` parts of its training images as validation side.
 
-    No patient stands on both; classes keep their shares. Of classes with few patients the part is
-    larger. Raises DataError where a class has one patient only to train on, or where no part leaves
-    every class on both sides.
+    No patient stands on both; classes keep their shares. The part is larger only where no smaller
+    one has every class. Raises DataError where a class has one patient only to train on, or where
+    no part leaves every class on both sides.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -128,15 +130,21 @@ def hold_out(records: Sequence[Record], split: Split, *, parts: int, seed: int =
             f"class {fewest!r} has one patient beside the test side: it cannot be both trained and"
             " validated on; use data.test=none, which measures on the validation images"
         )
-    parts = max(2, min(parts, counts[fewest]))
-    splitter = StratifiedGroupKFold(n_splits=parts, shuffle=True, random_state=seed)
-    for sides in splitter.split(np.zeros(len(labels)), labels, patients):
-        if all(set(labels[side]) == set(labels) for side in sides):
-            train, validation = (sorted(split.train[i] for i in side) for side in sides)
-            return Split(train, validation, split.test)
+    whole = set(labels)
+    # scikit-learn divides into no more parts than there are patients, or images of a class.
+    most = min(parts, len(set(patients)), max(Counter(labels.tolist()).values()))
+    for count in range(max(2, most), 1, -1):  # fewer and larger parts, where none has every class
+        splitter = StratifiedGroupKFold(n_splits=count, shuffle=True, random_state=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of classes with fewer patients
+            divided = list(splitter.split(np.zeros(len(labels)), labels, patients))
+        for sides in divided:
+            if all(set(labels[side]) == whole for side in sides):
+                train, validation = (sorted(split.train[i] for i in side) for side in sides)
+                return Split(train, validation, split.test)
     raise DataError(
-        f"none of {parts} parts of the training images holds every class and leaves every class to"
-        " train on; use another data.split_seed, fewer folds, or data.test=none"
+        "no part of the training images holds every class and leaves every class to train on;"
+        " use another data.split_seed, fewer folds, or data.test=none"
     )
 
 

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import softmax
 
 from magsd.errors import DataError
-from magsd.outputs import disk_errors
+from magsd.outputs import disk_errors, has_columns, whole_file
 from magsd.reporting.columns import Columns, read_columns
 
 Kind = Literal["raw", "refined"]
@@ -204,12 +204,18 @@ def write_predictions(path: str | os.PathLike[str], table: PredictionTable) -> N
         while _is_own(name) or name in columns:
             name = f"csv_{name}"
         columns[name] = cells.tolist()
-    with disk_errors(path.parent, "free some space and run the command again"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(zip(*columns.values(), strict=True))
+    with (
+        disk_errors(path.parent, "free some space and run the command again"),
+        whole_file(path) as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+
+
+def is_predictions(path: Path) -> bool:
+    """Whether `write_predictions` wrote a file."""
+    return has_columns(path, *_OWN)
 
 
 def _is_own(name: str) -> bool:

@@ -21,7 +21,7 @@ from magsd.evaluation import (
 )
 from magsd.evaluation.ensemble import TTA
 from magsd.evaluation.plots import write_classes, write_confusion
-from magsd.outputs import disk_errors
+from magsd.outputs import disk_errors, whole_file
 from magsd.reporting.operating import Rule, fit_operating_points, write_operating_points
 from magsd.reporting.predictions import write_predictions
 from magsd.training.closing import SELECTED, closing_table, operating_table
@@ -80,9 +80,10 @@ def finish_run(trained: TrainedRun, console: Console) -> EvaluationReport:
         rule = Rule.parse(run.config.train.operating_point)
         points = fit_operating_points(table.side("validation"), rule)
         text = report_json(report, side, reports["validation"])
-        folder.evaluation.write_text(text, encoding="utf-8")
         write_predictions(folder.predictions, table)
         write_operating_points(folder.operating, points)
+        with whole_file(folder.evaluation) as file:  # the last: where it lies, the others are whole
+            file.write(text)
         draw_confusion(report, folder.plots)
         plot_curves(folder.plots / "curves.png", folder.metrics)
         sheet = None

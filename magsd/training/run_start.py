@@ -8,6 +8,8 @@ from magsd.config import Config
 from magsd.data.run_data import RunData
 from magsd.distributed import note_launch
 from magsd.errors import ConfigError, RunError
+from magsd.outputs import check_file
+from magsd.reporting.predictions import is_predictions
 from magsd.training.checkpoint import load_checkpoint
 from magsd.training.run_folder import RunFolder
 
@@ -24,6 +26,7 @@ FIXED_ON_RESUME = (
     "train.seed",
     "train.batch_size",
     "train.ema",
+    "train.monitor",  # the best so far was found by it
     "optim.name",
     "optim.decay_norms",
 )
@@ -33,6 +36,7 @@ def claim(folder: RunFolder, config: Config, *, resume: bool, overwrite: bool) -
     """Raises where the run cannot be resumed, or where the folder is not free for it."""
     if resume:
         folder.require_run()
+        check_file(folder.predictions, "--out", is_own=is_predictions)
         _check_resumable(folder.load_config(), config)
         folder.lock()
     else:
@@ -52,7 +56,7 @@ def begin(
     if resume:
         folder.write_config(config)
         # They are of the best weights so far, and those may change.
-        for path in (folder.predictions, folder.operating):
+        for path in (folder.predictions, folder.operating, folder.evaluation):
             path.unlink(missing_ok=True)
     else:
         folder.lock()

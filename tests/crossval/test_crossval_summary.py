@@ -13,6 +13,7 @@ from rich.console import Console
 
 from magsd.config import Config
 from magsd.crossval.plan import PlannedRun
+from magsd.crossval.predictions import write_out_of_fold
 from magsd.crossval.report import (
     caption,
     print_report,
@@ -23,7 +24,7 @@ from magsd.crossval.report import (
 from magsd.crossval.results import METRICS, Outcome, RunResult
 from magsd.crossval.summary import corrected_resampled_t_test, summarize
 from magsd.data.record import Side
-from magsd.errors import RunError
+from magsd.errors import DataError, RunError
 from magsd.training.run_folder import RunFolder
 
 KEYS = [frozenset(f"image{10 * fold + k}" for k in range(10)) for fold in range(5)]
@@ -146,6 +147,24 @@ def test_results_of_the_images_that_the_epoch_was_selected_on(tmp_path: Path) ->
     texts = [(tmp_path / name).read_text() for name in ("summary.md", "summary.tex")]
     for text in (*texts, console.file.getvalue()):
         assert "Selected on these images" in text
+
+
+def test_folds_that_share_images_are_not_gathered(tmp_path: Path) -> None:
+    """The images changed between the runs of two folds."""
+    outcomes = []
+    for fold, keys in enumerate((["x", "y"], ["y", "z"])):
+        folder = RunFolder(tmp_path / "m" / "seed0" / f"fold{fold}")
+        rows = "".join(f"{key},test,a,1,0\n" for key in keys)
+        folder.root.mkdir(parents=True)
+        folder.predictions.write_text(f"key,split,label,probability_a,probability_b\n{rows}")
+        planned = PlannedRun("m", 0, fold, folder, Config())
+        outcomes.append(Outcome(planned, RunResult("test", 1, 1, frozenset(keys), {})))
+    with pytest.raises(DataError, match="1 images stand in several folds, the first y"):
+        write_out_of_fold(outcomes)
+    assert len(write_out_of_fold(outcomes[:1])) == 1
+    folder.predictions.write_text("key,split,label,probability_a,probability_b\ny,test,a,1,0\n")
+    with pytest.raises(DataError, match="does not hold the test images"):
+        write_out_of_fold(outcomes[1:])
 
 
 def test_nothing_finished(tmp_path: Path) -> None:

@@ -99,11 +99,12 @@ def test_too_few_patients_for_three_sides() -> None:
     assert choose_split(records, folds=2).validation
     split = choose_split(make_records({"a": 9, "b": 3}, images=1), folds=3, test=True)
     assert [sum(i > 8 for i in side) for side in (split.train, split.validation)] == [1, 1]
-    # A patient with images of every other class leaves none of them to the other side.
-    one = [Record(f"{label}{i}", label, "p") for label in "ab" for i in range(3)]
-    two = [Record("x", "a", "q"), Record("y", "b", "r")]
-    with pytest.raises(DataError, match=r"none of 2 parts .* another data\.split_seed"):
-        hold_out([*one, *two], Split(list(range(8)), [], []), parts=4)
+    # Three patients of two classes each: whoever stands alone on a side lacks one.
+    pairs = [
+        Record(p + c, c, p) for p, held in zip("pqr", ("ab", "bc", "ac"), strict=True) for c in held
+    ]
+    with pytest.raises(DataError, match=r"no part .* another data\.split_seed"):
+        hold_out(pairs, Split(list(range(6)), [], []), parts=4)
 
 
 def test_seed() -> None:
@@ -288,3 +289,12 @@ def test_real_radiographs(shared_dir: Path) -> None:
         assert not train & {records[i].patient for i in split.validation}
         held = Counter(records[i].label for i in split.validation)
         assert 15 <= held["covid-19"] <= 27
+
+
+def test_a_rare_class_does_not_take_half_of_the_training_images():
+    records = [Record(f"{i}", "a" if i < 200 else "b", f"p{i}") for i in range(202)]
+    whole = Split(list(range(202)), [], [])
+    split = hold_out(records, whole, parts=5)
+    assert 38 <= len(split.validation) <= 44
+    for side in (split.train, split.validation):
+        assert {records[i].label for i in side} == {"a", "b"}

@@ -155,7 +155,7 @@ class TestFiles:
 
     def test_one_file_with_two_masks(self, folder: Path) -> None:
         rows = ["file,label,mask", "im/0.png,a,im/1.png", "im/0.png,a,im/2.png"]
-        with pytest.raises(DataError, match=r"line 3: .*another label, patient or mask"):
+        with pytest.raises(DataError, match=r"line 3: .*another label, patient, mask or split"):
             open_source(table(folder, *rows))
 
     @pytest.mark.parametrize("kind", ["csv", "folder"])
@@ -387,3 +387,20 @@ def test_the_long_name(shared_dir: Path) -> None:
     path = shared_dir / "trials" / "csv_lungs" / "long_name.csv"
     with pytest.raises(DataError, match=r"long_name\.csv, line 2"):
         open_source(f"csv:{path}")
+
+
+@pytest.mark.parametrize("column", [("Train", "val", "TEST"), ("train", "dev", "fold 3")])
+def test_a_column_of_splits(column: tuple[str, ...], tmp_path: Path, caplog) -> None:
+    """Images that a table keeps for the test are not trained on."""
+    rows = "".join(f"{i}.png,x,{side}\n" for i, side in enumerate(column))
+    (tmp_path / "labels.csv").write_text(f"file,label,Split\n{rows}")
+    for i in range(3):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), np.full((4, 4), i, np.uint8))
+    records = open_source(f"csv:{tmp_path / 'labels.csv'}").records
+    if column[2] == "TEST":
+        assert [record.split for record in records] == ["train", "validation", "test"]
+        assert all("Split" not in record.extra for record in records)
+    else:
+        assert [record.split for record in records] == [None] * 3
+        assert [record.extra["Split"] for record in records] == list(column)
+        assert "the column split is not used: it holds 'fold 3'" in caplog.text

@@ -22,6 +22,7 @@ from magsd.reporting.operating import (
     Threshold,
     write_operating_points,
 )
+from magsd.reporting.predictions import read_predictions
 
 OTHER = "phantom:n=12,seed=9,size=32"
 
@@ -142,6 +143,50 @@ def test_folds_have_no_images_that_none_was_trained_on(
     assert written(file)["raw"]["images"] == 12
     output = run("evaluate", runs["first"], runs["fold"], "--data", "phantom:n=30,size=32")
     assert output.count("of them have names that the run trained on") == 2
+
+
+def test_other_sources_may_have_the_same_keys(runs: dict[str, Path], tmp_path: Path) -> None:
+    other = shutil.copytree(runs["second"], tmp_path / "other")
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("source: phantom:", "source: folder:/of/"))
+    with pytest.raises(DataError, match=r"other images \(phantom:.* and folder:/of/"):
+        run("evaluate", runs["first"], other)
+
+
+def test_where_any_epoch_was_selected_on_the_images_they_are_no_test(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """A run without a test side, on whose validation images another was tested."""
+    other = shutil.copytree(runs["second"], tmp_path / "other")
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("test: folds", "test: none"))
+    split = (other / "split.csv").read_text()
+    split = split.replace(",validation", ",train").replace(",test", ",validation")
+    (other / "split.csv").write_text(split)
+    file = tmp_path / "p.csv"
+    run("evaluate", runs["first"], other, "--predictions", file)
+    assert set(read_predictions(file).splits.tolist()) == {"validation"}
+
+
+def test_outputs_of_evaluate_that_collide(runs: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "both"
+    with pytest.raises(ConfigError, match="both name"):
+        run("evaluate", runs["first"], "--json", file, "--predictions", file)
+    own = runs["first"] / "predictions.csv"
+    before = own.read_bytes()
+    with pytest.raises(ConfigError, match="a run keeps its own there"):
+        run("evaluate", runs["first"], "--predictions", own)
+    assert own.read_bytes() == before
+
+
+def test_damaged_operating_points_are_told_before_images_are_read(
+    runs: dict[str, Path], images: list[Path], tmp_path: Path
+) -> None:
+    moved = shutil.copytree(runs["first"], tmp_path / "moved")
+    (moved / "operating.json").write_text("{")
+    images[0].unlink()
+    with pytest.raises(RunError, match=r"operating\.json"):
+        run("predict", moved, *images)
 
 
 def test_evaluate_one_run_with_mirrors(runs: dict[str, Path], tmp_path: Path) -> None:

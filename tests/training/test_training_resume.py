@@ -231,7 +231,8 @@ def test_different_seeds_differ(tmp_path: Path, small_config, console) -> None:
 
 
 @pytest.mark.parametrize(
-    "pair", ["attention_maps=8", "train.seed=4", "batch_size=8", "fold=1", "ema=0.5"]
+    "pair",
+    ["attention_maps=8", "train.seed=4", "batch_size=8", "fold=1", "ema=0.5", "monitor=loss"],
 )
 def test_resume_refuses_what_the_state_depends_on(
     pair: str, tmp_path: Path, small_config, console

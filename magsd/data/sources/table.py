@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from magsd.data.darwin import DarwinAnnotation, read_darwin
 from magsd.data.dicom_patient import dicom_patients
 from magsd.data.images import IMAGE_SUFFIXES, read_image_file, to_gray
-from magsd.data.record import Cells, Record
+from magsd.data.record import Cells, Record, Side
 from magsd.data.sources.base import FileSource, Options, merge_patients
 from magsd.data.sources.known_tables import mapping_hint
 from magsd.data.sources.masks import turned_mask
@@ -45,6 +45,12 @@ _NO_LABEL = {"", "nan", "#n/a", "#na", "<na>"}
 _IMAGE_ON_A_LINE = re.compile(
     rf"[\r\n].*(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))})\b", re.IGNORECASE
 )
+_SPLIT = "split"
+_SIDES: dict[str, Side] = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _LONGEST_NAME = 255  # bytes, of the file systems of today
 _log = logging.getLogger(__name__)
@@ -54,6 +60,8 @@ class TableSource(FileSource):
     """Images listed in a CSV with the columns file, label and optional patient, mask.
 
     options: names of columns, where they are others: ``csv:FILE,file=image,label=diagnosis``.
+
+    split: train, validation (val) or test, of every image: sides that the set publishes.
 
     patient: under any usual spelling (patient_id, PatientID, subject ...), which is said; nan, NA,
     None and empty stand for no patient: the image is its own.
@@ -88,6 +96,9 @@ class TableSource(FileSource):
         self._annotations: dict[str, DarwinAnnotation] = {}
         self._patient = self._columns.get("patient") or _patient_column(path, list(rows[0][1]))
         own = {*needed, self._column("mask"), self._patient}
+        sides = _sides(path, rows)
+        if sides:
+            own.add(_SPLIT)
         others = {name: shown for name, shown in written.items() if name and name not in own}
         names = tuple(others.values())
         same: dict[str, str] = {}  # a cell that many rows have is kept once
@@ -97,12 +108,15 @@ class TableSource(FileSource):
         repeated = 0
         for line, row in rows:
             record = self._record(path, line, row)
+            if sides:
+                record = dataclasses.replace(record, split=sides[row[_SPLIT].strip().lower()])
             file = record.path or Path()
             place = file_identity(file) or os.path.abspath(file)
             says = (
                 record.label,
                 None if record.patient == record.key else record.patient,
                 self._masks[record.key] if record.mask_kind else None,
+                record.split,
             )
             if place not in records:
                 cells = tuple(same.setdefault(row[name], row[name]) for name in others)
@@ -113,7 +127,8 @@ class TableSource(FileSource):
             if says != said[place]:
                 raise DataError(
                     f"{path}, line {line}: {first.key} is listed more than once, on line"
-                    f" {lines[place]} with another label, patient or mask; keep one of the rows"
+                    f" {lines[place]} with another label, patient, mask or split; keep one of the"
+                    " rows"
                 )
             repeated += 1
         if repeated:
@@ -253,6 +268,21 @@ def _advice(table: Path, columns: Sequence[str]) -> str:
         f"; name the columns: csv:{table},file=COLUMN,label=COLUMN, and perhaps patient=COLUMN,"
         f"mask=COLUMN{hint and f'. {hint}'}"
     )
+
+
+def _sides(table: Path, rows: Sequence[tuple[int, dict[str, str]]]) -> dict[str, Side]:
+    """Side by what the column split says; empty where there is no such column, or another one."""
+    if _SPLIT not in rows[0][1]:
+        return {}
+    values = {row[_SPLIT].strip().lower() for _, row in rows}
+    unknown = sorted(values - _SIDES.keys())
+    if not unknown and "train" in {_SIDES[value] for value in values}:
+        return _SIDES
+    what = f"it holds {unknown[0]!r}" if unknown else "it names no training image"
+    _log.warning(
+        "%s: the column split is not used: %s; expected train, validation and test", table, what
+    )
+    return {}
 
 
 def _patient_column(table: Path, columns: Sequence[str]) -> str:
