@@ -221,6 +221,11 @@ def _check_patients(records: Sequence[Record], folds: int) -> None:
             raise DataError(
                 f"class {label!r} has {len(names)} patients, fewer than the {folds} folds;"
                 f" use folds={len(names)} or fewer"
+                + (
+                    ", with data.test=none: three sides need three patients"
+                    if len(names) < 3
+                    else ""
+                )
             )
 
 
