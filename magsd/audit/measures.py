@@ -1,4 +1,4 @@
-"""What is measured of each image: nothing in it is meant to tell of a disease."""
+"""What is measured of each image; none of it is meant to show the disease."""
 
 from __future__ import annotations
 

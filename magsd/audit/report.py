@@ -6,15 +6,16 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 
 from magsd.audit.border import border_pixels
 from magsd.audit.copies import Kind, Pair, find_copies
+from magsd.audit.findings import Finding, copy_findings, patient_findings, shortcut_findings
 from magsd.audit.measures import measure_images
 from magsd.audit.patients import PatientReport, count_patients
-from magsd.audit.shortcuts import ALL, ShortcutReport, find_shortcuts
+from magsd.audit.shortcuts import ShortcutReport, find_shortcuts
 from magsd.audit.sides import Sides, default_sides
 from magsd.config import load_config
 from magsd.data.record import Record
@@ -66,14 +67,6 @@ class CopyPair:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One sentence; a warning is a reason not to trust figures of the set as they are."""
-
-    level: Literal["warning", "note"]
-    text: str
-
-
-@dataclass(frozen=True)
 class AuditReport:
     """What an audit found.
 
@@ -95,8 +88,8 @@ class AuditReport:
     @property
     def findings(self) -> list[Finding]:
         """What the numbers say, in sentences; warnings first."""
-        found = [*_copy_findings(self.pairs), *_patient_findings(self.patients)]
-        found += _shortcut_findings(self.shortcuts)
+        found = [*copy_findings(self.pairs), *patient_findings(self.patients)]
+        found += shortcut_findings(self.shortcuts)
         if self.bad:
             found.append(Finding("note", f"images that cannot be read, left out: {len(self.bad)}"))
         return sorted(found, key=lambda finding: finding.level != "warning")
@@ -110,6 +103,7 @@ class AuditReport:
                 item[name] = getattr(pair, name)
         for row, item in zip(self.shortcuts.rows, content["shortcuts"]["rows"], strict=True):
             item["verdict"] = row.verdict
+            item["highest_class"] = row.highest_class
         content["findings"] = [dataclasses.asdict(finding) for finding in self.findings]
         result: dict[str, Any] = jsonable(content)
         return result
@@ -196,52 +190,3 @@ def _gravest_first(
             pair.distance,
         ),
     )
-
-
-def _copy_findings(pairs: Sequence[CopyPair]) -> Iterator[Finding]:
-    if not pairs:
-        yield Finding("note", "no two images look the same")
-        return
-    kinds = Counter(pair.kind for pair in pairs)
-    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    yield Finding("note", f"pairs of images that look the same: {counts}")
-    graver = {
-        "sides (a model may be measured on what it was trained on)": [
-            pair for pair in pairs if pair.across_sides
-        ],
-        "classes (a label is wrong, or the classes overlap)": [
-            pair for pair in pairs if pair.across_classes
-        ],
-        "patients (who may be one)": [pair for pair in pairs if pair.across_patients],
-    }
-    for what, found in graver.items():
-        if found:
-            first = f"{found[0].first.key} and {found[0].second.key}"
-            yield Finding("warning", f"pairs across {what}: {len(found)}; the first: {first}")
-
-
-def _patient_findings(patients: PatientReport) -> Iterator[Finding]:
-    of = f"of {patients.patients}"
-    if sides := patients.on_several_sides:
-        text = f"patients on several sides: {len(sides)} {of} (their images are alike, so figures"
-        yield Finding("warning", f"{text} flatter); the first: {next(iter(sides))}")
-    if classes := patients.in_several_classes:
-        text = f"patients in several classes: {len(classes)} {of}; the first: {next(iter(classes))}"
-        yield Finding("note", text)
-
-
-def _shortcut_findings(shortcuts: ShortcutReport) -> Iterator[Finding]:
-    if shortcuts.note:
-        yield Finding("note", f"shortcuts: {shortcuts.note}")
-    if shortcuts.left_out:
-        names = ", ".join(shortcuts.left_out[:10])
-        yield Finding("note", f"shortcuts: classes with too few patients left out: {names}")
-    warned = [row for row in shortcuts.rows if row.verdict == "warning"]
-    groups = {row.group for row in warned if row.name == row.group}
-    for row in warned:
-        if row.name == row.group or row.group not in groups:
-            what = ALL if row.name == ALL else f"the {row.name} alone"
-            text = f"the class can be told from {what} (AUROC {row.auroc:.2f})"
-            yield Finding("warning", f"{text}; a model may learn this instead of the disease")
-    if shortcuts.rows and not warned:
-        yield Finding("note", "no shortcut found: none of the measured features tells the class")

@@ -14,6 +14,7 @@ from magsd.evaluation.tables import new_table
 
 if TYPE_CHECKING:
     from magsd.audit.report import AuditReport, CopiedImage
+    from magsd.audit.shortcuts import Shortcut
 
 _MOST_PAIRS, _MOST_CLASSES = 20, 20
 _STYLES = {"warning": "yellow", "note": ""}
@@ -84,7 +85,8 @@ def _image(image: CopiedImage) -> Text:
 def _shortcuts(report: AuditReport) -> Table:
     shortcuts = report.shortcuts
     title = f"How well the class can be told from these alone ({shortcuts.images} images)"
-    table = new_table(title, ["AUROC", "labels shuffled"])
+    several = any(len(row.per_class) > 2 for row in shortcuts.rows)
+    table = new_table(title, ["AUROC", *(["highest class"] if several else []), "labels shuffled"])
     table.add_column("verdict")
     for row in shortcuts.rows:
         whole = row.name == row.group
@@ -94,6 +96,7 @@ def _shortcuts(report: AuditReport) -> Table:
         table.add_row(
             Text(row.name if alone else f"  {row.name}"),
             f"{row.auroc:.2f} ± {row.deviation:.2f}",
+            *([_highest(row)] if several else []),
             "" if math.isnan(row.permuted) else f"{row.permuted:.2f}",
             Text(row.verdict, "yellow" if row.verdict == "warning" else ""),
         )
@@ -101,5 +104,14 @@ def _shortcuts(report: AuditReport) -> Table:
         f"mean and standard deviation over {shortcuts.folds} folds by patient, each class against"
         " the rest, averaged over classes; 0.5: nothing"
     )
+    if several:
+        table.caption += ". The verdict is that of the mean or of the highest class, the graver one"
     table.caption_justify = "left"
     return table
+
+
+def _highest(row: Shortcut) -> Text:
+    name = row.highest_class
+    if row.per_class[name] <= 0.5:  # none: all are equal
+        return Text("")
+    return Text(f"{name} {row.per_class[name]:.2f} ± {row.class_deviations[name]:.2f}")

@@ -153,6 +153,10 @@ def test_the_command(tmp_path: Path, picture: Any, monkeypatch: pytest.MonkeyPat
     assert content["bad"][0]["key"] == "3.jpg"
     assert content["pairs"][0]["across_sides"] is True
     assert {row["verdict"] for row in content["shortcuts"]["rows"]} >= {"warning"}
+    size = content["shortcuts"]["rows"][0]
+    assert size["per_class"][size["highest_class"]] == max(size["per_class"].values())
+    assert size["class_deviations"].keys() == {"a", "b"}
+    assert "highest class" not in text  # of two classes both have one area
     sheet = cv2.imread(str(out / "pairs.png"))
     assert min(sheet.shape[:2]) > 200
     monkeypatch.setattr("magsd.audit.report.find_shortcuts", lambda *_, **__: NO_SHORTCUTS)
@@ -204,6 +208,19 @@ def test_drawn_images_and_one_class() -> None:
     assert report.images == 2
 
 
+def test_the_class_that_is_told_is_named(tmp_path: Path, picture: Any) -> None:
+    made = MadeSet(tmp_path)
+    for n in range(3 * 12):
+        label = "abc"[n % 3]
+        made.add(f"{n}.png", picture(n, 96, 120 if label == "b" else 96), label, f"p{n}", "train")
+    text = run("audit", made.write()[0])
+    assert "highest class" in text
+    assert "b 1.00 ± 0.00" in text
+    assert (
+        "warning: class b can be told from the size alone (AUROC 1.00 against the rest; me" in text
+    )
+
+
 def test_further_columns_are_looked_at(clean: MadeSet) -> None:
     """Where a source offers them; stood in for here."""
     source = open_source(clean.write()[0])
@@ -219,6 +236,9 @@ def test_further_columns_are_looked_at(clean: MadeSet) -> None:
     report = audit_source(source, Sides({}, "none"))
     rows = {row.name: row for row in report.shortcuts.rows}
     assert rows["column site"].auroc == 1
+    warned = [finding.text for finding in report.findings if finding.level == "warning"]
+    text = "column site goes with the class (AUROC 1.00): a confounder, or the label in other words"
+    assert warned == [text]
 
 
 def test_nothing_readable_is_an_error(clean: MadeSet) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from magsd.audit import shortcuts
+from magsd.audit.findings import shortcut_findings
 from magsd.audit.shortcuts import ALL, BORDER, ShortcutReport, find_shortcuts
 
 COUNT = 120
@@ -122,6 +123,105 @@ def test_columns_of_a_table(noise: np.random.Generator) -> None:
     assert rows["column site"].auroc == 1
     assert rows["column age"].verdict != "warning"
     assert "column file" not in rows
+
+
+def test_one_of_many_classes_that_is_told_is_warned_of(
+    noise: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its width tells one class of fifteen perfectly; the mean over classes hardly moves."""
+    monkeypatch.setattr(shortcuts, "_PERMUTATIONS", 0)
+    labels = [f"c{number % 15:02}" for number in range(15 * 12)]
+    facts = [
+        {"width": 2000.0 if label == "c07" else noise.uniform(500, 600), "height": noise.uniform()}
+        for label in labels
+    ]
+    report = look(facts, None, labels, [str(number) for number in range(len(labels))])
+    row = by_name(report)["width"]
+    assert row.auroc < shortcuts.LITTLE
+    assert (row.highest_class, row.per_class["c07"], row.class_deviations["c07"]) == ("c07", 1, 0)
+    assert row.verdict == "warning"
+    assert by_name(report)["height"].verdict in ("says nothing", "too few images to say")
+    texts = [finding.text for finding in shortcut_findings(report)]
+    assert any("class c07 can be told from the size alone (AUROC 1.00 against" in t for t in texts)
+    assert not any("no shortcut found" in text for text in texts)
+
+
+def test_many_classes_of_noise_are_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The highest of fifteen classes is high by chance."""
+    monkeypatch.setattr(shortcuts, "_PERMUTATIONS", 0)
+    labels = [f"c{number % 15:02}" for number in range(15 * 12)]
+    patients = [str(number) for number in range(len(labels))]
+    for seed in range(3):
+        noise = np.random.default_rng(seed)
+        names = ("width", "mean", "markers")
+        facts: list[dict[str, Any]] = [{name: noise.uniform() for name in names} for _ in labels]
+        verdicts = {row.verdict for row in look(facts, None, labels, patients).rows}
+        assert "warning" not in verdicts
+
+
+def test_a_column_that_is_the_label_is_not_called_a_shortcut(noise: np.random.Generator) -> None:
+    """Nor does it count among what a model can see."""
+    facts = [
+        {
+            "width": noise.uniform(),
+            "height": noise.uniform(),
+            "column severity": str("abc".index(label)),
+            "column age": str(noise.integers(90)),
+        }
+        for label in LABELS
+    ]
+    report = look(facts)
+    rows = by_name(report)
+    assert rows["column severity"].verdict == "warning"
+    assert rows[ALL].auroc == rows["size"].auroc < 0.7
+    assert list(rows).index(ALL) < list(rows).index(shortcuts.COLUMNS)
+    warnings = [f.text for f in shortcut_findings(report) if f.level == "warning"]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("column severity goes with class ")
+    assert warnings[0].endswith("): a confounder, or the label in other words")
+
+
+def test_columns_that_tell_only_together(noise: np.random.Generator) -> None:
+    bits = noise.integers(0, 2, (COUNT, 2))
+    labels = ["ab"[first ^ second] for first, second in bits.tolist()]
+    facts = [{"column x": str(x), "column y": str(y)} for x, y in bits.tolist()]
+    texts = [f.text for f in shortcut_findings(look(facts, None, labels)) if f.level == "warning"]
+    assert len(texts) == 1
+    assert texts[0].startswith("the columns of the table go with the class (AUROC 1.00): a conf")
+
+
+def _row(name: str, auroc: float, deviation: float = 0.0, group: str = "") -> shortcuts.Shortcut:
+    areas, deviations = {"a": auroc, "b": auroc}, {"a": deviation, "b": deviation}
+    return shortcuts.Shortcut(name, group or name, auroc, deviation, areas, math.nan, 5, deviations)
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        (_row("size", 0.55), "no shortcut found: none of the measured features tells the class"),
+        (_row("size", 0.67), "the class can be told a little from: size (0.67)"),
+        (_row("size", 0.8, 0.4), "too few images to say whether these tell the class: size (0.80)"),
+        (_row("size", 0.8), "the class can be told from the size alone (AUROC 0.80); a model may "),
+        (
+            _row("brightness", 0.8),
+            "the class can be told from the brightness alone (AUROC 0.80); a model may learn this"
+            " instead of the disease; some of it may be the disease",
+        ),
+    ],
+)
+def test_that_no_shortcut_was_found_is_said_only_where_all_say_nothing(
+    row: shortcuts.Shortcut, text: str
+) -> None:
+    report = ShortcutReport([_row("file", 0.5), row], 100, 5, [], "", "")
+    (finding,) = shortcut_findings(report)
+    assert finding.text.startswith(text)
+
+
+def test_a_group_stands_for_its_features_unless_one_is_graver() -> None:
+    rows = [_row("size", 0.65), _row("width", 0.62, 0.0, "size"), _row("height", 0.9, 0.0, "size")]
+    first, second = shortcut_findings(ShortcutReport(rows, 100, 5, [], "", ""))
+    assert "told from the height alone" in first.text
+    assert second.text.endswith("told a little from: size (0.65)")
 
 
 def test_a_warning_needs_folds_that_agree() -> None:
