@@ -191,8 +191,7 @@ def _model(
     probabilities = table.of(kind)
     estimates = {k: estimate(table, k, resampling) for k in table.kinds}
     if points is not None:
-        points = replace(points, classes=table.classes)
-        point = points.of(kind)
+        point = points.of(kind).ordered(table.classes)
         thresholds = measure_thresholds(table, point, kind, resampling)
         after = points.apply(table)
         calibration = _calibration(table, after, kind, estimates[kind], resampling)
@@ -251,8 +250,15 @@ def _points(
 ) -> tuple[OperatingPoints | None, str]:
     """Temperature and thresholds, and where they come from."""
     file = each.predictions.with_name("operating.json")
-    if rule is None and file.is_file():
-        return read_operating_points(file), "kept with the run (operating.json)"
+    # Other files in a run's folder may be of another model.
+    if rule is None and each.predictions.name == "predictions.csv" and file.is_file():
+        points = read_operating_points(file)
+        if table.best == "refined" and points.refined is None:
+            raise DataError(
+                f"{file}: has no thresholds of refined predictions, which {each.predictions} has;"
+                " give --rule youden to fit them on its validation rows"
+            )
+        return points, "kept with the run (operating.json)"
     validation = table.side("validation")
     if not len(validation):
         return None, ""

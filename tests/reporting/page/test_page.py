@@ -237,6 +237,31 @@ def test_model_card_is_read_by_the_hub_s_own_library(folder: Path):
     assert headings == ["Intended use", "Model", "Data", "Metrics", "Limits"]
 
 
+def test_models_with_another_order_of_the_classes_are_compared(
+    made: Made, report: Report, tmp_path: Path
+):
+    file = made(tmp_path / "ours.csv", patients=30)
+    with file.open(newline="", encoding="utf-8") as lines:
+        cells = list(csv.DictReader(lines))
+    turned = [dict(reversed(row.items())) for row in cells]
+    with (tmp_path / "theirs.csv").open("w", newline="", encoding="utf-8") as lines:
+        writer = csv.DictWriter(lines, turned[0])
+        writer.writeheader()
+        writer.writerows(turned)
+    report(file, tmp_path / "theirs.csv", "--out", tmp_path / "out")
+    found = rows(tmp_path / "out", "operating_points")
+    names = ("class", "threshold", "true_positives", "false_positives", "measure", "value")
+    both = [
+        [tuple(row[name] for name in names) for row in found if row["model"] == model]
+        for model in ("ours", "theirs")
+    ]
+    assert len(both[0]) == 12
+    for one, other in zip(*both, strict=True):
+        assert one[0] == other[0]
+        assert float(one[1]) == pytest.approx(float(other[1]))
+        assert one[2:] == other[2:]
+
+
 def test_audit_is_shown(made: Made, report: Report, tmp_path: Path):
     row = {"name": "size", "group": "size", "auroc": 0.93, "deviation": 0.02, "permuted": 0.51}
     image = {"key": "a.png", "label": "x", "patient": "1", "side": "train"}

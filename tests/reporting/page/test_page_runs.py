@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from magsd import cli
-from magsd.errors import RunError
+from magsd.errors import DataError, RunError
 from magsd.reporting.page.inputs import find_inputs
 
 Made = Callable[..., Path]
@@ -81,6 +81,18 @@ def test_a_run_without_predictions_names_the_remedy(run: Path, report: Report, t
     (moved / "predictions.csv").unlink()
     with pytest.raises(RunError, match=r"magsd evaluate .*moved --predictions FILE"):
         report(moved, "--out", tmp_path / "out")
+
+
+def test_kept_thresholds_are_those_of_the_run_s_own_file(run: Path, report: Report, tmp_path: Path):
+    moved = shutil.copytree(run, tmp_path / "moved")
+    shutil.copy(moved / "predictions.csv", moved / "other.csv")
+    report(moved / "other.csv", "--out", tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert content["models"][0]["fitted"] == "fitted on the validation rows of the file"
+    kept = json.loads((moved / "operating.json").read_text(encoding="utf-8"))
+    (moved / "operating.json").write_text(json.dumps(kept | {"refined": None}), encoding="utf-8")
+    with pytest.raises(DataError, match=r"operating\.json: has no thresholds of refined.*--rule"):
+        report(moved, "--out", tmp_path / "none")
 
 
 def test_cross_validation_compares_its_models(made: Made, report: Report, tmp_path: Path):
