@@ -113,13 +113,26 @@ def bootstrap(
 
 
 def bootstrap_differences(
-    statistic: Statistic, patients: int, resampling: Resampling, *, rows: int = 0
+    statistic: Statistic,
+    patients: int,
+    resampling: Resampling,
+    *,
+    rows: int = 0,
+    biased: NDArray[np.bool_] | None = None,
 ) -> list[Difference]:
-    """As `bootstrap`, of statistics that are differences, with p-values."""
+    """As `bootstrap`, of statistics that are differences, with p-values.
+
+    biased: (M,) of differences of statistics that chance makes too high. Their limits and p-values
+    are NaN: chance adds unequally to both, so that resamples of two equal ones leave out 0.
+    """
     found = _replicates(statistic, patients, resampling, rows)
     differences = []
     for m, value in enumerate(found.values):
         resampled, jackknife = found.resampled[m], found.jackknife[m]
+        if biased is not None and biased[m]:
+            undefined = int(np.isnan(resampled).sum())
+            differences.append(Difference(float(value), math.nan, math.nan, undefined))
+            continue
         interval = _interval(float(value), resampled, jackknife, resampling)
         p_value = _p_value(float(value), resampled, jackknife, resampling)
         differences.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -231,10 +232,22 @@ def test_comparison_pairs_the_images(make_table) -> None:
 def test_a_model_does_not_differ_from_itself(make_table) -> None:
     table = make_table(60)
     found = compare(table, table, resampling=Resampling(50))
+    error = found.overall.pop("ece")
+    assert error.value == 0
     for difference in (*found.overall.values(), *found.per_class["a"].values()):
         assert (difference.value, difference.low, difference.high) == (0, 0, 0)
         assert difference.p_value == 1
     assert found.auroc["a"].p_value == 1
+
+
+def test_a_difference_of_calibration_errors_is_not_tested(make_table) -> None:
+    """Resamples of two that are truly 0 leave out 0 in a third of the sets."""
+    table = make_table(60)
+    other = replace(table, probabilities=table.refined_probabilities)
+    error = compare(table, other, resampling=Resampling(20)).overall["ece"]
+    errors = [estimate(each, resampling=Resampling(1)).overall["ece"] for each in (table, other)]
+    assert error.value == pytest.approx(errors[0].value - errors[1].value)
+    assert all(map(math.isnan, (error.low, error.high, error.p_value)))
 
 
 def test_tables_that_were_not_aligned(make_table) -> None:

@@ -117,6 +117,12 @@ def test_models_are_compared_over_the_same_images(folder: Path):
     assert float(one["difference"]) == pytest.approx(expected)
     assert {r["test"] for r in found} == {"bootstrap", "DeLong"}
     assert {r["first"] for r in found} == {"first", "first (refined)"}
+    errors = [r for r in found if r["measure"] == "ece"]
+    assert len(errors) == 2
+    for row in errors:
+        assert row["difference"]
+        assert row["low"] == row["high"] == row["p"] == ""
+    assert "The difference of calibration errors has no interval and no p" in page_of(folder).text
 
 
 def test_thresholds_are_fitted_on_validation_rows_alone(made: Made, report: Report, tmp_path: Path):
