@@ -29,9 +29,10 @@ def metadata(contents: Contents) -> dict[str, Any]:
         for measure, (kind, name) in _METRICS.items()
         if not math.isnan(overall[measure].value)
     ]
+    split = {"split": contents.side} if model.table.split_known else {}
     result = {
         "task": {"type": "image-classification"},
-        "dataset": {"type": "image-folder", "name": _data_set(model), "split": contents.side},
+        "dataset": {"type": "image-folder", "name": _data_set(model), **split},
         "metrics": metrics,
     }
     tags = ["image-classification", "medical-imaging"]

@@ -52,7 +52,7 @@ def page(contents: Contents, pictures: Pictures) -> str:
     environment = _environment(autoescape=True)
     return environment.get_template("report.html").render(
         **_shared(contents),
-        title=f"{names}: report on {contents.side} images",
+        title=f"{names}: report on {words.images(contents)}",
         style=Markup((_TEMPLATES / "style.css").read_text(encoding="utf-8")),
         sections=[
             (key, name)
@@ -107,6 +107,7 @@ def _shared(contents: Contents) -> dict[str, Any]:
     return {
         "c": contents,
         "version": __version__,
+        "images": words.images(contents),
         "summary": words.summary(contents),
         "limits": words.limits(contents),
         "selected": words.SELECTED,
@@ -114,6 +115,9 @@ def _shared(contents: Contents) -> dict[str, Any]:
         "overall": OVERALL,
         "per_class": PER_CLASS,
         "sides": list(_by_side(model)),
+        "side_names": [
+            side if model.table.split_known else "images" for side in _by_side(model)
+        ],
         "patients_named": words.has_patients(model),
     }
 

@@ -70,21 +70,33 @@ def listed(names: list[str]) -> str:
 
 def has_patients(model: ModelReport) -> bool:
     """Whether the file names patients."""
-    return bool((model.table.patients != model.table.keys).any())
+    return model.table.unnamed < len(model.table)
+
+
+def images(contents: Contents) -> str:
+    """What the reported images are called, in captions."""
+    known = all(model.table.split_known for model in contents.models)
+    return f"{contents.side} images" if known else "images"
 
 
 def summary(contents: Contents) -> list[str]:
     """The report in short: a paragraph of sentences."""
     first = contents.models[0].main
     of = f" of {count(first.patients, 'patient')}" if has_patients(contents.models[0]) else ""
+    unknown = [model.name for model in contents.models if not model.table.split_known]
     names = [model.name for model in contents.models]
     what = f"the model {names[0]}"
     if len(names) > 1:
         what = f"{len(names)} models ({listed(names)})"
     sentences = [
         f"This report measures {what} on"
-        f" {_images(first.images, contents.side, of)}, in {len(contents.classes)} classes."
+        f" {_images(first.images, '' if unknown else contents.side, of)}, in"
+        f" {len(contents.classes)} classes."
     ]
+    if unknown:
+        files = "The file does" if len(names) == 1 else f"The files of {listed(unknown)} do"
+        trained = "the model was" if len(unknown) == 1 else "the models were"
+        sentences.append(f"{files} not say whether {trained} trained or tuned on them.")
     for model in contents.models:
         sentences.append(_performance(contents, model))
     sentences += [_difference(contents, k) for k in range(len(contents.comparisons))]
@@ -92,7 +104,7 @@ def summary(contents: Contents) -> list[str]:
 
 
 def _images(number: int, side: str, of: str) -> str:
-    what, comma, rest = SIDES[side].partition(",")
+    what, comma, rest = SIDES.get(side, "images").partition(",")
     return f"{number:,} {what if number != 1 else what.removesuffix('s')}{of}{comma}{rest}"
 
 
@@ -165,6 +177,11 @@ def _selection(contents: Contents) -> Iterator[str]:
                 f"{model.name}: temperature and thresholds were fitted on"
                 f" {count(model.point.images, 'validation image')}; on few images they vary much."
             )
+        if not model.table.split_known:
+            yield (
+                f"{model.name}: the file has no column split. If the model was trained or tuned on"
+                " these images, all its figures flatter."
+            )
         if model.input.folds:
             models = count(len(model.input.folds), "model")
             yield (
@@ -178,6 +195,7 @@ def _selection(contents: Contents) -> Iterator[str]:
 def _size(contents: Contents) -> Iterator[str]:
     main = contents.models[0].main
     unit = "patient" if has_patients(contents.models[0]) else "image"
+    unnamed = contents.models[0].table.unnamed
     if not has_patients(contents.models[0]):
         yield (
             "The file names no patients, so that each image counts as one. If patients have several"
@@ -187,6 +205,11 @@ def _size(contents: Contents) -> Iterator[str]:
         yield (
             "Intervals resample images though patients have several: they are too narrow; --by"
             " patient gives those of patients."
+        )
+    if 0 < unnamed < main.images:
+        yield (
+            f"{count(unnamed, 'image')} of {main.images:,} have no named patient; each counts as one"
+            " of its own. If patients have several of these, the intervals are too narrow."
         )
     if main.patients < _FEW:
         yield (

@@ -160,7 +160,30 @@ def test_files_of_others_need_label_and_probabilities_only(
     assert "theirs: no validation rows" in text
     assert "The file names no patients" in text
     assert "The file does not say what was trained on" in text
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    for each in (text, card.replace("\\", "")):
+        assert "The file does not say whether the model was trained or tuned on them." in each
+        assert "theirs: the file has no column split. If the model was trained" in each
+        assert "test images" not in each
+        assert "nothing was chosen" not in each
+    assert "split:" not in card
     assert not rows(tmp_path / "out", "operating_points")
+
+
+def test_images_without_a_named_patient_are_said(made: Made, report: Report, tmp_path: Path):
+    file = made(tmp_path / "a.csv", patients=30, splits=["test"])
+    text = file.read_text(encoding="utf-8")
+    some, none = tmp_path / "some.csv", tmp_path / "none.csv"
+    some.write_text(re.sub(r",p1\d?,", ",nan,", text), encoding="utf-8")
+    none.write_text(re.sub(r",p\d+,", ",,", text), encoding="utf-8")
+    report(some, "--out", tmp_path / "out")
+    found = page_of(tmp_path / "out").text
+    assert "60 test images of 41 patients" in found
+    assert "22 images of 60 have no named patient; each counts as one of its own." in found
+    report(none, "--out", tmp_path / "out")
+    found = page_of(tmp_path / "out").text
+    assert "The file names no patients" in found
+    assert "on 60 test images, on which" in found
 
 
 def test_names_are_shown_as_text(made: Made, report: Report, tmp_path: Path):
