@@ -148,7 +148,7 @@ def _replicates(
 ) -> _Replicates:
     values = statistic(np.ones((patients, 1)))[:, 0]
     if patients < 2:
-        nothing = np.full((len(values), 1), math.nan)
+        nothing = np.empty((len(values), 0))
         return _Replicates(values, nothing, nothing)
     columns = max(1, _CHUNK // max(patients, rows))
     draws = _draws(patients, resampling, columns)
@@ -197,6 +197,8 @@ def _interval(
 def _reversed(value: float, resampled: Floats, level: float) -> Interval:
     """What resamples lie above the value, the truth lies below it."""
     plain = _interval(value, resampled, resampled[:0], Resampling(level=level, method="percentile"))
+    if math.isnan(plain.low):
+        return plain
     low, high = (max(0.0, 2 * value - end) for end in (plain.high, plain.low))
     return Interval(value, low, high, plain.undefined)
 

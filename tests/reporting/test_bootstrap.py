@@ -170,10 +170,15 @@ def test_one_patient_has_no_interval(make_table) -> None:
     found = estimate(table, resampling=Resampling(10))
     accuracy = found.overall["accuracy"]
     assert accuracy.value == (table.predicted("raw") == table.labels).mean()
-    nll = found.overall["nll"]
-    assert nll.value > 0
-    assert math.isnan(nll.low)
-    assert math.isnan(nll.high)
+    for name in ("nll", "ece"):
+        measure = found.overall[name]
+        assert measure.value > 0
+        assert math.isnan(measure.low)
+        assert math.isnan(measure.high)
+        assert measure.undefined == 0
+    error = compare(table, table, resampling=Resampling(10)).overall["nll"]
+    assert (error.value, error.undefined) == (0, 0)
+    assert math.isnan(error.p_value)
 
 
 def test_no_images(make_table) -> None:

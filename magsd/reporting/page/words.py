@@ -23,10 +23,11 @@ _NAMED = 6
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number with a true minus; an en dash where undefined."""
+    """A number with a true minus, which 0 has not; an en dash where undefined."""
     if value is None or math.isnan(value):
         return UNDEFINED
-    return f"{value:.{digits}f}".replace("-", "\u2212")
+    # Adding 0 makes -0 0.
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "\u2212")
 
 
 def span(interval: Interval | AurocDifference, digits: int = 3) -> str:
@@ -145,9 +146,11 @@ def _difference(contents: Contents, k: int) -> str:
     one = comparison.overall["accuracy"]
     if math.isnan(one.low):
         return f"{comparison.first} and {comparison.second} cannot be told apart here."
+    if one.flat and not one.value:
+        return f"{comparison.first} and {comparison.second} have the same accuracy."
     text = (
         f"The accuracy of {comparison.first} minus that of {comparison.second} is"
-        f" {number(one.value)} ({span(one)})"
+        f" {number(one.value)}{_brackets(one)}"
     )
     if one.low <= 0 <= one.high:
         return f"{text}: the images do not show which of them is better."
@@ -250,11 +253,23 @@ def _intervals(estimates: Estimates) -> Iterator[tuple[str, Interval]]:
             yield f"{measure} of {name}", interval
 
 
+def _one_source(contents: Contents) -> bool:
+    """Whether runs' configurations say that all sides are of the same source."""
+    data = [model.facts.configuration.get("data", {}) for model in contents.models]
+    sources = {each.get("source") for each in data}
+    same = len(sources) == 1 and None not in sources
+    return same and all(each.get("test", "none") in ("folds", "none") for each in data)
+
+
 def _scope(contents: Contents) -> Iterator[str]:
     if contents.side != "external":
         yield (
-            "All images come from one source. How the models do at another hospital, with other"
-            " machines or at other frequencies of the classes, is not measured here."
+            "The reported images are of the source that the models were trained on."
+            if _one_source(contents)
+            else "Whether the images are of one or of several hospitals is not known to the report."
+        ) + (
+            " How the models do at another hospital, with other machines or at other frequencies of"
+            " the classes, is not measured here."
         )
     yield (
         "The intervals say how figures vary with the patients of the test, not with those of the"

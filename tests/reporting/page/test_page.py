@@ -14,6 +14,7 @@ import pytest
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from magsd.errors import ConfigError, DataError, RunError
+from magsd.reporting.page.words import number
 from magsd.reporting.predictions import read_predictions
 
 Made = Callable[..., Path]
@@ -237,10 +238,36 @@ def test_subgroups(made: Made, report: Report, tmp_path: Path):
     report(file, "--out", tmp_path / "out")
     found = rows(tmp_path / "out", "subgroups")
     assert {(r["column"], r["group"]) for r in found} == {("view", "AP"), ("view", "PA")}
+    # The columns of the first file count; the second need not have them.
+    lines = [line.split(",") for line in file.read_text(encoding="utf-8").splitlines()]
+    place = lines[0].index("view")
+    lines = [",".join(line[:place] + line[place + 1 :]) for line in lines]
+    (tmp_path / "b.csv").write_text("\n".join(lines), encoding="utf-8")
+    report(file, tmp_path / "b.csv", "--out", tmp_path / "out", "--subgroup", "view")
+    groups = [r["group"] for r in rows(tmp_path / "out", "subgroups") if r["model"] == "b"]
+    assert set(groups) == {"AP", "PA"}
     with pytest.raises(DataError, match="sex"):
         report(file, "--out", tmp_path / "out", "--subgroup", "sex")
     with pytest.raises(DataError, match=r"--subgroup view=x: expected numbers"):
         report(file, "--out", tmp_path / "out", "--subgroup", "view=x")
+
+
+def test_models_of_the_same_predictions_have_the_same_accuracy(
+    made: Made, report: Report, tmp_path: Path
+):
+    file = made(tmp_path / "a.csv", patients=30)
+    report(file, file, "--name", "x", "--name", "y", "--out", tmp_path / "out")
+    text = page_of(tmp_path / "out").text
+    assert "x and y have the same accuracy." in text
+    assert "()" not in text
+    assert "which of them is better" not in text
+    # Nothing says where others' images come from.
+    assert "Whether the images are of one or of several hospitals is not known" in text
+
+
+def test_numbers_that_round_to_zero_have_no_sign():
+    texts = ["0.000", "0.000", "\u22120.001", "0.500"]
+    assert [number(value) for value in (-0.0001, -0.0, -0.0006, 0.5)] == texts
 
 
 def test_patients_are_measured_once(folder: Path):

@@ -49,6 +49,7 @@ def test_a_run_is_reported_with_its_origin_and_images(run: Path, report: Report,
     kept = json.loads((run / "operating.json").read_text(encoding="utf-8"))
     assert model["point"]["temperature"] == kept[model["kind"]]["temperature"]
     assert "kept with the run" in page
+    assert "of the source that the models were trained on" in page
     assert "library_name: magsd" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
@@ -57,10 +58,12 @@ def test_images_that_are_gone_are_said(run: Path, report: Report, tmp_path: Path
     config = moved / "config.yaml"
     text = config.read_text(encoding="utf-8")
     text = re.sub(r"source: phantom.*", "source: folder:/nowhere", text)
+    text = re.sub(r"  test: folds", "  test: folder:/elsewhere", text)
     config.write_text(text, encoding="utf-8")
     report(moved, "--out", tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "moved: its images cannot be shown" in page
+    assert "Whether the images are of one or of several hospitals is not known" in page
     assert "<img" not in page
 
 
