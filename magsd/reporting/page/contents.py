@@ -19,7 +19,7 @@ from magsd.reporting.decisions import (
     measure_thresholds,
 )
 from magsd.reporting.estimates import Comparison, Estimates, compare, estimate
-from magsd.reporting.groups import Subgroup, aggregate, subgroups
+from magsd.reporting.groups import Subgroup, aggregate, column_of, subgroups
 from magsd.reporting.operating import (
     OperatingPoint,
     OperatingPoints,
@@ -293,15 +293,16 @@ def _calibration(
 def _subgroups(table: PredictionTable, kind: Kind, options: Options) -> dict[str, list[Subgroup]]:
     found = {}
     chosen = options.subgroups
-    for text in _grouping_columns(table) if chosen is None else chosen:
+    for text in grouping_columns(table)[:_MOST_COLUMNS] if chosen is None else chosen:
         column, edges = _column_and_edges(table, text)
         found[column] = subgroups(table, column, edges, kind, options.resampling)
     return found
 
 
-def _grouping_columns(table: PredictionTable) -> list[str]:
-    counts = {name: len(np.unique(values)) for name, values in table.extra.items()}
-    return [n for n, count in counts.items() if 1 < count <= _MOST_GROUPS][:_MOST_COLUMNS]
+def grouping_columns(table: PredictionTable) -> list[str]:
+    """Extra columns of two to ten values, of which the first six are taken by default."""
+    counts = {name: len(np.unique(column_of(table, name))) for name in table.extra}
+    return [name for name, count in counts.items() if 1 < count <= _MOST_GROUPS]
 
 
 def _column_and_edges(table: PredictionTable, text: str) -> tuple[str, list[float] | None]:
