@@ -56,8 +56,8 @@ def report(
         list[str] | None,
         typer.Option(
             metavar="COLUMN[=EDGE,EDGE]",
-            help="Measure by this column, numbers between edges; may be repeated; default every "
-            "further column of two to ten values.",
+            help="Measure by this column, numbers between edges; may be repeated; default the "
+            "first six further columns of two to ten values.",
         ),
     ] = None,
     audit: Annotated[

@@ -50,6 +50,7 @@ class Interval:
     The interval is NaN, too, for a single patient. undefined: number of resamples in which the
     value is undefined; the interval leaves them out. exact: a share of 0 or 1 is the same in every
     resample, and the interval is Clopper and Pearson's, which takes every patient for one image.
+    turned: the interval is of reversed percentiles (`bootstrap`) and may leave out the value.
     """
 
     value: float
@@ -57,6 +58,7 @@ class Interval:
     high: float
     undefined: int = 0
     exact: bool = False
+    turned: bool = False
 
     @property
     def flat(self) -> bool:
@@ -200,7 +202,7 @@ def _reversed(value: float, resampled: Floats, level: float) -> Interval:
     if math.isnan(plain.low):
         return plain
     low, high = (max(0.0, 2 * value - end) for end in (plain.high, plain.low))
-    return Interval(value, low, high, plain.undefined)
+    return Interval(value, low, high, plain.undefined, turned=True)
 
 
 def _p_value(value: float, resampled: Floats, jackknife: Floats, resampling: Resampling) -> float:

@@ -84,7 +84,8 @@ class ModelReport:
 
     table: the reported rows. kind: the predictions that all but `estimates` is about. estimates: of
     every kind. point: None where there is nothing to fit it on; fitted: where it comes from.
-    refinement: refined minus raw. bins: reliability of the file's probabilities.
+    refinement: refined minus raw. bins: reliability of the file's probabilities. columns_left_out:
+    those that would be subgroups by default, were there fewer.
     """
 
     name: str
@@ -102,6 +103,7 @@ class ModelReport:
     bins: list[Bin]
     calibration: Calibration | None
     subgroups: dict[str, list[Subgroup]]
+    columns_left_out: list[str]
     patients: Patients | None
     input: Input
 
@@ -223,6 +225,9 @@ def _model(
         bins=reliability(table.of(kind), table.labels),
         calibration=calibration,
         subgroups=_subgroups(table, kind, options),
+        columns_left_out=(
+            _grouping_columns(table)[_MOST_COLUMNS:] if options.subgroups is None else []
+        ),
         patients=_patients(table, kind, options),
         input=each,
     )
@@ -293,13 +298,13 @@ def _calibration(
 def _subgroups(table: PredictionTable, kind: Kind, options: Options) -> dict[str, list[Subgroup]]:
     found = {}
     chosen = options.subgroups
-    for text in grouping_columns(table)[:_MOST_COLUMNS] if chosen is None else chosen:
+    for text in _grouping_columns(table)[:_MOST_COLUMNS] if chosen is None else chosen:
         column, edges = _column_and_edges(table, text)
         found[column] = subgroups(table, column, edges, kind, options.resampling)
     return found
 
 
-def grouping_columns(table: PredictionTable) -> list[str]:
+def _grouping_columns(table: PredictionTable) -> list[str]:
     """Extra columns of two to ten values, of which the first six are taken by default."""
     counts = {name: len(np.unique(column_of(table, name))) for name in table.extra}
     return [name for name, count in counts.items() if 1 < count <= _MOST_GROUPS]

@@ -11,8 +11,8 @@ from magsd.reporting.bootstrap import Resampling
 from magsd.reporting.predictions import Kind, PredictionTable
 
 Floats = NDArray[np.float64]
-# More resamples change no band by the width of a line.
-_RESAMPLES = 200
+#: More resamples change no band by the width of a line.
+BAND_RESAMPLES = 200
 _POINTS = 201
 
 
@@ -56,7 +56,7 @@ def class_curves(
     generator = np.random.default_rng(resampling.seed)
     patients = int(patient.max()) + 1
     drawn = []
-    for _ in range(min(resampling.resamples, _RESAMPLES)):
+    for _ in range(min(resampling.resamples, BAND_RESAMPLES)):
         counts = np.bincount(generator.integers(patients, size=patients), minlength=patients)
         weights = counts[patient].astype(np.float64)
         if 0 < weights @ positive < weights.sum():

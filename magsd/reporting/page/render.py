@@ -23,6 +23,7 @@ from magsd.reporting.page.audit import view_audit
 from magsd.reporting.page.card import metadata
 from magsd.reporting.page.charts import shorten
 from magsd.reporting.page.contents import Contents, ModelReport
+from magsd.reporting.page.curves import BAND_RESAMPLES
 from magsd.reporting.page.figures import figures_of
 from magsd.reporting.page.pictures import Pictures
 from magsd.reporting.predictions import SPLITS
@@ -44,6 +45,7 @@ _SECTIONS = {
     "limits": "Limits",
 }
 _PAIRS = 20
+_GROUP_MEASURES = ("accuracy", "balanced_accuracy", "specificity", "auroc")
 
 
 def page(contents: Contents, pictures: Pictures) -> str:
@@ -65,6 +67,11 @@ def page(contents: Contents, pictures: Pictures) -> str:
             for kind, estimates in model.estimates.items()
         ],
         marks=marks,
+        group_measures=_GROUP_MEASURES,
+        groups_shown=lambda groups: [
+            group.estimates.overall[key] for group in groups for key in _GROUP_MEASURES
+        ],
+        band_resamples=min(contents.options.resampling.resamples, BAND_RESAMPLES),
         refined=_refined(contents),
         refinements=[
             _titled(each.refinement, f"{each.name}: refined minus raw predictions")
@@ -182,6 +189,9 @@ def marks(value: object) -> str:
     if any(interval.exact for interval in found):
         text += " \u2021 0 or 1 in every resample: exact interval of Clopper and Pearson,"
         text += " counting patients."
+    if any(interval.turned for interval in found):
+        text += " \u00a7 Reversed percentiles, not BCa: chance makes calibration errors too high, and"
+        text += " the interval, which undoes part of that, may leave out the value."
     return text
 
 

@@ -169,6 +169,10 @@ def test_files_of_others_need_label_and_probabilities_only(
         assert "nothing was chosen" not in each
     assert "split:" not in card
     assert not rows(tmp_path / "out", "operating_points")
+    # One reliability plot is drawn, and the caption promises no more.
+    assert "equal numbers of images, of the predicted class. On" in text
+    assert "percentiles of 100 resamples of" in text
+    assert text.count("§ Reversed percentiles, not BCa") == 1
 
 
 def test_images_without_a_named_patient_are_said(made: Made, report: Report, tmp_path: Path):
@@ -246,6 +250,14 @@ def test_subgroups(made: Made, report: Report, tmp_path: Path):
     report(file, tmp_path / "b.csv", "--out", tmp_path / "out", "--subgroup", "view")
     groups = [r["group"] for r in rows(tmp_path / "out", "subgroups") if r["model"] == "b"]
     assert set(groups) == {"AP", "PA"}
+    # The first six columns are taken; the page names the others.
+    text = file.read_text(encoding="utf-8").splitlines()
+    more = [",".join(f"c{k}" for k in range(7)), *[",".join("xy"[i % 2] * 7) for i in range(80)]]
+    lines = [f"{line},{cells}" for line, cells in zip(text, more, strict=True)]
+    (tmp_path / "c.csv").write_text("\n".join(lines), encoding="utf-8")
+    report(tmp_path / "c.csv", "--out", tmp_path / "out")
+    assert len({r["column"] for r in rows(tmp_path / "out", "subgroups")}) == 6
+    assert "Not shown: c5, c6." in page_of(tmp_path / "out").text
     with pytest.raises(DataError, match="sex"):
         report(file, "--out", tmp_path / "out", "--subgroup", "sex")
     with pytest.raises(DataError, match=r"--subgroup view=x: expected numbers"):
@@ -279,6 +291,14 @@ def test_patients_are_measured_once(folder: Path):
     labels = [table.labels[table.patients == n][0] for n in names]
     accuracy = next(r for r in found if r["measure"] == "accuracy")
     assert float(accuracy["value"]) == pytest.approx((mean.argmax(axis=1) == labels).mean())
+
+
+def test_the_highest_of_a_patient_s_probabilities_are_divided_by_their_sum(
+    made: Made, report: Report, tmp_path: Path
+):
+    report(made(tmp_path / "a.csv", patients=30), "--out", tmp_path / "out", "--aggregate", "max")
+    text = page_of(tmp_path / "out").text
+    assert "over the patient's test images, divided by their sum over the classes" in text
 
 
 def test_model_card_is_read_by_the_hub_s_own_library(folder: Path):
