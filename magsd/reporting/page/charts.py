@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import matplotlib
@@ -23,8 +25,9 @@ _INK = "#010203"
 _GRID = "#bbbbbb"
 _STYLES = ("-", "--", ":", "-.")
 _COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7")
-# What a panel is at most wide as text: longer names are shortened in their middle.
+# What a panel is at most wide, in small letters: longer names are shortened in their middle.
 _LONGEST = 34
+_WIDE, _NARROW = frozenset("MWmw@%\u2014\u2026"), frozenset(" ijlfrtI|.,:;'()[]-")
 _SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text: searchable, and set in the page's font
     "svg.hashsalt": "magsd",
@@ -180,11 +183,34 @@ def intervals(
 
 
 def shorten(name: str, longest: int = _LONGEST) -> str:
-    """A name of printable characters, shortened in its middle."""
+    """A name of printable characters, shortened in its middle.
+
+    longest: how many small letters would be as wide; other characters count by their width.
+    """
     name = "".join(character if character.isprintable() else "\ufffd" for character in name)
-    if len(name) <= longest:
+    if sum(map(_width, name)) <= longest:
         return name
-    return f"{name[: longest // 2 - 1]}…{name[-(longest - longest // 2) :]}"
+    head = _fitting(name, longest // 2 - 1)
+    tail = _fitting(name[::-1], longest - longest // 2)
+    return f"{name[:head]}…{name[len(name) - tail :]}"
+
+
+def _fitting(name: str, width: float) -> int:
+    """How many of the first characters are together at most so wide."""
+    return sum(total <= width for total in accumulate(map(_width, name)))
+
+
+def _width(character: str) -> float:
+    """Of the page's fonts, roughly and rather too wide; a small letter has 1."""
+    if unicodedata.combining(character):
+        return 0.0
+    if unicodedata.east_asian_width(character) in "WF":
+        return 2.0
+    if character in _WIDE:
+        return 1.75
+    if character in _NARROW:
+        return 0.6
+    return 1.25 if character.isupper() else 1.0
 
 
 def _panel(title: str) -> tuple[Figure, Axes]:

@@ -20,7 +20,7 @@ from magsd.reporting.measures import OVERALL, PER_CLASS
 from magsd.reporting.operating import Rule
 from magsd.reporting.page import words
 from magsd.reporting.page.audit import view_audit
-from magsd.reporting.page.card import metadata
+from magsd.reporting.page.card import metadata, without_folders
 from magsd.reporting.page.charts import shorten
 from magsd.reporting.page.contents import Contents, ModelReport
 from magsd.reporting.page.curves import BAND_RESAMPLES
@@ -97,8 +97,11 @@ def card(contents: Contents) -> str:
     """The text of README.md: a model card of the first model, for the Hugging Face hub."""
     environment = _environment(autoescape=False)
     model = contents.models[0]
+    shared = _shared(contents)
+    shared["limits"] = [without_folders(contents, line) for line in shared["limits"]]
     body = environment.get_template("card.md").render(
-        **_shared(contents),
+        **shared,
+        facts=[(label, without_folders(contents, text)) for label, text in model.facts.rows],
         model=model,
         name=model.name,
         counts=lambda name: [

@@ -14,8 +14,11 @@ import pytest
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from magsd.errors import ConfigError, DataError, RunError
+from magsd.reporting.bootstrap import Resampling
+from magsd.reporting.page.charts import shorten
+from magsd.reporting.page.curves import class_curves
 from magsd.reporting.page.words import number
-from magsd.reporting.predictions import read_predictions
+from magsd.reporting.predictions import PredictionTable, read_predictions
 
 Made = Callable[..., Path]
 Report = Callable[..., str]
@@ -191,6 +194,16 @@ def test_images_without_a_named_patient_are_said(made: Made, report: Report, tmp
     assert "on 60 test images, on which" in found
 
 
+def test_the_card_names_no_folders(report: Report, tmp_path: Path):
+    file = tmp_path / "a.csv"
+    header = "label,split,logit_a,logit_b,probability_a,probability_b\n"
+    file.write_text(header + "a,test,0,0,0.6,0.4\nb,test,0,1,0.3,0.7\n" * 3, encoding="utf-8")
+    report(file, "--out", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8").replace("\\", "")
+    assert "a.csv: columns probability_* differ by up to" in card
+    assert str(tmp_path) not in card
+
+
 def test_names_are_shown_as_text(made: Made, report: Report, tmp_path: Path):
     classes = ('<b>&"</b>', "$x_1$ *y* | {{ 7 * 7 }}", "<script>alert(1)</script>")
     file = made(tmp_path / "a.csv", classes, patients=30)
@@ -282,6 +295,30 @@ def test_numbers_that_round_to_zero_have_no_sign():
     assert [number(value) for value in (-0.0001, -0.0, -0.0006, 0.5)] == texts
 
 
+def test_the_band_of_precision_does_not_fall_where_a_resample_lacks_the_highest_score():
+    labels = np.arange(40) % 2
+    scores = np.where(labels == 1, 0.6, 0.2) + np.arange(40) / 200
+    table = PredictionTable(
+        "a", ("x", "y"), *(np.arange(40).astype(np.str_) for _ in range(2)),
+        np.full(40, "test"), labels, np.stack([1 - scores, scores], axis=1),
+    )  # fmt: skip
+    found = class_curves(table, "raw", 1, Resampling(50))
+    for values in (found.precision_recall.y, found.precision_recall.low):
+        assert values.tolist() == [1.0] * len(values)
+
+
+def test_names_are_shortened_by_their_width():
+    assert shorten("finding with a name of 34 letters.") == "finding with a name of 34 letters."
+    assert shorten("a" * 35) == "a" * 16 + "…" + "a" * 17
+    for wide in ("W" * 34, "肺炎" * 17):
+        head, tail = shorten(wide).split("…")
+        assert wide.startswith(head)
+        assert wide.endswith(tail)
+        assert 14 < len(head + tail) < 20
+    accents = "é" * 34
+    assert shorten(accents) == accents
+
+
 def test_patients_are_measured_once(folder: Path):
     table = read_predictions(folder.parent / "second.csv").side("test")
     found = [r for r in rows(folder, "patients") if r["model"] == "second"]
@@ -354,6 +391,7 @@ def test_audit_is_shown(made: Made, report: Report, tmp_path: Path):
     report(file, "--out", out, "--audit", tmp_path / "audit.json")
     text = page_of(out).text
     assert "told from the <size> alone" in text
+    assert "Brightness and markers may partly be the disease itself." in text
     assert "a.png and b.png" in text
     assert "0.93" in text
     assert "was not audited" not in text

@@ -57,14 +57,21 @@ def test_images_that_are_gone_are_said(run: Path, report: Report, tmp_path: Path
     moved = shutil.copytree(run, tmp_path / "moved")
     config = moved / "config.yaml"
     text = config.read_text(encoding="utf-8")
-    text = re.sub(r"source: phantom.*", "source: folder:/nowhere", text)
-    text = re.sub(r"  test: folds", "  test: folder:/elsewhere", text)
+    text = re.sub(r"source: phantom.*", "source: 'csv:/home/eve/set.csv,label=a/b'", text)
+    text = re.sub(r"  test: folds", "  test: folder:/home/eve/elsewhere", text)
     config.write_text(text, encoding="utf-8")
     report(moved, "--out", tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "moved: its images cannot be shown" in page
     assert "Whether the images are of one or of several hospitals is not known" in page
     assert "<img" not in page
+    # The page is the user's own; the card is published.
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8").replace("\\", "")
+    assert "source: csv:set.csv,label=a/b" in card
+    assert "the test side is folder:elsewhere" in card
+    assert "/home/eve" in page
+    assert "eve/" not in card
+    assert str(tmp_path) not in card
 
 
 def test_an_audit_in_the_run_s_folder_is_read(run: Path, report: Report, tmp_path: Path):
