@@ -144,10 +144,10 @@ def read_predictions(path: str | os.PathLike[str], *, name: str | None = None) -
 
     Columns: `label`, and for every class `probability_CLASS`, `logit_CLASS` or both; optional are
     `key` (else the number of the row), `patient` (else, and where a cell is empty or spelled as one
-    of `magsd.cells.MISSING`, each image is its own), `split` (one of SPLITS, else test), `refined_logit_CLASS` and
-    `refined_probability_CLASS`. `prediction` is not read: it is the likeliest class. All others are
-    kept as text under `extra`. Missing probabilities are the softmax of the logits. Classes are in
-    the order of the columns.
+    of `magsd.cells.MISSING`, each image is its own), `split` (one of SPLITS, else test),
+    `refined_logit_CLASS` and `refined_probability_CLASS`. `prediction` is not read: it is the
+    likeliest class. All others are kept as text under `extra`. Missing probabilities are the
+    softmax of the logits. Classes are in the order of the columns.
     name: of the table; else that of the file, of a `predictions.csv` that of its folder.
 
     A patient on two sides is a warning of the table, since published splits have such patients.

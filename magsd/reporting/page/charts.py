@@ -161,16 +161,20 @@ def intervals(
     """Values with their intervals, a row each; a vertical line at `reference`."""
     with matplotlib.rc_context(_SETTINGS):
         height = 0.62 + 0.23 * len(rows)
-        figure = Figure(figsize=(4.4, height))
+        names = [shorten(row.name) for row in rows]
+        # Inches: a small letter of this size is at most 0.07 wide.
+        left = 0.15 + 0.07 * max(sum(map(_width, name)) for name in names)
+        width = left + 2.8
+        figure = Figure(figsize=(width, height))
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.36, 0.42 / height, 0.61, 1 - 0.62 / height))
+        axes = figure.add_axes((left / width, 0.42 / height, 2.68 / width, 1 - 0.62 / height))
         if reference is not None:
             axes.axvline(reference, color=GRAY, lw=0.8, ls=(0, (1, 2)))
         for place, row in enumerate(rows):
             face = "white" if row.marked else BLUE
             axes.hlines(place, row.low, row.high, color=BLUE, lw=1.3)
             axes.plot(row.value, place, "D", ms=5, mfc=face, mec=BLUE, mew=1.1, clip_on=False)
-        axes.set_yticks(range(len(rows)), [shorten(row.name) for row in rows])
+        axes.set_yticks(range(len(rows)), names)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.margins(x=0.06)
         axes.locator_params(axis="x", nbins=6)

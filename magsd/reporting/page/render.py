@@ -125,9 +125,7 @@ def _shared(contents: Contents) -> dict[str, Any]:
         "overall": OVERALL,
         "per_class": PER_CLASS,
         "sides": list(_by_side(model)),
-        "side_names": [
-            side if model.table.split_known else "images" for side in _by_side(model)
-        ],
+        "side_names": [side if model.table.split_known else "images" for side in _by_side(model)],
         "patients_named": words.has_patients(model),
     }
 
@@ -193,7 +191,9 @@ def marks(value: object) -> str:
         text += " \u2021 0 or 1 in every resample: exact interval of Clopper and Pearson,"
         text += " counting patients."
     if any(interval.turned for interval in found):
-        text += " \u00a7 Reversed percentiles, not BCa: chance makes calibration errors too high, and"
+        text += (
+            " \u00a7 Reversed percentiles, not BCa: chance makes calibration errors too high, and"
+        )
         text += " the interval, which undoes part of that, may leave out the value."
     return text
 

@@ -211,8 +211,8 @@ def _size(contents: Contents) -> Iterator[str]:
         )
     if 0 < unnamed < main.images:
         yield (
-            f"{count(unnamed, 'image')} of {main.images:,} have no named patient; each counts as one"
-            " of its own. If patients have several of these, the intervals are too narrow."
+            f"{count(unnamed, 'image')} of {main.images:,} are without a named patient; each counts"
+            " as one of its own. If patients have several of these, the intervals are too narrow."
         )
     if main.patients < _FEW:
         yield (

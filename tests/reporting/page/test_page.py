@@ -187,7 +187,7 @@ def test_images_without_a_named_patient_are_said(made: Made, report: Report, tmp
     report(some, "--out", tmp_path / "out")
     found = page_of(tmp_path / "out").text
     assert "60 test images of 41 patients" in found
-    assert "22 images of 60 have no named patient; each counts as one of its own." in found
+    assert "22 images of 60 are without a named patient; each counts as one of its own." in found
     report(none, "--out", tmp_path / "out")
     found = page_of(tmp_path / "out").text
     assert "The file names no patients" in found
