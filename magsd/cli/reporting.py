@@ -56,8 +56,8 @@ def report(
         list[str] | None,
         typer.Option(
             metavar="COLUMN[=EDGE,EDGE]",
-            help="Measure by this column, numbers between edges; may be repeated; default every "
-            "further column of two to ten values.",
+            help="Measure by this column, numbers between edges; may be repeated; default the "
+            "first six further columns of two to ten values.",
         ),
     ] = None,
     audit: Annotated[
@@ -122,11 +122,11 @@ def _closing_table(contents: Contents) -> Table:
     from rich.text import Text
 
     from magsd.reporting.measures import OVERALL
-    from magsd.reporting.page.words import method, number, span
+    from magsd.reporting.page.words import images, method, number, span
 
     measures = ("accuracy", "balanced_accuracy", "auroc")
-    images = f"{contents.models[0].main.images:,} {contents.side} images"
-    table = Table(title=f"{images}. {method(contents)}", title_justify="left", title_style="bold")
+    title = f"{contents.models[0].main.images:,} {images(contents)}"
+    table = Table(title=f"{title}. {method(contents)}", title_justify="left", title_style="bold")
     table.add_column("model", overflow="fold")
     for measure in measures:
         table.add_column(OVERALL[measure], justify="right")

@@ -50,6 +50,7 @@ class Interval:
     The interval is NaN, too, for a single patient. undefined: number of resamples in which the
     value is undefined; the interval leaves them out. exact: a share of 0 or 1 is the same in every
     resample, and the interval is Clopper and Pearson's, which takes every patient for one image.
+    turned: the interval is of reversed percentiles (`bootstrap`) and may leave out the value.
     """
 
     value: float
@@ -57,6 +58,7 @@ class Interval:
     high: float
     undefined: int = 0
     exact: bool = False
+    turned: bool = False
 
     @property
     def flat(self) -> bool:
@@ -113,13 +115,26 @@ def bootstrap(
 
 
 def bootstrap_differences(
-    statistic: Statistic, patients: int, resampling: Resampling, *, rows: int = 0
+    statistic: Statistic,
+    patients: int,
+    resampling: Resampling,
+    *,
+    rows: int = 0,
+    biased: NDArray[np.bool_] | None = None,
 ) -> list[Difference]:
-    """As `bootstrap`, of statistics that are differences, with p-values."""
+    """As `bootstrap`, of statistics that are differences, with p-values.
+
+    biased: (M,) of differences of statistics that chance makes too high. Their limits and p-values
+    are NaN: chance adds unequally to both, so that resamples of two equal ones leave out 0.
+    """
     found = _replicates(statistic, patients, resampling, rows)
     differences = []
     for m, value in enumerate(found.values):
         resampled, jackknife = found.resampled[m], found.jackknife[m]
+        if biased is not None and biased[m]:
+            undefined = int(np.isnan(resampled).sum())
+            differences.append(Difference(float(value), math.nan, math.nan, undefined))
+            continue
         interval = _interval(float(value), resampled, jackknife, resampling)
         p_value = _p_value(float(value), resampled, jackknife, resampling)
         differences.append(
@@ -135,7 +150,7 @@ def _replicates(
 ) -> _Replicates:
     values = statistic(np.ones((patients, 1)))[:, 0]
     if patients < 2:
-        nothing = np.full((len(values), 1), math.nan)
+        nothing = np.empty((len(values), 0))
         return _Replicates(values, nothing, nothing)
     columns = max(1, _CHUNK // max(patients, rows))
     draws = _draws(patients, resampling, columns)
@@ -184,8 +199,10 @@ def _interval(
 def _reversed(value: float, resampled: Floats, level: float) -> Interval:
     """What resamples lie above the value, the truth lies below it."""
     plain = _interval(value, resampled, resampled[:0], Resampling(level=level, method="percentile"))
+    if math.isnan(plain.low):
+        return plain
     low, high = (max(0.0, 2 * value - end) for end in (plain.high, plain.low))
-    return Interval(value, low, high, plain.undefined)
+    return Interval(value, low, high, plain.undefined, turned=True)
 
 
 def _p_value(value: float, resampled: Floats, jackknife: Floats, resampling: Resampling) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from magsd.cells import MISSING
 from magsd.errors import DataError
 
 _LONGEST_LIST = 500  # characters of the names of columns in an error
@@ -57,6 +58,11 @@ class Columns:
         """The names of the columns, for errors."""
         names = ", ".join(self.text)
         return names if len(names) <= _LONGEST_LIST else f"{names[:_LONGEST_LIST]} ..."
+
+
+def is_missing(cells: NDArray[np.str_]) -> NDArray[np.bool_]:
+    """Which cells (N,), without outer spaces, hold no value."""
+    return np.isin(np.char.lower(cells), list(MISSING))
 
 
 def read_columns(path: Path) -> Columns:

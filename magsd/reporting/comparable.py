@@ -48,7 +48,7 @@ def _aligned(first: PredictionTable, other: PredictionTable, side: str) -> Predi
     warnings = other.warnings
     if (first.patients != other.patients).any():
         warnings = (*warnings, f"patients are those of {first.name}; {other.name} has others")
-    return replace(other, patients=first.patients, warnings=warnings)
+    return replace(other, patients=first.patients, extra=first.extra, warnings=warnings)
 
 
 def _with_classes(table: PredictionTable, classes: tuple[str, ...]) -> PredictionTable:

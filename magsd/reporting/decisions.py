@@ -54,12 +54,16 @@ def measure_thresholds(
     """Class -> measures at the thresholds of a point, of the rows of a table.
 
     The point's temperature is applied to the table's logits of that kind. Raises DataError for a
-    table without rows or of other classes.
+    table without rows or of other classes, whose order may differ.
     """
-    if tuple(point.thresholds) != table.classes:
-        raise DataError(f"{table.name}: the operating points were fitted for other classes")
+    if set(point.thresholds) != set(table.classes):
+        raise DataError(
+            f"{table.name}: the operating points were fitted for other classes,"
+            f" {', '.join(point.thresholds)}"
+        )
     if not len(table):
         raise DataError(f"{table.name}: no images here; choose a side that has some")
+    point = point.ordered(table.classes)
     positive = point.positive(point.probabilities(table.logits_of(kind)))
     patients = cluster_indices(table, resampling)
     return {

@@ -94,6 +94,8 @@ def compare(
 ) -> Comparison:
     """Paired differences of tables over the same images, as `check_comparable` returns them.
 
+    That of the calibration error has no limits and no p-value (`bootstrap_differences`).
+
     The same table twice with two kinds compares raw and refined predictions.
     """
     _check_rows(first)
@@ -106,7 +108,9 @@ def compare(
     def statistic(weights: Floats) -> Floats:
         return pair[0].values(weights) - pair[1].values(weights)
 
-    differences = bootstrap_differences(statistic, pair[0].patients, resampling, rows=len(first))
+    differences = bootstrap_differences(
+        statistic, pair[0].patients, resampling, rows=len(first), biased=pair[0].biased
+    )
     overall, per_class = grouped(pair[0], differences, first.classes)
     auroc = {
         name: compare_aurocs(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from magsd.errors import DataError
 from magsd.reporting.bootstrap import DEFAULT, Resampling
+from magsd.reporting.columns import is_missing
 from magsd.reporting.estimates import Estimates, class_counts, estimate
 from magsd.reporting.predictions import Floats, Kind, PredictionTable, Text
 
@@ -104,7 +105,11 @@ def _combine(values: Floats, group: NDArray[np.int64], count: int, how: str) -> 
 
 
 def column_of(table: PredictionTable, column: str) -> Text:
-    """Cells (N,) of "patient", "split", "label" or an extra column, without outer spaces."""
+    """Cells (N,) of "patient", "split", "label" or an extra column, without outer spaces.
+
+    Cells of an extra column that hold no value (`magsd.cells.MISSING`) are empty; "none" and "-"
+    are values where other cells are no numbers.
+    """
     own = {
         "patient": table.patients,
         "split": table.splits,
@@ -114,7 +119,13 @@ def column_of(table: PredictionTable, column: str) -> Text:
         raise DataError(
             f"{table.name}: no column {column!r}; it has {', '.join([*own, *table.extra])}"
         )
-    return np.char.strip(table.extra[column] if column in table.extra else own[column])
+    if column not in table.extra:
+        return np.char.strip(own[column])
+    cells: Text = np.char.strip(table.extra[column])
+    missing = is_missing(cells)
+    if _numbers(np.where(missing, "", cells)) is None:
+        missing &= ~np.isin(np.char.lower(cells), ("none", "-"))
+    return np.where(missing, "", cells)
 
 
 def subgroups(
@@ -151,7 +162,7 @@ def _group_names(
     empty = cells == ""
     numbers = _numbers(cells)
     if edges is not None and numbers is None:
-        raise DataError(f"{table.name}: the column {column!r} has edges, but not only numbers")
+        raise _no_numbers(table, column, cells)
     if numbers is not None and (edges is not None or len(np.unique(cells[~empty])) > _MOST_NUMBERS):
         groups = _bins(numbers, _edges(table, column, numbers[~empty], edges))
     else:
@@ -164,6 +175,20 @@ def _group_names(
         groups = [(str(value), cells == value) for value in kept]
         groups.append((OTHERS, ~empty & ~np.isin(cells, kept)))
     return [*groups, (NONE, empty)]
+
+
+def _no_numbers(table: PredictionTable, column: str, cells: Text) -> DataError:
+    """What to say of edges for a column that has none, or not only, numbers."""
+    start = f"{table.name}: the column {column!r} has edges, but"
+    numbers = [_numbers(np.array([cell])) is not None for cell in cells]
+    bad = np.flatnonzero(~np.array(numbers) & ~is_missing(cells))
+    if not len(bad):
+        return DataError(f"{start} only empty cells")
+    row = int(bad[0])
+    return DataError(
+        f"{start} not only numbers: that of {table.keys[row]} is {str(cells[row])!r} ({len(bad)}"
+        " such cells); correct or empty them"
+    )
 
 
 def _numbers(cells: Text) -> Floats | None:

@@ -93,6 +93,10 @@ class OperatingPoint:
     patients: int
     note: str = ""
 
+    def ordered(self, classes: Sequence[str]) -> OperatingPoint:
+        """The same with the thresholds in the order of these classes; KeyError for an unknown."""
+        return replace(self, thresholds={name: self.thresholds[name] for name in classes})
+
     def probabilities(self, logits: ArrayLike) -> Floats:
         """softmax(logits / temperature), (N, K) float64; argmax as that of the logits."""
         return calibrated(logits, self.temperature)
@@ -127,12 +131,12 @@ class OperatingPoints:
         return point
 
     def apply(self, table: PredictionTable) -> PredictionTable:
-        """The table with calibrated probabilities; logits stay as they are.
+        """The table with calibrated probabilities; logits, and the order of classes, stay.
 
         Raises DataError where the classes differ, or the table has refined predictions and these
         points have none.
         """
-        if self.classes != table.classes:
+        if set(self.classes) != set(table.classes):
             raise DataError(
                 f"{table.name}: the classes {', '.join(table.classes)} are not those of the"
                 f" operating points, {', '.join(self.classes)}"

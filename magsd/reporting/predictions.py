@@ -15,7 +15,7 @@ from scipy.special import softmax
 
 from magsd.errors import DataError
 from magsd.outputs import disk_errors, has_columns, whole_file
-from magsd.reporting.columns import Columns, read_columns
+from magsd.reporting.columns import Columns, is_missing, read_columns
 
 Kind = Literal["raw", "refined"]
 #: Logits of the image alone, and those averaged with the logits of its refined view.
@@ -41,6 +41,7 @@ class PredictionTable:
     labels: (N,) int64, index of the class. probabilities: (N, K) float64, rows sum to 1.
     logits: (N, K) float64 or None. refined_*: the same of the refined logits, or None.
     extra: further columns of the file, (N,) text each. warnings: what a reader must be told.
+    split_known: False where the file does not say which images the model was developed on.
 
     Raises ValueError where an array has another length.
     """
@@ -57,6 +58,7 @@ class PredictionTable:
     refined_logits: Floats | None = None
     extra: dict[str, Text] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    split_known: bool = True
 
     def __post_init__(self) -> None:
         rows, shape = (len(self.keys),), (len(self.keys), len(self.classes))
@@ -86,6 +88,12 @@ class PredictionTable:
     def num_patients(self) -> int:
         """Number of different patients."""
         return len(np.unique(self.patients))
+
+    @property
+    def unnamed(self) -> int:
+        """Number of images that are a patient of their own, since no patient is named."""
+        alone = (self.patients == self.keys) | (self.patients == _own_patient(self.keys))
+        return int(alone.sum())
 
     def side(self, name: str) -> PredictionTable:
         """The rows of one of SPLITS, which may be none."""
@@ -135,11 +143,11 @@ def read_predictions(path: str | os.PathLike[str], *, name: str | None = None) -
     """Read a CSV (UTF-8, commas, one row an image) into a table.
 
     Columns: `label`, and for every class `probability_CLASS`, `logit_CLASS` or both; optional are
-    `key` (else the number of the row), `patient` (else, and where a cell is empty, each image is
-    its own), `split` (one of SPLITS, else test), `refined_logit_CLASS` and
-    `refined_probability_CLASS`. `prediction` is not read: it is the likeliest class. All others are
-    kept as text under `extra`. Missing probabilities are the softmax of the logits. Classes are in
-    the order of the columns.
+    `key` (else the number of the row), `patient` (else, and where a cell is empty or spelled as one
+    of `magsd.cells.MISSING`, each image is its own), `split` (one of SPLITS, else test),
+    `refined_logit_CLASS` and `refined_probability_CLASS`. `prediction` is not read: it is the
+    likeliest class. All others are kept as text under `extra`. Missing probabilities are the
+    softmax of the logits. Classes are in the order of the columns.
     name: of the table; else that of the file, of a `predictions.csv` that of its folder.
 
     A patient on two sides is a warning of the table, since published splits have such patients.
@@ -170,6 +178,7 @@ def read_predictions(path: str | os.PathLike[str], *, name: str | None = None) -
             for name, cells in columns.text.items()
             if not _is_own(name)
         },
+        split_known="split" in columns.text,
     )
     _check_keys(columns, keys)
     return replace(table, warnings=(*warnings, *more, *_shared_patients(table)))
@@ -336,8 +345,12 @@ def _patients(columns: Columns, keys: Text) -> Text:
     if "patient" not in columns.text:
         return keys
     patients = columns.array("patient")
-    # Not the key alone, which may be the name of another row's patient.
-    return np.where(patients == "", np.char.add("image ", keys), patients)
+    return np.where(is_missing(patients), _own_patient(keys), patients)
+
+
+def _own_patient(keys: Text) -> Text:
+    """Patients of images without one: not the keys alone, which another row's patient may have."""
+    return np.char.add("image ", keys)
 
 
 def _check_keys(columns: Columns, keys: Text) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -169,10 +170,15 @@ def test_one_patient_has_no_interval(make_table) -> None:
     found = estimate(table, resampling=Resampling(10))
     accuracy = found.overall["accuracy"]
     assert accuracy.value == (table.predicted("raw") == table.labels).mean()
-    nll = found.overall["nll"]
-    assert nll.value > 0
-    assert math.isnan(nll.low)
-    assert math.isnan(nll.high)
+    for name in ("nll", "ece"):
+        measure = found.overall[name]
+        assert measure.value > 0
+        assert math.isnan(measure.low)
+        assert math.isnan(measure.high)
+        assert measure.undefined == 0
+    error = compare(table, table, resampling=Resampling(10)).overall["nll"]
+    assert (error.value, error.undefined) == (0, 0)
+    assert math.isnan(error.p_value)
 
 
 def test_no_images(make_table) -> None:
@@ -231,10 +237,22 @@ def test_comparison_pairs_the_images(make_table) -> None:
 def test_a_model_does_not_differ_from_itself(make_table) -> None:
     table = make_table(60)
     found = compare(table, table, resampling=Resampling(50))
+    error = found.overall.pop("ece")
+    assert error.value == 0
     for difference in (*found.overall.values(), *found.per_class["a"].values()):
         assert (difference.value, difference.low, difference.high) == (0, 0, 0)
         assert difference.p_value == 1
     assert found.auroc["a"].p_value == 1
+
+
+def test_a_difference_of_calibration_errors_is_not_tested(make_table) -> None:
+    """Resamples of two that are truly 0 leave out 0 in a third of the sets."""
+    table = make_table(60)
+    other = replace(table, probabilities=table.refined_probabilities)
+    error = compare(table, other, resampling=Resampling(20)).overall["ece"]
+    errors = [estimate(each, resampling=Resampling(1)).overall["ece"] for each in (table, other)]
+    assert error.value == pytest.approx(errors[0].value - errors[1].value)
+    assert all(map(math.isnan, (error.low, error.high, error.p_value)))
 
 
 def test_tables_that_were_not_aligned(make_table) -> None:

@@ -87,6 +87,13 @@ def test_texts_are_groups_and_empty_cells_are_one(make_table) -> None:
         assert each.small == ""
 
 
+def test_none_is_a_text_and_no_number(make_table) -> None:
+    for values, names in ((["none", "Asthma", "nan"], ["Asthma", "none", NONE]),
+                          (["none", "-", "7"], ["7", NONE])):  # fmt: skip
+        table = make_table(60, extra={"column": np.array(values)[np.arange(60) % 3]})
+        assert [each.name for each in subgroups(table, "column", resampling=FEW)] == names
+
+
 def test_small_groups_are_marked_and_kept(make_table) -> None:
     cells = np.array(["many"] * 57 + ["three"] * 3)
     labels = np.arange(60) % 3
@@ -103,9 +110,11 @@ def test_small_groups_are_marked_and_kept(make_table) -> None:
 def test_numbers_are_cut_at_quartiles_or_edges(make_table) -> None:
     ages = np.arange(60)
     cells = ages.astype(np.str_)
-    cells[7] = ""
-    table = make_table(60, extra={"age": cells})
-    found = subgroups(table, "age", resampling=FEW)
+    for empty in ("nan", "NA", ""):
+        cells[7] = empty
+        table = make_table(60, extra={"age": cells})
+        found = subgroups(table, "age", resampling=FEW)
+        assert len(found) == 5
     assert np.quantile(np.delete(ages, 7), [0.25, 0.5, 0.75]).tolist() == [15.5, 30, 44.5]
     assert [(each.name, each.images) for each in found] == [
         ("below 15.5", 15),
@@ -150,8 +159,11 @@ def test_columns_that_cannot_be_cut(make_table) -> None:
     table = make_table(extra={"sex": np.array(["f", "m"] * 6), "age": np.array(["3", "4"] * 6)})
     with pytest.raises(DataError, match="no column 'height'; it has patient, split, label, sex"):
         subgroups(table, "height")
-    with pytest.raises(DataError, match="'sex' has edges, but not only numbers"):
+    message = r"'sex' has edges, but not only numbers: that of images/0\.png is 'f' \(12 such"
+    with pytest.raises(DataError, match=message):
         subgroups(table, "sex", [1.0])
+    with pytest.raises(DataError, match="'none' has edges, but only empty cells"):
+        subgroups(make_table(extra={"none": np.full(12, "nan")}), "none", [1.0])
     for edges in ([], [2.0, 1.0], [1.0, 1.0], [float("nan"), 1.0]):
         with pytest.raises(DataError, match="of 'age' do not rise"):
             subgroups(table, "age", edges)

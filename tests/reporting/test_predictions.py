@@ -96,8 +96,11 @@ def test_logits_that_disagree_with_probabilities_are_a_warning(read) -> None:
 
 
 def test_an_empty_patient_is_its_own(read) -> None:
-    table = read("patient,label,probability_a,probability_b\n2,a,1,0\n,b,0,1\n,b,0,1\n")
-    assert len(set(table.patients.tolist())) == 3
+    for empty in ("", "nan", " NA "):
+        rows = f"2,a,1,0\n{empty},b,0,1\n{empty},b,0,1\n"
+        table = read(f"patient,label,probability_a,probability_b\n{rows}")
+        assert len(set(table.patients.tolist())) == 3
+        assert table.unnamed == 2
 
 
 def test_the_table_is_named_by_its_file_or_run(tmp_path) -> None:

@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from magsd.cells import MISSING
 from magsd.data.darwin import DarwinAnnotation, read_darwin
 from magsd.data.dicom_patient import dicom_patients
 from magsd.data.images import IMAGE_SUFFIXES, read_image_file, to_gray
@@ -38,8 +39,6 @@ _PATIENT = (
 _LIKE_PATIENT = re.compile("patient|subject|person|participant|individual|mrn|pacient|pazient")
 #: And such a one, which is named where no column of patients is taken.
 _MAY_BE_PATIENT = re.compile(f"(?:case|study|exam|record|client|donor|anon|pat|pt|subj?){_ID}?|pid")
-#: What stands for no patient.
-_NOBODY = {"", "nan", "-nan", "na", "n/a", "n.a.", "#n/a", "#na", "<na>", "none", "null", "-"}
 #: A label that stands for a cell without one.
 _NO_LABEL = {"", "nan", "#n/a", "#na", "<na>"}
 _IMAGE_ON_A_LINE = re.compile(
@@ -172,7 +171,7 @@ class TableSource(FileSource):
         key = posixpath.normpath(file.replace("\\", "/"))
         if max(len(os.fsencode(part)) for part in key.split("/")) > _LONGEST_NAME:
             raise DataError(f"{table}, line {line}: {file[:50]}...: the file name is too long")
-        if patient.lower() in _NOBODY:
+        if patient.lower() in MISSING:
             patient = key
         try:
             record = Record(key, label, patient, self._files.find(key))
@@ -193,7 +192,7 @@ class TableSource(FileSource):
     def _find_mask(self, table: Path, row: dict[str, str], key: str) -> Path | None:
         if self._column("mask") in row:
             name = row[self._column("mask")].strip().replace("\\", "/")
-            return None if name.lower() in _NOBODY else table.parent / expand(name)
+            return None if name.lower() in MISSING else table.parent / expand(name)
         beside = table.parent / "lungs" / f"{PurePosixPath(key).stem}.json"
         return beside if beside.is_file() else None
 

@@ -74,7 +74,7 @@ def _shortcuts(rows: Sequence[dict[str, Any]]) -> AuditTable:
     return AuditTable(
         "How well the class can be told from what is no disease: AUROC, mean over classes and folds"
         " by patient (standard deviation over folds); 0.5 is chance. Shuffled: the same with"
-        " shuffled labels.",
+        " shuffled labels. Brightness and markers may partly be the disease itself.",
         ["feature", "AUROC", "SD", "shuffled", "verdict"],
         [
             [

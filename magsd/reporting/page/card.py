@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import PurePath
 from typing import Any
 
@@ -29,9 +30,10 @@ def metadata(contents: Contents) -> dict[str, Any]:
         for measure, (kind, name) in _METRICS.items()
         if not math.isnan(overall[measure].value)
     ]
+    split = {"split": contents.side} if model.table.split_known else {}
     result = {
         "task": {"type": "image-classification"},
-        "dataset": {"type": "image-folder", "name": _data_set(model), "split": contents.side},
+        "dataset": {"type": "image-folder", "name": _data_set(model), **split},
         "metrics": metrics,
     }
     tags = ["image-classification", "medical-imaging"]
@@ -46,9 +48,28 @@ def metadata(contents: Contents) -> dict[str, Any]:
     }
 
 
+def without_folders(contents: Contents, text: str) -> str:
+    """A text of the report whose data and predictions are named without the folders around them.
+
+    A card is published, and folders name people and machines.
+    """
+    for model in contents.models:
+        data = model.facts.configuration.get("data", {})
+        for source in (data.get("source"), data.get("test")):
+            if isinstance(source, str) and source:
+                text = text.replace(source, _last_part(source))
+        text = text.replace(str(model.input.predictions), model.input.predictions.name)
+    return text
+
+
 def _data_set(model: ModelReport) -> str:
-    """The source without the folders around it, which are nobody's business."""
     if model.facts.source is None:
         return model.input.predictions.name
-    kind, _, place = model.facts.source.partition(":")
-    return kind if not place or kind == "phantom" else f"{kind}:{PurePath(place).name}"
+    return _last_part(model.facts.source)
+
+
+def _last_part(source: str) -> str:
+    """`KIND:PATH,NAME=VALUE` with the last part of the path alone."""
+    kind, colon, place = source.partition(":") if ":" in source else ("", "", source)
+    path, *options = re.split(r"(?=,\w+=)", place, maxsplit=1)
+    return "".join([kind, colon, PurePath(path).name, *options])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import matplotlib
@@ -23,8 +25,9 @@ _INK = "#010203"
 _GRID = "#bbbbbb"
 _STYLES = ("-", "--", ":", "-.")
 _COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7")
-# What a panel is at most wide as text: longer names are shortened in their middle.
+# What a panel is at most wide, in small letters: longer names are shortened in their middle.
 _LONGEST = 34
+_WIDE, _NARROW = frozenset("MWmw@%\u2014\u2026"), frozenset(" ijlfrtI|.,:;'()[]-")
 _SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text: searchable, and set in the page's font
     "svg.hashsalt": "magsd",
@@ -158,16 +161,20 @@ def intervals(
     """Values with their intervals, a row each; a vertical line at `reference`."""
     with matplotlib.rc_context(_SETTINGS):
         height = 0.62 + 0.23 * len(rows)
-        figure = Figure(figsize=(4.4, height))
+        names = [shorten(row.name) for row in rows]
+        # Inches: a small letter of this size is at most 0.07 wide.
+        left = 0.15 + 0.07 * max(sum(map(_width, name)) for name in names)
+        width = left + 2.8
+        figure = Figure(figsize=(width, height))
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.36, 0.42 / height, 0.61, 1 - 0.62 / height))
+        axes = figure.add_axes((left / width, 0.42 / height, 2.68 / width, 1 - 0.62 / height))
         if reference is not None:
             axes.axvline(reference, color=GRAY, lw=0.8, ls=(0, (1, 2)))
         for place, row in enumerate(rows):
             face = "white" if row.marked else BLUE
             axes.hlines(place, row.low, row.high, color=BLUE, lw=1.3)
             axes.plot(row.value, place, "D", ms=5, mfc=face, mec=BLUE, mew=1.1, clip_on=False)
-        axes.set_yticks(range(len(rows)), [shorten(row.name) for row in rows])
+        axes.set_yticks(range(len(rows)), names)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.margins(x=0.06)
         axes.locator_params(axis="x", nbins=6)
@@ -180,11 +187,34 @@ def intervals(
 
 
 def shorten(name: str, longest: int = _LONGEST) -> str:
-    """A name of printable characters, shortened in its middle."""
+    """A name of printable characters, shortened in its middle.
+
+    longest: how many small letters would be as wide; other characters count by their width.
+    """
     name = "".join(character if character.isprintable() else "\ufffd" for character in name)
-    if len(name) <= longest:
+    if sum(map(_width, name)) <= longest:
         return name
-    return f"{name[: longest // 2 - 1]}…{name[-(longest - longest // 2) :]}"
+    head = _fitting(name, longest // 2 - 1)
+    tail = _fitting(name[::-1], longest - longest // 2)
+    return f"{name[:head]}…{name[len(name) - tail :]}"
+
+
+def _fitting(name: str, width: float) -> int:
+    """How many of the first characters are together at most so wide."""
+    return sum(total <= width for total in accumulate(map(_width, name)))
+
+
+def _width(character: str) -> float:
+    """Of the page's fonts, roughly and rather too wide; a small letter has 1."""
+    if unicodedata.combining(character):
+        return 0.0
+    if unicodedata.east_asian_width(character) in "WF":
+        return 2.0
+    if character in _WIDE:
+        return 1.75
+    if character in _NARROW:
+        return 0.6
+    return 1.25 if character.isupper() else 1.0
 
 
 def _panel(title: str) -> tuple[Figure, Axes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from magsd.reporting.decisions import (
     measure_thresholds,
 )
 from magsd.reporting.estimates import Comparison, Estimates, compare, estimate
-from magsd.reporting.groups import Subgroup, aggregate, subgroups
+from magsd.reporting.groups import Subgroup, aggregate, column_of, subgroups
 from magsd.reporting.operating import (
     OperatingPoint,
     OperatingPoints,
@@ -84,7 +84,8 @@ class ModelReport:
 
     table: the reported rows. kind: the predictions that all but `estimates` is about. estimates: of
     every kind. point: None where there is nothing to fit it on; fitted: where it comes from.
-    refinement: refined minus raw. bins: reliability of the file's probabilities.
+    refinement: refined minus raw. bins: reliability of the file's probabilities. columns_left_out:
+    those that would be subgroups by default, were there fewer.
     """
 
     name: str
@@ -102,6 +103,7 @@ class ModelReport:
     bins: list[Bin]
     calibration: Calibration | None
     subgroups: dict[str, list[Subgroup]]
+    columns_left_out: list[str]
     patients: Patients | None
     input: Input
 
@@ -191,8 +193,7 @@ def _model(
     probabilities = table.of(kind)
     estimates = {k: estimate(table, k, resampling) for k in table.kinds}
     if points is not None:
-        points = replace(points, classes=table.classes)
-        point = points.of(kind)
+        point = points.of(kind).ordered(table.classes)
         thresholds = measure_thresholds(table, point, kind, resampling)
         after = points.apply(table)
         calibration = _calibration(table, after, kind, estimates[kind], resampling)
@@ -224,6 +225,9 @@ def _model(
         bins=reliability(table.of(kind), table.labels),
         calibration=calibration,
         subgroups=_subgroups(table, kind, options),
+        columns_left_out=(
+            _grouping_columns(table)[_MOST_COLUMNS:] if options.subgroups is None else []
+        ),
         patients=_patients(table, kind, options),
         input=each,
     )
@@ -251,8 +255,15 @@ def _points(
 ) -> tuple[OperatingPoints | None, str]:
     """Temperature and thresholds, and where they come from."""
     file = each.predictions.with_name("operating.json")
-    if rule is None and file.is_file():
-        return read_operating_points(file), "kept with the run (operating.json)"
+    # Other files in a run's folder may be of another model.
+    if rule is None and each.predictions.name == "predictions.csv" and file.is_file():
+        points = read_operating_points(file)
+        if table.best == "refined" and points.refined is None:
+            raise DataError(
+                f"{file}: has no thresholds of refined predictions, which {each.predictions} has;"
+                " give --rule youden to fit them on its validation rows"
+            )
+        return points, "kept with the run (operating.json)"
     validation = table.side("validation")
     if not len(validation):
         return None, ""
@@ -287,15 +298,16 @@ def _calibration(
 def _subgroups(table: PredictionTable, kind: Kind, options: Options) -> dict[str, list[Subgroup]]:
     found = {}
     chosen = options.subgroups
-    for text in _grouping_columns(table) if chosen is None else chosen:
+    for text in _grouping_columns(table)[:_MOST_COLUMNS] if chosen is None else chosen:
         column, edges = _column_and_edges(table, text)
         found[column] = subgroups(table, column, edges, kind, options.resampling)
     return found
 
 
 def _grouping_columns(table: PredictionTable) -> list[str]:
-    counts = {name: len(np.unique(values)) for name, values in table.extra.items()}
-    return [n for n, count in counts.items() if 1 < count <= _MOST_GROUPS][:_MOST_COLUMNS]
+    """Extra columns of two to ten values, of which the first six are taken by default."""
+    counts = {name: len(np.unique(column_of(table, name))) for name in table.extra}
+    return [name for name, count in counts.items() if 1 < count <= _MOST_GROUPS]
 
 
 def _column_and_edges(table: PredictionTable, text: str) -> tuple[str, list[float] | None]:

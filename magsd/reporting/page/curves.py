@@ -11,8 +11,8 @@ from magsd.reporting.bootstrap import Resampling
 from magsd.reporting.predictions import Kind, PredictionTable
 
 Floats = NDArray[np.float64]
-# More resamples change no band by the width of a line.
-_RESAMPLES = 200
+#: More resamples change no band by the width of a line.
+BAND_RESAMPLES = 200
 _POINTS = 201
 
 
@@ -56,7 +56,7 @@ def class_curves(
     generator = np.random.default_rng(resampling.seed)
     patients = int(patient.max()) + 1
     drawn = []
-    for _ in range(min(resampling.resamples, _RESAMPLES)):
+    for _ in range(min(resampling.resamples, BAND_RESAMPLES)):
         counts = np.bincount(generator.integers(patients, size=patients), minlength=patients)
         weights = counts[patient].astype(np.float64)
         if 0 < weights @ positive < weights.sum():
@@ -67,8 +67,7 @@ def class_curves(
     for k, values in enumerate((roc, recall)):
         band = None
         if len(drawn) > 1:
-            # A curve that is undefined at a point, as precision at recall 0, is left out there.
-            band = np.nanquantile(np.stack([each[k] for each in drawn]), (tail, 1 - tail), axis=0)
+            band = np.quantile(np.stack([each[k] for each in drawn]), (tail, 1 - tail), axis=0)
         curves.append(Curve(grid, values, *(band if band is not None else (None, None))))
     return ClassCurves(curves[0], curves[1], float(positive.mean()))
 
@@ -84,5 +83,7 @@ def _curves(positive: Floats, weights: Floats, ends: NDArray[np.intp]) -> tuple[
     place = np.searchsorted(rate, grid + 1e-12, side="right") - 1
     sensitivity = np.where(place >= 0, recall[np.maximum(place, 0)], 0.0)
     precision = hits / np.maximum(taken, 1e-300)
+    # At recall 0 that of the highest score that the resample has.
     first = np.searchsorted(recall, np.maximum(grid, 1e-12) - 1e-12)
+    first = np.maximum(first, np.searchsorted(taken, 0, side="right"))
     return sensitivity, precision[np.minimum(first, len(precision) - 1)]

@@ -20,9 +20,10 @@ from magsd.reporting.measures import OVERALL, PER_CLASS
 from magsd.reporting.operating import Rule
 from magsd.reporting.page import words
 from magsd.reporting.page.audit import view_audit
-from magsd.reporting.page.card import metadata
+from magsd.reporting.page.card import metadata, without_folders
 from magsd.reporting.page.charts import shorten
 from magsd.reporting.page.contents import Contents, ModelReport
+from magsd.reporting.page.curves import BAND_RESAMPLES
 from magsd.reporting.page.figures import figures_of
 from magsd.reporting.page.pictures import Pictures
 from magsd.reporting.predictions import SPLITS
@@ -44,6 +45,7 @@ _SECTIONS = {
     "limits": "Limits",
 }
 _PAIRS = 20
+_GROUP_MEASURES = ("accuracy", "balanced_accuracy", "specificity", "auroc")
 
 
 def page(contents: Contents, pictures: Pictures) -> str:
@@ -52,7 +54,7 @@ def page(contents: Contents, pictures: Pictures) -> str:
     environment = _environment(autoescape=True)
     return environment.get_template("report.html").render(
         **_shared(contents),
-        title=f"{names}: report on {contents.side} images",
+        title=f"{names}: report on {words.images(contents)}",
         style=Markup((_TEMPLATES / "style.css").read_text(encoding="utf-8")),
         sections=[
             (key, name)
@@ -65,6 +67,11 @@ def page(contents: Contents, pictures: Pictures) -> str:
             for kind, estimates in model.estimates.items()
         ],
         marks=marks,
+        group_measures=_GROUP_MEASURES,
+        groups_shown=lambda groups: [
+            group.estimates.overall[key] for group in groups for key in _GROUP_MEASURES
+        ],
+        band_resamples=min(contents.options.resampling.resamples, BAND_RESAMPLES),
         refined=_refined(contents),
         refinements=[
             _titled(each.refinement, f"{each.name}: refined minus raw predictions")
@@ -90,8 +97,11 @@ def card(contents: Contents) -> str:
     """The text of README.md: a model card of the first model, for the Hugging Face hub."""
     environment = _environment(autoescape=False)
     model = contents.models[0]
+    shared = _shared(contents)
+    shared["limits"] = [without_folders(contents, line) for line in shared["limits"]]
     body = environment.get_template("card.md").render(
-        **_shared(contents),
+        **shared,
+        facts=[(label, without_folders(contents, text)) for label, text in model.facts.rows],
         model=model,
         name=model.name,
         counts=lambda name: [
@@ -107,6 +117,7 @@ def _shared(contents: Contents) -> dict[str, Any]:
     return {
         "c": contents,
         "version": __version__,
+        "images": words.images(contents),
         "summary": words.summary(contents),
         "limits": words.limits(contents),
         "selected": words.SELECTED,
@@ -114,6 +125,7 @@ def _shared(contents: Contents) -> dict[str, Any]:
         "overall": OVERALL,
         "per_class": PER_CLASS,
         "sides": list(_by_side(model)),
+        "side_names": [side if model.table.split_known else "images" for side in _by_side(model)],
         "patients_named": words.has_patients(model),
     }
 
@@ -178,6 +190,11 @@ def marks(value: object) -> str:
     if any(interval.exact for interval in found):
         text += " \u2021 0 or 1 in every resample: exact interval of Clopper and Pearson,"
         text += " counting patients."
+    if any(interval.turned for interval in found):
+        text += (
+            " \u00a7 Reversed percentiles, not BCa: chance makes calibration errors too high, and"
+        )
+        text += " the interval, which undoes part of that, may leave out the value."
     return text
 
 

@@ -23,10 +23,11 @@ _NAMED = 6
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number with a true minus; an en dash where undefined."""
+    """A number with a true minus, which 0 has not; an en dash where undefined."""
     if value is None or math.isnan(value):
         return UNDEFINED
-    return f"{value:.{digits}f}".replace("-", "\u2212")
+    # Adding 0 makes -0 0.
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "\u2212")
 
 
 def span(interval: Interval | AurocDifference, digits: int = 3) -> str:
@@ -70,21 +71,33 @@ def listed(names: list[str]) -> str:
 
 def has_patients(model: ModelReport) -> bool:
     """Whether the file names patients."""
-    return bool((model.table.patients != model.table.keys).any())
+    return model.table.unnamed < len(model.table)
+
+
+def images(contents: Contents) -> str:
+    """What the reported images are called, in captions."""
+    known = all(model.table.split_known for model in contents.models)
+    return f"{contents.side} images" if known else "images"
 
 
 def summary(contents: Contents) -> list[str]:
     """The report in short: a paragraph of sentences."""
     first = contents.models[0].main
     of = f" of {count(first.patients, 'patient')}" if has_patients(contents.models[0]) else ""
+    unknown = [model.name for model in contents.models if not model.table.split_known]
     names = [model.name for model in contents.models]
     what = f"the model {names[0]}"
     if len(names) > 1:
         what = f"{len(names)} models ({listed(names)})"
     sentences = [
         f"This report measures {what} on"
-        f" {_images(first.images, contents.side, of)}, in {len(contents.classes)} classes."
+        f" {_images(first.images, '' if unknown else contents.side, of)}, in"
+        f" {len(contents.classes)} classes."
     ]
+    if unknown:
+        files = "The file does" if len(names) == 1 else f"The files of {listed(unknown)} do"
+        trained = "the model was" if len(unknown) == 1 else "the models were"
+        sentences.append(f"{files} not say whether {trained} trained or tuned on them.")
     for model in contents.models:
         sentences.append(_performance(contents, model))
     sentences += [_difference(contents, k) for k in range(len(contents.comparisons))]
@@ -92,7 +105,7 @@ def summary(contents: Contents) -> list[str]:
 
 
 def _images(number: int, side: str, of: str) -> str:
-    what, comma, rest = SIDES[side].partition(",")
+    what, comma, rest = SIDES.get(side, "images").partition(",")
     return f"{number:,} {what if number != 1 else what.removesuffix('s')}{of}{comma}{rest}"
 
 
@@ -133,9 +146,11 @@ def _difference(contents: Contents, k: int) -> str:
     one = comparison.overall["accuracy"]
     if math.isnan(one.low):
         return f"{comparison.first} and {comparison.second} cannot be told apart here."
+    if one.flat and not one.value:
+        return f"{comparison.first} and {comparison.second} have the same accuracy."
     text = (
         f"The accuracy of {comparison.first} minus that of {comparison.second} is"
-        f" {number(one.value)} ({span(one)})"
+        f" {number(one.value)}{_brackets(one)}"
     )
     if one.low <= 0 <= one.high:
         return f"{text}: the images do not show which of them is better."
@@ -165,6 +180,11 @@ def _selection(contents: Contents) -> Iterator[str]:
                 f"{model.name}: temperature and thresholds were fitted on"
                 f" {count(model.point.images, 'validation image')}; on few images they vary much."
             )
+        if not model.table.split_known:
+            yield (
+                f"{model.name}: the file has no column split. If the model was trained or tuned on"
+                " these images, all its figures flatter."
+            )
         if model.input.folds:
             models = count(len(model.input.folds), "model")
             yield (
@@ -178,6 +198,7 @@ def _selection(contents: Contents) -> Iterator[str]:
 def _size(contents: Contents) -> Iterator[str]:
     main = contents.models[0].main
     unit = "patient" if has_patients(contents.models[0]) else "image"
+    unnamed = contents.models[0].table.unnamed
     if not has_patients(contents.models[0]):
         yield (
             "The file names no patients, so that each image counts as one. If patients have several"
@@ -187,6 +208,11 @@ def _size(contents: Contents) -> Iterator[str]:
         yield (
             "Intervals resample images though patients have several: they are too narrow; --by"
             " patient gives those of patients."
+        )
+    if 0 < unnamed < main.images:
+        yield (
+            f"{count(unnamed, 'image')} of {main.images:,} are without a named patient; each counts"
+            " as one of its own. If patients have several of these, the intervals are too narrow."
         )
     if main.patients < _FEW:
         yield (
@@ -227,11 +253,23 @@ def _intervals(estimates: Estimates) -> Iterator[tuple[str, Interval]]:
             yield f"{measure} of {name}", interval
 
 
+def _one_source(contents: Contents) -> bool:
+    """Whether runs' configurations say that all sides are of the same source."""
+    data = [model.facts.configuration.get("data", {}) for model in contents.models]
+    sources = {each.get("source") for each in data}
+    same = len(sources) == 1 and None not in sources
+    return same and all(each.get("test", "none") in ("folds", "none") for each in data)
+
+
 def _scope(contents: Contents) -> Iterator[str]:
     if contents.side != "external":
         yield (
-            "All images come from one source. How the models do at another hospital, with other"
-            " machines or at other frequencies of the classes, is not measured here."
+            "The reported images are of the source that the models were trained on."
+            if _one_source(contents)
+            else "Whether the images are of one or of several hospitals is not known to the report."
+        ) + (
+            " How the models do at another hospital, with other machines or at other frequencies of"
+            " the classes, is not measured here."
         )
     yield (
         "The intervals say how figures vary with the patients of the test, not with those of the"

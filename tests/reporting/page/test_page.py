@@ -14,7 +14,11 @@ import pytest
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from magsd.errors import ConfigError, DataError, RunError
-from magsd.reporting.predictions import read_predictions
+from magsd.reporting.bootstrap import Resampling
+from magsd.reporting.page.charts import shorten
+from magsd.reporting.page.curves import class_curves
+from magsd.reporting.page.words import number
+from magsd.reporting.predictions import PredictionTable, read_predictions
 
 Made = Callable[..., Path]
 Report = Callable[..., str]
@@ -117,6 +121,12 @@ def test_models_are_compared_over_the_same_images(folder: Path):
     assert float(one["difference"]) == pytest.approx(expected)
     assert {r["test"] for r in found} == {"bootstrap", "DeLong"}
     assert {r["first"] for r in found} == {"first", "first (refined)"}
+    errors = [r for r in found if r["measure"] == "ece"]
+    assert len(errors) == 2
+    for row in errors:
+        assert row["difference"]
+        assert row["low"] == row["high"] == row["p"] == ""
+    assert "The difference of calibration errors has no interval and no p" in page_of(folder).text
 
 
 def test_thresholds_are_fitted_on_validation_rows_alone(made: Made, report: Report, tmp_path: Path):
@@ -154,7 +164,44 @@ def test_files_of_others_need_label_and_probabilities_only(
     assert "theirs: no validation rows" in text
     assert "The file names no patients" in text
     assert "The file does not say what was trained on" in text
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    for each in (text, card.replace("\\", "")):
+        assert "The file does not say whether the model was trained or tuned on them." in each
+        assert "theirs: the file has no column split. If the model was trained" in each
+        assert "test images" not in each
+        assert "nothing was chosen" not in each
+    assert "split:" not in card
     assert not rows(tmp_path / "out", "operating_points")
+    # One reliability plot is drawn, and the caption promises no more.
+    assert "equal numbers of images, of the predicted class. On" in text
+    assert "percentiles of 100 resamples of" in text
+    assert text.count("§ Reversed percentiles, not BCa") == 1
+
+
+def test_images_without_a_named_patient_are_said(made: Made, report: Report, tmp_path: Path):
+    file = made(tmp_path / "a.csv", patients=30, splits=["test"])
+    text = file.read_text(encoding="utf-8")
+    some, none = tmp_path / "some.csv", tmp_path / "none.csv"
+    some.write_text(re.sub(r",p1\d?,", ",nan,", text), encoding="utf-8")
+    none.write_text(re.sub(r",p\d+,", ",,", text), encoding="utf-8")
+    report(some, "--out", tmp_path / "out")
+    found = page_of(tmp_path / "out").text
+    assert "60 test images of 41 patients" in found
+    assert "22 images of 60 are without a named patient; each counts as one of its own." in found
+    report(none, "--out", tmp_path / "out")
+    found = page_of(tmp_path / "out").text
+    assert "The file names no patients" in found
+    assert "on 60 test images, on which" in found
+
+
+def test_the_card_names_no_folders(report: Report, tmp_path: Path):
+    file = tmp_path / "a.csv"
+    header = "label,split,logit_a,logit_b,probability_a,probability_b\n"
+    file.write_text(header + "a,test,0,0,0.6,0.4\nb,test,0,1,0.3,0.7\n" * 3, encoding="utf-8")
+    report(file, "--out", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8").replace("\\", "")
+    assert "a.csv: columns probability_* differ by up to" in card
+    assert str(tmp_path) not in card
 
 
 def test_names_are_shown_as_text(made: Made, report: Report, tmp_path: Path):
@@ -208,10 +255,68 @@ def test_subgroups(made: Made, report: Report, tmp_path: Path):
     report(file, "--out", tmp_path / "out")
     found = rows(tmp_path / "out", "subgroups")
     assert {(r["column"], r["group"]) for r in found} == {("view", "AP"), ("view", "PA")}
+    # The columns of the first file count; the second need not have them.
+    lines = [line.split(",") for line in file.read_text(encoding="utf-8").splitlines()]
+    place = lines[0].index("view")
+    lines = [",".join(line[:place] + line[place + 1 :]) for line in lines]
+    (tmp_path / "b.csv").write_text("\n".join(lines), encoding="utf-8")
+    report(file, tmp_path / "b.csv", "--out", tmp_path / "out", "--subgroup", "view")
+    groups = [r["group"] for r in rows(tmp_path / "out", "subgroups") if r["model"] == "b"]
+    assert set(groups) == {"AP", "PA"}
+    # The first six columns are taken; the page names the others.
+    text = file.read_text(encoding="utf-8").splitlines()
+    more = [",".join(f"c{k}" for k in range(7)), *[",".join("xy"[i % 2] * 7) for i in range(80)]]
+    lines = [f"{line},{cells}" for line, cells in zip(text, more, strict=True)]
+    (tmp_path / "c.csv").write_text("\n".join(lines), encoding="utf-8")
+    report(tmp_path / "c.csv", "--out", tmp_path / "out")
+    assert len({r["column"] for r in rows(tmp_path / "out", "subgroups")}) == 6
+    assert "Not shown: c5, c6." in page_of(tmp_path / "out").text
     with pytest.raises(DataError, match="sex"):
         report(file, "--out", tmp_path / "out", "--subgroup", "sex")
     with pytest.raises(DataError, match=r"--subgroup view=x: expected numbers"):
         report(file, "--out", tmp_path / "out", "--subgroup", "view=x")
+
+
+def test_models_of_the_same_predictions_have_the_same_accuracy(
+    made: Made, report: Report, tmp_path: Path
+):
+    file = made(tmp_path / "a.csv", patients=30)
+    report(file, file, "--name", "x", "--name", "y", "--out", tmp_path / "out")
+    text = page_of(tmp_path / "out").text
+    assert "x and y have the same accuracy." in text
+    assert "()" not in text
+    assert "which of them is better" not in text
+    # Nothing says where others' images come from.
+    assert "Whether the images are of one or of several hospitals is not known" in text
+
+
+def test_numbers_that_round_to_zero_have_no_sign():
+    texts = ["0.000", "0.000", "\u22120.001", "0.500"]
+    assert [number(value) for value in (-0.0001, -0.0, -0.0006, 0.5)] == texts
+
+
+def test_the_band_of_precision_does_not_fall_where_a_resample_lacks_the_highest_score():
+    labels = np.arange(40) % 2
+    scores = np.where(labels == 1, 0.6, 0.2) + np.arange(40) / 200
+    table = PredictionTable(
+        "a", ("x", "y"), *(np.arange(40).astype(np.str_) for _ in range(2)),
+        np.full(40, "test"), labels, np.stack([1 - scores, scores], axis=1),
+    )  # fmt: skip
+    found = class_curves(table, "raw", 1, Resampling(50))
+    for values in (found.precision_recall.y, found.precision_recall.low):
+        assert values.tolist() == [1.0] * len(values)
+
+
+def test_names_are_shortened_by_their_width():
+    assert shorten("finding with a name of 34 letters.") == "finding with a name of 34 letters."
+    assert shorten("a" * 35) == "a" * 16 + "…" + "a" * 17
+    for wide in ("W" * 34, "肺炎" * 17):
+        head, tail = shorten(wide).split("…")
+        assert wide.startswith(head)
+        assert wide.endswith(tail)
+        assert 14 < len(head + tail) < 20
+    accents = "é" * 34
+    assert shorten(accents) == accents
 
 
 def test_patients_are_measured_once(folder: Path):
@@ -225,6 +330,14 @@ def test_patients_are_measured_once(folder: Path):
     assert float(accuracy["value"]) == pytest.approx((mean.argmax(axis=1) == labels).mean())
 
 
+def test_the_highest_of_a_patient_s_probabilities_are_divided_by_their_sum(
+    made: Made, report: Report, tmp_path: Path
+):
+    report(made(tmp_path / "a.csv", patients=30), "--out", tmp_path / "out", "--aggregate", "max")
+    text = page_of(tmp_path / "out").text
+    assert "over the patient's test images, divided by their sum over the classes" in text
+
+
 def test_model_card_is_read_by_the_hub_s_own_library(folder: Path):
     from huggingface_hub import ModelCard
 
@@ -235,6 +348,31 @@ def test_model_card_is_read_by_the_hub_s_own_library(folder: Path):
     assert results["accuracy"] == pytest.approx(expected, abs=1e-4)
     headings = re.findall(r"^## (.*)$", card.text, flags=re.MULTILINE)
     assert headings == ["Intended use", "Model", "Data", "Metrics", "Limits"]
+
+
+def test_models_with_another_order_of_the_classes_are_compared(
+    made: Made, report: Report, tmp_path: Path
+):
+    file = made(tmp_path / "ours.csv", patients=30)
+    with file.open(newline="", encoding="utf-8") as lines:
+        cells = list(csv.DictReader(lines))
+    turned = [dict(reversed(row.items())) for row in cells]
+    with (tmp_path / "theirs.csv").open("w", newline="", encoding="utf-8") as lines:
+        writer = csv.DictWriter(lines, turned[0])
+        writer.writeheader()
+        writer.writerows(turned)
+    report(file, tmp_path / "theirs.csv", "--out", tmp_path / "out")
+    found = rows(tmp_path / "out", "operating_points")
+    names = ("class", "threshold", "true_positives", "false_positives", "measure", "value")
+    both = [
+        [tuple(row[name] for name in names) for row in found if row["model"] == model]
+        for model in ("ours", "theirs")
+    ]
+    assert len(both[0]) == 12
+    for one, other in zip(*both, strict=True):
+        assert one[0] == other[0]
+        assert float(one[1]) == pytest.approx(float(other[1]))
+        assert one[2:] == other[2:]
 
 
 def test_audit_is_shown(made: Made, report: Report, tmp_path: Path):
@@ -253,6 +391,7 @@ def test_audit_is_shown(made: Made, report: Report, tmp_path: Path):
     report(file, "--out", out, "--audit", tmp_path / "audit.json")
     text = page_of(out).text
     assert "told from the <size> alone" in text
+    assert "Brightness and markers may partly be the disease itself." in text
     assert "a.png and b.png" in text
     assert "0.93" in text
     assert "was not audited" not in text

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from magsd import cli
-from magsd.errors import RunError
+from magsd.errors import DataError, RunError
 from magsd.reporting.page.inputs import find_inputs
 
 Made = Callable[..., Path]
@@ -49,6 +49,7 @@ def test_a_run_is_reported_with_its_origin_and_images(run: Path, report: Report,
     kept = json.loads((run / "operating.json").read_text(encoding="utf-8"))
     assert model["point"]["temperature"] == kept[model["kind"]]["temperature"]
     assert "kept with the run" in page
+    assert "of the source that the models were trained on" in page
     assert "library_name: magsd" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
@@ -56,12 +57,21 @@ def test_images_that_are_gone_are_said(run: Path, report: Report, tmp_path: Path
     moved = shutil.copytree(run, tmp_path / "moved")
     config = moved / "config.yaml"
     text = config.read_text(encoding="utf-8")
-    text = re.sub(r"source: phantom.*", "source: folder:/nowhere", text)
+    text = re.sub(r"source: phantom.*", "source: 'csv:/home/eve/set.csv,label=a/b'", text)
+    text = re.sub(r"  test: folds", "  test: folder:/home/eve/elsewhere", text)
     config.write_text(text, encoding="utf-8")
     report(moved, "--out", tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "moved: its images cannot be shown" in page
+    assert "Whether the images are of one or of several hospitals is not known" in page
     assert "<img" not in page
+    # The page is the user's own; the card is published.
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8").replace("\\", "")
+    assert "source: csv:set.csv,label=a/b" in card
+    assert "the test side is folder:elsewhere" in card
+    assert "/home/eve" in page
+    assert "eve/" not in card
+    assert str(tmp_path) not in card
 
 
 def test_an_audit_in_the_run_s_folder_is_read(run: Path, report: Report, tmp_path: Path):
@@ -81,6 +91,18 @@ def test_a_run_without_predictions_names_the_remedy(run: Path, report: Report, t
     (moved / "predictions.csv").unlink()
     with pytest.raises(RunError, match=r"magsd evaluate .*moved --predictions FILE"):
         report(moved, "--out", tmp_path / "out")
+
+
+def test_kept_thresholds_are_those_of_the_run_s_own_file(run: Path, report: Report, tmp_path: Path):
+    moved = shutil.copytree(run, tmp_path / "moved")
+    shutil.copy(moved / "predictions.csv", moved / "other.csv")
+    report(moved / "other.csv", "--out", tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert content["models"][0]["fitted"] == "fitted on the validation rows of the file"
+    kept = json.loads((moved / "operating.json").read_text(encoding="utf-8"))
+    (moved / "operating.json").write_text(json.dumps(kept | {"refined": None}), encoding="utf-8")
+    with pytest.raises(DataError, match=r"operating\.json: has no thresholds of refined.*--rule"):
+        report(moved, "--out", tmp_path / "none")
 
 
 def test_cross_validation_compares_its_models(made: Made, report: Report, tmp_path: Path):
