@@ -290,7 +290,7 @@ def test_evaluate_other_data_takes_all_of_it(trained: Path, tmp_path: Path) -> N
 
 def test_evaluate_warns_of_training_images_under_another_name(trained: Path) -> None:
     _, output = run("evaluate", trained, "--data", "phantom:n=30,size=32")
-    assert "10 of them have names that the run trained on" in output
+    assert "19 of them have names that the run trained on or was selected on" in output
 
 
 def test_same_source_sees_through_paths(tmp_path: Path, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import tarfile
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from magsd.cli import app
 from magsd.config import Config
 from magsd.data import AugmentConfig, choose_split, open_source
 from magsd.data.prepare import prepare_data
-from magsd.data.run_sides import trained_on
+from magsd.data.run_sides import developed_on
 from magsd.data.shards import ShardLoader, open_shards, write_shards
 from magsd.distributed import ALONE, Team
 from magsd.errors import ConfigError, DataError
@@ -186,6 +187,8 @@ def test_shards_are_divided_as_training_divides_their_source(
         with tarfile.open(path) as tar:
             about = [json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")]
         written.setdefault(path.name.partition("-")[0], set()).update(a["key"] for a in about)
-    trained = trained_on(tmp_path / "split.csv")
+    with (tmp_path / "split.csv").open(newline="") as file:
+        trained = {row["key"] for row in csv.DictReader(file) if row["split"] == "train"}
     assert written["train"] == trained
+    assert trained | written["val"] == developed_on(tmp_path / "split.csv")
     assert len(trained | written["val"] | written["test"]) == 15

@@ -12,7 +12,7 @@ from magsd.reporting.page.contents import Contents, ModelReport
 
 SIDES = {
     "test": "test images, on which nothing was chosen",
-    "external": "external images, of a source that the model was not developed on",
+    "external": "external images, of another source than the model was developed on",
     "validation": "validation images",
 }
 UNDEFINED = "\u2013"
