@@ -52,6 +52,10 @@ def report(
     aggregate: Annotated[
         _Aggregate, typer.Option(help="A patient's probability, of those of the images.")
     ] = _Aggregate.mean,
+    unit: Annotated[
+        str,
+        typer.Option(metavar="COLUMN", help="Whose images are aggregated: patient, or a column."),
+    ] = "patient",
     subgroup: Annotated[
         list[str] | None,
         typer.Option(
@@ -89,6 +93,7 @@ def report(
         None if rule is None else Rule.parse(rule),
         Resampling(resamples, seed, cluster=by.value),
         aggregate.value,
+        unit,
         None if subgroup is None else tuple(subgroup),
     )
     check_out(out)

@@ -45,13 +45,15 @@ class Options:
     """How a report is made.
 
     rule: of the thresholds; None takes that of operating.json, without one Youden's. aggregate: of
-    a patient's images. subgroups: columns, each with edges after "=" for numbers; None chooses
-    extra columns of two to ten values.
+    the images of a patient, or of those that share `unit`, a further column such as a study.
+    subgroups: columns, each with edges after "=" for numbers; None chooses extra columns of two to
+    ten values.
     """
 
     rule: Rule | None = None
     resampling: Resampling = field(default_factory=Resampling)
     aggregate: Literal["mean", "max"] = "mean"
+    unit: str = "patient"
     subgroups: tuple[str, ...] | None = None
 
 
@@ -324,11 +326,9 @@ def _column_and_edges(table: PredictionTable, text: str) -> tuple[str, list[floa
 
 
 def _patients(table: PredictionTable, kind: Kind, options: Options) -> Patients | None:
-    """Results by patient; None where each has one image."""
-    if table.num_patients == len(table):
-        return None
-    merged = aggregate(table, how=options.aggregate)
-    if not len(merged.table):
+    """Results by patient, or another unit; None where each has one image."""
+    merged = aggregate(table, options.unit, options.aggregate)
+    if not len(merged.table) or len(merged.table) == len(table):
         return None
     estimates = estimate(merged.table, kind, options.resampling)
     return Patients(estimates, len(merged.left_out), merged.left_out_images)

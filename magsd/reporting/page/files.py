@@ -60,6 +60,7 @@ def to_dict(contents: Contents) -> dict[str, Any]:
         "classes": list(contents.classes),
         "resampling": plain(options.resampling),
         "aggregate": options.aggregate,
+        "unit": options.unit,
         "models": [_model(model) for model in contents.models],
         "comparisons": plain(contents.comparisons),
         "audit": contents.audit,

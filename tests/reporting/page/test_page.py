@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from magsd.reporting.bootstrap import Resampling
 from magsd.reporting.page.charts import shorten
 from magsd.reporting.page.curves import class_curves
 from magsd.reporting.page.words import number
-from magsd.reporting.predictions import PredictionTable, read_predictions
+from magsd.reporting.predictions import PredictionTable, read_predictions, write_predictions
 
 Made = Callable[..., Path]
 Report = Callable[..., str]
@@ -335,7 +336,20 @@ def test_the_highest_of_a_patient_s_probabilities_are_divided_by_their_sum(
 ):
     report(made(tmp_path / "a.csv", patients=30), "--out", tmp_path / "out", "--aggregate", "max")
     text = page_of(tmp_path / "out").text
-    assert "over the patient's test images, divided by their sum over the classes" in text
+    assert "over its test images, divided by their sum over the classes" in text
+
+
+def test_results_by_study(made: Made, report: Report, tmp_path: Path):
+    """A unit other than the patient: a column of the file."""
+    table = read_predictions(made(tmp_path / "a.csv", patients=30))
+    studies = np.where(np.arange(len(table)) % 5, table.patients, table.keys)
+    write_predictions(tmp_path / "a.csv", replace(table, extra={"study": studies}))
+    report(tmp_path / "a.csv", "--out", tmp_path / "out", "--unit", "study")
+    assert "One prediction for each study" in page_of(tmp_path / "out").text
+    (count,) = {row["patients"] for row in rows(tmp_path / "out", "patients")}
+    assert int(count) == len(np.unique(studies[table.splits == "test"])) > 0
+    with pytest.raises(DataError, match="no column 'stay'"):
+        report(tmp_path / "a.csv", "--out", tmp_path / "out", "--unit", "stay")
 
 
 def test_model_card_is_read_by_the_hub_s_own_library(folder: Path):
