@@ -21,6 +21,7 @@ from magsd.coerce import coerce, describe
 from magsd.data.augment import AugmentConfig
 from magsd.errors import ConfigError
 from magsd.models.config import ModelConfig
+from magsd.reporting.rules import Rule
 from magsd.schema import Check, at_least, between, more_than, setting
 
 if TYPE_CHECKING:
@@ -113,10 +114,6 @@ class OptimConfig:
 
 
 def _is_rule(text: str) -> bool:
-    if text == "youden":  # the default must not wait for SciPy
-        return True
-    from magsd.reporting.operating import Rule
-
     try:
         Rule.parse(text)
     except ConfigError:

@@ -6,11 +6,13 @@ import contextlib
 import csv
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from magsd.errors import RunError
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 #: Keyword and text in every PNG that is written, by which it is told from others' files.
 MARK = ("Software", "magsd")
+_TEMPORARY = ".part"
 
 
 def check_file(path: Path, option: str, *, is_own: Callable[[Path], bool]) -> None:
@@ -125,28 +128,57 @@ def save_png(path: Path, picture: NDArray[np.uint8]) -> None:
     Image.fromarray(picture).save(path, "PNG", pnginfo=mark, compress_level=3)
 
 
+def jsonable(value: Any) -> Any:
+    """Dataclasses, arrays and containers as JSON types; a number that is not finite is None."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: jsonable(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy's arrays and numbers
+        return jsonable(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file and the folders on its way; RunError where the disk does not take it."""
-    with (
-        disk_errors(path.parent, "free some space and run the command again"),
-        whole_file(path) as file,
-    ):
-        file.write(text)
+    with disk_errors(path.parent, "free some space and run the command again"):
+        write_atomically(path, lambda file: file.write(text.encode()))
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """A text file that takes its name once it is complete, and the folders on its way."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that `path` holds the old or the whole new content, even after a crash.
+
+    The data goes to a neighbor, is forced to the disk, and takes the name in one step. A link stays
+    one: the file that it leads to is replaced.
+    """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.part")
+    temporary = path.with_name(f".{os.getpid()}{_TEMPORARY}")  # short: the name may be a long one
     try:
-        with part.open("w", newline="", encoding="utf-8") as file:
-            yield file
-        os.replace(part, path)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed writers left behind."""
+    for leftover in folder.glob(f"*{_TEMPORARY}"):
+        leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -18,7 +17,7 @@ from typer.testing import CliRunner
 from magsd import cli, outputs
 from magsd.data import load_cache, open_source
 from magsd.errors import DataError, MagsdError, RunError
-from magsd.outputs import whole_file
+from magsd.outputs import write_text
 
 Commands = dict[str, list[str]]
 
@@ -420,14 +419,13 @@ class TestCache:
         assert max(ahead) <= 6
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "report.json"
-    for text in ("old", "new"):
-        with whole_file(path) as file:
-            file.write(text)
-        assert path.read_text() == text
-    with contextlib.suppress(KeyboardInterrupt), whole_file(path) as file:
-        file.write("half")
-        raise KeyboardInterrupt
-    assert path.read_text() == "new"
-    assert [each.name for each in path.parent.iterdir()] == ["report.json"]
+def test_a_link_stays_one_and_a_long_name_is_no_hindrance(tmp_path: Path) -> None:
+    """What is written takes its name in one step; see test_training_checkpoint for kills."""
+    target = tmp_path / "deep" / ("x" * 250 + ".json")
+    write_text(target, "old")
+    link = tmp_path / "link.json"
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert [each.name for each in target.parent.iterdir()] == [target.name]

@@ -34,12 +34,18 @@ struct Accumulate<double> {
 template <typename T>
 using accumulate_t = typename Accumulate<T>::type;
 
-MAGSD_HD float upcast(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.x) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
+MAGSD_HD uint32_t float_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
 }
+MAGSD_HD float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+MAGSD_HD float upcast(BFloat16 value) { return float_of(static_cast<uint32_t>(value.x) << 16); }
 MAGSD_HD float upcast(Half value) { return static_cast<float>(value); }
 MAGSD_HD float upcast(float value) { return value; }
 MAGSD_HD double upcast(double value) { return value; }
@@ -51,8 +57,7 @@ MAGSD_HD T downcast(accumulate_t<T> value) {
 }
 template <>
 MAGSD_HD BFloat16 downcast<BFloat16>(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t bits = float_bits(value);
   // No branch, so that a loop over it becomes vector code.
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t result = value != value ? 0x7fc0u : rounded;

@@ -3,23 +3,12 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include "common/batch_norm_act_arguments.h"
+#include "common/dtype.h"
 #include "common/macros.h"
 
 namespace magsd::MAGSD_ISA::batch_norm_act {
-
-MAGSD_HD uint32_t float_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-MAGSD_HD float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 
 // exp(x) for a loop that becomes vector code: 2^n e^r, |r| <= log(2) / 2, with the polynomial of
 // the Cephes library, within 2 units in the last place. No branch, no conversion of a float to an

@@ -46,9 +46,7 @@ def read_header(path: Path) -> Facts:
     if kind in readers:
         try:
             facts |= readers[kind](path, head)
-        except (
-            Exception
-        ):  # readers of headers raise many kinds; the pixels were decoded all the same
+        except Exception:  # of many kinds; the pixels were decoded all the same
             return facts
     return facts
 

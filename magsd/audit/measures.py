@@ -53,7 +53,9 @@ def measure_images(source: Source, progress: Callable[[int, int], None] | None =
         except (DataError, OSError) as error:
             return str(error)
         gray = to_gray(image)
-        facts |= _shape_facts(image, facts) | pixel_facts(gray) | _columns(record)
+        facts |= _shape_facts(image, facts) | pixel_facts(gray)
+        # The further columns of the table that lists the image.
+        facts |= {f"column {name}": text for name, text in record.extra.items()}
         return _digest(image), prepare_image(gray, THUMBNAIL), facts
 
     count = len(source.records)
@@ -98,13 +100,6 @@ def _shape_facts(image: NDArray[np.uint8], header: Facts) -> Facts:
     return facts
 
 
-def _columns(record: Record) -> Facts:
-    """The further columns of the table that lists the image, if the source has one."""
-    return {
-        f"column {name}": text for name, text in dict(getattr(record, "extra", None) or {}).items()
-    }
-
-
 def pixel_facts(gray: NDArray[np.uint8]) -> Facts:
     """Brightness, margins and markers of an image (H, W), seen at 512 pixels a side at most.
 
@@ -141,9 +136,8 @@ def _margin(rows: NDArray[np.uint8]) -> float:
 
 def _strokes(gray: NDArray[np.uint8]) -> NDArray[np.bool_]:
     height, width = gray.shape
-    side = max(
-        3, min(height, width) // _STROKE | 1
-    )  # odd, or the edges of broad things would count
+    # Odd, or the edges of broad things would count.
+    side = max(3, min(height, width) // _STROKE | 1)
     kernel = cv2.getStructuringElement(cv2.MORPH_RECT, (side, side))
     strokes = np.asarray(cv2.morphologyEx(gray, cv2.MORPH_TOPHAT, kernel)) >= _CONTRAST
     top, left = round(height * _FRAME), round(width * _FRAME)

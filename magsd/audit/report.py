@@ -21,7 +21,7 @@ from magsd.config import load_config
 from magsd.data.record import Record
 from magsd.data.sources import Source, open_source
 from magsd.errors import DataError
-from magsd.evaluation.metrics import jsonable
+from magsd.outputs import jsonable
 
 if TYPE_CHECKING:
     from magsd.config import Config

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from magsd.data.record import Record
+from magsd.data.record import SIDES, Record
 from magsd.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ class Sides:
 
     def names(self) -> list[str]:
         """The sides, training first."""
-        order = {"train": 0, "validation": 1, "test": 2}
-        return sorted(set(self.of.values()), key=lambda name: (order.get(name, 3), name))
+        found = set(self.of.values())
+        return [*(side for side in SIDES if side in found), *sorted(found.difference(SIDES))]
 
 
 def read_sides(path: Path) -> Sides:
@@ -53,7 +53,7 @@ def read_sides(path: Path) -> Sides:
 
 def default_sides(records: Sequence[Record], config: Config) -> Sides:
     """The sides that `magsd train` would choose by this configuration; none where it cannot."""
-    from magsd.data.prepare import split_of
+    from magsd.data.prepare import split_of  # which needs torch
 
     published = any(record.split for record in records) and config.data.split != "folds"
     try:
@@ -63,13 +63,5 @@ def default_sides(records: Sequence[Record], config: Config) -> Sides:
             of = {record.key: str(record.split) for record in records if record.split}
             return Sides(of, f"as published; magsd train would refuse it: {error}")
         return Sides({}, f"none: {error}")
-    of = {
-        records[position].key: field.name
-        for field in dataclasses.fields(split)
-        for position in _positions(getattr(split, field.name))
-    }
+    of = {records[position].key: side for side in SIDES for position in getattr(split, side)}
     return Sides(of, "as published" if published else "as magsd train would divide them")
-
-
-def _positions(side: object) -> Iterable[int]:
-    return side if isinstance(side, (list, tuple)) else ()

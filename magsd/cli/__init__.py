@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from magsd.cli.common import SOURCES, make_console, training_config
 from magsd.console import say
 from magsd.errors import ConfigError, MagsdError
 from magsd.launch import launched, process_rank
@@ -26,6 +25,7 @@ except ImportError as _error:  # the base install holds the kernels alone
     ) from None
 
 from magsd.cli.auditing import audit
+from magsd.cli.common import SOURCES, make_console, training_config
 from magsd.cli.cross_validation import crossval
 from magsd.cli.evaluation import evaluate
 from magsd.cli.inspection import inspect

@@ -7,7 +7,9 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from magsd.console import say
 from magsd.errors import ConfigError, DataError, UnknownLabelError
@@ -21,11 +23,23 @@ if TYPE_CHECKING:
     from magsd.data.record import Side
     from magsd.training.run import LoadedRun
 
-CLASSES_HELP = "Labels of SOURCE to classes of the run; 'theirs=' leaves images out."
 SOURCES = (
     "folder:DIR, csv:FILE, phantom[:n=..,seed=..,size=..], or a public set (docs/data.md): v7:DIR, "
     "nih:DIR, cohen:DIR, covidx:DIR, cub:DIR, aircraft:DIR, cars:DIR, dogs:DIR; or shards:PATTERN"
 )
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE", help=f"Images: {SOURCES}. The run's own, or none: its test images."
+    ),
+]
+ClassesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="'THEIRS=OURS,...'",
+        help="Labels of SOURCE to classes of the run; 'theirs=' leaves images out.",
+    ),
+]
 
 
 def training_config(

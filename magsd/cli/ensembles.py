@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
 
 from magsd.cli.common import select_images, warn_of_shards
 from magsd.console import say
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
     from magsd.evaluation import EvaluationReport
     from magsd.training.run import LoadedRun
 
-TTA_HELP = "flip: the mean with the horizontal mirror of each image."
+TtaOption = Annotated[
+    str | None,
+    typer.Option(metavar="flip", help="flip: the mean with the horizontal mirror of each image."),
+]
 
 
 def runs_first(words: Sequence[str]) -> tuple[list[Path], list[str]]:

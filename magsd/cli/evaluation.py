@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from magsd.cli.common import (
-    CLASSES_HELP,
-    SOURCES,
+    ClassesOption,
+    DataOption,
     check_json_file,
     check_predictions_file,
     make_console,
     select_images,
     warn_of_shards,
 )
-from magsd.cli.ensembles import TTA_HELP, evaluate_together, runs_first, tta_of, warn_of_mirrors
+from magsd.cli.ensembles import TtaOption, evaluate_together, runs_first, tta_of, warn_of_mirrors
 from magsd.console import say
 from magsd.errors import ConfigError
 
@@ -39,16 +39,8 @@ def evaluate(
             help="Folders of runs, whose mean is taken; then e.g. train.device=cpu.",
         ),
     ],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help=f"Images: {SOURCES}. The run's own, or none: its test images.",
-        ),
-    ] = None,
-    classes: Annotated[
-        str | None, typer.Option(metavar="'THEIRS=OURS,...'", help=CLASSES_HELP)
-    ] = None,
+    data: DataOption = None,
+    classes: ClassesOption = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")
     ] = None,
@@ -62,7 +54,7 @@ def evaluate(
             help="Where PNGs go; default a folder under RUN/plots, of several runs none.",
         ),
     ] = None,
-    tta: Annotated[str | None, typer.Option(metavar="flip", help=TTA_HELP)] = None,
+    tta: TtaOption = None,
 ) -> None:
     """Measure a run's best model, or the mean of several: logits, and attention inside masks."""
     from magsd.outputs import check_folder, disk_errors, has_mark, write_text

@@ -7,23 +7,15 @@ from typing import Annotated
 
 import typer
 
-from magsd.cli.common import CLASSES_HELP, SOURCES, make_console, select_images
+from magsd.cli.common import ClassesOption, DataOption, make_console, select_images
 from magsd.console import say
 
 
 def localize(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where scores, boxes and PNGs go.")],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help=f"Images: {SOURCES}. The run's own, or none: its test images.",
-        ),
-    ] = None,
-    classes: Annotated[
-        str | None, typer.Option(metavar="'THEIRS=OURS,...'", help=CLASSES_HELP)
-    ] = None,
+    data: DataOption = None,
+    classes: ClassesOption = None,
     threshold: Annotated[
         float,
         typer.Option(min=0.0, max=1.0, help="Boxes hold pixels from this share of the maximum on."),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from magsd.cli.common import check_json_file, make_console, report_bad
-from magsd.cli.ensembles import TTA_HELP, runs_first, tta_of, warn_of_mirrors
+from magsd.cli.ensembles import TtaOption, runs_first, tta_of, warn_of_mirrors
 from magsd.console import say
 from magsd.errors import ConfigError, DataError, RunError
 
@@ -39,7 +39,7 @@ def predict(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave images out that cannot be read.")
     ] = False,
-    tta: Annotated[str | None, typer.Option(metavar="flip", help=TTA_HELP)] = None,
+    tta: TtaOption = None,
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="cpu, cuda, ...; default that of the run.")
     ] = None,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from magsd.reporting.page.inputs import Input
 
 
-class _Unit(str, Enum):
+class _Cluster(str, Enum):
     patient = "patient"
     image = "image"
 
@@ -48,11 +48,11 @@ def report(
     ] = None,
     resamples: Annotated[int, typer.Option(min=100, metavar="N", help="Of the bootstrap.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the bootstrap.")] = 0,
-    by: Annotated[_Unit, typer.Option(help="What is resampled.")] = _Unit.patient,
+    by: Annotated[_Cluster, typer.Option(help="What is resampled.")] = _Cluster.patient,
     aggregate: Annotated[
         _Aggregate, typer.Option(help="A patient's probability, of those of the images.")
     ] = _Aggregate.mean,
-    unit: Annotated[
+    aggregate_by: Annotated[
         str,
         typer.Option(metavar="COLUMN", help="Whose images are aggregated: patient, or a column."),
     ] = "patient",
@@ -81,19 +81,19 @@ def report(
     Test rows are reported, or external ones; without any the validation rows, which the page says.
     """
     from magsd.reporting.bootstrap import Resampling
-    from magsd.reporting.operating import Rule
     from magsd.reporting.page.audit import read_audit
     from magsd.reporting.page.contents import Options, build
     from magsd.reporting.page.files import check_out, write_files
     from magsd.reporting.page.inputs import find_inputs
     from magsd.reporting.page.pictures import draw_pictures
     from magsd.reporting.page.render import card, page
+    from magsd.reporting.rules import Rule
 
     options = Options(
         None if rule is None else Rule.parse(rule),
         Resampling(resamples, seed, cluster=by.value),
         aggregate.value,
-        unit,
+        aggregate_by,
         None if subgroup is None else tuple(subgroup),
     )
     check_out(out)

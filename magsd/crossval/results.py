@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from magsd.crossval.plan import PlannedRun
 from magsd.data.record import Side
+from magsd.data.run_sides import sides_of
 from magsd.errors import RunError
 from magsd.training.checkpoint import load_checkpoint
 
@@ -69,8 +69,7 @@ def read_result(run: PlannedRun) -> RunResult:
     report = _report(run)
     if report is None:
         raise RunError(f"no report of an evaluation at {run.folder.evaluation}")
-    with open(run.folder.split, newline="", encoding="utf-8") as file:
-        sides = {row["key"]: row["split"] for row in csv.DictReader(file)}
+    sides = sides_of(run.folder.split)
     scores = {
         kind: {name: _number(report[kind][name]) for name in METRICS}
         for kind in LOGITS

@@ -10,6 +10,12 @@ from typing import Literal
 MaskKind = Literal["lesion", "lungs", "object"]
 Side = Literal["train", "validation", "test"]
 SIDES: tuple[Side, ...] = ("train", "validation", "test")
+#: Names, in lower case, by which tables and folders call the sides.
+SIDE_NAMES: dict[str, Side] = {
+    **dict.fromkeys(("train", "training", "trainval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 
 
 class Cells(Mapping[str, str]):

@@ -22,7 +22,7 @@ def meant_images(config: Config, split: Path, data: str | None) -> tuple[str, Si
     """
     apart = config.data.test if config.data.test not in ("folds", "none") else None
     chosen_by = config.data.validation or config.data.source
-    tested = "test" in {row.get("split") for row in _rows(split)}
+    tested = "test" in sides_of(split).values()
     if tested and (data is None or (apart is not None and same_source(data, apart))):
         return data or apart or chosen_by, "test"
     if data is None or same_source(data, chosen_by):
@@ -61,13 +61,16 @@ def same_source(first: str, second: str) -> bool:
 
 def developed_on(split: Path) -> set[str]:
     """Keys of the training and validation images in a run's split.csv; of shards, their names."""
-    sides = ("train", "validation")
-    return {row["key"] for row in _rows(split) if "key" in row and row.get("split") in sides}
+    return {key for key, side in sides_of(split).items() if side in ("train", "validation")}
 
 
-def _rows(split: Path) -> list[dict[str, str]]:
-    """Rows of a split.csv, whatever is in them; none where it is not there."""
+def sides_of(split: Path) -> dict[str, str]:
+    """Key -> side, as a run's split.csv says, whatever else is in it; of shards, by their names.
+
+    Empty where there is no such file.
+    """
     if not split.is_file():
-        return []
+        return {}
     with open(split, newline="", encoding="utf-8", errors="replace") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    return {row["key"]: row["split"] for row in rows if row.get("key") and row.get("split")}

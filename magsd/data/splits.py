@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import os
 import warnings
@@ -16,6 +17,7 @@ import numpy as np
 
 from magsd.data.record import SIDES, Record
 from magsd.errors import DataError
+from magsd.outputs import write_atomically
 
 _COLUMNS = ["key", "label", "patient", "split"]
 #: Of a test side that is a source of its own: which, as a further column.
@@ -252,11 +254,9 @@ def write_split(
         columns = [*_COLUMNS, _SOURCE]
         rows = [[*row, ""] for row in rows]
         rows += [[r.key, r.label, r.patient, "test", test[0]] for r in test[1]]
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
-    os.replace(temporary, path)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([columns, *rows])
+    write_atomically(Path(path), lambda file: file.write(text.getvalue().encode()))
 
 
 def read_split(

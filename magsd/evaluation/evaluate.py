@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,9 +19,10 @@ from magsd.data import Batch, ImageCache
 from magsd.errors import MagsdError
 from magsd.evaluation.ensemble import TTA, Ensemble, Form, Outputs, run_model
 from magsd.evaluation.localization import Localization, attention_inside, summarize
-from magsd.evaluation.metrics import Metrics, compute_metrics, jsonable, probabilities_of
+from magsd.evaluation.metrics import Metrics, compute_metrics, probabilities_of
 from magsd.evaluation.tables import report_tables
 from magsd.models.classifier import Classifier
+from magsd.outputs import jsonable
 from magsd.runtime import CPU, Runtime
 
 
@@ -54,11 +55,9 @@ class EvaluationReport:
         """Everything but the predictions, as JSON types; an undefined number is None."""
         return {
             "classes": list(self.classes),
-            "raw": jsonable(asdict(self.raw)),
-            "refined": None if self.refined is None else jsonable(asdict(self.refined)),
-            "localization": (
-                None if self.localization is None else jsonable(asdict(self.localization))
-            ),
+            "raw": jsonable(self.raw),
+            "refined": jsonable(self.refined),
+            "localization": jsonable(self.localization),
             "images_per_second": jsonable(self.images_per_second),
         }
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -116,25 +114,6 @@ def _top5_accuracy(truth: NDArray[np.integer], scores: NDArray[np.float64]) -> f
     return float((likelier < 5).mean())
 
 
-def most_confused(
-    confusion: Sequence[Sequence[int]], count: int
-) -> list[tuple[int, int, int, float]]:
-    """Up to `count` pairs of a true and another predicted class, those with most images first.
-
-    Each with its number of images and their share of the true class.
-    """
-    counts = np.array(confusion)
-    totals = counts.sum(axis=1)
-    np.fill_diagonal(counts, 0)
-    order = np.argsort(-counts, axis=None, kind="stable")[:count]
-    pairs = zip(*np.unravel_index(order, counts.shape), strict=True)
-    return [
-        (int(i), int(j), int(counts[i, j]), float(counts[i, j] / totals[i]))
-        for i, j in pairs
-        if counts[i, j]
-    ]
-
-
 def _check(truth: NDArray[np.integer], scores: NDArray[np.float64], num_classes: int) -> None:
     if truth.ndim != 1 or len(truth) == 0:
         raise ValueError(f"targets: expected (N,) with N >= 1, got shape {truth.shape}")
@@ -161,12 +140,3 @@ def _mean(values: list[float]) -> float:
 def probabilities_of(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     """Softmax over the last axis in double precision."""
     return torch.from_numpy(np.asarray(logits, dtype=np.float64)).softmax(dim=-1).numpy()
-
-
-def jsonable(value: Any) -> Any:
-    """The same with every NaN as None, since JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

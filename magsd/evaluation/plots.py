@@ -18,8 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from rich.cells import cell_len
 
 from magsd.errors import RunError
-from magsd.evaluation.metrics import ClassMetrics, Metrics, jsonable
-from magsd.outputs import MARK
+from magsd.evaluation.metrics import ClassMetrics, Metrics
+from magsd.outputs import MARK, jsonable
 
 # Color-blind safe (Okabe and Ito, 2008).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

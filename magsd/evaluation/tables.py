@@ -20,7 +20,8 @@ from magsd.evaluation.localization.scores import (
     LocalizationReport,
     LocalizationScore,
 )
-from magsd.evaluation.metrics import AVERAGED, Metrics, most_confused
+from magsd.evaluation.metrics import AVERAGED, Metrics
+from magsd.reporting.measures import most_confused
 
 if TYPE_CHECKING:
     from magsd.evaluation.predict import Prediction

@@ -156,6 +156,25 @@ def grouped(
     return overall, per_class
 
 
+def most_confused(
+    confusion: Sequence[Sequence[int]], count: int
+) -> list[tuple[int, int, int, float]]:
+    """Up to `count` pairs of a true and another predicted class, those with most images first.
+
+    Each with its number of images and their share of the true class.
+    """
+    counts = np.array(confusion)
+    totals = counts.sum(axis=1)
+    np.fill_diagonal(counts, 0)
+    order = np.argsort(-counts, axis=None, kind="stable")[:count]
+    pairs = zip(*np.unravel_index(order, counts.shape), strict=True)
+    return [
+        (int(i), int(j), int(counts[i, j]), float(counts[i, j] / totals[i]))
+        for i, j in pairs
+        if counts[i, j]
+    ]
+
+
 class _Ranking:
     """AUROC and average precision of one class; equal scores count as scikit-learn counts them.
 

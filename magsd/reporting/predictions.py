@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import softmax
 
 from magsd.errors import DataError
-from magsd.outputs import disk_errors, has_columns, whole_file
+from magsd.outputs import has_columns, write_text
 from magsd.reporting.columns import Columns, is_missing, read_columns
 
 Kind = Literal["raw", "refined"]
@@ -213,13 +214,11 @@ def write_predictions(path: str | os.PathLike[str], table: PredictionTable) -> N
         while _is_own(name) or name in columns:
             name = f"csv_{name}"
         columns[name] = cells.tolist()
-    with (
-        disk_errors(path.parent, "free some space and run the command again"),
-        whole_file(path) as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    write_text(path, text.getvalue())
 
 
 def is_predictions(path: Path) -> bool:

@@ -2,50 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
 
 from magsd.errors import RunError
+from magsd.outputs import write_atomically
 
 FORMAT = 2
-_TEMPORARY = ".part"
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that `path` holds the old or the whole new content, even after a crash.
-
-    The data goes to a neighbor, is forced to the disk, and takes the name in one step.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{_TEMPORARY}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed writers left behind."""
-    for leftover in folder.glob(f"*{_TEMPORARY}"):
-        leftover.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from magsd.distributed import ALONE, Team
-from magsd.training.checkpoint import write_atomically
+from magsd.outputs import write_atomically
 from magsd.training.step import StepResult
 
 COLUMNS = (

@@ -21,9 +21,10 @@ from magsd.evaluation import (
 )
 from magsd.evaluation.ensemble import TTA
 from magsd.evaluation.plots import write_classes, write_confusion
-from magsd.outputs import disk_errors, whole_file
-from magsd.reporting.operating import Rule, fit_operating_points, write_operating_points
+from magsd.outputs import disk_errors, write_atomically
+from magsd.reporting.operating import fit_operating_points, write_operating_points
 from magsd.reporting.predictions import write_predictions
+from magsd.reporting.rules import Rule
 from magsd.training.closing import SELECTED, closing_table, operating_table
 from magsd.training.run import LoadedRun, TrainedRun, load_run
 from magsd.training.run_predictions import joined, predictions_table, records_of
@@ -82,8 +83,8 @@ def finish_run(trained: TrainedRun, console: Console) -> EvaluationReport:
         text = report_json(report, side, reports["validation"])
         write_predictions(folder.predictions, table)
         write_operating_points(folder.operating, points)
-        with whole_file(folder.evaluation) as file:  # the last: where it lies, the others are whole
-            file.write(text)
+        # The last: where it lies, the others are whole.
+        write_atomically(folder.evaluation, lambda file: file.write(text.encode()))
         draw_confusion(report, folder.plots)
         plot_curves(folder.plots / "curves.png", folder.metrics)
         sheet = None

@@ -9,9 +9,8 @@ from typing import Any
 
 from magsd.config import Config, dump_yaml, is_of_run, load_config
 from magsd.errors import RunError
-from magsd.outputs import check_folder, disk_errors
+from magsd.outputs import check_folder, disk_errors, remove_leftovers, write_atomically
 from magsd.paths import expand
-from magsd.training.checkpoint import remove_leftovers, write_atomically
 
 _OWN = (
     "config.yaml",

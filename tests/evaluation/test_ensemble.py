@@ -28,7 +28,8 @@ from magsd.evaluation import (
 from magsd.evaluation.ensemble import log_mean_probability, mean_saliency, run_model
 from magsd.evaluation.predict import Prediction, with_findings
 from magsd.models import ModelConfig, Preprocessing, build_model
-from magsd.reporting.operating import OperatingPoint, Rule, Threshold
+from magsd.reporting.operating import OperatingPoint, Threshold
+from magsd.reporting.rules import Rule
 
 CLASSES = ("left", "none", "right")
 

@@ -18,11 +18,11 @@ from magsd.errors import ConfigError, DataError, RunError
 from magsd.reporting.operating import (
     OperatingPoint,
     OperatingPoints,
-    Rule,
     Threshold,
     write_operating_points,
 )
 from magsd.reporting.predictions import read_predictions
+from magsd.reporting.rules import Rule
 
 OTHER = "phantom:n=12,seed=9,size=32"
 

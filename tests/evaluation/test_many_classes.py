@@ -17,10 +17,10 @@ from rich.table import Table
 
 from magsd.evaluation import EvaluationReport, compute_metrics, plot_confusion
 from magsd.evaluation.localization import Localization, LocalizationScore
-from magsd.evaluation.metrics import most_confused
 from magsd.evaluation.plots import write_classes, write_confusion
 from magsd.evaluation.predict import Prediction
 from magsd.evaluation.tables import localization_table, predictions_table
+from magsd.reporting.measures import most_confused
 
 
 def names_of(count: int) -> list[str]:

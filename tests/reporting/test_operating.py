@@ -17,12 +17,12 @@ from magsd.reporting.calibration import fit_temperature
 from magsd.reporting.decisions import decision_curve, measure_thresholds
 from magsd.reporting.operating import (
     OperatingPoints,
-    Rule,
     choose_thresholds,
     fit_operating_points,
     read_operating_points,
     write_operating_points,
 )
+from magsd.reporting.rules import Rule
 
 RULES = ["argmax", "youden", "sensitivity=0.95", "specificity=0.9", "cost=5:1"]
 

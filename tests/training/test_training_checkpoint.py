@@ -15,17 +15,15 @@ import torch
 from torch import nn
 
 from magsd.errors import RunError
-from magsd.outputs import disk_errors, is_disk_full
+from magsd.outputs import disk_errors, is_disk_full, remove_leftovers, write_atomically
 from magsd.training import checkpoint
 from magsd.training.checkpoint import (
     all_finite,
     load_checkpoint,
     load_weights,
     random_state,
-    remove_leftovers,
     save_checkpoint,
     set_random_state,
-    write_atomically,
 )
 
 
@@ -113,10 +111,8 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) ->
 def test_synced_before_it_takes_the_name(tmp_path: Path, monkeypatch) -> None:
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd))[1])
-    monkeypatch.setattr(
-        checkpoint.os, "replace", lambda a, b: (calls.append("replace"), replace(a, b))[1]
-    )
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b))[1])
     save_checkpoint(tmp_path / "last.pt", payload())
     assert calls[:2] == ["fsync", "replace"]
 
@@ -162,7 +158,7 @@ def raise_no_space(*_: object) -> None:
 def test_full_disk_while_syncing(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "last.pt"
     save_checkpoint(path, payload(1.0))
-    monkeypatch.setattr(checkpoint.os, "fsync", raise_no_space)
+    monkeypatch.setattr(os, "fsync", raise_no_space)
     with (
         pytest.raises(RunError, match=r"disk is full.*MiB free under.*make room"),
         disk_errors(tmp_path, "make room"),

@@ -18,8 +18,9 @@ import magsd_kernels
 from magsd.config import Config, load_config
 from magsd.data.run_data import training_loader
 from magsd.errors import ConfigError, DataError, RunError
-from magsd.reporting.operating import Rule, fit_operating_points, read_operating_points
+from magsd.reporting.operating import fit_operating_points, read_operating_points
 from magsd.reporting.predictions import read_predictions
+from magsd.reporting.rules import Rule
 from magsd.runtime import CPU, Runtime, choose_device
 from magsd.training import load_run
 from magsd.training import trainer as trainer_module

@@ -21,6 +21,7 @@ from magsd.data.shards.index import INDEX, webdataset
 from magsd.data.sources.base import FileSource, Source
 from magsd.data.splits import Split
 from magsd.errors import DataError
+from magsd.outputs import write_atomically
 
 _AHEAD = 16  # images read while others are written
 _NAMED_BAD = 10
@@ -128,9 +129,8 @@ class _Job:
                 len(self.bad), self.total, self.bad[0],
             )  # fmt: skip
         content = {"classes": list(self.source.classes), "shards": self.entries}
-        temporary = self.folder / f"{INDEX}.tmp{os.getpid()}"
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.folder / INDEX)
+        text = json.dumps(content, indent=1) + "\n"
+        write_atomically(self.folder / INDEX, lambda file: file.write(text.encode()))
 
     def _samples(self, records: Sequence[Record]) -> Iterator[tuple[Record, str, bytes]]:
         """Record, suffix without its dot, and bytes of every readable image, in order."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from magsd.data.record import Side
+from magsd.data.record import SIDE_NAMES, Side
 from magsd.data.sources.files import (
     DANGLING,
     LeftOut,
@@ -19,13 +19,6 @@ from magsd.data.sources.files import (
 from magsd.data.sources.masks import is_image_folder, is_mask_folder
 from magsd.errors import DataError
 
-#: Folders of a published split, without "set", "data" and separators.
-_SIDES = {
-    **dict.fromkeys(("train", "training", "trainval"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
-_SIDE_OF: dict[str, Side] = {"train": "train", "val": "validation", "test": "test"}
 #: The highest number of folders, each alone in the one above, that an archive may lie in.
 _DEEP = 4
 _log = logging.getLogger(__name__)
@@ -90,20 +83,20 @@ def _only_one(folder: Path, classes: Sequence[str]) -> Path | None:
 def _roots(folder: Path, left_out: LeftOut) -> list[tuple[Path, Side | None]]:
     """The folders that hold class folders: the sides of a split, or `folder` alone."""
     inside = subfolders(folder)
-    words = {path: word for path in inside if (word := _side(path.name))}
-    others = [path for path in inside if path not in words]
-    words = {_undoubled(path): word for path, word in words.items()}
-    found = set(words.values())
-    bare = [path for path in words if not subfolders(path)]
-    if found <= {"train"} or (others and ("train" not in found or len(bare) == len(words))):
+    sides = {path: side for path in inside if (side := _side(path.name))}
+    others = [path for path in inside if path not in sides]
+    sides = {_undoubled(path): side for path, side in sides.items()}
+    found = set(sides.values())
+    bare = [path for path in sides if not subfolders(path)]
+    if found <= {"train"} or (others and ("train" not in found or len(bare) == len(sides))):
         return [(folder, None)]  # "train" among means of transport
     if "train" not in found:
-        names = " and ".join(path.name for path in words)
+        names = " and ".join(path.name for path in sides)
         raise DataError(
             f"{folder}: {names} look like sides of a split, but there is no train; to read one of"
-            f" them alone, name it: folder:{next(iter(words))}"
+            f" them alone, name it: folder:{next(iter(sides))}"
         )
-    if untold := [path for path in bare if words[path] == "train"]:
+    if untold := [path for path in bare if sides[path] == "train"]:
         raise DataError(f"{untold[0]}: a side of a split must hold one subfolder per class")
     _note_images(folder, left_out)
     if others or bare:
@@ -111,21 +104,17 @@ def _roots(folder: Path, left_out: LeftOut) -> list[tuple[Path, Side | None]]:
             "%s: a published split; folders beside it, or without classes, are left out: %s",
             folder, ", ".join(shown(path.name) for path in [*others, *bare]),
         )  # fmt: skip
-    return _sides({path: word for path, word in words.items() if path not in bare})
+    sides = {path: side for path, side in sides.items() if path not in bare}
+    if set(sides.values()) == {"train"}:  # without other sides there is no split
+        return [(path, None) for path in sides]
+    return list(sides.items())
 
 
-def _sides(words: dict[Path, str]) -> list[tuple[Path, Side | None]]:
-    """The side of each folder; without val and test there is no split."""
-    if set(words.values()) == {"train"}:
-        return [(path, None) for path in words]
-    return [(path, _SIDE_OF[word]) for path, word in words.items()]
-
-
-def _side(name: str) -> str | None:
-    """train, val or test, where a folder's name says so: "Train", "test_set", "Training"."""
+def _side(name: str) -> Side | None:
+    """The side that a folder's name says: "Train", "test_set", "Training"."""
     plain = "".join(filter(str.isalnum, name.lower()))
     for ending in ("", "set", "data", "images"):
-        if plain.endswith(ending) and (side := _SIDES.get(plain.removesuffix(ending))):
+        if plain.endswith(ending) and (side := SIDE_NAMES.get(plain.removesuffix(ending))):
             return side
     return None
 

@@ -19,7 +19,7 @@ from magsd.cells import MISSING
 from magsd.data.darwin import DarwinAnnotation, read_darwin
 from magsd.data.dicom_patient import dicom_patients
 from magsd.data.images import IMAGE_SUFFIXES, read_image_file, to_gray
-from magsd.data.record import Cells, Record, Side
+from magsd.data.record import SIDE_NAMES, Cells, Record
 from magsd.data.sources.base import FileSource, Options, merge_patients
 from magsd.data.sources.known_tables import mapping_hint
 from magsd.data.sources.masks import turned_mask
@@ -45,11 +45,6 @@ _IMAGE_ON_A_LINE = re.compile(
     rf"[\r\n].*(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))})\b", re.IGNORECASE
 )
 _SPLIT = "split"
-_SIDES: dict[str, Side] = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _LONGEST_NAME = 255  # bytes, of the file systems of today
 _log = logging.getLogger(__name__)
@@ -95,8 +90,8 @@ class TableSource(FileSource):
         self._annotations: dict[str, DarwinAnnotation] = {}
         self._patient = self._columns.get("patient") or _patient_column(path, list(rows[0][1]))
         own = {*needed, self._column("mask"), self._patient}
-        sides = _sides(path, rows)
-        if sides:
+        has_sides = _has_sides(path, rows)
+        if has_sides:
             own.add(_SPLIT)
         others = {name: shown for name, shown in written.items() if name and name not in own}
         names = tuple(others.values())
@@ -107,8 +102,9 @@ class TableSource(FileSource):
         repeated = 0
         for line, row in rows:
             record = self._record(path, line, row)
-            if sides:
-                record = dataclasses.replace(record, split=sides[row[_SPLIT].strip().lower()])
+            if has_sides:
+                side = SIDE_NAMES[row[_SPLIT].strip().lower()]
+                record = dataclasses.replace(record, split=side)
             file = record.path or Path()
             place = file_identity(file) or os.path.abspath(file)
             says = (
@@ -269,19 +265,19 @@ def _advice(table: Path, columns: Sequence[str]) -> str:
     )
 
 
-def _sides(table: Path, rows: Sequence[tuple[int, dict[str, str]]]) -> dict[str, Side]:
-    """Side by what the column split says; empty where there is no such column, or another one."""
+def _has_sides(table: Path, rows: Sequence[tuple[int, dict[str, str]]]) -> bool:
+    """Whether the column split names the side of every image; a warning where it does not."""
     if _SPLIT not in rows[0][1]:
-        return {}
+        return False
     values = {row[_SPLIT].strip().lower() for _, row in rows}
-    unknown = sorted(values - _SIDES.keys())
-    if not unknown and "train" in {_SIDES[value] for value in values}:
-        return _SIDES
+    unknown = sorted(values - SIDE_NAMES.keys())
+    if not unknown and "train" in {SIDE_NAMES[value] for value in values}:
+        return True
     what = f"it holds {unknown[0]!r}" if unknown else "it names no training image"
     _log.warning(
         "%s: the column split is not used: %s; expected train, validation and test", table, what
     )
-    return {}
+    return False
 
 
 def _patient_column(table: Path, columns: Sequence[str]) -> str:

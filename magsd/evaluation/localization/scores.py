@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from magsd.evaluation.localization.boxes import (
     region_iou,
     within,
 )
-from magsd.evaluation.metrics import jsonable
+from magsd.outputs import jsonable
 
 # Name and heading.
 MEASURES = {
@@ -160,7 +160,7 @@ class LocalizationReport:
 
     def to_json(self, path: Path) -> None:
         """Write everything; a mean over no images is null."""
-        text = json.dumps(jsonable(asdict(self)), indent=2, allow_nan=False)
+        text = json.dumps(jsonable(self), indent=2, allow_nan=False)
         path.write_text(text + "\n", encoding="utf-8")
 
 

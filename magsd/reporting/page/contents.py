@@ -23,13 +23,13 @@ from magsd.reporting.groups import Subgroup, aggregate, column_of, subgroups
 from magsd.reporting.operating import (
     OperatingPoint,
     OperatingPoints,
-    Rule,
     fit_operating_points,
     read_operating_points,
 )
 from magsd.reporting.page.curves import ClassCurves, class_curves
 from magsd.reporting.page.inputs import Facts, Input, count_sides, facts_of
 from magsd.reporting.predictions import Kind, PredictionTable, read_predictions
+from magsd.reporting.rules import Rule
 
 #: Sides in the order in which one is chosen to be reported.
 REPORTED = ("test", "external", "validation")
@@ -45,7 +45,7 @@ class Options:
     """How a report is made.
 
     rule: of the thresholds; None takes that of operating.json, without one Youden's. aggregate: of
-    the images of a patient, or of those that share `unit`, a further column such as a study.
+    the images of a patient, or of those that share `aggregate_by`, a column such as a study.
     subgroups: columns, each with edges after "=" for numbers; None chooses extra columns of two to
     ten values.
     """
@@ -53,7 +53,7 @@ class Options:
     rule: Rule | None = None
     resampling: Resampling = field(default_factory=Resampling)
     aggregate: Literal["mean", "max"] = "mean"
-    unit: str = "patient"
+    aggregate_by: str = "patient"
     subgroups: tuple[str, ...] | None = None
 
 
@@ -327,7 +327,7 @@ def _column_and_edges(table: PredictionTable, text: str) -> tuple[str, list[floa
 
 def _patients(table: PredictionTable, kind: Kind, options: Options) -> Patients | None:
     """Results by patient, or another unit; None where each has one image."""
-    merged = aggregate(table, options.unit, options.aggregate)
+    merged = aggregate(table, options.aggregate_by, options.aggregate)
     if not len(merged.table) or len(merged.table) == len(table):
         return None
     estimates = estimate(merged.table, kind, options.resampling)

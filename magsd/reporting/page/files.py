@@ -6,14 +6,12 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from magsd import __version__
-from magsd.outputs import check_folder, disk_errors, has_json
+from magsd.outputs import check_folder, disk_errors, has_json, jsonable
 from magsd.reporting.bootstrap import Interval
 from magsd.reporting.calibration import Bin
 from magsd.reporting.page import words
@@ -58,11 +56,11 @@ def to_dict(contents: Contents) -> dict[str, Any]:
         "limits": words.limits(contents),
         "side": contents.side,
         "classes": list(contents.classes),
-        "resampling": plain(options.resampling),
+        "resampling": jsonable(options.resampling),
         "aggregate": options.aggregate,
-        "unit": options.unit,
+        "aggregate_by": options.aggregate_by,
         "models": [_model(model) for model in contents.models],
-        "comparisons": plain(contents.comparisons),
+        "comparisons": jsonable(contents.comparisons),
         "audit": contents.audit,
     }
 
@@ -70,27 +68,10 @@ def to_dict(contents: Contents) -> dict[str, Any]:
 def _model(model: ModelReport) -> dict[str, Any]:
     """Everything but the predictions themselves."""
     return {
-        each.name: plain(getattr(model, each.name))
+        each.name: jsonable(getattr(model, each.name))
         for each in fields(model)
         if each.name not in ("table", "input")
     }
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses, arrays and containers as JSON types; what is not finite is None."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int, bool)) else str(value)
 
 
 _Table = tuple[Sequence[str], Iterable[Sequence[object]]]

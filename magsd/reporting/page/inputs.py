@@ -91,8 +91,7 @@ def _inputs_of(path: Path) -> list[Input]:
 
 def _gathered(file: Path) -> Input:
     """Out-of-fold predictions of one model and seed, by the runs that the file names."""
-    with file.open(newline="", encoding="utf-8") as lines:
-        named = {f"fold{row.get('fold')}" for row in csv.DictReader(lines)}
+    named = {f"fold{row.get('fold')}" for row in _rows(file)}
     folds = tuple(
         folder
         for folder in sorted(file.parent.glob("fold*"))
@@ -106,11 +105,7 @@ def _gathered(file: Path) -> Input:
 
 def _in_order(out: Path, files: list[Path]) -> list[Path]:
     """Models in the order of results.csv: the others are compared with the first."""
-    try:
-        with (out / "results.csv").open(newline="", encoding="utf-8") as file:
-            models = [row.get("model", "") for row in csv.DictReader(file)]
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return files
+    models = [row.get("model", "") for row in _rows(out / "results.csv")]
     place = {model: k for k, model in reversed(list(enumerate(models)))}
     return sorted(files, key=lambda file: place.get(file.parent.parent.name, len(models)))
 
@@ -204,14 +199,19 @@ def _split(data: dict[str, Any], cross_validated: bool, folds: int) -> str:
 
 def _sides(split: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """Images and patients by side and class, from a run's split.csv; of shards nothing."""
-    try:
-        with split.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return {}
+    rows = _rows(split)
     if not rows or not {"label", "patient", "split"} <= rows[0].keys():
         return {}
     return count_sides([(row["split"], row["label"], row["patient"]) for row in rows])
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV that the report can do without; none of a file that cannot be read."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return []
 
 
 def count_sides(rows: Sequence[tuple[str, str, str]]) -> dict[str, dict[str, tuple[int, int]]]:

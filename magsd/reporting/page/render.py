@@ -16,8 +16,7 @@ from magsd import __version__
 from magsd.reporting.bootstrap import Interval
 from magsd.reporting.decisions import ThresholdMeasures
 from magsd.reporting.estimates import Comparison
-from magsd.reporting.measures import OVERALL, PER_CLASS
-from magsd.reporting.operating import Rule
+from magsd.reporting.measures import OVERALL, PER_CLASS, most_confused
 from magsd.reporting.page import words
 from magsd.reporting.page.audit import view_audit
 from magsd.reporting.page.card import metadata, without_folders
@@ -27,6 +26,7 @@ from magsd.reporting.page.curves import BAND_RESAMPLES
 from magsd.reporting.page.figures import figures_of
 from magsd.reporting.page.pictures import Pictures
 from magsd.reporting.predictions import SPLITS
+from magsd.reporting.rules import Rule
 
 _TEMPLATES = Path(__file__).parent / "templates"
 # Rows of the page's tables of classes, of many classes.
@@ -222,14 +222,9 @@ def _shown(model: ModelReport) -> list[str]:
 
 def _confused(model: ModelReport) -> list[tuple[str, str, int, int]]:
     """The most confused pairs of classes: true, predicted, images, images of the true class."""
-    counts = np.array(model.main.confusion)
-    off = counts - np.diag(np.diag(counts))
-    names = list(model.main.per_class)
-    order = np.argsort(-off, axis=None, kind="stable")[:_PAIRS]
-    pairs = [np.unravel_index(int(place), off.shape) for place in order]
-    return [
-        (names[i], names[j], int(off[i, j]), int(counts[i].sum())) for i, j in pairs if off[i, j]
-    ]
+    names, images = list(model.main.class_images), model.main.class_images
+    pairs = most_confused(model.main.confusion, _PAIRS)
+    return [(names[i], names[j], count, images[names[i]]) for i, j, count, _ in pairs]
 
 
 def _drawn_note(model: ModelReport) -> str:

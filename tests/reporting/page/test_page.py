@@ -339,17 +339,37 @@ def test_the_highest_of_a_patient_s_probabilities_are_divided_by_their_sum(
     assert "over its test images, divided by their sum over the classes" in text
 
 
+def test_what_is_resampled_and_by_which_seed(made: Made, report: Report, tmp_path: Path):
+    file = made(tmp_path / "a.csv", patients=30)
+    accuracy = {}
+    for name, options in {
+        "": (),
+        "again": (),
+        "image": ("--by", "image"),
+        "1": ("--seed", "1"),
+    }.items():
+        report(file, "--out", tmp_path / f"out{name}", *options)
+        found = next(
+            r for r in rows(tmp_path / f"out{name}", "metrics") if r["measure"] == "accuracy"
+        )
+        accuracy[name] = [float(found[limit]) for limit in ("value", "low", "high")]
+    assert accuracy["again"] == accuracy[""]
+    assert accuracy["1"][0] == accuracy["image"][0] == accuracy[""][0]
+    assert accuracy["1"] != accuracy[""] != accuracy["image"]
+    assert "resamples of images" in page_of(tmp_path / "outimage").text
+
+
 def test_results_by_study(made: Made, report: Report, tmp_path: Path):
     """A unit other than the patient: a column of the file."""
     table = read_predictions(made(tmp_path / "a.csv", patients=30))
     studies = np.where(np.arange(len(table)) % 5, table.patients, table.keys)
     write_predictions(tmp_path / "a.csv", replace(table, extra={"study": studies}))
-    report(tmp_path / "a.csv", "--out", tmp_path / "out", "--unit", "study")
+    report(tmp_path / "a.csv", "--out", tmp_path / "out", "--aggregate-by", "study")
     assert "One prediction for each study" in page_of(tmp_path / "out").text
     (count,) = {row["patients"] for row in rows(tmp_path / "out", "patients")}
     assert int(count) == len(np.unique(studies[table.splits == "test"])) > 0
     with pytest.raises(DataError, match="no column 'stay'"):
-        report(tmp_path / "a.csv", "--out", tmp_path / "out", "--unit", "stay")
+        report(tmp_path / "a.csv", "--out", tmp_path / "out", "--aggregate-by", "stay")
 
 
 def test_model_card_is_read_by_the_hub_s_own_library(folder: Path):
